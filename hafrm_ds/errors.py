@@ -1,0 +1,26 @@
+"""Errors that a user can act on.
+
+Everything a user can get wrong is raised as one of these: the message names the file and row or the option, and what
+to do. Entry files print the message without a traceback, from one rank, and exit with status 1.
+"""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong: the message is all a user needs."""
+
+
+class ConfigError(UserError):
+    """The configuration is wrong; `problems` holds one message for each fault found."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class DataError(UserError):
+    """A data source cannot be used."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer cannot be used."""

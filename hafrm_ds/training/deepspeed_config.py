@@ -1,0 +1,125 @@
+"""The DeepSpeed JSON of a run: "auto" values filled from the configuration, contradictions named.
+
+Pure functions on dictionaries; nothing here imports DeepSpeed.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hafrm_ds.config import TrainConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def read_deepspeed_json(path: Path) -> tuple[dict | None, list[str]]:
+    """Read the JSON file: (content or None, problems). A relative path is also looked for beside the package."""
+    file = path if path.exists() or path.is_absolute() else REPOSITORY / path
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        return None, [f"deepspeed: {path} cannot be read: {error.strerror}"]
+    except ValueError as error:
+        return None, [f"deepspeed: {path} is not valid JSON: {error}"]
+    if not isinstance(content, dict):
+        return None, [f"deepspeed: {path} holds a {type(content).__name__}, not an object"]
+    return content, []
+
+
+def run_values(config: "TrainConfig") -> dict[str, tuple[Any, str]]:
+    """What a run decides itself: dotted DeepSpeed key -> (value, the option that decides it)."""
+    optimizer = config.optimizer
+    is_bf16 = config.model.dtype == "bfloat16"
+    return {
+        "bf16.enabled": (is_bf16, f"model.dtype is {config.model.dtype}"),
+        "fp16.enabled": (False, f"model.dtype is {config.model.dtype}"),
+        "gradient_clipping": (optimizer.max_gradient_norm, "optimizer.max_gradient_norm"),
+        "gradient_accumulation_steps": (
+            1,
+            "the loop cuts each global batch into micro-batches itself (batch.max_tokens_per_micro_batch)",
+        ),
+        "train_batch_size": (config.batch.global_batch_size, "batch.global_batch_size"),
+        "optimizer.params.lr": (optimizer.learning_rate, "optimizer.learning_rate"),
+        "optimizer.params.betas": (list(optimizer.betas), "optimizer.betas"),
+        "optimizer.params.eps": (optimizer.epsilon, "optimizer.epsilon"),
+        "optimizer.params.weight_decay": (optimizer.weight_decay, "optimizer.weight_decay"),
+    }
+
+
+# "auto" here means: left out, so that DeepSpeed's own default counts (sizes that transformers would derive).
+LEFT_TO_DEEPSPEED = (
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "train_micro_batch_size_per_gpu",
+    "steps_per_print",
+    "wall_clock_breakdown",
+)
+
+
+def walk(tree: dict, prefix: str = ""):
+    """Yield (dotted key, value) of every leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from walk(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
+    """One message for each value of the JSON that contradicts the run, naming both."""
+    decided, problems, file = run_values(config), [], config.deepspeed
+    for key, value in walk(content):
+        if key in decided:
+            expected, option = decided[key]
+            if value != "auto" and value != expected:
+                problems.append(f'deepspeed: {file} says {key} = {json.dumps(value)}, but {option}'
+                                + (f" says {json.dumps(expected)}" if " " not in option else "")
+                                + f'; set it to "auto" or to {json.dumps(expected)}')
+        elif key.startswith("scheduler."):
+            if value != "auto":
+                problems.append(f"deepspeed: {file} sets {key}, but optimizer.schedule and optimizer.warmup_share make "
+                                "the schedule of a run; remove the scheduler section")
+        elif value == "auto" and key not in LEFT_TO_DEEPSPEED:
+            known = ", ".join([*decided, *LEFT_TO_DEEPSPEED])
+            problems.append(f'deepspeed: {file} leaves {key} "auto", which nothing in a run decides (known: {known})')
+    if content.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2, 3):
+        problems.append(f"deepspeed: {file} names ZeRO stage {content['zero_optimization']['stage']}; it is 0, 1, 2 or 3")
+    micro = content.get("train_micro_batch_size_per_gpu", "auto")
+    if micro not in ("auto", 1):
+        problems.append(f"deepspeed: {file} says train_micro_batch_size_per_gpu = {micro}, but micro-batches are cut by "
+                        'tokens (batch.max_tokens_per_micro_batch); set it to "auto"')
+    return problems
+
+
+def resolve_deepspeed_config(config: "TrainConfig", world_size: int) -> dict:
+    """The dictionary that DeepSpeed gets: the JSON with "auto" filled. `config` has passed `deepspeed_contradictions`.
+
+    DeepSpeed's own batch sizes count calls of its engine, not pairs: one call a rank and step boundary.
+    """
+    content, _ = read_deepspeed_json(config.deepspeed)
+
+    def filled(tree: dict, prefix: str) -> dict:
+        result = {}
+        for key, value in tree.items():
+            name = prefix + key
+            if isinstance(value, dict):
+                result[key] = filled(value, f"{name}.")
+            elif value != "auto":
+                result[key] = value
+            elif name in decided:
+                result[key] = decided[name][0]
+        return result
+
+    decided = run_values(config)
+    resolved = filled({key: value for key, value in content.items() if key != "scheduler"}, "")
+    resolved |= {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.max_gradient_norm,
+        "bf16": resolved.get("bf16", {}) | {"enabled": config.model.dtype == "bfloat16"},
+    }
+    resolved.setdefault("steps_per_print", 10**9)
+    return resolved
