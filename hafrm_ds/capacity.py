@@ -1,0 +1,83 @@
+"""What a computation costs: floating-point operations of a model, and what the hardware reaches."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from hafrm_ds.data.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """Floating-point operations of one forward pass.
+
+    per_token: matrix products of the body for one token. per_response_token: the LM head for one predicted token.
+    per_visible_key: attention scores and their sum over values, for one query that sees one key, over all layers.
+
+    A multiplication and its addition count as two. A backward pass costs twice the forward. Recomputation under
+    gradient checkpointing is not counted, as usual for MFU; sliding windows are counted as if they were open.
+    """
+
+    per_token: float
+    per_response_token: float
+    per_visible_key: float
+
+    @classmethod
+    def of(cls, causal_lm: nn.Module) -> "ForwardCost":
+        config: PretrainedConfig = causal_lm.config.get_text_config()
+        head = causal_lm.get_output_embeddings().weight
+        embedding = causal_lm.get_input_embeddings().weight
+        body = sum(
+            full_numel(parameter)
+            for parameter in causal_lm.parameters()
+            if parameter is not head and parameter is not embedding and len(full_shape(parameter)) == 2
+        )
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            per_token=2.0 * body,
+            per_response_token=2.0 * full_numel(head),
+            per_visible_key=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
+        )
+
+    def forward_flops(self, batch: PackedBatch, with_logprob: bool) -> float:
+        """Operations that the batch needs; padding is not among them."""
+        if batch.segments is not None:
+            q, k = np.array(batch.segments.q_lengths), np.array(batch.segments.k_lengths)
+        else:
+            q = k = batch.attention_mask.sum(1).numpy()
+        visible_keys = (q * (k - q) + q * (q + 1) // 2).sum()
+        flops = self.per_token * q.sum() + self.per_visible_key * visible_keys
+        return flops + (self.per_response_token * len(batch.target_ids) if with_logprob else 0.0)
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of a parameter, sharded by ZeRO-3 (whose own shape is then empty) or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def full_numel(parameter: nn.Parameter) -> int:
+    return int(np.prod(full_shape(parameter)))
+
+
+def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of a large square matrix product on this device: the peak that MFU is measured against."""
+    size = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == 0.0:
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

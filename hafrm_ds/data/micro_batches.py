@@ -1,0 +1,38 @@
+"""From a plan's indices to what one forward pass takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hafrm_ds.data.packing import PackedBatch, from_pairs, lay_out
+from hafrm_ds.data.planning import DUMMY
+from hafrm_ds.data.tokenization import TokenizedPair
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs of one forward pass. Legend: P pairs, N = 2P responses.
+
+    index: [P] position of each pair in the data set, or [DUMMY].
+    weight: [P] fp32, 1, or 0 for a dummy, which is computed but counts nothing.
+    margin: [P] fp32, 0 where the data has none.
+    """
+
+    batch: PackedBatch
+    index: np.ndarray
+    weight: Tensor
+    margin: Tensor
+
+
+def make_micro_batch(pairs: Sequence[TokenizedPair], index: Sequence[int], layout: str) -> MicroBatch:
+    """Lay out the pairs at `index`. The first pair of the set stands in for a dummy."""
+    chosen = [pairs[max(position, 0)] for position in index]
+    return MicroBatch(
+        batch=lay_out(from_pairs(chosen), layout),
+        index=np.asarray(index, dtype=np.int64),
+        weight=torch.tensor([0.0 if position == DUMMY else 1.0 for position in index]),
+        margin=torch.tensor([pair.margin or 0.0 for pair in chosen]),
+    )

@@ -1,0 +1,204 @@
+"""Micro-batches: pairs laid out for one forward pass.
+
+Legend: T tokens of the micro-batch, N responses, S attention segments, K keys, M predicted response tokens,
+B rows and L columns of the padded layout.
+
+shared_prefix: a prompt P with responses C and R stands as [P C R]. As queries these are two segments, [P C] and [R];
+their keys are [P C] and [P R], gathered by `key_index`. Every token attends exactly to what it would see in its own
+sequence, while projections, MLPs and norms run once for the prompt.
+packed: [P C] [P R], each its own segment. padded: rows [P C] and [P R] with padding on the right, under the model's
+stock attention: works with every model and is the yardstick of the other two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hafrm_ds.data.tokenization import TokenizedPair
+
+IGNORED_PADDING_ID = 0
+"""Fills padded rows. Which id it is never matters: positions come from lengths, and padding is masked."""
+
+
+@dataclass(frozen=True)
+class AttentionSegments:
+    """Variable-length attention of a micro-batch: segment s has queries q and keys k, causal from the bottom right.
+
+    cu_seqlens_q, cu_seqlens_k: [S + 1] int32, where segments begin in queries and in keys.
+    key_index: [K] int64, position in the T tokens of each key; None when keys are the tokens themselves.
+    q_lengths, k_lengths: the same lengths as Python numbers, so that no device has to be asked.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    key_index: Tensor | None
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "AttentionSegments":
+        return move(self, device)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """N responses laid out for one forward pass.
+
+    input_ids, position_ids: [1, T] int64, or [B, L] in the padded layout.
+    attention_mask: [B, L] int64 in the padded layout, else None.
+    segments: how tokens attend; None in the padded layout.
+    readout_index: [N] int64, flat position of each response's last token, where its reward is read.
+    predict_index: [M] int64, flat position whose hidden state predicts each response token.
+    target_ids: [M] int64, the response tokens.
+    response_index: [M] int64, the response that each of them belongs to.
+    num_tokens: [N] int64, tokens of each response.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    segments: AttentionSegments | None
+    readout_index: Tensor
+    predict_index: Tensor
+    target_ids: Tensor
+    response_index: Tensor
+    num_tokens: Tensor
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.num_tokens)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return move(self, device)
+
+
+def move(batch, device: torch.device):
+    """A copy of a dataclass with its tensors (and nested batches) on `device`."""
+    changed = {
+        field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor | AttentionSegments)
+    }
+    return replace(batch, **changed)
+
+
+@dataclass(frozen=True)
+class PromptWithResponses:
+    """Token ids of one prompt and its responses: two for a preference pair, any number for best-of-N."""
+
+    prompt: Sequence[int]
+    responses: tuple[Sequence[int], ...]
+
+
+def from_pairs(pairs: Sequence[TokenizedPair]) -> list[PromptWithResponses]:
+    return [PromptWithResponses(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+
+
+def token_costs(lengths: dict[str, np.ndarray], layout: str) -> np.ndarray:
+    """Tokens that each pair occupies: [pairs]. `lengths` maps prompt, chosen and rejected to [pairs]."""
+    prompt, chosen, rejected = lengths["prompt"], lengths["chosen"], lengths["rejected"]
+    if layout == "shared_prefix":
+        return prompt + chosen + rejected
+    if layout == "packed":
+        return 2 * prompt + chosen + rejected
+    return 2 * (prompt + np.maximum(chosen, rejected))
+
+
+def lay_out(items: Sequence[PromptWithResponses], layout: str) -> PackedBatch:
+    """Lay prompts and responses out for one forward pass; responses keep their order over all items."""
+    if layout == "padded":
+        return lay_out_padded(items)
+    return lay_out_segments(items, shared_prefix=layout == "shared_prefix")
+
+
+def lay_out_segments(items: Sequence[PromptWithResponses], shared_prefix: bool) -> PackedBatch:
+    """The shared_prefix and packed layouts: one row of T tokens, no padding."""
+    ids, positions, keys, q_lengths, k_lengths = [], [], [], [], []
+    readout, predict, num_tokens = [], [], []
+    start = 0  # of the next token among the T
+    for item in items:
+        prompt = np.asarray(item.prompt, dtype=np.int64)
+        prompt_start = start
+        for number, response in enumerate(item.responses):
+            response = np.asarray(response, dtype=np.int64)
+            length = len(response)
+            if number == 0 or not shared_prefix:
+                prompt_start = start
+                ids.append(prompt)
+                positions.append(np.arange(len(prompt)))
+                start += len(prompt)
+            response_positions = np.arange(start, start + length)
+            ids.append(response)
+            positions.append(np.arange(len(prompt), len(prompt) + length))
+            keys += [np.arange(prompt_start, prompt_start + len(prompt)), response_positions]
+            k_lengths.append(len(prompt) + length)
+            q_lengths.append(length if shared_prefix and number > 0 else len(prompt) + length)
+            # The first response token is predicted by the last prompt token, each later one by its predecessor.
+            predict += [[prompt_start + len(prompt) - 1], response_positions[:-1]]
+            start += length
+            readout.append(start - 1)
+            num_tokens.append(length)
+    responses = [response for item in items for response in item.responses]
+    segments = AttentionSegments(
+        cu_seqlens_q=cumulative(q_lengths),
+        cu_seqlens_k=cumulative(k_lengths),
+        key_index=tensor(np.concatenate(keys)) if sum(k_lengths) != sum(q_lengths) else None,
+        q_lengths=tuple(q_lengths),
+        k_lengths=tuple(k_lengths),
+    )
+    return PackedBatch(
+        input_ids=tensor(np.concatenate(ids))[None],
+        position_ids=tensor(np.concatenate(positions))[None],
+        attention_mask=None,
+        segments=segments,
+        **response_tensors(responses, readout, predict, num_tokens),
+    )
+
+
+def lay_out_padded(items: Sequence[PromptWithResponses]) -> PackedBatch:
+    """The padded layout: a row for each response, padded on the right to the longest."""
+    rows = [
+        (len(item.prompt), np.concatenate([item.prompt, response]).astype(np.int64))
+        for item in items
+        for response in item.responses
+    ]
+    width = max(len(row) for _, row in rows)
+    input_ids = np.full((len(rows), width), IGNORED_PADDING_ID, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    readout, predict, num_tokens = [], [], []
+    for number, (prompt_length, row) in enumerate(rows):
+        input_ids[number, : len(row)] = row
+        mask[number, : len(row)] = 1
+        start = number * width
+        readout.append(start + len(row) - 1)
+        predict.append(np.arange(start + prompt_length - 1, start + len(row) - 1))
+        num_tokens.append(len(row) - prompt_length)
+    responses = [response for item in items for response in item.responses]
+    return PackedBatch(
+        input_ids=tensor(input_ids),
+        position_ids=tensor(np.arange(width)).expand(len(rows), width),
+        attention_mask=tensor(mask),
+        segments=None,
+        **response_tensors(responses, readout, predict, num_tokens),
+    )
+
+
+def response_tensors(responses, readout, predict, num_tokens) -> dict[str, Tensor]:
+    """The fields of a batch that say where responses are read and predicted, the same in every layout."""
+    return {
+        "readout_index": tensor(readout),
+        "predict_index": tensor(np.concatenate(predict)),
+        "target_ids": tensor(np.concatenate(responses)),
+        "response_index": tensor(np.repeat(np.arange(len(num_tokens)), num_tokens)),
+        "num_tokens": tensor(num_tokens),
+    }
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def tensor(values) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int64))

@@ -1,0 +1,255 @@
+"""From data sources to tokenised pairs, cached on disk, with a report of what became of every row."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hafrm_ds.config import DataConfig
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.report import (
+    DataReport,
+    Example,
+    TemplateFacts,
+    count_outcomes,
+    count_repeats,
+    percentiles,
+)
+from hafrm_ds.data.sources import Source, read_pairs
+from hafrm_ds.data.tokenization import TOKENIZATION_VERSION, TokenizedPair, Truncation, tokenize_pair
+from hafrm_ds.errors import DataError
+
+SMALL_SET = 2000
+"""Rows below which starting worker processes takes longer than the tokenising itself."""
+MAX_PROCESSES = 16
+NUM_EXAMPLES = 3
+
+TOKEN_IDS = datasets.Sequence(datasets.Value("int32"))
+PAIR_FEATURES = {
+    "prompt_ids": TOKEN_IDS,
+    "chosen_ids": TOKEN_IDS,
+    "rejected_ids": TOKEN_IDS,
+    "margin": datasets.Value("float32"),
+    "source": datasets.Value("string"),
+    "id": datasets.Value("string"),
+}
+# One row for each row read, kept in the cache: what became of it, beside the pair itself.
+FATE_FEATURES = {
+    "selected": datasets.Value("bool"),
+    "outcome": datasets.Value("string"),
+    "cut": datasets.Value("bool"),
+    "uncut_length": datasets.Value("int64"),
+    "chosen_key": datasets.Value("int64"),
+    "rejected_key": datasets.Value("int64"),
+}
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """The usable pairs of a set, in reading order."""
+
+    pairs: datasets.Dataset
+    """Columns prompt_ids, chosen_ids, rejected_ids (int32 lists), margin (float32 or None), source, id."""
+    lengths: dict[str, np.ndarray]
+    """prompt, chosen, rejected -> [pairs] int64 tokens."""
+    report: DataReport
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        return TokenizedPair(**self.pairs[int(index)])
+
+
+def prepare_pairs(
+    sources: list[Source],
+    *,
+    formatter: ChatFormatter,
+    data: DataConfig,
+    role: Literal["train", "eval"],
+    seed: int,
+) -> PreparedPairs:
+    """Read, tokenise and check the pairs of `sources`.
+
+    The tokenised rows are cached by content of the sources, formatter, max_length and truncation. `seed` decides caps
+    and mixes of the sources and the examples in the report.
+
+    Raises:
+        DataError: a source cannot be read, more than data.max_dropped_share of the selected pairs is unusable, or no
+            pair is left.
+    """
+    rows = read_pairs(sources, role=role, seed=seed, cache_dir=data.cache_dir)
+    if not len(rows):
+        raise DataError(f"{role} data: no rows in {', '.join(source.label_in_reports for source in sources)}")
+    tokenized = tokenize_rows(rows, formatter, data)
+    table = tokenized.data.table
+    kept = np.flatnonzero(pc.and_(table["selected"], pc.equal(table["outcome"], "")).to_numpy())
+    lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in ("prompt", "chosen", "rejected")}
+    report = summarize(table, kept, lengths, formatter, data, role)
+    check_enough_left(report, data)
+    prepared = PreparedPairs(tokenized.select(kept).select_columns(list(PAIR_FEATURES)), lengths, report)
+    for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
+        report.examples.append(Example.of(prepared[index], formatter.tokenizer))
+    return prepared
+
+
+def choose_examples(num_pairs: int, num_examples: int, seed: int) -> list[int]:
+    """A seeded choice of pairs to show, in order."""
+    chosen = np.random.default_rng(seed).choice(num_pairs, size=min(num_examples, num_pairs), replace=False)
+    return sorted(chosen.tolist())
+
+
+# ---- tokenising all rows -------------------------------------------------------------------------------------------
+
+
+def tokenize_rows(rows: datasets.Dataset, formatter: ChatFormatter, data: DataConfig) -> datasets.Dataset:
+    """Tokenise every selected row -> Dataset of PAIR_FEATURES and FATE_FEATURES, one row for each row read.
+
+    Loaded from the cache when the same rows were tokenised before under the same formatter, length and policy.
+    """
+    fingerprint = tokenization_cache_key(rows._fingerprint, formatter.fingerprint, data.max_length, data.truncation)
+    folder = data.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds"
+    folder.mkdir(parents=True, exist_ok=True)
+    return rows.map(
+        tokenize_batch,
+        batched=True,
+        fn_kwargs={"formatter": formatter, "max_length": data.max_length, "truncation": data.truncation},
+        remove_columns=rows.column_names,
+        features=datasets.Features(PAIR_FEATURES | FATE_FEATURES),
+        num_proc=num_processes(len(rows), data.num_proc),
+        cache_file_name=str(folder / f"tokenized-{fingerprint}.arrow"),
+        # Given, because datasets would else hash the pickled formatter, whose bytes differ from process to process.
+        new_fingerprint=fingerprint,
+        desc="Tokenising",
+    )
+
+
+def tokenization_cache_key(rows_fingerprint: str, formatter_fingerprint: str, max_length: int, truncation: str) -> str:
+    """Hash (32 hex digits, which datasets lengthens by the rank of a worker) of all that decides the tokenised rows."""
+    everything = (rows_fingerprint, formatter_fingerprint, max_length, truncation, TOKENIZATION_VERSION)
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:32]
+
+
+def num_processes(num_rows: int, wanted: int | None) -> int | None:
+    """Worker processes for map; None means this process alone."""
+    if wanted is None and num_rows >= SMALL_SET:
+        wanted = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    return min(wanted, num_rows) if wanted is not None and wanted > 1 else None
+
+
+def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length: int, truncation: Truncation) -> dict:
+    """Columns as read_pairs gives them -> columns of PAIR_FEATURES and FATE_FEATURES. Deselected rows get no ids."""
+    columns: dict[str, list] = {name: [] for name in PAIR_FEATURES | FATE_FEATURES}
+    for prompt, chosen, rejected, margin, source, row_id, deselected in zip(
+        *(batch[name] for name in ("prompt", "chosen", "rejected", "margin", "source", "id", "outcome"))
+    ):
+        row = {"margin": margin, "source": source, "id": row_id, "selected": not deselected, "outcome": deselected}
+        ids, cut, uncut_length = ([], [], []), False, 0
+        if not deselected:
+            ids, row["outcome"], cut, uncut_length = tokenize_pair(
+                formatter, prompt, chosen, rejected, max_length, truncation
+            )
+        prompt_ids, chosen_ids, rejected_ids = ids
+        row |= {
+            "prompt_ids": prompt_ids,
+            "chosen_ids": chosen_ids,
+            "rejected_ids": rejected_ids,
+            "cut": cut,
+            "uncut_length": uncut_length,
+            "chosen_key": conversation_key(prompt_ids + chosen_ids),
+            "rejected_key": conversation_key(prompt_ids + rejected_ids),
+        }
+        for name, value in row.items():
+            columns[name].append(value)
+    return columns
+
+
+def conversation_key(ids: list[int]) -> int:
+    """A 64-bit hash of token ids, to find repeated conversations by."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+# ---- the report and its limits -------------------------------------------------------------------------------------
+
+
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Lengths [rows] int64 of the lists of a column, read from their offsets."""
+    return pc.list_value_length(column).to_numpy().astype(np.int64)
+
+
+def summarize(
+    table: pa.Table,
+    kept: np.ndarray,
+    lengths: dict[str, np.ndarray],
+    formatter: ChatFormatter,
+    data: DataConfig,
+    role: str,
+) -> DataReport:
+    """The report of a tokenised table, without examples. `kept`: [pairs] rows of the usable pairs."""
+    total, by_source = count_outcomes(table)
+    duplicates, both_orders = count_repeats(
+        table["chosen_key"].to_numpy()[kept], table["rejected_key"].to_numpy()[kept]
+    )
+    uncut = table["uncut_length"].to_numpy()
+    conversation = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
+    tokens = lengths | {"conversation": conversation, "conversation_before_cut": uncut[uncut > 0]}
+    return DataReport(
+        role=role,
+        max_length=data.max_length,
+        truncation=data.truncation,
+        total=total,
+        by_source=by_source,
+        first_dropped={reason: first_id(table, reason) for reason in total.dropped},
+        duplicates=duplicates,
+        both_orders=both_orders,
+        tokens={name: percentiles(values) for name, values in tokens.items()},
+        template=TemplateFacts.of(formatter),
+        examples=[],
+    )
+
+
+def first_id(table: pa.Table, reason: str) -> str:
+    """Id of the first selected row dropped for `reason`."""
+    matches = pc.and_(table["selected"], pc.equal(table["outcome"], reason))
+    return table["id"][pc.index(matches, True).as_py()].as_py()
+
+
+def check_enough_left(report: DataReport, data: DataConfig) -> None:
+    """Raise DataError when more was dropped than the user allows, or when nothing is left."""
+    total = report.total
+    if total.selected == 0:
+        raise DataError(
+            f"{report.role} data: all {total.read} rows read were deselected:\n" + "\n".join(counted(total.deselected))
+        )
+    if total.dropped_share <= data.max_dropped_share and total.kept:
+        return
+    # Rounded up, so that the number named here does let this very set through.
+    share = math.ceil(total.dropped_share * 1000) / 1000
+    lines = [
+        f"{report.role} data: {sum(total.dropped.values())} of {total.selected} selected pairs ({share:.1%}) would be "
+        f"dropped, {total.kept} are left; data.max_dropped_share is {data.max_dropped_share}:",
+        *counted(total.dropped, report.first_dropped),
+    ]
+    if uncut := report.tokens["conversation_before_cut"]:
+        lines.append(
+            f"Longer conversation of a pair: {uncut['p90']} tokens at the 90th percentile, {uncut['p99']} at the 99th, "
+            f"{uncut['max']} at most. data.max_length is {data.max_length}, data.truncation {data.truncation}."
+        )
+    remedies = "raise --data.max_length, choose another --data.truncation, or repair the data"
+    lines.append(f"Either {remedies}" + (f", or allow it: --data.max_dropped_share {share}" if total.kept else "") + ".")
+    raise DataError("\n".join(lines))
+
+
+def counted(reasons: dict[str, int], first: dict[str, str] | None = None) -> Iterable[str]:
+    """One line for each reason, the most frequent first."""
+    for reason, number in sorted(reasons.items(), key=lambda item: -item[1]):
+        yield f"  {number:>8}  {reason}" + (f" (first: {first[reason]})" if first else "")

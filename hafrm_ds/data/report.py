@@ -1,0 +1,252 @@
+"""What became of the data: counts, lengths and examples of one prepared set, for the terminal and for data_report.json."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.tokenization import TokenizedPair
+
+PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+
+
+@dataclass
+class Counts:
+    """Pairs of one source, or of all: read = deselected + dropped + kept."""
+
+    read: int = 0
+    deselected: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows that the user's filters, caps and portions left out, or that hold no preference (ties)."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> selected pairs that cannot be used; they count against data.max_dropped_share."""
+    kept: int = 0
+    cut: int = 0
+    """Kept pairs that lost tokens to max_length."""
+
+    @property
+    def selected(self) -> int:
+        return self.read - sum(self.deselected.values())
+
+    @property
+    def dropped_share(self) -> float:
+        return sum(self.dropped.values()) / self.selected if self.selected else 0.0
+
+    def add(self, number: int, *, selected: bool, outcome: str, cut: bool) -> None:
+        """Count `number` rows that share one fate."""
+        self.read += number
+        if not selected:
+            self.deselected[outcome] = self.deselected.get(outcome, 0) + number
+        elif outcome:
+            self.dropped[outcome] = self.dropped.get(outcome, 0) + number
+        else:
+            self.kept += number
+            self.cut += number * cut
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """How conversations were rendered."""
+
+    origin: str
+    text: str
+    bos: str
+    bos_token: str | None
+    frozen_dates: tuple[str, ...]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, formatter: ChatFormatter) -> "TemplateFacts":
+        return cls(
+            origin=formatter.template_origin,
+            text=formatter.template,
+            bos=formatter.bos,
+            bos_token=formatter.tokenizer.bos_token,
+            frozen_dates=formatter.frozen_dates,
+            fingerprint=formatter.fingerprint,
+        )
+
+    @property
+    def in_words(self) -> str:
+        bos = {
+            "none": "no BOS: neither the template nor the tokenizer adds one",
+            "template": f"BOS {self.bos_token!r} written by the template",
+            "added": f"BOS {self.bos_token!r}, which the tokenizer adds by default, put in front of the template",
+        }[self.bos]
+        origin = "the tokenizer's own" if self.origin == "tokenizer" else self.origin
+        dates = f"; date frozen to {', '.join(self.frozen_dates)}" if self.frozen_dates else ""
+        return f"{origin} ({self.fingerprint[:12]}); {bos}{dates}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A kept pair as the model sees it: the text of its ids, cuts included."""
+
+    id: str
+    source: str
+    prompt: str
+    chosen: str
+    rejected: str
+
+    @classmethod
+    def of(cls, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> "Example":
+        prompt, chosen, rejected = (
+            tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        )
+        return cls(pair.id, pair.source, prompt, chosen, rejected)
+
+
+@dataclass
+class DataReport:
+    """One prepared set: what was read, left out, dropped, cut and kept, and what it looks like."""
+
+    role: str
+    """"train" or "eval"."""
+    max_length: int
+    truncation: str
+    total: Counts
+    by_source: dict[str, Counts]
+    first_dropped: dict[str, str]
+    """Reason -> id (file and row) of the first pair dropped for it."""
+    duplicates: int
+    """Kept pairs whose ids repeat those of an earlier kept pair. They are allowed."""
+    both_orders: int
+    """Different kept pairs that are also there with chosen and rejected swapped. They are allowed."""
+    tokens: dict[str, dict[str, int]]
+    """prompt, chosen, rejected, conversation (the longer of a pair's two), conversation_before_cut (of all pairs that
+    could be rendered) -> percentile -> tokens."""
+    template: TemplateFacts
+    examples: list[Example]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain mapping for data_report.json."""
+        return asdict(self)
+
+    def render(self) -> RenderableType:
+        """Tables and examples for a rich console. Data goes in as Text, never as rich markup."""
+        parts: list[RenderableType] = [self._counts_table()]
+        if self.total.deselected or self.total.dropped:
+            parts.append(self._reasons_table())
+        parts += [
+            Text(
+                f"{self.total.cut} pairs cut to {self.max_length} tokens ({self.truncation}), {self.duplicates} exact "
+                f"duplicates, {self.both_orders} pairs present in both orders"
+            ),
+            self._lengths_table(),
+            Text(f"Template: {self.template.in_words}"),
+            *(render_example(example) for example in self.examples),
+        ]
+        return Group(*parts)
+
+    def _counts_table(self) -> Table:
+        table = number_table("Pairs", "read", "deselected", "dropped", "kept", "of these cut")
+        for name, counts in [*self.by_source.items(), ("total", self.total)]:
+            deselected, dropped = sum(counts.deselected.values()), sum(counts.dropped.values())
+            add_numbers(table, name, counts.read, deselected, dropped, counts.kept, counts.cut)
+        return table
+
+    def _reasons_table(self) -> Table:
+        table = number_table("Why pairs are not used", "pairs")
+        table.add_column("first", overflow="fold")
+        for reason, number in self.total.deselected.items():
+            table.add_row(as_text(f"deselected: {reason}"), f"{number:,}", "")
+        for reason, number in self.total.dropped.items():
+            table.add_row(as_text(f"dropped: {reason}"), f"{number:,}", as_text(self.first_dropped[reason]))
+        return table
+
+    def _lengths_table(self) -> Table:
+        table = number_table("Tokens", *PERCENTILES)
+        for name, values in self.tokens.items():
+            add_numbers(table, name.replace("_", " "), *values.values())
+        return table
+
+
+# ---- counting ------------------------------------------------------------------------------------------------------
+
+
+def count_outcomes(table: pa.Table) -> tuple[Counts, dict[str, Counts]]:
+    """Count rows by fate -> (all sources, source -> its counts), sources and reasons in order of appearance.
+
+    Args:
+        table: columns source, outcome (string), selected and cut (bool).
+    """
+    total, by_source = Counts(), {}
+    groups = table.group_by(["source", "selected", "outcome", "cut"], use_threads=False).aggregate([([], "count_all")])
+    for group in groups.to_pylist():
+        source, number = group.pop("source"), group.pop("count_all")
+        for counts in (total, by_source.setdefault(source, Counts())):
+            counts.add(number, **group)
+    return total, by_source
+
+
+def count_repeats(chosen_keys: np.ndarray, rejected_keys: np.ndarray) -> tuple[int, int]:
+    """Pairs that repeat an earlier one, and different pairs that are there in both orders.
+
+    Args:
+        chosen_keys, rejected_keys: [pairs] int64 hashes of the two conversations' ids.
+    """
+    ordered = np.unique(np.stack([chosen_keys, rejected_keys], axis=1), axis=0)
+    unordered = np.unique(np.sort(ordered, axis=1), axis=0)
+    return len(chosen_keys) - len(ordered), len(ordered) - len(unordered)
+
+
+def percentiles(lengths: np.ndarray) -> dict[str, int]:
+    """Lengths [pairs] -> percentile name -> a length that occurs; empty without pairs."""
+    if not len(lengths):
+        return {}
+    values = np.percentile(lengths, list(PERCENTILES.values()), method="higher")
+    return dict(zip(PERCENTILES, map(int, values)))
+
+
+# ---- showing -------------------------------------------------------------------------------------------------------
+
+
+def as_text(value: str) -> Text:
+    """Text of the data for the terminal: no markup is read in it, and control characters are shown as escapes."""
+    return Text("".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value))
+
+
+def number_table(first_column: str, *number_columns: str) -> Table:
+    table = Table(first_column)
+    for name in number_columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def add_numbers(table: Table, name: str, *numbers: int) -> None:
+    table.add_row(as_text(name), *(f"{number:,}" for number in numbers))
+
+
+def render_example(example: Example) -> Panel:
+    lines = [
+        Text.assemble((f"{name}: ", "bold"), as_text(getattr(example, name)))
+        for name in ("prompt", "chosen", "rejected")
+    ]
+    return Panel(Group(*lines), title=as_text(f"{example.id} ({example.source})"), title_align="left")
+
+
+def render_tokens(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> Panel:
+    """The tokens of a pair one by one; >>token<< marks where the reward of each conversation is read."""
+    lines = [Text.assemble((f"prompt, {len(pair.prompt_ids)} tokens: ", "bold"), spelled(pair.prompt_ids, tokenizer))]
+    responses = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
+    for (name, ids), read_out in zip(responses.items(), pair.read_outs):
+        lines.append(
+            Text.assemble(
+                (f"{name}, {len(ids)} tokens, read-out at index {read_out}: ", "bold"),
+                spelled(ids[:-1], tokenizer),
+                (f" >>{spelled(ids[-1:], tokenizer)}<<", "reverse"),
+            )
+        )
+    return Panel(Group(*lines), title=as_text(f"{pair.id} ({pair.source})"), title_align="left")
+
+
+def spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Each token in quotes, so that spaces and newlines show."""
+    return " ".join(repr(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids)

@@ -1,0 +1,156 @@
+"""From one preference pair to token ids: where the prompt ends, what is cut and what is dropped.
+
+Both whole conversations are rendered and encoded at once. The prompt is their longest common token prefix, at most the
+rendered prompt; everything after it is response. So a token that BPE merges over the boundary belongs to the response,
+and prompt + response is always exactly what the model sees when it scores the conversation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jinja2
+
+from hafrm_ds.data.formatting import ChatFormatter, Message
+
+TOKENIZATION_VERSION = 1
+"""Part of the cache key of tokenised data: raise it whenever the ids or outcomes of any pair change."""
+
+Truncation = Literal["drop", "keep_prompt_end", "cut_response"]
+
+# Why a selected pair is dropped. All of these count against data.max_dropped_share.
+EMPTY_PROMPT = "empty prompt"
+EMPTY_ANSWER = "empty answer"
+IDENTICAL_ANSWERS = "identical answers"
+IDENTICAL_AFTER_CUT = "identical after the cut"
+TOO_LONG = "longer than max_length"
+REFUSED = "the template refuses the conversation"
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """One pair as ids. The two conversations are prompt_ids + chosen_ids and prompt_ids + rejected_ids.
+
+    The prompt has at least one token, which predicts the first token of each response; each response has at least one.
+    """
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    margin: float | None
+    source: str
+    id: str
+
+    @property
+    def read_outs(self) -> tuple[int, int]:
+        """Where the reward is read: index of the last token of the chosen and of the rejected conversation."""
+        return len(self.prompt_ids) + len(self.chosen_ids) - 1, len(self.prompt_ids) + len(self.rejected_ids) - 1
+
+
+class PairIds(NamedTuple):
+    """Token ids of a pair: the shared prompt and the two responses."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def longer_conversation(self) -> int:
+        """Tokens of the longer of the two conversations."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+NO_IDS = PairIds([], [], [])
+
+
+class Tokenization(NamedTuple):
+    """What became of one pair."""
+
+    ids: PairIds
+    """Empty when the pair is dropped."""
+    outcome: str
+    """"" for a usable pair, else why it is dropped."""
+    cut: bool
+    """Whether tokens of a usable pair were cut: of its prompt (keep_prompt_end) or its responses (cut_response)."""
+    uncut_length: int
+    """Tokens of the longer conversation before any cut; 0 for pairs dropped before they had ids."""
+
+
+def tokenize_pair(
+    formatter: ChatFormatter,
+    prompt: list[Message],
+    chosen: list[Message],
+    rejected: list[Message],
+    max_length: int,
+    truncation: Truncation,
+) -> Tokenization:
+    """Messages of one pair -> ids that fit max_length, or the reason why the pair is dropped."""
+    if not prompt:
+        return dropped(EMPTY_PROMPT)
+    if is_blank(chosen) or is_blank(rejected):
+        return dropped(EMPTY_ANSWER)
+    if chosen == rejected:
+        return dropped(IDENTICAL_ANSWERS)
+    try:
+        chosen_conversation = formatter.encode(prompt + chosen)
+        rejected_conversation = formatter.encode(prompt + rejected)
+        rendered_prompt = formatter.encode_prompt(prompt)
+    except jinja2.TemplateError:
+        return dropped(REFUSED)
+
+    ids = split_at_prompt(chosen_conversation, rejected_conversation, rendered_prompt)
+    length = ids.longer_conversation
+    if ids.chosen == ids.rejected:  # the template may strip or normalise what made the texts differ
+        return dropped(IDENTICAL_ANSWERS, length)
+    if not ids.prompt:
+        return dropped(EMPTY_PROMPT, length)
+    if not ids.chosen or not ids.rejected:
+        return dropped(EMPTY_ANSWER, length)
+
+    fitted = fit(ids, max_length, truncation, bos_token_id=formatter.tokenizer.bos_token_id)
+    if fitted is None:
+        return dropped(TOO_LONG, length)
+    if fitted.chosen == fitted.rejected:
+        return dropped(IDENTICAL_AFTER_CUT, length)
+    return Tokenization(fitted, outcome="", cut=fitted != ids, uncut_length=length)
+
+
+def dropped(reason: str, uncut_length: int = 0) -> Tokenization:
+    return Tokenization(NO_IDS, reason, cut=False, uncut_length=uncut_length)
+
+
+def is_blank(messages: list[Message]) -> bool:
+    return not any(message["content"].strip() for message in messages)
+
+
+def split_at_prompt(chosen: list[int], rejected: list[int], rendered_prompt: list[int]) -> PairIds:
+    """Ids of both conversations and of the prompt rendered alone -> the shared prompt and the two responses."""
+    end = common_prefix_length(chosen, rejected, rendered_prompt)
+    return PairIds(chosen[:end], chosen[end:], rejected[end:])
+
+
+def common_prefix_length(*sequences: Sequence[int]) -> int:
+    shortest = min(len(sequence) for sequence in sequences)
+    for index, tokens in enumerate(zip(*sequences)):  # stops at the shortest sequence
+        if len(set(tokens)) > 1:
+            return index
+    return shortest
+
+
+def fit(ids: PairIds, max_length: int, truncation: Truncation, bos_token_id: int | None) -> PairIds | None:
+    """Cut a pair so that both conversations have at most max_length tokens; None when the policy cannot do that.
+
+    keep_prompt_end leaves the responses whole and cuts the start of the prompt to what the longer response leaves. A
+    leading BOS stays, and so must at least one token after it. cut_response leaves the prompt whole and cuts the end
+    of each response that does not fit beside it; at least one token of each must stay.
+    """
+    if ids.longer_conversation <= max_length:
+        return ids
+    if truncation == "keep_prompt_end":
+        bos = ids.prompt[:1] if ids.prompt[0] == bos_token_id else []
+        tail = max_length - max(len(ids.chosen), len(ids.rejected)) - len(bos)
+        return ids._replace(prompt=bos + ids.prompt[-tail:]) if tail >= 1 else None
+    if truncation == "cut_response":
+        room = max_length - len(ids.prompt)
+        return ids._replace(chosen=ids.chosen[:room], rejected=ids.rejected[:room]) if room >= 1 else None
+    return None

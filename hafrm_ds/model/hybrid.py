@@ -1,0 +1,151 @@
+"""The hybrid reward model: one transformer body, the language-model head it came with and a scalar reward head.
+
+Legend: T tokens, N responses, M response tokens, H hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hafrm_ds.data.packing import PackedBatch
+from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
+from hafrm_ds.objective import ResponseScores
+
+
+class HybridModel(nn.Module):
+    """A causal LM with a reward head beside its LM head. Both read the same forward pass of the body.
+
+    The reward head is a plain Linear of the body's dtype (DeepSpeed shards one dtype at a time); its product is fp32.
+
+    Attributes:
+        uses_stock_logits: take log-probs from the causal LM's own [T, V] logits instead of the fused function. Set by
+            `check_lm_head` for a model whose LM head does something that `HeadTransform` does not know.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, reward_head: nn.Linear):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.reward_head = reward_head
+        self.head_transform = head_transform(causal_lm.config)
+        self.uses_stock_logits = False
+
+    def forward(self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True) -> ResponseScores:
+        """Score the N responses of a micro-batch.
+
+        Args:
+            with_reward: read the reward head.
+            with_logprob: run the LM head, at the positions that predict a response token and nowhere else.
+        """
+        if with_logprob and self.uses_stock_logits:
+            states, per_token = self.states_and_stock_logprobs(batch)
+        else:
+            states = self.causal_lm.get_decoder()(**model_inputs(batch)).last_hidden_state.flatten(0, 1)  # [T, H]
+            per_token = self.fused_logprobs(states, batch) if with_logprob else None
+        return ResponseScores(
+            reward=self.rewards(states[batch.readout_index]) if with_reward else None,
+            logprob=sum_by_response(per_token, batch) if with_logprob else None,
+            num_tokens=batch.num_tokens,
+        )
+
+    def rewards(self, states: Tensor) -> Tensor:
+        """[N, H] -> [N] fp32."""
+        head = self.reward_head
+        bias = None if head.bias is None else head.bias.float()
+        return F.linear(states.float(), head.weight.float(), bias).squeeze(-1)
+
+    def fused_logprobs(self, states: Tensor, batch: PackedBatch) -> Tensor:
+        """[T, H] -> [M] fp32."""
+        head = self.causal_lm.get_output_embeddings()
+        return token_logprobs(
+            states[batch.predict_index], head.weight, head.bias, batch.target_ids, self.head_transform
+        )
+
+    def states_and_stock_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """States [T, H] and log-probs [M] fp32 from the causal LM's own forward, which holds the logits of all tokens."""
+        captured = []
+        hook = self.causal_lm.get_decoder().register_forward_hook(
+            lambda module, inputs, output: captured.append(output.last_hidden_state)
+        )
+        try:
+            logits = self.causal_lm(**model_inputs(batch)).logits.flatten(0, 1)[batch.predict_index]
+        finally:
+            hook.remove()
+        logprobs = logits.float().log_softmax(-1).gather(1, batch.target_ids[:, None]).squeeze(1)
+        return captured[0].flatten(0, 1), logprobs
+
+
+def model_inputs(batch: PackedBatch) -> dict:
+    layout = {"attention_mask": batch.attention_mask} if batch.segments is None else {"segments": batch.segments}
+    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False, **layout}
+
+
+def sum_by_response(per_token: Tensor, batch: PackedBatch) -> Tensor:
+    """[M] -> [N], both fp32."""
+    zeros = torch.zeros(batch.num_responses, dtype=torch.float32, device=per_token.device)
+    return zeros.index_add(0, batch.response_index, per_token)
+
+
+def make_reward_head(hidden_size: int, *, bias: bool, init: str, dtype: torch.dtype, seed: int) -> nn.Linear:
+    """A Linear H -> 1, N(0, 1/(H + 1)) (Ouyang et al. 2022) or zero; the same on every rank that gives the same seed.
+
+    Made before the model is sharded: under zero.Init an initialiser finds an empty tensor and does nothing.
+    """
+    head = nn.Linear(hidden_size, 1, bias=bias, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        if init == "zero":
+            head.weight.zero_()
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            head.weight.normal_(0.0, 1 / math.sqrt(hidden_size + 1), generator=generator)
+        if bias:
+            head.bias.zero_()
+    return head.to(dtype)
+
+
+def head_transform(config) -> HeadTransform:
+    """Scales and caps that a model's forward applies around its LM head, by the names transformers gives them."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale /= divisor
+    return HeadTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout and layer-drop probability to 0, in modules and in attributes that functional calls read.
+
+    The model can then stay in train mode, which gradient checkpointing needs, and compute what it computes in eval.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def check_lm_head(model: HybridModel, forward: Callable[..., ResponseScores], batch: PackedBatch) -> float:
+    """Compare the fused log-probs of `batch` with those of the stock model's own logits.
+
+    A causal LM may do more around its head than `HeadTransform` knows. On a difference beyond rounding the model is
+    set to use its stock logits. All ranks call this together.
+
+    Args:
+        forward: runs `model` (the engine around it, which gathers sharded weights).
+
+    Returns:
+        The largest difference in nats a token.
+    """
+    with torch.no_grad():
+        fused = forward(batch, with_reward=False).logprob
+        _, per_token = model.states_and_stock_logprobs(batch)
+    stock = sum_by_response(per_token, batch)
+    difference = ((fused - stock).abs() / batch.num_tokens).max().item()
+    tolerance = 1e-4 if model.reward_head.weight.dtype == torch.float32 else 0.05
+    model.uses_stock_logits = not difference <= tolerance
+    return difference
+

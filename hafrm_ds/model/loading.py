@@ -1,0 +1,77 @@
+"""Loading a causal LM and its tokenizer from the hub or a local folder."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from hafrm_ds.config import ModelConfig
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.attention import SEGMENT_ATTENTION
+from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def origin(config: ModelConfig) -> dict:
+    """The arguments that every from_pretrained call shares."""
+    return {
+        "pretrained_model_name_or_path": config.name_or_path,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(**origin(config))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**origin(config))
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from model.name_or_path {config.name_or_path!r}: {first_line(error)}"
+        ) from error
+    # A sentencepiece model that could not be read gives an empty vocabulary instead of an error.
+    if len(tokenizer) < 2:
+        raise ModelError(f"the tokenizer of {config.name_or_path!r} has a vocabulary of {len(tokenizer)} tokens")
+    return tokenizer
+
+
+def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int) -> HybridModel:
+    """The causal LM with a fresh reward head, in the dtype of the run, dropout off, in train mode.
+
+    Inside `training.engine.sharded_loading` the weights are partitioned while they are read.
+    """
+    dtype = DTYPES[config.dtype]
+    model_config = load_model_config(config)
+    hidden_size = model_config.get_text_config().hidden_size
+    head = make_reward_head(
+        hidden_size, bias=config.reward_head_bias, init=config.reward_head_init, dtype=dtype, seed=seed
+    )
+    # The padded layout runs under stock attention: a registered name gets no mask, not even one for padding.
+    attention = stock_attention(model_config) if layout == "padded" else SEGMENT_ATTENTION
+    try:
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            **origin(config), config=model_config, dtype=dtype, attn_implementation=attention
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
+    if causal_lm.get_output_embeddings() is None:
+        raise ModelError(f"{type(causal_lm).__name__} has no language-model head")
+    disable_dropout(causal_lm)
+    causal_lm.train()
+    if config.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return HybridModel(causal_lm, head)
+
+
+def stock_attention(model_config: PretrainedConfig) -> str:
+    """sdpa, except for models with a soft cap on attention scores, which only eager attention honours."""
+    return "eager" if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,183 @@
+"""The joint objective as pure functions: reward losses, policy losses and their metrics.
+
+Legend: P pairs, N = 2P responses ordered [chosen 0, rejected 0, chosen 1, rejected 1, ...]. Everything is fp32 and
+per pair ([P]); nothing here averages. The loop divides once, by the pairs of the global batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ResponseScores:
+    """What the model says about N responses. The one output of the model, for every use.
+
+    reward: [N] fp32, None when the reward head was not asked for.
+    logprob: [N] fp32, log pi(response | prompt) summed over its tokens; None when the LM head was not run.
+    num_tokens: [N] int64, tokens of each response.
+    """
+
+    reward: Tensor | None
+    logprob: Tensor | None
+    num_tokens: Tensor
+
+
+def chosen_and_rejected(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] -> ([P], [P])."""
+    pairs = values.view(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+# ---- reward losses -------------------------------------------------------------------------------------------------
+
+
+def bradley_terry_loss(reward: Tensor, margin: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(r_c - r_r - m), [N] -> [P] (Bradley & Terry 1952; HAF-RM eq. of L_reward; margin: Llama 2, eq. 2).
+
+    With label smoothing e: (1 - e) times that plus e times the loss of the flipped pair.
+
+    Args:
+        reward: [N] fp32.
+        margin: [P] fp32 or None.
+    """
+    chosen, rejected = chosen_and_rejected(reward)
+    logits = chosen - rejected if margin is None else chosen - rejected - margin
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def centering_penalty(reward: Tensor) -> Tensor:
+    """(r_c + r_r)^2, [N] -> [P] (Eisenstein et al. 2023, eq. 2): a reward is defined up to a constant; this picks one."""
+    chosen, rejected = chosen_and_rejected(reward)
+    return (chosen + rejected).square()
+
+
+# ---- policy losses -------------------------------------------------------------------------------------------------
+
+
+def implicit_reward(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """beta * (log pi - log pi_ref), [N] -> [N] (Rafailov et al. 2023, eq. 5, up to a constant of the prompt)."""
+    return beta * (logprob - reference)
+
+
+def dpo_loss(logprob: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(h), h = beta * [(log pi - log pi_ref)(c) - (log pi - log pi_ref)(r)] (Rafailov et al. 2023, eq. 7).
+
+    Label smoothing as in conservative DPO (Mitchell 2023): (1 - e) * loss(h) + e * loss(-h). [N], [N] -> [P].
+    """
+    chosen, rejected = chosen_and_rejected(implicit_reward(logprob, reference, beta))
+    logits = chosen - rejected
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def ipo_loss(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """(h - 1/(2 beta))^2 with h the difference of summed log-ratios (Azar et al. 2023, eq. 17; beta is their tau).
+
+    [N], [N] -> [P].
+    """
+    chosen, rejected = chosen_and_rejected(logprob - reference)
+    return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+def hinge_loss(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """max(0, 1 - h) with h as in DPO (SLiC's loss on DPO's margin, Zhao et al. 2023; Liu et al. 2023). [N], [N] -> [P]."""
+    chosen, rejected = chosen_and_rejected(implicit_reward(logprob, reference, beta))
+    return F.relu(1 - (chosen - rejected))
+
+
+def simpo_loss(logprob: Tensor, num_tokens: Tensor, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta * [log pi(c)/|c| - log pi(r)/|r|] - gamma), no reference (Meng et al. 2024, eq. 6). [N] -> [P]."""
+    chosen, rejected = chosen_and_rejected(beta * logprob / num_tokens)
+    return -F.logsigmoid(chosen - rejected - gamma)
+
+
+def sft_loss(logprob: Tensor, num_tokens: Tensor) -> Tensor:
+    """Mean negative log-prob of the chosen answer's tokens, the reference-free regulariser of GRM
+    (Yang et al. 2024, eq. 8). [N] -> [P]."""
+    chosen, _ = chosen_and_rejected(logprob / num_tokens)
+    return -chosen
+
+
+# ---- the joint loss ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JointLoss:
+    """Per-pair losses: total [P] and its parts before weighting (None where a part is not computed)."""
+
+    total: Tensor
+    reward: Tensor | None
+    policy: Tensor | None
+
+
+def policy_loss(
+    name: str,
+    scores: ResponseScores,
+    reference: Tensor | None,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    simpo_gamma: float = 0.0,
+) -> Tensor:
+    """The policy loss called `name` for each pair: [P]. `reference` [N] is needed by dpo, ipo and hinge."""
+    if name == "dpo":
+        return dpo_loss(scores.logprob, reference, beta, label_smoothing)
+    if name == "ipo":
+        return ipo_loss(scores.logprob, reference, beta)
+    if name == "hinge":
+        return hinge_loss(scores.logprob, reference, beta)
+    if name == "simpo":
+        return simpo_loss(scores.logprob, scores.num_tokens, beta, simpo_gamma)
+    if name == "sft":
+        return sft_loss(scores.logprob, scores.num_tokens)
+    raise ValueError(f"unknown policy loss {name!r}")
+
+
+def joint_loss(
+    reward: Tensor | None, policy: Tensor | None, *, rm_weight: float, alpha: float, centering: Tensor | None = None
+) -> JointLoss:
+    """rm_weight * L_reward + alpha * L_policy for each pair (HAF-RM, L_H). A part that is None counts nothing.
+
+    `centering` is already weighted and belongs to the reward loss.
+    """
+    parts = []
+    if reward is not None:
+        parts.append(rm_weight * (reward if centering is None else reward + centering))
+    if policy is not None:
+        parts.append(alpha * policy)
+    return JointLoss(total=torch.stack(parts).sum(0), reward=reward, policy=policy)
+
+
+def alternating_weights(step: int, every: int, rm_weight: float, alpha: float) -> tuple[float, float]:
+    """(rm_weight, alpha) at `step` (from 0) of the paper's alternating schedule: blocks of `every` steps, the first with
+    the policy loss alone, the second with the reward loss alone, and so on. `every` = 0: both, always."""
+    if every == 0:
+        return rm_weight, alpha
+    return (0.0, alpha) if (step // every) % 2 == 0 else (rm_weight, 0.0)
+
+
+# ---- metrics -------------------------------------------------------------------------------------------------------
+
+
+def preference_metrics(
+    scores: ResponseScores, reference: Tensor | None, beta: float, rewards_are_trained: bool
+) -> dict[str, Tensor]:
+    """Accuracy and margin of each judge there is, per pair: name -> [P] fp32.
+
+    reward: the reward head. logprob: log pi itself. implicit: beta * (log pi - log pi_ref). A tie counts half.
+    """
+    judges = {}
+    if scores.reward is not None and rewards_are_trained:
+        judges["reward"] = scores.reward
+    if scores.logprob is not None:
+        judges["logprob"] = scores.logprob
+        if reference is not None:
+            judges["implicit"] = implicit_reward(scores.logprob, reference, beta)
+    metrics = {}
+    for judge, values in judges.items():
+        chosen, rejected = chosen_and_rejected(values.detach())
+        metrics[f"accuracy/{judge}"] = (torch.sign(chosen - rejected) + 1) / 2
+        metrics[f"margin/{judge}"] = chosen - rejected
+    return metrics

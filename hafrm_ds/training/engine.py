@@ -1,0 +1,168 @@
+"""DeepSpeed around the hybrid model: the only room that knows DeepSpeed."""
+
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hafrm_ds.config import OptimizerConfig, TrainConfig
+from hafrm_ds.errors import UserError
+from hafrm_ds.model.hybrid import HybridModel
+from hafrm_ds.objective import ResponseScores
+from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
+
+
+def check_build_tools() -> None:
+    """DeepSpeed compiles its communication op for CPU at the first run; name what is missing before it tries.
+
+    A virtual environment's ninja is found although the environment was not activated.
+    """
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    missing = []
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        missing.append("a C++ compiler (Debian: build-essential)")
+    if not shutil.which("ninja"):
+        missing.append("ninja (pip install ninja)")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        missing.append("Python.h (Debian: python3-dev)")
+    if missing:
+        raise UserError(f"DeepSpeed compiles a communication op on CPU and needs {', '.join(missing)}")
+
+
+def zero_stage(deepspeed_config: dict) -> int:
+    return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+
+
+@contextmanager
+def sharded_loading(deepspeed_config: dict) -> Iterator[None]:
+    """Inside, from_pretrained partitions weights over the ranks while it reads them, if the stage is 3."""
+    if zero_stage(deepspeed_config) < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    switch = HfDeepSpeedConfig(deepspeed_config)  # in force as long as it lives
+    yield
+    del switch
+
+
+class Engine:
+    """The model under DeepSpeed: forward, backward over any number of micro-batches, optimizer step.
+
+    Args:
+        model: as `load_hybrid_model` returns it.
+        deepspeed_config: as `resolve_deepspeed_config` returns it.
+    """
+
+    def __init__(self, model: HybridModel, config: TrainConfig, deepspeed_config: dict):
+        import deepspeed
+
+        freeze_unused_heads(model, config)
+        groups = parameter_groups(model, config.optimizer)
+        self.peak_learning_rates = [group["lr"] for group in groups]
+        deepspeed_config, optimizer = make_optimizer(groups, config.optimizer, deepspeed_config)
+        self.deepspeed, _, _, _ = deepspeed.initialize(
+            model=model, model_parameters=groups, optimizer=optimizer, config=deepspeed_config
+        )
+        self.stage = zero_stage(deepspeed_config)
+        self.model = model
+        self.gradient_norm: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.deepspeed.device
+
+    def __call__(self, batch, **kwargs) -> ResponseScores:
+        return self.deepspeed(batch.to(self.device), **kwargs)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients; with the last micro-batch of a step they are averaged over the ranks."""
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate_factor: float) -> None:
+        """Clip, update the weights, clear the gradients. All ranks have called backward with is_last."""
+        for group, peak in zip(self.deepspeed.optimizer.param_groups, self.peak_learning_rates, strict=True):
+            group["lr"] = peak * learning_rate_factor
+        # DeepSpeed computes no norm under stage 0 in fp32, where gradients are ordinary tensors, averaged by now.
+        own_norm = self.full_gradient_norm() if self.stage == 0 else None
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        self.gradient_norm = float(norm if norm is not None else own_norm)
+
+    def full_gradient_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Inside, sharded parameters are whole on every rank. All ranks enter together."""
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters)):
+            yield
+
+
+def freeze_unused_heads(model: HybridModel, config: TrainConfig) -> None:
+    """A head whose loss has no weight is not trained. A tied LM head is the embedding, which is."""
+    if not config.objective.uses_reward:
+        model.reward_head.requires_grad_(False)
+    head, embedding = model.causal_lm.get_output_embeddings(), model.causal_lm.get_input_embeddings()
+    if not config.objective.uses_policy and head.weight is not embedding.weight:
+        head.requires_grad_(False)
+
+
+def parameter_groups(model: HybridModel, config: OptimizerConfig) -> list[dict]:
+    """Trainable parameters in groups: matrices of the body, its vectors (never decayed), the reward head.
+
+    A parameter's number of dimensions is read from ds_shape where ZeRO-3 has emptied its own shape.
+    """
+    head = set(model.reward_head.parameters())
+    body = [p for p in model.parameters() if p.requires_grad and p not in head]
+    is_matrix = {p: len(getattr(p, "ds_shape", p.shape)) >= 2 for p in body}
+    head_rate = config.reward_head_learning_rate or config.learning_rate
+    groups = [
+        {"params": [p for p in body if is_matrix[p]], "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": [p for p in body if not is_matrix[p]], "lr": config.learning_rate, "weight_decay": 0.0},
+        {"params": [p for p in head if p.requires_grad], "lr": head_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    groups: list[dict], config: OptimizerConfig, deepspeed_config: dict
+) -> tuple[dict, torch.optim.Optimizer | None]:
+    """(DeepSpeed configuration, optimizer). AdamW unless the JSON names another kind, which DeepSpeed then builds."""
+    section = deepspeed_config.get("optimizer")
+    if section and section.get("type", "").lower() not in ("adam", "adamw"):
+        return deepspeed_config, None
+    deepspeed_config = {key: value for key, value in deepspeed_config.items() if key != "optimizer"}
+    options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
+    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return deepspeed_config, DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return deepspeed_config, torch.optim.AdamW(groups, fused=True, **options)
+
+
+def load_engine(config: TrainConfig, world_size: int) -> Engine:
+    """Load the model of a run and put it under DeepSpeed. The process group has been started."""
+    import deepspeed
+
+    from hafrm_ds.model.loading import load_hybrid_model
+
+    deepspeed.init_distributed()
+    deepspeed_config = resolve_deepspeed_config(config, world_size)
+    with sharded_loading(deepspeed_config):
+        model = load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed)
+    return Engine(model, config, deepspeed_config)

@@ -1,0 +1,58 @@
+"""Show what training would see: the data report of the training set and of every evaluation set, and a few pairs token
+by token. Loads the tokenizer, never the model.
+
+    python launch/inspect_data.py --config launch/recipes/NAME.yaml [--section.key value ...] [--examples N]
+
+Takes the options of training; --examples N (default 3) is the number of pairs shown token by token for each set.
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.rule import Rule
+
+from hafrm_ds.config import TrainConfig, load_config
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.preparation import choose_examples, prepare_pairs
+from hafrm_ds.data.report import as_text, render_tokens
+from hafrm_ds.errors import UserError
+from hafrm_ds.model.loading import load_tokenizer
+
+
+def read_command_line(arguments: list[str]) -> tuple[TrainConfig, int]:
+    """-> (configuration, pairs to show token by token)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--examples", type=int, default=3)
+    options, rest = parser.parse_known_args(arguments)
+    if {"--help", "-h"} & set(rest):
+        print(__doc__)
+    return load_config(rest), options.examples
+
+
+def inspect(config: TrainConfig, num_examples: int, console: Console) -> None:
+    formatter = ChatFormatter.create(
+        load_tokenizer(config.model), config.data.chat_template, config.data.template_date
+    )
+    sets = {"train": ("train", config.data.train)}
+    sets |= {f"eval: {name}": ("eval", sources) for name, sources in config.data.eval.items()}
+    for title, (role, sources) in sets.items():
+        console.print(Rule(as_text(title)))
+        prepared = prepare_pairs(sources, formatter=formatter, data=config.data, role=role, seed=config.seed)
+        console.print(prepared.report.render())
+        for index in choose_examples(len(prepared), num_examples, config.seed):
+            console.print(render_tokens(prepared[index], formatter.tokenizer))
+
+
+def main() -> int:
+    try:
+        config, num_examples = read_command_line(sys.argv[1:])
+        inspect(config, num_examples, Console())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
