@@ -161,15 +161,13 @@ def alternating_weights(step: int, every: int, rm_weight: float, alpha: float) -
 # ---- metrics -------------------------------------------------------------------------------------------------------
 
 
-def preference_metrics(
-    scores: ResponseScores, reference: Tensor | None, beta: float, rewards_are_trained: bool
-) -> dict[str, Tensor]:
+def preference_metrics(scores: ResponseScores, reference: Tensor | None, beta: float) -> dict[str, Tensor]:
     """Accuracy and margin of each judge there is, per pair: name -> [P] fp32.
 
     reward: the reward head. logprob: log pi itself. implicit: beta * (log pi - log pi_ref). A tie counts half.
     """
     judges = {}
-    if scores.reward is not None and rewards_are_trained:
+    if scores.reward is not None:
         judges["reward"] = scores.reward
     if scores.logprob is not None:
         judges["logprob"] = scores.logprob

@@ -22,12 +22,12 @@ from hafrm_ds.errors import UserError
 SEED = 0
 LABEL_NOISE = 0.1
 TRAIN_PAIRS = 6400
-TEST_PAIRS = 600
+TEST_PAIRS = 1000
 VOCABULARY = 1000
 
 # The hidden rubric: what one occurrence of a feature is worth.
 RUBRIC = {
-    "on_topic": 3,  # the opening names what was asked about, not something else
+    "on_topic": 3,  # the opening names what was asked about
     "concrete_steps": 2,  # body sentences that say what to do (0, 1 or 2)
     "polite": 1,
     "safety_note": 1,
@@ -119,11 +119,17 @@ TOPICS = (
     ),
 )
 
-OPENINGS = (
+ON_TOPIC_OPENINGS = (
     "Here is what works for {thing}.",
     "Let us talk about {thing}.",
-    "This is how I would go about {thing}.",
-    "People often ask me about {thing}.",
+    "This is what I know about {thing}.",
+    "People often ask about {thing}.",
+)
+OTHER_OPENINGS = (
+    "Here is what comes to my mind about it.",
+    "Let us talk about a thing or two.",
+    "This is what I know about such things.",
+    "People often ask about all kinds of things.",
 )
 # Vague sentences stand where a concrete step could, and the lengths of all sentences are balanced against the rubric:
 # the longer answer is the better one about half the time (see `yardsticks`).
@@ -181,11 +187,7 @@ def write_answer(thing: str, topic: Topic, rng: random.Random) -> Answer:
         features[feature] = int(rng.random() < probability)
         return bool(features[feature])
 
-    subject = thing
-    if not draw("on_topic", 0.7):
-        subject = rng.choice([other for each in TOPICS for other in each.things if other != thing])
-    opening = rng.choice(OPENINGS).format(thing=subject)
-
+    opening = rng.choice(ON_TOPIC_OPENINGS if draw("on_topic", 0.6) else OTHER_OPENINGS).format(thing=thing)
     features["concrete_steps"] = rng.choice((0, 1, 2))
     steps = rng.sample(topic.steps, features["concrete_steps"])
     body = steps + rng.sample(VAGUE, 2 - features["concrete_steps"])

@@ -28,11 +28,16 @@ class MicroBatch:
 
 
 def make_micro_batch(pairs: Sequence[TokenizedPair], index: Sequence[int], layout: str) -> MicroBatch:
-    """Lay out the pairs at `index`. The first pair of the set stands in for a dummy."""
-    chosen = [pairs[max(position, 0)] for position in index]
+    """Lay out the pairs at `index`; DUMMY is a pair of single tokens."""
+    chosen = [dummy_pair(pairs) if position == DUMMY else pairs[position] for position in index]
     return MicroBatch(
         batch=lay_out(from_pairs(chosen), layout),
         index=np.asarray(index, dtype=np.int64),
         weight=torch.tensor([0.0 if position == DUMMY else 1.0 for position in index]),
         margin=torch.tensor([pair.margin or 0.0 for pair in chosen]),
     )
+
+
+def dummy_pair(pairs: Sequence[TokenizedPair]) -> TokenizedPair:
+    token = list(pairs[0].prompt_ids[:1])
+    return TokenizedPair(token, token, token, margin=None, source="", id="dummy")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.training.engine import Engine
 from hafrm_ds.training.scoring import score_pairs
@@ -22,8 +23,11 @@ class ReferenceLogprobs:
     values: np.ndarray
 
     def of(self, index: np.ndarray) -> Tensor:
-        """[P] positions -> [2P] fp32, ordered chosen, rejected, chosen, ... A missing value is an error, never 0."""
-        found = self.values[np.maximum(index, 0)]
+        """[P] positions -> [2P] fp32, ordered chosen, rejected, chosen, ...
+
+        A missing value is an error, never 0; only dummies, which count nothing, get 0.
+        """
+        found = np.where((index == DUMMY)[:, None], np.float32(0), self.values[index])
         if np.isnan(found).any():
             missing = index[np.isnan(found).any(axis=1)]
             raise RuntimeError(f"no reference log-prob for pairs {missing[:10].tolist()}")

@@ -1,0 +1,276 @@
+"""The training loop: global batches in planned order, one joint loss, one optimizer step each."""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, synchronize
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
+from hafrm_ds.data.packing import token_costs
+from hafrm_ds.data.planning import BatchPlan, check_budget, cut_into_micro_batches
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.errors import UserError
+from hafrm_ds.evaluation.accuracy import set_metrics
+from hafrm_ds.objective import (
+    JointLoss,
+    ResponseScores,
+    alternating_weights,
+    bradley_terry_loss,
+    centering_penalty,
+    joint_loss,
+    policy_loss,
+    preference_metrics,
+)
+from hafrm_ds.reference.compute import ReferenceLogprobs, compute_reference
+from hafrm_ds.training.engine import Engine
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.memory import peak_memory_bytes
+from hafrm_ds.training.schedule import learning_rate_factor
+from hafrm_ds.training.scoring import score_pairs
+
+
+@dataclass
+class PairSet:
+    """Pairs of a run with what each costs in its layout, the positions it uses and their reference log-probs."""
+
+    pairs: PreparedPairs
+    costs: np.ndarray
+    index: np.ndarray
+    reference: ReferenceLogprobs | None = None
+
+    @classmethod
+    def of(cls, pairs: PreparedPairs, config: TrainConfig, index: np.ndarray) -> "PairSet":
+        costs = token_costs(pairs.lengths, config.batch.layout)
+        check_budget(costs, config.batch.max_tokens_per_micro_batch, pairs.pairs["id"])
+        return cls(pairs, costs, index)
+
+
+@dataclass
+class Best:
+    """The best evaluation so far by one metric."""
+
+    metric: str
+    value: float = -math.inf
+    step: int = -1
+
+
+@dataclass
+class StepTotals:
+    """Sums over the pairs of a step on this rank, and what is needed to name a pair whose loss is not finite."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    index: list[np.ndarray] = field(default_factory=list)
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, micro_batch: MicroBatch, weight: Tensor, loss: JointLoss, metrics: dict[str, Tensor]) -> None:
+        columns = {"loss/total": loss.total, "loss/reward": loss.reward, "loss/policy": loss.policy, **metrics}
+        for name, values in columns.items():
+            if values is not None:
+                total = (values.detach() * weight).sum().double()
+                self.sums[name] = self.sums.get(name, 0) + total
+        self.losses.append(loss.total.detach())
+        self.index.append(micro_batch.index)
+
+
+class Trainer:
+    """A training run, from the reference pass to the last evaluation.
+
+    Args:
+        engine: the model under DeepSpeed, untouched.
+        train_pairs: prepared training pairs.
+        eval_pairs: prepared pairs of each evaluation set.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        train_pairs: PreparedPairs,
+        eval_pairs: dict[str, PreparedPairs],
+        log: RunLog,
+    ):
+        self.config, self.engine, self.log = config, engine, log
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.plan = BatchPlan(len(train_pairs), config.batch.global_batch_size, config.seed)
+        self.num_steps = config.max_steps or math.ceil(config.epochs * len(train_pairs) / self.plan.global_batch_size)
+        self.train_set = PairSet.of(train_pairs, config, self.plan.pairs_until(self.num_steps))
+        self.eval_sets = {
+            name: PairSet.of(pairs, config, chosen_for_evaluation(len(pairs), config))
+            for name, pairs in eval_pairs.items()
+        }
+        self.best = Best(config.evaluation.best_metric or default_best_metric(config, eval_pairs))
+        self.cost = ForwardCost.of(engine.model.causal_lm)
+        self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
+
+    def run(self) -> None:
+        if self.config.objective.uses_reference:
+            for name, pair_set in {"train": self.train_set, **self.eval_sets}.items():
+                self.compute_reference(name, pair_set)
+        if self.config.evaluation.at_start:
+            self.evaluate(0)
+        every = self.config.evaluation.every_steps
+        with self.log.progress("training", self.num_steps, "steps") as progress:
+            for step in range(self.num_steps):
+                metrics = self.train_step(step)
+                self.report(step + 1, metrics)
+                progress.advance(1, describe(metrics))
+                if step + 1 == self.num_steps or (every and (step + 1) % every == 0):
+                    self.evaluate(step + 1)
+
+    # ---- one step ----
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step on global batch `step`; returns its metrics, the same on all ranks."""
+        started = time.perf_counter()
+        totals = StepTotals()
+        micro_batches = self.micro_batches(step)
+        for number, micro_batch in enumerate(micro_batches):
+            loss = self.joint_loss(step, micro_batch, totals)
+            self.engine.backward(loss, is_last=number == len(micro_batches) - 1)
+        metrics = self.reduce(totals)
+        if not math.isfinite(metrics["loss/total"]):
+            self.stop_on_non_finite_loss(step, totals)
+        factor = learning_rate_factor(step, self.num_steps, self.config.optimizer)
+        self.engine.step(factor)
+        if not math.isfinite(self.engine.gradient_norm):
+            raise UserError(
+                f"step {step + 1}: the gradient norm is {self.engine.gradient_norm} although every loss is finite. "
+                "Try model.dtype float32 or a lower optimizer.learning_rate"
+            )
+        synchronize(self.engine.device)
+        seconds = time.perf_counter() - started
+        tokens, flops = metrics.pop("tokens"), metrics.pop("flops")
+        return metrics | {
+            "grad_norm": self.engine.gradient_norm,
+            "learning_rate": self.config.optimizer.learning_rate * factor,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": self.plan.global_batch_size / seconds,
+            "mfu": flops / seconds / (self.peak_flops * self.world_size),
+            "micro_batches": len(micro_batches),
+        }
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's part of global batch `step`."""
+        index = self.plan.global_batch(step)
+        max_tokens = self.config.batch.max_tokens_per_micro_batch
+        places = cut_into_micro_batches(self.train_set.costs[index], self.world_size, max_tokens)[self.rank]
+        return [
+            make_micro_batch(
+                self.train_set.pairs, [-1 if place < 0 else int(index[place]) for place in part], self.config.batch.layout
+            )
+            for part in places
+        ]
+
+    def joint_loss(self, step: int, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
+        """This rank's contribution to the mean loss over the pairs of the global batch.
+
+        DeepSpeed averages gradients over the ranks, hence the factor world_size.
+        """
+        objective, device = self.config.objective, self.engine.device
+        scores: ResponseScores = self.engine(
+            micro_batch.batch, with_reward=objective.uses_reward, with_logprob=objective.uses_policy
+        )
+        reference = None
+        if self.train_set.reference is not None:
+            reference = self.train_set.reference.of(micro_batch.index).to(device)
+        reward_loss = centering = policy = None
+        if objective.uses_reward:
+            margin = micro_batch.margin.to(device) if objective.use_margin else None
+            reward_loss = bradley_terry_loss(scores.reward, margin, objective.reward_label_smoothing)
+            if objective.reward_centering:
+                centering = objective.reward_centering * centering_penalty(scores.reward)
+        if objective.uses_policy:
+            policy = policy_loss(
+                objective.policy_loss,
+                scores,
+                reference,
+                beta=objective.beta,
+                label_smoothing=objective.policy_label_smoothing,
+                simpo_gamma=objective.simpo_gamma,
+            )
+        rm_weight, alpha = alternating_weights(
+            step, objective.alternate_every, objective.rm_weight, objective.alpha
+        )
+        loss = joint_loss(reward_loss, policy, rm_weight=rm_weight, alpha=alpha, centering=centering)
+        weight = micro_batch.weight.to(device)
+        totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
+        totals.tokens += micro_batch.batch.input_ids.numel()
+        totals.flops += 3 * self.cost.forward_flops(micro_batch.batch, objective.uses_policy)
+        return (loss.total * weight).sum() / self.plan.global_batch_size * self.world_size
+
+    def reduce(self, totals: StepTotals) -> dict[str, float]:
+        """Means over the pairs of the global batch, from the sums of all ranks: one all-reduce a step."""
+        names = sorted(totals.sums)
+        device = self.engine.device
+        work = torch.tensor([totals.tokens, totals.flops], dtype=torch.float64, device=device)
+        row = torch.cat([torch.stack([totals.sums[name] for name in names]), work])
+        memory = torch.tensor(float(peak_memory_bytes(device)), dtype=torch.float64, device=device)
+        dist.all_reduce(row)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        *sums, tokens, flops = row.tolist()
+        means = {name: value / self.plan.global_batch_size for name, value in zip(names, sums, strict=True)}
+        return means | {"tokens": tokens, "flops": flops, "memory_gib": memory.item() / 2**30}
+
+    def stop_on_non_finite_loss(self, step: int, totals: StepTotals) -> None:
+        losses, index = torch.cat(totals.losses).cpu().numpy(), np.concatenate(totals.index)
+        ids = [self.train_set.pairs[int(i)].id for i in index[~np.isfinite(losses)] if i >= 0]
+        gathered: list = [None] * self.world_size
+        dist.all_gather_object(gathered, ids)
+        named = ", ".join(sum(gathered, [])[:10])
+        raise UserError(
+            f"step {step + 1}: the loss is not finite, for the pairs {named}. Nothing was updated by this step. "
+            "Look at these rows; if they are sound, lower optimizer.learning_rate or set model.dtype float32"
+        )
+
+    # ---- around the steps ----
+
+    def compute_reference(self, name: str, pair_set: PairSet) -> None:
+        with self.log.progress(f"reference log-probs of {name}", len(pair_set.index), "pairs") as progress:
+            pair_set.reference = compute_reference(
+                self.engine,
+                pair_set.pairs,
+                pair_set.index,
+                pair_set.costs,
+                layout=self.config.batch.layout,
+                max_tokens=self.config.batch.max_tokens_per_micro_batch,
+                on_progress=lambda count: progress.advance(min(count * self.world_size, progress.total - progress.done)),
+            )
+
+    def evaluate(self, step: int) -> None:
+        """Score every evaluation set, log its metrics, remember the best step."""
+        objective = self.config.objective
+        for name, pair_set in self.eval_sets.items():
+            with self.log.progress(f"evaluating {name}", len(pair_set.index), "pairs") as progress:
+                scores = score_pairs(
+                    self.engine,
+                    pair_set.pairs,
+                    pair_set.index,
+                    pair_set.costs,
+                    layout=self.config.batch.layout,
+                    max_tokens=self.config.batch.max_tokens_per_micro_batch,
+                    with_reward=objective.uses_reward,
+                    with_logprob=objective.uses_policy,
+                    on_progress=lambda count: progress.advance(min(count * self.world_size, progress.total - progress.done)),
+                )
+            lengths = pair_set.pairs.lengths
+            num_tokens = np.stack([lengths["chosen"], lengths["rejected"]], axis=1)[pair_set.index]
+            reference = None if pair_set.reference is None else pair_set.reference.values[pair_set.index]
+            metrics = set_metrics(scores, num_tokens, reference, objective)
+            self.log.metrics("eval", step, metrics, set=name)
+            self.log.print(f"step {step}  {name}: {describe(metrics)}")
+            value = metrics.get(self.best.metric.removeprefix(f"{name}/"), -math.inf)
+            if self.best.metric.startswith(f"{name}/") and value > self.best.value:
+                self.best.value, self.best.step = value, step
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        if step % self.config.logging.every_steps == 0 or step == self.num_steps:
+            self.log.metrics("train", step, metrics)
