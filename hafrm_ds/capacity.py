@@ -1,5 +1,6 @@
 """What a computation costs: floating-point operations of a model, and what the hardware reaches."""
 
+import resource
 import time
 from dataclasses import dataclass
 
@@ -81,3 +82,10 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: allocated on the GPU, or resident in RAM on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

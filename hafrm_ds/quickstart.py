@@ -36,6 +36,7 @@ RUBRIC = {
     "digression": -2,
     "insult": -4,
 }
+LEAST_MARGIN = 2  # the rubric's scores of the two answers of a pair differ by at least this much
 
 
 # ---- the little world ----------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ class RubricPair:
 
 
 def generate_pairs(count: int, seed: int = SEED, label_noise: float = LABEL_NOISE) -> list[RubricPair]:
-    """`count` different pairs; the rubric never calls a tie, and each label is flipped with probability `label_noise`."""
+    """`count` different pairs; the rubric is never near a tie, and each label is flipped with probability `label_noise`."""
     rng = random.Random(f"pairs {seed}")
     noise = random.Random(f"label noise {seed}")  # apart, so that the texts do not depend on the noise
     pairs, seen = [], set()
@@ -230,7 +231,7 @@ def generate_pairs(count: int, seed: int = SEED, label_noise: float = LABEL_NOIS
         prompt = rng.choice(topic.questions).format(thing=thing)
         first, second = write_answer(thing, topic, rng), write_answer(thing, topic, rng)
         texts = (prompt, *sorted((first.text, second.text)))
-        if first.score == second.score or texts in seen:
+        if abs(first.score - second.score) < LEAST_MARGIN or texts in seen:
             continue
         seen.add(texts)
         better, worse = (first, second) if first.score > second.score else (second, first)

@@ -31,9 +31,7 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, int]:
 
 
 def inspect(config: TrainConfig, num_examples: int, console: Console) -> None:
-    formatter = ChatFormatter.create(
-        load_tokenizer(config.model), config.data.chat_template, config.data.template_date
-    )
+    formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
     sets = {"train": ("train", config.data.train)}
     sets |= {f"eval: {name}": ("eval", sources) for name, sources in config.data.eval.items()}
     for title, (role, sources) in sets.items():

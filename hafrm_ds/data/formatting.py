@@ -118,9 +118,7 @@ class ChatFormatter:
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         """Messages -> the text that is encoded, BOS and end marks included."""
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Ids of a whole conversation, rendered at once. The reward is read at the last of them."""
@@ -159,7 +157,9 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
     if isinstance(own, dict):
         own = own.get("default")
     if not own:
-        raise ModelError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so one must be named: {choices}")
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so one must be named: {choices}"
+        )
     return own, "tokenizer"
 
 

@@ -5,6 +5,7 @@ preference (a tie, for instance). A row that cannot be read is a `DataError` tha
 """
 
 import math
+import os.path
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -241,11 +242,7 @@ def from_implicit_text(row: Row, source: "Source") -> PreferencePair | Dropped:
 
 def common_words_length(a: str, b: str) -> int:
     """Length of the longest common prefix of two texts that cuts no word of either."""
-    length = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        length += 1
+    length = len(os.path.commonprefix([a, b]))
 
     def in_word(text: str) -> bool:
         return length < len(text) and text[length - 1].isalnum() and text[length].isalnum()

@@ -234,18 +234,18 @@ def check_enough_left(report: DataReport, data: DataConfig) -> None:
         return
     # Rounded up, so that the number named here does let this very set through.
     share = math.ceil(total.dropped_share * 1000) / 1000
-    lines = [
+    head = (
         f"{report.role} data: {sum(total.dropped.values())} of {total.selected} selected pairs ({share:.1%}) would be "
-        f"dropped, {total.kept} are left; data.max_dropped_share is {data.max_dropped_share}:",
-        *counted(total.dropped, report.first_dropped),
-    ]
+        f"dropped, {total.kept} are left; data.max_dropped_share is {data.max_dropped_share}:"
+    )
+    lines = [head, *counted(total.dropped, report.first_dropped)]
     if uncut := report.tokens["conversation_before_cut"]:
         lines.append(
             f"Longer conversation of a pair: {uncut['p90']} tokens at the 90th percentile, {uncut['p99']} at the 99th, "
             f"{uncut['max']} at most. data.max_length is {data.max_length}, data.truncation {data.truncation}."
         )
-    remedies = "raise --data.max_length, choose another --data.truncation, or repair the data"
-    lines.append(f"Either {remedies}" + (f", or allow it: --data.max_dropped_share {share}" if total.kept else "") + ".")
+    remedy = "Raise --data.max_length, choose another --data.truncation, or repair the data"
+    lines.append(remedy + (f"; --data.max_dropped_share {share} lets this set through." if total.kept else "."))
     raise DataError("\n".join(lines))
 
 

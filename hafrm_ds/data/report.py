@@ -1,4 +1,4 @@
-"""What became of the data: counts, lengths and examples of one prepared set, for the terminal and for data_report.json."""
+"""What became of the data: counts, lengths and examples of one prepared set, for terminal and data_report.json."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

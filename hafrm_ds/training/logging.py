@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -135,19 +135,17 @@ class ProgressBar:
         now = time.monotonic()
         if now - self.last_line >= LOG_LINE_SECONDS or self.done >= self.total:
             self.last_line = now
+            elapsed = now - self.started
+            remaining = elapsed / self.done * max(0, self.total - self.done)
             self.console.print(
-                f"{self.description} {self.done}/{self.total} {self.unit}, {self.elapsed(now)}, ETA {self.eta(now)}"
+                f"{self.description} {self.done}/{self.total} {self.unit}  "
+                f"{clock(elapsed)}, ETA {clock(remaining)}  {text}".rstrip()
             )
 
-    def elapsed(self, now: float) -> str:
-        return f"{now - self.started:.0f} s"
 
-    def eta(self, now: float) -> str:
-        if not self.done:
-            return "unknown"
-        seconds = int((now - self.started) / self.done * max(0, self.total - self.done))
-        hours, minutes = divmod(seconds // 60, 60)
-        return f"{hours}:{minutes:02}:{seconds % 60:02}"
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def environment(world_size: int) -> dict:

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, synchronize
+from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import token_costs
-from hafrm_ds.data.planning import BatchPlan, check_budget, cut_into_micro_batches
+from hafrm_ds.data.planning import DUMMY, BatchPlan, check_budget, cut_into_micro_batches
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
@@ -30,7 +30,6 @@ from hafrm_ds.objective import (
 from hafrm_ds.reference.compute import ReferenceLogprobs, compute_reference
 from hafrm_ds.training.engine import Engine
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.memory import peak_memory_bytes
 from hafrm_ds.training.schedule import learning_rate_factor
 from hafrm_ds.training.scoring import score_pairs
 
@@ -53,11 +52,16 @@ class PairSet:
 
 @dataclass
 class Best:
-    """The best evaluation so far by one metric."""
+    """The best evaluation so far by one metric, SET/METRIC."""
 
-    metric: str
+    metric: str | None
     value: float = -math.inf
-    step: int = -1
+    step: int | None = None
+
+    def consider(self, step: int, metrics: dict[str, float]) -> None:
+        value = metrics.get(self.metric, -math.inf)
+        if value > self.value:
+            self.value, self.step = value, step
 
 
 @dataclass
@@ -106,7 +110,7 @@ class Trainer:
             name: PairSet.of(pairs, config, chosen_for_evaluation(len(pairs), config))
             for name, pairs in eval_pairs.items()
         }
-        self.best = Best(config.evaluation.best_metric or default_best_metric(config, eval_pairs))
+        self.best = Best(config.evaluation.best_metric or default_best_metric(config))
         self.cost = ForwardCost.of(engine.model.causal_lm)
         self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
 
@@ -163,12 +167,8 @@ class Trainer:
         index = self.plan.global_batch(step)
         max_tokens = self.config.batch.max_tokens_per_micro_batch
         places = cut_into_micro_batches(self.train_set.costs[index], self.world_size, max_tokens)[self.rank]
-        return [
-            make_micro_batch(
-                self.train_set.pairs, [-1 if place < 0 else int(index[place]) for place in part], self.config.batch.layout
-            )
-            for part in places
-        ]
+        members = [[DUMMY if place == DUMMY else int(index[place]) for place in part] for part in places]
+        return [make_micro_batch(self.train_set.pairs, part, self.config.batch.layout) for part in members]
 
     def joint_loss(self, step: int, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
         """This rank's contribution to the mean loss over the pairs of the global batch.
@@ -222,7 +222,7 @@ class Trainer:
 
     def stop_on_non_finite_loss(self, step: int, totals: StepTotals) -> None:
         losses, index = torch.cat(totals.losses).cpu().numpy(), np.concatenate(totals.index)
-        ids = [self.train_set.pairs[int(i)].id for i in index[~np.isfinite(losses)] if i >= 0]
+        ids = [self.train_set.pairs[int(i)].id for i in index[~np.isfinite(losses)] if i != DUMMY]
         gathered: list = [None] * self.world_size
         dist.all_gather_object(gathered, ids)
         named = ", ".join(sum(gathered, [])[:10])
@@ -267,10 +267,47 @@ class Trainer:
             metrics = set_metrics(scores, num_tokens, reference, objective)
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")
-            value = metrics.get(self.best.metric.removeprefix(f"{name}/"), -math.inf)
-            if self.best.metric.startswith(f"{name}/") and value > self.best.value:
-                self.best.value, self.best.step = value, step
+            self.best.consider(step, {f"{name}/{metric}": value for metric, value in metrics.items()})
+
+    def summary(self) -> dict:
+        """What a reader wants to know first, for summary.json."""
+        return {
+            "steps": self.num_steps,
+            "pairs": int(self.num_steps * self.plan.global_batch_size),
+            "best": {"metric": self.best.metric, "step": self.best.step, "value": self.best.value}
+            if self.best.step is not None
+            else None,
+            "peak_flops_per_process": self.peak_flops,
+        }
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         if step % self.config.logging.every_steps == 0 or step == self.num_steps:
             self.log.metrics("train", step, metrics)
+
+
+def chosen_for_evaluation(num_pairs: int, config: TrainConfig) -> np.ndarray:
+    """Positions of the pairs of an evaluation set that are used: all, or a fixed random choice of max_pairs."""
+    limit = config.evaluation.max_pairs
+    if limit is None or limit >= num_pairs:
+        return np.arange(num_pairs)
+    return np.sort(np.random.default_rng(0).choice(num_pairs, limit, replace=False))
+
+
+def default_best_metric(config: TrainConfig) -> str | None:
+    judge = "reward" if config.objective.uses_reward else "implicit" if config.objective.uses_reference else "logprob"
+    return next((f"{name}/accuracy/{judge}" for name in config.data.eval), None)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """One line for people: losses, accuracies and, for a training step, speed."""
+    parts = [f"{name} {metrics[name]:.4f}" for name in ("loss/total", "loss/reward", "loss/policy") if name in metrics]
+    accuracies = [name for name in metrics if name.startswith("accuracy/")]
+    parts += [f"{name} {100 * metrics[name]:.1f}%" for name in accuracies]
+    if "mfu" in metrics:
+        parts += [
+            f"{metrics['tokens_per_second']:.0f} tok/s",
+            f"{metrics['pairs_per_second']:.2f} pairs/s",
+            f"MFU {100 * metrics['mfu']:.0f}%",
+            f"{metrics['memory_gib']:.2f} GiB",
+        ]
+    return "  ".join(parts)

@@ -1,0 +1,20 @@
+"""Train a hybrid reward model.
+
+    deepspeed launch/train.py --config launch/recipes/NAME.yaml [--section.key value ...]
+
+`--help` lists every option, `--print_config` shows what a run would use.
+"""
+
+from hafrm_ds.config import load_config
+from hafrm_ds.training.processes import Processes, run_entry
+
+
+def main(arguments: list[str], processes: Processes) -> None:
+    config = load_config(arguments)
+    from hafrm_ds.training.run import train  # after the options are known to be right: it loads for seconds
+
+    train(config, processes)
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,78 @@
+"""The layouts against what they promise, index by index."""
+
+import numpy as np
+import pytest
+import torch
+
+from hafrm_ds.data.packing import PromptWithResponses, lay_out, token_costs
+from tests.tiny_models import random_items
+
+ITEM = PromptWithResponses([10, 11, 12], ([20, 21], [30, 31, 32]))
+
+
+def test_shared_prefix_of_one_pair_by_hand():
+    batch = lay_out([ITEM], "shared_prefix")
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 31, 32]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
+    assert batch.segments.cu_seqlens_q.tolist() == [0, 5, 8]
+    assert batch.segments.cu_seqlens_k.tolist() == [0, 5, 11]
+    assert batch.segments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7]
+    assert batch.readout_index.tolist() == [4, 7]
+    assert batch.predict_index.tolist() == [2, 3, 2, 5, 6]
+    assert batch.target_ids.tolist() == [20, 21, 30, 31, 32]
+    assert batch.response_index.tolist() == [0, 0, 1, 1, 1]
+    assert batch.num_tokens.tolist() == [2, 3]
+
+
+def test_packed_repeats_the_prompt_and_needs_no_key_index():
+    batch = lay_out([ITEM], "packed")
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 10, 11, 12, 30, 31, 32]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]
+    assert batch.segments.key_index is None
+    assert batch.readout_index.tolist() == [4, 10]
+    assert batch.predict_index.tolist() == [2, 3, 7, 8, 9]
+
+
+def test_padded_rows_are_padded_on_the_right():
+    batch = lay_out([ITEM], "padded")
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 0], [10, 11, 12, 30, 31, 32]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert batch.readout_index.tolist() == [4, 11]
+    assert batch.predict_index.tolist() == [2, 3, 8, 9, 10]
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+@pytest.mark.parametrize("num_responses", [1, 2, 5])
+def test_every_layout_says_the_same(layout, num_responses):
+    items = random_items(seed=num_responses, num_items=6, num_responses=num_responses)
+    batch = lay_out(items, layout)
+    flat = batch.input_ids.flatten()
+    responses = [response for item in items for response in item.responses]
+    assert batch.target_ids.tolist() == [token for response in responses for token in response]
+    assert [flat[index].item() for index in batch.readout_index] == [response[-1] for response in responses]
+    assert batch.num_tokens.tolist() == [len(response) for response in responses]
+    # What stands at a predicting position comes right before its target in the item's own sequence.
+    sequences = [[*item.prompt, *response] for item in items for response in item.responses]
+    previous = [
+        token for sequence, response in zip(sequences, responses, strict=True)
+        for token in sequence[-len(response) - 1 : -1]
+    ]
+    assert flat[batch.predict_index].tolist() == previous
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+def test_token_costs_are_the_tokens_laid_out(layout):
+    item = random_items(seed=9, num_items=1)[0]
+    lengths = {
+        "prompt": np.array([len(item.prompt)]),
+        "chosen": np.array([len(item.responses[0])]),
+        "rejected": np.array([len(item.responses[1])]),
+    }
+    assert token_costs(lengths, layout).tolist() == [lay_out([item], layout).input_ids.numel()]
+
+
+def test_to_moves_every_tensor():
+    batch = lay_out([ITEM], "shared_prefix").to(torch.device("meta"))
+    assert batch.input_ids.device.type == batch.num_tokens.device.type == "meta"
+    assert batch.segments.cu_seqlens_q.device.type == batch.segments.key_index.device.type == "meta"
+    assert batch.segments.q_lengths == (5, 3)

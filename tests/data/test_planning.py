@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hafrm_ds.data.planning import DUMMY, BatchPlan, check_budget, cut_by_length, cut_into_micro_batches
+from hafrm_ds.errors import DataError
+
+
+def test_every_pair_is_used_once_a_pass_and_passes_differ():
+    plan = BatchPlan(num_pairs=10, global_batch_size=4, seed=3)
+    stream = np.concatenate([plan.global_batch(step) for step in range(5)])
+    first, second = stream[:10], stream[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert list(first) != list(second)
+
+
+def test_order_depends_on_the_seed_alone():
+    batches = [BatchPlan(1000, 16, seed).global_batch(7).tolist() for seed in (1, 1, 2)]
+    assert batches[0] == batches[1] != batches[2]
+
+
+def test_a_global_batch_larger_than_the_set_spans_several_passes():
+    batch = BatchPlan(num_pairs=3, global_batch_size=7, seed=0).global_batch(0)
+    assert np.bincount(batch).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
+
+
+def test_pairs_until_are_those_of_the_batches():
+    plan = BatchPlan(num_pairs=100, global_batch_size=8, seed=5)
+    used = np.unique(np.concatenate([plan.global_batch(step) for step in range(6)]))
+    assert plan.pairs_until(6).tolist() == used.tolist()
+    assert plan.pairs_until(13).tolist() == list(range(100))
+
+
+@given(
+    costs=st.lists(st.integers(1, 100), min_size=1, max_size=60),
+    num_ranks=st.integers(1, 9),
+    max_tokens=st.integers(100, 400),
+)
+@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize("cut", [cut_into_micro_batches, cut_by_length])
+def test_cuts_hold_every_pair_once_within_the_budget_and_equally_often_on_all_ranks(cut, costs, num_ranks, max_tokens):
+    costs = np.array(costs)
+    ranks = cut(costs, num_ranks, max_tokens)
+    assert len(ranks) == num_ranks
+    assert len({len(batches) for batches in ranks}) == 1
+    real = [pair for batches in ranks for batch in batches for pair in batch if pair != DUMMY]
+    assert sorted(real) == list(range(len(costs)))
+    for batches in ranks:
+        for batch in batches:
+            assert batch == [DUMMY] or (DUMMY not in batch and costs[batch].sum() <= max_tokens)
+
+
+def test_micro_batches_are_balanced_and_few():
+    costs = np.random.default_rng(0).integers(50, 500, size=128)
+    ranks = cut_into_micro_batches(costs, 8, max_tokens=2048)
+    loads = np.array([[costs[batch].sum() for batch in batches] for batches in ranks])
+    assert loads.shape[1] == -(-costs.sum() // (8 * 2048))
+    assert loads.sum(1).max() < 1.05 * loads.sum(1).mean()
+
+
+def test_a_pair_above_the_budget_is_named():
+    with pytest.raises(DataError, match=r"1 of 3 pairs.*b.jsonl:2 \(900 tokens\).*max_tokens_per_micro_batch to 900"):
+        check_budget(np.array([10, 900, 20]), 512, ["b.jsonl:1", "b.jsonl:2", "b.jsonl:3"])

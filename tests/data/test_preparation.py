@@ -1,0 +1,239 @@
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hafrm_ds.config import DataConfig
+from hafrm_ds.data import preparation
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.preparation import num_processes, prepare_pairs, tokenization_cache_key
+from hafrm_ds.data.report import count_repeats, percentiles, render_tokens
+from hafrm_ds.data.sources import Source
+from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.errors import DataError
+
+MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+FEATURES = datasets.Features(
+    {"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES}
+    | {name: datasets.Value("string") for name in ("source", "id", "outcome")}
+    | {"margin": datasets.Value("float32")}
+)
+
+
+def row(question, chosen, rejected, *, source="one", outcome="", margin=None):
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "margin": margin,
+        "source": source,
+        "outcome": outcome,
+    }
+
+
+GOOD_ROWS = [row(f"question {index}", "good" * (index + 1), "bad") for index in range(20)]
+
+
+@pytest.fixture
+def formatter(make_tokenizer):
+    return ChatFormatter.create(make_tokenizer(), None, "2024-07-26")
+
+
+@pytest.fixture
+def prepare(monkeypatch, tmp_path, formatter):
+    """prepare(rows, formatter=..., seed=..., **data options): prepare_pairs on rows given by hand."""
+
+    def prepare(rows, *, formatter=formatter, seed=0, **options):
+        numbered = [item | {"id": f"pairs.jsonl:{number}"} for number, item in enumerate(rows, start=1)]
+        columns = {name: [item[name] for item in numbered] for name in FEATURES}
+        dataset = datasets.Dataset.from_dict(columns, features=FEATURES)
+        monkeypatch.setattr(preparation, "read_pairs", lambda sources, **_: dataset)
+        data = DataConfig(train="pairs.jsonl", cache_dir=tmp_path / "cache", **options)
+        return prepare_pairs([Source(path="pairs.jsonl")], formatter=formatter, data=data, role="train", seed=seed)
+
+    return prepare
+
+
+def test_pairs_lengths_and_items_agree(prepare, formatter):
+    prepared = prepare([row("Q", "good", "bad", margin=0.5), row("Q", "", "bad"), *GOOD_ROWS])
+    assert len(prepared) == len(prepared.pairs) == 21
+    assert prepared.pairs.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "margin", "source", "id"]
+    assert prepared.pairs.features["prompt_ids"].feature.dtype == "int32"
+    first, second = prepared[0], prepared[np.int64(1)]
+    assert isinstance(first, TokenizedPair)
+    assert formatter.tokenizer.decode(first.prompt_ids + first.chosen_ids) == "user:Q</s>assistant:good</s>"
+    assert (first.margin, first.source, first.id) == (0.5, "one", "pairs.jsonl:1")
+    assert (second.margin, second.id) == (None, "pairs.jsonl:3")
+    for name in ("prompt", "chosen", "rejected"):
+        assert prepared.lengths[name].dtype == np.int64
+        assert prepared.lengths[name].tolist() == [len(ids) for ids in prepared.pairs[f"{name}_ids"]]
+
+
+def test_report_counts_every_row(prepare):
+    rows = [
+        *GOOD_ROWS,
+        row("Q", "a", "a", source="two"),
+        row("Q", "a", " ", source="two"),
+        row("Q", "b", "b"),
+        row("Q", "a", "b", source="two", outcome="tie"),
+        row("Q", "a", "b", outcome="row filter split=train"),
+        row("Q", "a", "b", outcome="tie"),
+    ]
+    report = prepare(rows, max_dropped_share=0.2).report
+    assert report.total.read == 26
+    assert report.total.deselected == {"tie": 2, "row filter split=train": 1}
+    assert report.total.dropped == {"identical answers": 2, "empty answer": 1}
+    assert (report.total.selected, report.total.kept, report.total.cut) == (23, 20, 0)
+    assert report.total.dropped_share == 3 / 23
+    assert report.first_dropped == {"identical answers": "pairs.jsonl:21", "empty answer": "pairs.jsonl:22"}
+    assert list(report.by_source) == ["one", "two"]
+    assert (report.by_source["two"].read, report.by_source["two"].kept) == (3, 0)
+    assert report.by_source["one"].dropped == {"identical answers": 1}
+    # "question 19", 20 times "good", and the marks of the template: the longest pair.
+    longest = len("user:question 19") + 1 + len("assistant:") + 4 * 20 + 1
+    assert report.tokens["conversation"]["max"] == longest
+    assert report.tokens["rejected"] == {"p50": 4, "p90": 4, "p99": 4, "max": 4}
+
+
+def test_duplicates_and_both_orders_are_allowed_and_counted(prepare):
+    twice, other_way = row("Q", "a", "b"), row("Q", "b", "a")
+    report = prepare([twice, twice, other_way, row("other Q", "a", "b")]).report
+    assert (report.total.kept, report.duplicates, report.both_orders) == (4, 1, 1)
+
+
+def test_count_repeats():
+    assert count_repeats(np.array([1, 1, 2, 2, 3]), np.array([2, 2, 1, 1, 4])) == (2, 1)
+    assert count_repeats(np.array([], dtype=np.int64), np.array([], dtype=np.int64)) == (0, 0)
+
+
+def test_cut_pairs_are_counted_and_their_full_length_is_reported(prepare):
+    longest = prepare(GOOD_ROWS).report.tokens["conversation"]["max"]
+    cut = prepare(GOOD_ROWS, max_length=longest - 4, truncation="keep_prompt_end")
+    assert cut.report.total.cut == 1
+    assert cut.report.tokens["conversation"]["max"] == longest - 4
+    assert cut.report.tokens["conversation_before_cut"]["max"] == longest
+    assert (cut.lengths["prompt"] + cut.lengths["chosen"]).max() == longest - 4
+
+
+def test_identical_after_the_cut_is_dropped_and_counted(prepare):
+    rows = [*GOOD_ROWS[:3], row("Q" * 9, "the same long start, then good", "the same long start, then bad")]
+    report = prepare(rows, max_length=45, truncation="cut_response", max_dropped_share=0.5).report
+    assert report.total.dropped == {"identical after the cut": 1}
+    assert report.total.kept == 3
+
+
+def test_dropped_share_is_an_error_that_says_what_to_do(prepare):
+    rows = [*GOOD_ROWS, row("Q", "a", ""), row("Q" * 500, "a", "b"), row("Q" * 600, "a", "b")]
+    with pytest.raises(DataError) as caught:
+        prepare(rows, max_length=120, truncation="drop")
+    message = str(caught.value)
+    assert message.splitlines()[:3] == [
+        "train data: 3 of 23 selected pairs (13.1%) would be dropped, 20 are left; data.max_dropped_share is 0.05:",
+        "         2  longer than max_length (first: pairs.jsonl:22)",
+        "         1  empty answer (first: pairs.jsonl:21)",
+    ]
+    assert "618 at most. data.max_length is 120, data.truncation drop." in message
+    for option in ("--data.max_length", "--data.truncation", "--data.max_dropped_share 0.131"):
+        assert option in message
+    assert len(prepare(rows, max_length=120, truncation="drop", max_dropped_share=0.131)) == 20
+
+
+def test_nothing_left(prepare):
+    with pytest.raises(DataError, match=r"(?s)1 of 1 selected pairs \(100.0%\).*0 are left.*empty answer"):
+        prepare([row("Q", "a", "")], max_dropped_share=1.0)
+    with pytest.raises(DataError, match=r"(?s)all 2 rows read were deselected:.*2  tie"):
+        prepare([row("Q", "a", "b", outcome="tie")] * 2)
+    with pytest.raises(DataError, match=r"no rows in pairs\.jsonl"):
+        prepare([])
+
+
+def test_second_run_reads_the_cache(prepare, monkeypatch, tmp_path, make_tokenizer):
+    first = prepare(GOOD_ROWS)
+    files = sorted((tmp_path / "cache").iterdir())
+    assert len(files) == 1
+    calls = []
+    original = preparation.tokenize_pair
+    monkeypatch.setattr(preparation, "tokenize_pair", lambda *args: calls.append(args) or original(*args))
+
+    again = prepare(GOOD_ROWS)
+    assert calls == [] and sorted((tmp_path / "cache").iterdir()) == files
+    assert again.pairs.to_list() == first.pairs.to_list()
+    assert again.report == first.report
+
+    prepare(GOOD_ROWS, max_length=500)
+    assert len(calls) == len(GOOD_ROWS), "another max_length is another cache"
+    other = ChatFormatter.create(make_tokenizer(), "chatml", "2024-07-26")
+    prepare(GOOD_ROWS, formatter=other)
+    assert len(calls) == 2 * len(GOOD_ROWS), "another template is another cache"
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_cache_key_depends_on_each_part(monkeypatch):
+    parts = ("rows", "formatter", 512, "drop")
+    changed = [
+        ("other", *parts[1:]),
+        ("rows", "other", 512, "drop"),
+        (*parts[:2], 513, "drop"),
+        (*parts[:3], "cut_response"),
+    ]
+    keys = {tokenization_cache_key(*arguments) for arguments in [parts, *changed]}
+    monkeypatch.setattr(preparation, "TOKENIZATION_VERSION", -1)
+    keys.add(tokenization_cache_key(*parts))
+    assert len(keys) == 6
+
+
+def test_worker_processes_give_the_same_pairs(prepare):
+    alone = prepare(GOOD_ROWS)
+    together = prepare(GOOD_ROWS, num_proc=2, max_length=1025)
+    assert together.pairs.to_list() == alone.pairs.to_list()
+
+
+def test_small_sets_are_tokenised_by_one_process():
+    assert num_processes(1999, None) is None
+    assert num_processes(10, 1) is None
+    assert num_processes(10, 4) == 4
+    assert num_processes(2, 4) == 2
+
+
+def test_examples_are_a_seeded_choice_and_data_is_no_markup(prepare):
+    rows = [row(f"[bold]{index}[/nothing] \x1b[31m", "good", "bad") for index in range(50)]
+    report, again, other = (prepare(rows, seed=seed).report for seed in (1, 1, 2))
+    assert len(report.examples) == 3
+    assert report.examples == again.examples != other.examples
+    assert report.examples[0].prompt.endswith("</s>assistant:") and report.examples[0].chosen == "good</s>"
+
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.render())
+    shown = console.file.getvalue()
+    assert "[/nothing] \\x1b[31m" in shown and "\x1b[31m" not in shown
+    assert report.examples[0].id in shown
+
+
+def test_report_is_json_and_names_the_template(prepare, make_tokenizer):
+    template = "{{ strftime_now('%Y') }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    formatter = ChatFormatter.create(make_tokenizer(template, adds_bos=True), None, "2023-02-01")
+    report = prepare(GOOD_ROWS, formatter=formatter).report
+    written = json.loads(json.dumps(report.to_json()))
+    assert written["total"]["kept"] == 20
+    assert written["template"]["bos"] == "added" and written["template"]["frozen_dates"] == ["2023"]
+    assert written["template"]["text"] == formatter.template
+    assert "date frozen to 2023" in report.template.in_words and "put in front" in report.template.in_words
+
+
+def test_percentiles_are_lengths_that_occur():
+    assert percentiles(np.arange(1, 101)) == {"p50": 51, "p90": 91, "p99": 100, "max": 100}
+    assert percentiles(np.array([], dtype=np.int64)) == {}
+
+
+def test_render_tokens_marks_the_read_out(formatter):
+    encode = formatter.tokenizer.encode
+    pair = TokenizedPair(encode("Q:"), encode("ab</s>"), encode("c</s>"), None, "one", "pairs.jsonl:1")
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render_tokens(pair, formatter.tokenizer))
+    shown = console.file.getvalue()
+    assert "prompt, 2 tokens: 'Q' ':'" in shown
+    assert "chosen, 3 tokens, read-out at index 4: 'a' 'b' >>'</s>'<<" in shown
+    assert "rejected, 2 tokens, read-out at index 3: 'c' >>'</s>'<<" in shown

@@ -1,0 +1,117 @@
+"""The hybrid model against the stock model on padded, separate sequences, for every family."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hafrm_ds.data.packing import PromptWithResponses, lay_out
+from hafrm_ds.model.hybrid import HybridModel, check_lm_head, disable_dropout, make_reward_head
+from hafrm_ds.model.token_logprobs import HeadTransform
+from hafrm_ds.objective import bradley_terry_loss, dpo_loss
+from tests.tiny_models import FAMILIES, random_items, tiny_causal_lm, tiny_hybrid, use_layout
+
+
+def run(model: HybridModel, items: list[PromptWithResponses], layout: str):
+    """Rewards, log-probs and gradients of the joint loss in one layout."""
+    use_layout(model, layout)
+    model.zero_grad()
+    scores = model(lay_out(items, layout))
+    reference = torch.full_like(scores.logprob, -20.0)
+    (bradley_terry_loss(scores.reward) + dpo_loss(scores.logprob, reference, beta=0.1)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return scores.reward.detach(), scores.logprob.detach(), gradients
+
+
+def assert_gradients_close(actual: dict, expected: dict, tolerance: float) -> None:
+    """Relative to the largest gradient entry of the model: a key bias, whose true gradient is 0, has only noise."""
+    assert actual.keys() == expected.keys()
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for name in expected:
+        assert (actual[name] - expected[name]).abs().max().item() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_layouts_equal_padded_separate_sequences(family, layout):
+    model, items = tiny_hybrid(family), random_items(seed=3)
+    reward, logprob, gradients = run(model, items, "padded")
+    packed_reward, packed_logprob, packed_gradients = run(model, items, layout)
+    torch.testing.assert_close(packed_reward, reward, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed_logprob, logprob, rtol=1e-4, atol=1e-5)
+    assert_gradients_close(packed_gradients, gradients, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_the_stock_model_on_one_sequence_at_a_time(family):
+    """Nothing of ours but the model: the stock forward on each sequence alone, log-softmax of its own logits."""
+    model, items = tiny_hybrid(family), random_items(seed=5)
+    use_layout(model, "shared_prefix")
+    with torch.no_grad():
+        scores = model(lay_out(items, "shared_prefix"))
+        use_layout(model, "padded")
+        expected_reward, expected_logprob = [], []
+        for item in items:
+            for response in item.responses:
+                ids = torch.tensor([[*item.prompt, *response]])
+                logprobs = model.causal_lm(ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
+                own = range(len(item.prompt) - 1, ids.shape[1] - 1)
+                expected_logprob.append(sum(logprobs[t, ids[0, t + 1]] for t in own))
+                states = model.causal_lm.get_decoder()(ids, use_cache=False).last_hidden_state
+                expected_reward.append(F.linear(states[0, -1], model.reward_head.weight).squeeze())
+    torch.testing.assert_close(scores.reward, torch.stack(expected_reward), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.logprob.double(), torch.stack(expected_logprob), rtol=1e-5, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    items = random_items(seed=1)
+    model = tiny_hybrid("llama")
+    reward, logprob, gradients = run(model, items, "shared_prefix")
+    model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    again_reward, again_logprob, again_gradients = run(model, items, "shared_prefix")
+    assert torch.equal(again_reward, reward)
+    assert torch.equal(again_logprob, logprob)
+    assert_gradients_close(again_gradients, gradients, 1e-6)
+
+
+def test_dropout_is_off_in_train_mode():
+    causal_lm = tiny_causal_lm("opt").train()
+    ids = torch.arange(3, 13)[None]
+    noisy = [causal_lm(ids, use_cache=False).logits for _ in range(2)]
+    assert not torch.equal(*noisy)
+    disable_dropout(causal_lm)
+    calm = [causal_lm(ids, use_cache=False).logits for _ in range(2)]
+    assert torch.equal(*calm)
+    assert torch.equal(calm[0], causal_lm.eval()(ids, use_cache=False).logits)
+
+
+def test_a_head_that_is_not_understood_falls_back_to_stock_logits():
+    model, batch = tiny_hybrid("gemma2"), lay_out(random_items(seed=2), "shared_prefix")
+    use_layout(model, "shared_prefix")
+    expected = model(batch).logprob.detach()
+    model.head_transform = HeadTransform(scale=3.0)
+    assert check_lm_head(model, model, batch) > 0.1
+    assert model.uses_stock_logits
+    torch.testing.assert_close(model(batch).logprob.detach(), expected, rtol=1e-5, atol=1e-5)
+    model.uses_stock_logits = False
+    model.head_transform = HeadTransform(softcap=30.0)
+    assert check_lm_head(model, model, batch) < 1e-5
+    assert not model.uses_stock_logits
+
+
+def test_reward_head_is_the_same_on_every_rank_and_has_the_stated_spread():
+    first = make_reward_head(4096, bias=True, init="normal", dtype=torch.float32, seed=7)
+    torch.manual_seed(12345)  # ranks may differ in their global state
+    second = make_reward_head(4096, bias=True, init="normal", dtype=torch.float32, seed=7)
+    assert torch.equal(first.weight, second.weight)
+    assert abs(first.weight.std().item() * 4097**0.5 - 1) < 0.05
+    assert not first.bias.any()
+    assert not make_reward_head(64, bias=False, init="zero", dtype=torch.float32, seed=7).weight.any()
+
+
+def test_rewards_are_fp32_in_a_bfloat16_model():
+    """bf16 steps at a score of 16 are 0.125: two answers would tie."""
+    model = tiny_hybrid("llama").bfloat16()
+    use_layout(model, "shared_prefix")
+    scores = model(lay_out(random_items(seed=4), "shared_prefix"))
+    assert scores.reward.dtype == scores.logprob.dtype == torch.float32
+    assert (scores.reward.bfloat16().float() != scores.reward).any()

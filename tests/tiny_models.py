@@ -1,0 +1,82 @@
+"""Tiny random models of each architecture family, and random prompts with responses."""
+
+import random
+
+import torch
+import transformers
+
+from hafrm_ds.data.packing import PromptWithResponses
+from hafrm_ds.model.attention import SEGMENT_ATTENTION
+from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.model.loading import stock_attention
+
+VOCABULARY = 120
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 2}
+
+# Family -> config class and what differs from SHAPE. Windows are shorter than the test sequences, so that they matter.
+FAMILIES = {
+    "llama": ("LlamaConfig", GROUPED),
+    "llama-tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 6}),
+    "qwen2": ("Qwen2Config", {**GROUPED, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3-tied": ("Qwen3Config", {**GROUPED, "head_dim": 8, "tie_word_embeddings": True}),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", {**GROUPED, "sliding_window": 6}),
+    "gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8, "sliding_window": 6}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt-neox-tied": ("GPTNeoXConfig", {"tie_word_embeddings": True}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.1, "layerdrop": 0.1}),
+    "cohere": ("CohereConfig", GROUPED),
+    "granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0, "attention_multiplier": 0.3}),
+}
+
+
+def tiny_causal_lm(family: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """fp32, every parameter moved off its initial value, so that no bias is 0 and no norm is 1."""
+    class_name, changes = FAMILIES[family]
+    config = getattr(transformers, class_name)(**{"tie_word_embeddings": False, **SHAPE, **changes})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_hybrid(family: str, seed: int = 0) -> HybridModel:
+    causal_lm = tiny_causal_lm(family, seed)
+    disable_dropout(causal_lm)
+    head = make_reward_head(32, bias=False, init="normal", dtype=torch.float32, seed=seed)
+    return HybridModel(causal_lm.train(), head)
+
+
+def use_layout(model: HybridModel, layout: str) -> None:
+    """Choose the attention that a layout runs under, as loading does."""
+    stock = stock_attention(model.causal_lm.config)
+    model.causal_lm.set_attn_implementation(stock if layout == "padded" else SEGMENT_ATTENTION)
+
+
+def random_items(
+    seed: int, num_items: int = 4, num_responses: int = 2, prompt_lengths=(1, 5, 12), response_lengths=(1, 4, 9)
+) -> list[PromptWithResponses]:
+    source = random.Random(seed)
+
+    def tokens(lengths) -> list[int]:
+        return [source.randrange(3, VOCABULARY) for _ in range(source.choice(lengths))]
+
+    return [
+        PromptWithResponses(tokens(prompt_lengths), tuple(tokens(response_lengths) for _ in range(num_responses)))
+        for _ in range(num_items)
+    ]
