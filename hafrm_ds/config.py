@@ -4,13 +4,14 @@ The docstring under a field is its help text (`--help`). `load_config` names eve
 loaded; `contradictions` holds the rules that tie several options together.
 """
 
+import datetime
 import difflib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from hafrm_ds.data.sources import EvalSources, TrainSources
 from hafrm_ds.errors import ConfigError
@@ -20,12 +21,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+# YAML reads an unquoted 2024-07-26 as a date.
+Day = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, datetime.date) else value)]
 
 
 class Section(BaseModel):
     """One group of options. Unknown keys are refused; the docstring under a field is its help."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -56,7 +59,7 @@ class DataConfig(Section):
     """Named evaluation sets: one source, or a mapping from name to source or list of sources."""
     chat_template: str | None = None
     """Template for conversations: a name (chatml, phi-2, mistral-instruct, text), a .jinja file, or nothing for the tokenizer's own."""
-    template_date: str = "2024-07-26"
+    template_date: Day = "2024-07-26"
     """The day (YYYY-MM-DD) that templates which print today's date are frozen to, so that scores do not depend on the day."""
     max_length: Annotated[int, Field(ge=4)] = 1024
     """Longest conversation, prompt and response together, in tokens."""
@@ -136,11 +139,11 @@ class OptimizerConfig(Section):
     max_gradient_norm: NonNegative = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up, down to min_learning_rate_share of the peak at the last step."""
+    """Decay after the warm-up, towards min_learning_rate_share of the peak, which it would reach one step after the last."""
     warmup_share: Share = 0.03
-    """Share of all steps over which the learning rate rises from 0."""
+    """Share of all steps over which the learning rate rises to its peak; the first of them already learns."""
     min_learning_rate_share: Share = 0.0
-    """Learning rate at the end as a share of the peak."""
+    """Where the decay leads, as a share of the peak learning rate."""
 
 
 class EvaluationConfig(Section):
@@ -252,8 +255,9 @@ def load_config(arguments: list[str], schema: type[TrainConfig] = TrainConfig) -
 def read_arguments(arguments: list[str]) -> tuple[dict, bool]:
     """Arguments -> (nested mapping of raw values, whether --print_config was given)."""
     print_only, files, overrides, problems = False, [], [], []
-    words = iter(arguments)
-    for word in words:
+    words = list(reversed(arguments))
+    while words:
+        word = words.pop()
         if not word.startswith("--"):
             problems.append(f"{word!r} stands alone: options look like --section.key value")
             continue
@@ -262,7 +266,7 @@ def read_arguments(arguments: list[str]) -> tuple[dict, bool]:
             print_only = True
             continue
         if not equals:
-            value = next(words, None)
+            value = words.pop() if words and not words[-1].startswith("--") else None
         if value is None:
             problems.append(f"--{name} has no value")
         elif name == "config":
@@ -346,8 +350,12 @@ def try_schema(tree: dict, schema: type[TrainConfig]) -> tuple[TrainConfig | Non
         for key in location[:-1]:
             node = node.setdefault(key, {})
         node.setdefault(location[-1], value)
+    # A faulty option now has its default: a contradiction with that would be none of the user's.
+    faulty = {".".join(map(str, fault["loc"][:2])) for fault in faults if fault["type"] != "extra_forbidden"}
     try:
-        problems += contradictions(schema.model_validate(sound))
+        for problem in contradictions(schema.model_validate(sound)):
+            if not any(option in problem for option in faulty):
+                problems.append(problem)
     except ValidationError:
         pass  # the first round has named what can be named
     return None, problems
@@ -367,15 +375,23 @@ def describe(fault: dict, schema: type[BaseModel]) -> str:
     """One fault of pydantic in words: the dotted option, what is wrong, and the nearest valid name or the given value."""
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        known = list(option_names(schema))
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        same_leaf = [option for option in known if option.split(".")[-1] == name.split(".")[-1]]
-        guess = same_leaf[0] if same_leaf else near[0] if near else None
-        return f"{name}: unknown option" + (f"; did you mean {guess}?" if guess else "; --help lists all options")
+        return f"{name}: unknown option; {nearest_option(name, schema)}"
     if fault["type"] == "missing":
         return f"{name}: is required and was not given"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{name}: {message[0].lower() + message[1:]} (given: {fault['input']!r})"
+
+
+def nearest_option(name: str, schema: type[BaseModel]) -> str:
+    """The option that an unknown name may have meant: a sibling with a like name first, then any option or section."""
+    section, _, leaf = name.rpartition(".")
+    # Reversed, so that of two options with the same last part the first counts.
+    everywhere = {option.split(".")[-1]: option for option in reversed([*schema.model_fields, *option_names(schema)])}
+    siblings = {option.split(".")[-1]: option for option in option_names(schema) if option.rpartition(".")[0] == section}
+    for known in (siblings, everywhere):
+        if near := difflib.get_close_matches(leaf, known, n=1):
+            return f"did you mean {known[near[0]]}?"
+    return f"{section} has {', '.join(siblings)}" if section and siblings else "--help lists all options"
 
 
 def option_names(schema: type[BaseModel], prefix: str = "") -> list[str]:

@@ -12,7 +12,6 @@ the share of labels that were not flipped. Everything is made here from a seed; 
 import argparse
 import json
 import random
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from hafrm_ds.errors import UserError
 
 SEED = 0
 LABEL_NOISE = 0.1
-TRAIN_PAIRS = 6400
+TRAIN_PAIRS = 5120
 TEST_PAIRS = 1000
 VOCABULARY = 1000
 
@@ -324,7 +323,7 @@ def write_tokenizer(folder: Path, texts: list[str], vocabulary: int = VOCABULARY
 
 
 def write_model(
-    folder: Path, vocabulary: int = VOCABULARY, seed: int = SEED, hidden: int = 128, layers: int = 3
+    folder: Path, vocabulary: int = VOCABULARY, seed: int = SEED, hidden: int = 128, layers: int = 2
 ) -> None:
     """Write a small Llama with random weights into `folder`."""
     import torch
@@ -347,3 +346,57 @@ def write_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def results(out_dir: Path, set_name: str = "held_out") -> str:
+    """How close the run in OUT_DIR/run came to the best reachable accuracy, in words."""
+    metrics, rubric = out_dir / "run" / "metrics.jsonl", out_dir / "data" / "rubric.json"
+    for file in (metrics, rubric):
+        if not file.exists():
+            raise UserError(f"{file} does not exist: has the run in {out_dir} finished?")
+    facts = json.loads(rubric.read_text())
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "eval" and row["set"] == set_name]
+    if not rows:
+        raise UserError(f"{metrics} has no evaluation of the set {set_name}")
+    best, reached = facts["best_accuracy_on_test"], rows[-1]["accuracy/reward"]
+    single, judge = max((value, name) for name, value in facts["yardsticks_on_test"].items())
+    lines = [
+        f"held-out accuracy of the reward head, {facts['test_pairs']} pairs, a share of {facts['label_noise']} of all "
+        "labels flipped at random:",
+        f"  {reached:.3f}  reached at step {rows[-1]['step']} ({rows[0]['accuracy/reward']:.3f} at step {rows[0]['step']})",
+        f"  {best:.3f}  best reachable: the share of labels that were not flipped",
+        f"  {single:.3f}  best judge that looks at one feature only ({judge})",
+        f"  {facts['yardsticks_on_test']['longer answer']:.3f}  taking the longer answer",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m hafrm_ds.quickstart", description=__doc__.split("\n\n")[0])
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    parser.add_argument(
+        "--results", action="store_true", help="make nothing; say how close the run in OUT_DIR/run came to the best"
+    )
+    options = parser.parse_args(arguments)
+    if options.results:
+        print(results(options.out_dir))
+        return
+    facts = write_data(options.out_dir / "data")
+    rows = [json.loads(line) for line in (options.out_dir / "data" / "train.jsonl").read_text().splitlines()]
+    texts = [row[field] for row in rows for field in ("prompt", "chosen", "rejected")]
+    write_tokenizer(options.out_dir / "model", texts)
+    write_model(options.out_dir / "model")
+    print(f"{options.out_dir / 'data'}: {facts['train_pairs']} training and {facts['test_pairs']} held-out pairs")
+    print(f"{options.out_dir / 'model'}: a small Llama with random weights and its tokenizer")
+    print(f"best reachable accuracy on the held-out labels: {facts['best_accuracy_on_test']:.3f}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))

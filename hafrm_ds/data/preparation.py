@@ -87,8 +87,6 @@ def prepare_pairs(
             pair is left.
     """
     rows = read_pairs(sources, role=role, seed=seed, cache_dir=data.cache_dir)
-    if not len(rows):
-        raise DataError(f"{role} data: no rows in {', '.join(source.label_in_reports for source in sources)}")
     tokenized = tokenize_rows(rows, formatter, data)
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(table["selected"], pc.equal(table["outcome"], "")).to_numpy())
@@ -226,10 +224,6 @@ def first_id(table: pa.Table, reason: str) -> str:
 def check_enough_left(report: DataReport, data: DataConfig) -> None:
     """Raise DataError when more was dropped than the user allows, or when nothing is left."""
     total = report.total
-    if total.selected == 0:
-        raise DataError(
-            f"{report.role} data: all {total.read} rows read were deselected:\n" + "\n".join(counted(total.deselected))
-        )
     if total.dropped_share <= data.max_dropped_share and total.kept:
         return
     # Rounded up, so that the number named here does let this very set through.
@@ -249,7 +243,7 @@ def check_enough_left(report: DataReport, data: DataConfig) -> None:
     raise DataError("\n".join(lines))
 
 
-def counted(reasons: dict[str, int], first: dict[str, str] | None = None) -> Iterable[str]:
+def counted(reasons: dict[str, int], first: dict[str, str]) -> Iterable[str]:
     """One line for each reason, the most frequent first."""
     for reason, number in sorted(reasons.items(), key=lambda item: -item[1]):
-        yield f"  {number:>8}  {reason}" + (f" (first: {first[reason]})" if first else "")
+        yield f"  {number:>8}  {reason} (first: {first[reason]})"

@@ -38,7 +38,7 @@ from pydantic import (
     model_validator,
 )
 
-from hafrm_ds.data.pairs import FORMAT_VERSION, FORMATS, Dropped, Row, detect_format, read_pair
+from hafrm_ds.data.pairs import FORMAT_VERSION, FORMATS, Dropped, Row, detect_format, in_words, read_pair
 from hafrm_ds.errors import DataError
 
 Role = Literal["train", "eval"]
@@ -473,7 +473,7 @@ def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         while line := read_some(file, name, file.readline):
             number += 1
             if line.strip():
-                yield number, parse_json(line, f"{name}:{number}")
+                yield number, parse_json(line.rstrip(), f"{name}:{number}")
 
 
 def open_data(path: Path, name: str) -> IO[bytes]:
@@ -563,7 +563,7 @@ def outcomes_of_rows(tables: list[Table], source: Source) -> Iterator[dict[str, 
         for number, content in table.rows():
             row_id = f"{table.name}:{number}"
             if not isinstance(content, dict):
-                raise DataError(f"{row_id}: is a {type(content).__name__}, expected an object with fields")
+                raise DataError(f"{row_id}: is {in_words(content)}, expected an object with fields")
             row = Row(content, row_id, source.label_in_reports)
             total += 1
             fields |= dict.fromkeys(content)

@@ -16,21 +16,44 @@ from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
 from hafrm_ds.objective import ResponseScores
 
 
+class RewardHead(nn.Linear):
+    """H -> 1. Its weight has the body's dtype (DeepSpeed shards one dtype at a time); its product is fp32."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[N, H] -> [N] fp32."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(states.float(), self.weight.float(), bias).squeeze(-1)
+
+
+class ResponseLogprobs(nn.Module):
+    """Log-probs of response tokens through a causal LM's output embedding.
+
+    A module of its own without parameters: under ZeRO-3 the head's weight is gathered when it is entered, once in
+    forward and once in backward, and dropped behind it (`Engine` registers the weight with it).
+    """
+
+    def __init__(self, transform: HeadTransform):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+        """[M, H] states that predict `targets` [M] -> [M] fp32."""
+        return token_logprobs(states, head.weight, head.bias, targets, self.transform)
+
+
 class HybridModel(nn.Module):
     """A causal LM with a reward head beside its LM head. Both read the same forward pass of the body.
-
-    The reward head is a plain Linear of the body's dtype (DeepSpeed shards one dtype at a time); its product is fp32.
 
     Attributes:
         uses_stock_logits: take log-probs from the causal LM's own [T, V] logits instead of the fused function. Set by
             `check_lm_head` for a model whose LM head does something that `HeadTransform` does not know.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, reward_head: nn.Linear):
+    def __init__(self, causal_lm: PreTrainedModel, reward_head: RewardHead):
         super().__init__()
         self.causal_lm = causal_lm
         self.reward_head = reward_head
-        self.head_transform = head_transform(causal_lm.config)
+        self.response_logprobs = ResponseLogprobs(head_transform(causal_lm.config))
         self.uses_stock_logits = False
 
     def forward(self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True) -> ResponseScores:
@@ -44,25 +67,18 @@ class HybridModel(nn.Module):
             states, per_token = self.states_and_stock_logprobs(batch)
         else:
             states = self.causal_lm.get_decoder()(**model_inputs(batch)).last_hidden_state.flatten(0, 1)  # [T, H]
-            per_token = self.fused_logprobs(states, batch) if with_logprob else None
+            per_token = None
+            if with_logprob:
+                per_token = self.response_logprobs(states[batch.predict_index], self.lm_head, batch.target_ids)
         return ResponseScores(
-            reward=self.rewards(states[batch.readout_index]) if with_reward else None,
+            reward=self.reward_head(states[batch.readout_index]) if with_reward else None,
             logprob=sum_by_response(per_token, batch) if with_logprob else None,
             num_tokens=batch.num_tokens,
         )
 
-    def rewards(self, states: Tensor) -> Tensor:
-        """[N, H] -> [N] fp32."""
-        head = self.reward_head
-        bias = None if head.bias is None else head.bias.float()
-        return F.linear(states.float(), head.weight.float(), bias).squeeze(-1)
-
-    def fused_logprobs(self, states: Tensor, batch: PackedBatch) -> Tensor:
-        """[T, H] -> [M] fp32."""
-        head = self.causal_lm.get_output_embeddings()
-        return token_logprobs(
-            states[batch.predict_index], head.weight, head.bias, batch.target_ids, self.head_transform
-        )
+    @property
+    def lm_head(self) -> nn.Linear:
+        return self.causal_lm.get_output_embeddings()
 
     def states_and_stock_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """States [T, H] and log-probs [M] fp32 from the causal LM's own forward, which holds the logits of all tokens."""
@@ -89,12 +105,12 @@ def sum_by_response(per_token: Tensor, batch: PackedBatch) -> Tensor:
     return zeros.index_add(0, batch.response_index, per_token)
 
 
-def make_reward_head(hidden_size: int, *, bias: bool, init: str, dtype: torch.dtype, seed: int) -> nn.Linear:
-    """A Linear H -> 1, N(0, 1/(H + 1)) (Ouyang et al. 2022) or zero; the same on every rank that gives the same seed.
+def make_reward_head(hidden_size: int, *, bias: bool, init: str, dtype: torch.dtype, seed: int) -> RewardHead:
+    """N(0, 1/(H + 1)) (Ouyang et al. 2022) or zero; the same on every rank that gives the same seed.
 
     Made before the model is sharded: under zero.Init an initialiser finds an empty tensor and does nothing.
     """
-    head = nn.Linear(hidden_size, 1, bias=bias, device="cpu", dtype=torch.float32)
+    head = RewardHead(hidden_size, 1, bias=bias, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         if init == "zero":
             head.weight.zero_()

@@ -57,6 +57,9 @@ LEFT_TO_DEEPSPEED = (
     "wall_clock_breakdown",
 )
 
+# Sections that are read here, so they must be objects.
+SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
+
 
 def walk(tree: dict, prefix: str = ""):
     """Yield (dotted key, value) of every leaf."""
@@ -70,6 +73,10 @@ def walk(tree: dict, prefix: str = ""):
 def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
     """One message for each value of the JSON that contradicts the run, naming both."""
     decided, problems, file = run_values(config), [], config.deepspeed
+    for name in SECTIONS:
+        if not isinstance(content.get(name, {}), dict):
+            problems.append(f"deepspeed: {file} gives {name} as {json.dumps(content[name])}; it must be an object")
+    content = {key: value for key, value in content.items() if key not in SECTIONS or isinstance(value, dict)}
     for key, value in walk(content):
         if key in decided:
             expected, option = decided[key]
@@ -77,13 +84,14 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
                 problems.append(f'deepspeed: {file} says {key} = {json.dumps(value)}, but {option}'
                                 + (f" says {json.dumps(expected)}" if " " not in option else "")
                                 + f'; set it to "auto" or to {json.dumps(expected)}')
-        elif key.startswith("scheduler."):
-            if value != "auto":
-                problems.append(f"deepspeed: {file} sets {key}, but optimizer.schedule and optimizer.warmup_share make "
-                                "the schedule of a run; remove the scheduler section")
+        elif key.startswith("scheduler.") or key == "zero_optimization.stage":
+            pass  # each has its own message below
         elif value == "auto" and key not in LEFT_TO_DEEPSPEED:
             known = ", ".join([*decided, *LEFT_TO_DEEPSPEED])
             problems.append(f'deepspeed: {file} leaves {key} "auto", which nothing in a run decides (known: {known})')
+    if any(value != "auto" for _, value in walk(content.get("scheduler", {}))):
+        problems.append(f"deepspeed: {file} has a scheduler section, but optimizer.schedule and optimizer.warmup_share "
+                        "make the schedule of a run; remove it")
     if content.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2, 3):
         problems.append(f"deepspeed: {file} names ZeRO stage {content['zero_optimization']['stage']}; it is 0, 1, 2 or 3")
     micro = content.get("train_micro_batch_size_per_gpu", "auto")

@@ -72,6 +72,11 @@ class Engine:
         )
         self.stage = zero_stage(deepspeed_config)
         self.model = model
+        if self.stage == 3:
+            # Announced before the first forward: DeepSpeed would else find out during it, and its prefetching then
+            # stumbles over a forward that needs other parameters than the one before.
+            for parameter in model.lm_head.parameters():
+                deepspeed.zero.register_external_parameter(model.response_logprobs, parameter)
         self.gradient_norm: float | None = None
 
     @property
@@ -116,7 +121,7 @@ def freeze_unused_heads(model: HybridModel, config: TrainConfig) -> None:
     """A head whose loss has no weight is not trained. A tied LM head is the embedding, which is."""
     if not config.objective.uses_reward:
         model.reward_head.requires_grad_(False)
-    head, embedding = model.causal_lm.get_output_embeddings(), model.causal_lm.get_input_embeddings()
+    head, embedding = model.lm_head, model.causal_lm.get_input_embeddings()
     if not config.objective.uses_policy and head.weight is not embedding.weight:
         head.requires_grad_(False)
 

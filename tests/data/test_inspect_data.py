@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def inspect_data(make_tokenizer, tmp_path, monkeypatch):
-    """inspect_data(*options) -> exit status of launch/inspect_data.py on ten pairs and a folder with a tokenizer alone."""
+    """inspect_data(*options) -> exit status of the launch file for ten pairs and a folder with a tokenizer alone."""
     make_tokenizer().save_pretrained(tmp_path / "model")
     rows = [
         {"prompt": f"question {index}", "chosen": "good", "rejected": "bad", "split": ("train", "test")[index % 2]}

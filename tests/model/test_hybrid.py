@@ -88,12 +88,12 @@ def test_a_head_that_is_not_understood_falls_back_to_stock_logits():
     model, batch = tiny_hybrid("gemma2"), lay_out(random_items(seed=2), "shared_prefix")
     use_layout(model, "shared_prefix")
     expected = model(batch).logprob.detach()
-    model.head_transform = HeadTransform(scale=3.0)
+    model.response_logprobs.transform = HeadTransform(scale=3.0)
     assert check_lm_head(model, model, batch) > 0.1
     assert model.uses_stock_logits
     torch.testing.assert_close(model(batch).logprob.detach(), expected, rtol=1e-5, atol=1e-5)
     model.uses_stock_logits = False
-    model.head_transform = HeadTransform(softcap=30.0)
+    model.response_logprobs.transform = HeadTransform(softcap=30.0)
     assert check_lm_head(model, model, batch) < 1e-5
     assert not model.uses_stock_logits
 

@@ -1,0 +1,44 @@
+"""Packaging. The version is read from the package's text: importing it would need what is installed here."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "hafrm_ds" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+setup(
+    name="hafrm_ds",
+    version=VERSION,
+    description="A DeepSpeed trainer for hybrid reward models: reward loss and DPO loss on one body",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["hafrm_ds", "hafrm_ds.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "deepspeed>=0.19",
+        "ninja",  # DeepSpeed compiles its CPU communication and optimizer ops at the first start
+        "datasets>=4.0",
+        "pyarrow",
+        "sentencepiece",
+        "protobuf",  # without it transformers cannot read a sentencepiece model
+        "safetensors",
+        "numpy",
+        "jinja2",
+        "pyyaml",
+        "pydantic>=2.10",
+        "rich",
+        "tensorboard",
+    ],
+    extras_require={
+        "cuda": ["flash-attn-4>=4.0.0b1", "liger-kernel>=0.8"],
+        "lora": ["peft>=0.18"],
+        "wandb": ["wandb"],
+        "test": ["pytest", "hypothesis", "ruff", "trl>=1.16"],
+    },
+)
