@@ -388,8 +388,8 @@ def nearest_option(name: str, schema: type[BaseModel]) -> str:
     # Reversed, so that of two options with the same last part the first counts.
     everywhere = {option.split(".")[-1]: option for option in reversed([*schema.model_fields, *option_names(schema)])}
     siblings = {option.split(".")[-1]: option for option in option_names(schema) if option.rpartition(".")[0] == section}
-    for known in (siblings, everywhere):
-        if near := difflib.get_close_matches(leaf, known, n=1):
+    for known, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
+        if near := difflib.get_close_matches(leaf, known, n=1, cutoff=cutoff):
             return f"did you mean {known[near[0]]}?"
     return f"{section} has {', '.join(siblings)}" if section and siblings else "--help lists all options"
 

@@ -5,15 +5,17 @@ per pair ([P]); nothing here averages. The loop divides once, by the pairs of th
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class ResponseScores:
+class ResponseScores(NamedTuple):
     """What the model says about N responses. The one output of the model, for every use.
+
+    A named tuple, because DeepSpeed looks for the tensors of a module's output in tuples and not in dataclasses.
 
     reward: [N] fp32, None when the reward head was not asked for.
     logprob: [N] fp32, log pi(response | prompt) summed over its tokens; None when the LM head was not run.

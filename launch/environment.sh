@@ -7,7 +7,7 @@
 # Nothing is installed when neither setup.py nor the extras have changed since the last time.
 
 hafrm_environment() {
-    local extras="$1" root venv python="" candidate missing=() parent_packages
+    local extras="$1" root venv python="" candidate packages own missing=()
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     venv="${HAFRM_VENV:-$root/.venv}"
 
@@ -36,12 +36,13 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
 
     if [[ ! -x "$venv/bin/python" ]]; then
         echo "making the virtual environment $venv"
-        "$python" -m venv "$venv"
+        "$python" -m venv "$venv" || return 1
         if "$python" -c 'import torch' 2>/dev/null; then
-            # A .pth file instead of --system-site-packages: it also works when that python is itself a virtual environment.
-            parent_packages="$("$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')"
-            echo "using the torch that is installed in $parent_packages"
-            echo "$parent_packages" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/installed-torch.pth"
+            # A .pth file and not --system-site-packages: it also works when that python is itself a virtual environment.
+            packages="$("$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')"
+            own="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+            echo "using the torch that is installed in $packages"
+            echo "$packages" >"$own/installed-torch.pth"
         fi
     fi
     export PATH="$venv/bin:$PATH"
@@ -56,19 +57,20 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     echo "installing hafrm_ds${extras:+ with the extras $extras} into $venv (minutes at the first time)"
     local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
     if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-        "${pip[@]}" torch==2.13.0
+        "${pip[@]}" torch==2.13.0 || return 1
     fi
     # The constraint keeps pip from replacing the torch that is there; a torch that is too old gives pip's own message.
-    "$venv/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$venv/torch-constraint.txt"
-    "${pip[@]}" --constraint "$venv/torch-constraint.txt" --editable "$root${extras:+[$extras]}"
+    echo "torch==$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')" \
+        >"$venv/torch-constraint.txt"
+    "${pip[@]}" --constraint "$venv/torch-constraint.txt" --editable "$root${extras:+[$extras]}" || return 1
     # A deepspeed beside the found torch satisfies pip, but its command would run under the other python.
     if [[ ! -x "$venv/bin/deepspeed" ]]; then
         "${pip[@]}" --ignore-installed --no-deps \
-            "deepspeed==$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("deepspeed"))')"
+            "deepspeed==$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("deepspeed"))')" ||
+            return 1
     fi
     [[ "$(head -n 1 "$stamp" 2>/dev/null)" == "$state" ]] || echo "$state" >"$stamp"
     echo "extras: $extras" >>"$stamp"
 }
 
-hafrm_environment "${1:-}" || exit 1
-unset -f hafrm_environment
+hafrm_environment "${1:-}" || return 1

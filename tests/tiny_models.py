@@ -1,6 +1,7 @@
 """Tiny random models of each architecture family, and random prompts with responses."""
 
 import random
+from pathlib import Path
 
 import torch
 import transformers
@@ -9,6 +10,7 @@ from hafrm_ds.data.packing import PromptWithResponses
 from hafrm_ds.model.attention import SEGMENT_ATTENTION
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.model.loading import stock_attention
+from tests.tiny_tokenizers import byte_level_tokenizer
 
 VOCABULARY = 120
 SHAPE = {
@@ -43,16 +45,24 @@ FAMILIES = {
 }
 
 
-def tiny_causal_lm(family: str, seed: int = 0) -> transformers.PreTrainedModel:
+def tiny_causal_lm(family: str, seed: int = 0, **shape) -> transformers.PreTrainedModel:
     """fp32, every parameter moved off its initial value, so that no bias is 0 and no norm is 1."""
     class_name, changes = FAMILIES[family]
-    config = getattr(transformers, class_name)(**{"tie_word_embeddings": False, **SHAPE, **changes})
+    config = getattr(transformers, class_name)(**{"tie_word_embeddings": False, **SHAPE, **changes, **shape})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+def save_tiny_model(folder: Path, family: str = "llama-tied", **tokenizer_options) -> Path:
+    """A folder as users have it: a tiny model and a byte-level tokenizer with a chat template."""
+    tokenizer = byte_level_tokenizer(**tokenizer_options)
+    tiny_causal_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_hybrid(family: str, seed: int = 0) -> HybridModel:

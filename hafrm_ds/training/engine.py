@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,6 +163,8 @@ def make_optimizer(
 
 def load_engine(config: TrainConfig, world_size: int) -> Engine:
     """Load the model of a run and put it under DeepSpeed. The process group has been started."""
+    # torch 2.13 renames collectives that DeepSpeed calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     from hafrm_ds.model.loading import load_hybrid_model

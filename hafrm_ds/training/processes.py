@@ -81,7 +81,10 @@ class Processes:
         return result
 
     def start_group(self) -> None:
-        """Start the process group of the collectives, on the store that is already there."""
+        """Start the process group of the collectives, on the store that is already there. Runs after one another in
+        these processes share it."""
+        if dist.is_initialized():
+            return
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         dist.init_process_group(

@@ -1,0 +1,59 @@
+"""Runs through the real launcher. A launch costs seconds, so one launch runs many cases, one after another."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCHER = Path(sys.executable).parent / "deepspeed"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(num_ranks: int, script: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """`deepspeed --num_gpus N script arguments`, with stdout and stderr captured together."""
+    command = [LAUNCHER, "--num_gpus", num_ranks, "--master_port", free_port(), script, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def train_all(num_ranks: int, cases: list[list[str]], timeout: float = 900) -> str:
+    """Run launch/train.py's work for each list of options, in one launch; returns what was printed."""
+    result = launch(num_ranks, "tests/distributed/train_cases.py", json.dumps(cases), timeout=timeout)
+    assert result.returncode == 0, result.stdout[-6000:]
+    return result.stdout
+
+
+def rows(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def write_pairs(path: Path, num_pairs: int, seed: int = 0) -> Path:
+    """Short pairs of uneven lengths: the chosen answer has more vowels."""
+    source = random.Random(seed)
+
+    def text(letters: str, low: int, high: int) -> str:
+        return "".join(source.choice(letters) for _ in range(source.randrange(low, high)))
+
+    with path.open("w") as file:
+        for _ in range(num_pairs):
+            row = {"prompt": text("abcdefg ", 1, 30), "chosen": text("aeiou", 1, 20), "rejected": text("bcdfg", 1, 20)}
+            file.write(json.dumps(row) + "\n")
+    return path

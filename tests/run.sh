@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The project's tests, as CI runs them: lint, then the fast tests, then those that start several processes.
+#
+#   bash tests/run.sh
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/launch/environment.sh" test
+cd "$root"
+
+ruff check .
+python -m pytest -q -m "not distributed and not slow"
+python -m pytest -q -m distributed
