@@ -28,7 +28,9 @@ Day = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(valu
 class Section(BaseModel):
     """One group of options. Unknown keys are refused; the docstring under a field is its help."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -43,7 +45,8 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the weights in forward and backward. DeepSpeed keeps fp32 master weights beside bfloat16 ones."""
     gradient_checkpointing: bool = False
-    """Recompute each layer in backward: activations of one layer in memory instead of all, for about a third more compute."""
+    """Recompute each layer in backward: activations of one layer in memory instead of all, for about a third more
+    compute."""
     reward_head_bias: bool = False
     """Give the reward head a bias. It cancels in every pair, so it only moves the zero of the score."""
     reward_head_init: Literal["normal", "zero"] = "normal"
@@ -54,20 +57,25 @@ class DataConfig(Section):
     """Preference pairs: where they come from, how they are rendered and what is cut or dropped."""
 
     train: TrainSources
-    """Training pairs: a path, hub id or preset:NAME with an optional row filter (`pairs.jsonl?split=train`), a mapping, or a list of these."""
+    """Training pairs: a path, hub id or preset:NAME with an optional row filter (`pairs.jsonl?split=train`), a mapping,
+    or a list of these."""
     eval: EvalSources = {}
     """Named evaluation sets: one source, or a mapping from name to source or list of sources."""
     chat_template: str | None = None
-    """Template for conversations: a name (chatml, phi-2, mistral-instruct, text), a .jinja file, or nothing for the tokenizer's own."""
+    """Template for conversations: a name (chatml, phi-2, mistral-instruct, text), a .jinja file, or nothing for the
+    tokenizer's own."""
     template_date: Day = "2024-07-26"
-    """The day (YYYY-MM-DD) that templates which print today's date are frozen to, so that scores do not depend on the day."""
+    """The day (YYYY-MM-DD) that templates which print today's date are frozen to, so that scores do not depend on the
+    day."""
     max_length: Annotated[int, Field(ge=4)] = 1024
     """Longest conversation, prompt and response together, in tokens."""
     truncation: Literal["drop", "keep_prompt_end", "cut_response"] = "keep_prompt_end"
-    """What happens to a pair whose longer conversation exceeds max_length. drop: the pair is dropped. keep_prompt_end: the
-    start of the prompt is cut (a leading BOS is kept) until the longer response fits. cut_response: both responses are cut at the end."""
+    """What happens to a pair whose longer conversation exceeds max_length. drop: the pair is dropped. keep_prompt_end:
+    the start of the prompt is cut (a leading BOS is kept) until the longer response fits. cut_response: both responses
+    are cut at the end."""
     max_dropped_share: Share = 0.05
-    """The run stops when a larger share of the selected pairs is empty, identical or over-long and so would be dropped."""
+    """The run stops when a larger share of the selected pairs is empty, identical or over-long and so would be
+    dropped."""
     num_proc: PositiveInt | None = None
     """Processes that tokenise. Default: one per core, at most 16."""
     cache_dir: Path | None = None
@@ -96,7 +104,8 @@ class ObjectiveConfig(Section):
     reward_centering: NonNegative = 0.0
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around zero. 0.01 is a usual value."""
     alternate_every: Annotated[int, Field(ge=0)] = 0
-    """0: both losses at every step. k: blocks of k steps with the policy loss alone, then k with the reward loss alone, and so on."""
+    """0: both losses at every step. k: blocks of k steps with the policy loss alone, then k with the reward loss alone,
+    and so on."""
 
     @property
     def uses_reward(self) -> bool:
@@ -139,7 +148,8 @@ class OptimizerConfig(Section):
     max_gradient_norm: NonNegative = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up, towards min_learning_rate_share of the peak, which it would reach one step after the last."""
+    """Decay after the warm-up, towards min_learning_rate_share of the peak, which it would reach one step after the
+    last."""
     warmup_share: Share = 0.03
     """Share of all steps over which the learning rate rises to its peak; the first of them already learns."""
     min_learning_rate_share: Share = 0.0
@@ -156,8 +166,8 @@ class EvaluationConfig(Section):
     max_pairs: PositiveInt | None = None
     """Use at most this many pairs of each set: a fixed random choice."""
     best_metric: str | None = None
-    """SET/METRIC whose best step is remembered, for example hh/accuracy/reward. Default: the first set's accuracy
-    of the reward head, or the implicit reward's when rm_weight is 0."""
+    """SET/METRIC whose best step is remembered, for example hh/accuracy/reward. Default: the first set's accuracy of
+    the reward head, or the implicit reward's when rm_weight is 0."""
 
 
 class LoggingConfig(Section):
@@ -177,7 +187,8 @@ class TrainConfig(Section):
     output_dir: Path
     """Folder of the run: config, metrics, TensorBoard files and the final model."""
     deepspeed: Path = Path("ds_configs/zero3.json")
-    """A DeepSpeed JSON file. Its "auto" values are filled from this configuration; a value that contradicts it is an error."""
+    """A DeepSpeed JSON file. Its "auto" values are filled from this configuration; a value that contradicts it is an
+    error."""
     seed: int = 0
     """Seed of the data order, of the mixing of sources and of the reward head."""
     epochs: Positive = 1.0
@@ -372,7 +383,7 @@ def remove(tree: Any, location: tuple) -> None:
 
 
 def describe(fault: dict, schema: type[BaseModel]) -> str:
-    """One fault of pydantic in words: the dotted option, what is wrong, and the nearest valid name or the given value."""
+    """One fault of pydantic in words: the option, what is wrong, and the nearest valid name or the given value."""
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"{name}: unknown option; {nearest_option(name, schema)}"
@@ -387,7 +398,9 @@ def nearest_option(name: str, schema: type[BaseModel]) -> str:
     section, _, leaf = name.rpartition(".")
     # Reversed, so that of two options with the same last part the first counts.
     everywhere = {option.split(".")[-1]: option for option in reversed([*schema.model_fields, *option_names(schema)])}
-    siblings = {option.split(".")[-1]: option for option in option_names(schema) if option.rpartition(".")[0] == section}
+    siblings = {
+        option.split(".")[-1]: option for option in option_names(schema) if option.rpartition(".")[0] == section
+    }
     for known, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
         if near := difflib.get_close_matches(leaf, known, n=1, cutoff=cutoff):
             return f"did you mean {known[near[0]]}?"

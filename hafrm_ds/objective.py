@@ -51,7 +51,7 @@ def bradley_terry_loss(reward: Tensor, margin: Tensor | None = None, label_smoot
 
 
 def centering_penalty(reward: Tensor) -> Tensor:
-    """(r_c + r_r)^2, [N] -> [P] (Eisenstein et al. 2023, eq. 2): a reward is defined up to a constant; this picks one."""
+    """(r_c + r_r)^2, [N] -> [P] (Eisenstein et al. 2023): a reward is defined up to a constant; this picks one."""
     chosen, rejected = chosen_and_rejected(reward)
     return (chosen + rejected).square()
 
@@ -84,13 +84,13 @@ def ipo_loss(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
 
 
 def hinge_loss(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """max(0, 1 - h) with h as in DPO (SLiC's loss on DPO's margin, Zhao et al. 2023; Liu et al. 2023). [N], [N] -> [P]."""
+    """max(0, 1 - h) with h as in DPO: SLiC's loss on DPO's margin (Liu et al. 2023). [N], [N] -> [P]."""
     chosen, rejected = chosen_and_rejected(implicit_reward(logprob, reference, beta))
     return F.relu(1 - (chosen - rejected))
 
 
 def simpo_loss(logprob: Tensor, num_tokens: Tensor, beta: float, gamma: float) -> Tensor:
-    """-log sigmoid(beta * [log pi(c)/|c| - log pi(r)/|r|] - gamma), no reference (Meng et al. 2024, eq. 6). [N] -> [P]."""
+    """-log sigmoid(beta * [log pi(c)/|c| - log pi(r)/|r|] - gamma) (Meng et al. 2024, eq. 6). [N] -> [P]."""
     chosen, rejected = chosen_and_rejected(beta * logprob / num_tokens)
     return -F.logsigmoid(chosen - rejected - gamma)
 
@@ -153,8 +153,11 @@ def joint_loss(
 
 
 def alternating_weights(step: int, every: int, rm_weight: float, alpha: float) -> tuple[float, float]:
-    """(rm_weight, alpha) at `step` (from 0) of the paper's alternating schedule: blocks of `every` steps, the first with
-    the policy loss alone, the second with the reward loss alone, and so on. `every` = 0: both, always."""
+    """(rm_weight, alpha) at `step` (from 0) of the paper's alternating schedule.
+
+    Blocks of `every` steps: the first with the policy loss alone, the second with the reward loss alone, and so on.
+    `every` = 0: both, always.
+    """
     if every == 0:
         return rm_weight, alpha
     return (0.0, alpha) if (step // every) % 2 == 0 else (rm_weight, 0.0)

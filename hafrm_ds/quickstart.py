@@ -3,10 +3,11 @@
     python -m hafrm_ds.quickstart OUT_DIR             writes OUT_DIR/data and OUT_DIR/model
     python -m hafrm_ds.quickstart OUT_DIR --results   says how close the run in OUT_DIR/run came to the best reachable
 
-Two assistants answer the same everyday question. A hidden rubric, a weighted sum of features of an answer (does it name
-what was asked about, how many concrete steps, an insult, ...), decides which answer is better, and then a known share of
-the labels is flipped. So the accuracy that no reward model can beat on the held-out labels is known before training:
-the share of labels that were not flipped. Everything is made here from a seed; nothing is downloaded.
+Two assistants answer the same everyday question. A hidden rubric, a weighted sum of features of an answer (does it
+name what was asked about, how many concrete steps, an insult, ...), decides which answer is better, and then labels are
+flipped with a known probability. So the accuracy that a reward model can be expected to reach at best on the held-out
+labels is known before training: the share of labels that were not flipped. Everything is made here from a seed; nothing
+is downloaded.
 """
 
 import argparse
@@ -220,7 +221,7 @@ class RubricPair:
 
 
 def generate_pairs(count: int, seed: int = SEED, label_noise: float = LABEL_NOISE) -> list[RubricPair]:
-    """`count` different pairs; the rubric is never near a tie, and each label is flipped with probability `label_noise`."""
+    """`count` different pairs, never near a tie by the rubric, each label flipped with probability `label_noise`."""
     rng = random.Random(f"pairs {seed}")
     noise = random.Random(f"label noise {seed}")  # apart, so that the texts do not depend on the noise
     pairs, seen = [], set()
@@ -243,7 +244,8 @@ def generate_pairs(count: int, seed: int = SEED, label_noise: float = LABEL_NOIS
 
 def share_won(differences: list[float]) -> float:
     """Share of positive differences, a tie counting half."""
-    return sum(1.0 if difference > 0 else 0.5 if difference == 0 else 0.0 for difference in differences) / len(differences)
+    wins, ties = sum(difference > 0 for difference in differences), sum(difference == 0 for difference in differences)
+    return (wins + ties / 2) / len(differences)
 
 
 def yardsticks(pairs: list[RubricPair]) -> dict[str, float]:
@@ -259,7 +261,10 @@ def yardsticks(pairs: list[RubricPair]) -> dict[str, float]:
 
 
 def write_data(
-    folder: Path, train_pairs: int = TRAIN_PAIRS, test_pairs: int = TEST_PAIRS, seed: int = SEED,
+    folder: Path,
+    train_pairs: int = TRAIN_PAIRS,
+    test_pairs: int = TEST_PAIRS,
+    seed: int = SEED,
     label_noise: float = LABEL_NOISE,
 ) -> dict:
     """Write train.jsonl, test.jsonl and rubric.json into `folder`; returns the content of rubric.json."""
@@ -362,13 +367,14 @@ def results(out_dir: Path, set_name: str = "held_out") -> str:
     rows = [row for row in rows if row["kind"] == "eval" and row["set"] == set_name]
     if not rows:
         raise UserError(f"{metrics} has no evaluation of the set {set_name}")
-    best, reached = facts["best_accuracy_on_test"], rows[-1]["accuracy/reward"]
+    start, end = rows[0], rows[-1]
     single, judge = max((value, name) for name, value in facts["yardsticks_on_test"].items())
     lines = [
-        f"held-out accuracy of the reward head, {facts['test_pairs']} pairs, a share of {facts['label_noise']} of all "
-        "labels flipped at random:",
-        f"  {reached:.3f}  reached at step {rows[-1]['step']} ({rows[0]['accuracy/reward']:.3f} at step {rows[0]['step']})",
-        f"  {best:.3f}  best reachable: the share of labels that were not flipped",
+        f"held-out accuracy of the reward head ({facts['test_pairs']} pairs, each label flipped with probability "
+        f"{facts['label_noise']}):",
+        f"  {end['accuracy/reward']:.3f}  at step {end['step']}, after {start['accuracy/reward']:.3f} at step "
+        f"{start['step']}",
+        f"  {facts['best_accuracy_on_test']:.3f}  best reachable: the share of labels that were not flipped",
         f"  {single:.3f}  best judge that looks at one feature only ({judge})",
         f"  {facts['yardsticks_on_test']['longer answer']:.3f}  taking the longer answer",
     ]
@@ -378,9 +384,7 @@ def results(out_dir: Path, set_name: str = "held_out") -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m hafrm_ds.quickstart", description=__doc__.split("\n\n")[0])
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    parser.add_argument(
-        "--results", action="store_true", help="make nothing; say how close the run in OUT_DIR/run came to the best"
-    )
+    parser.add_argument("--results", action="store_true", help="make nothing; say how close OUT_DIR/run came")
     options = parser.parse_args(arguments)
     if options.results:
         print(results(options.out_dir))

@@ -7,7 +7,7 @@
 # Nothing is installed when neither setup.py nor the extras have changed since the last time.
 
 hafrm_environment() {
-    local extras="$1" root venv python="" candidate packages own missing=()
+    local extras="$1" root venv python="" candidate packages own package version missing=()
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     venv="${HAFRM_VENV:-$root/.venv}"
 
@@ -38,7 +38,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
         echo "making the virtual environment $venv"
         "$python" -m venv "$venv" || return 1
         if "$python" -c 'import torch' 2>/dev/null; then
-            # A .pth file and not --system-site-packages: it also works when that python is itself a virtual environment.
+            # A .pth file, not --system-site-packages: it also works when that python is itself a virtual environment.
             packages="$("$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')"
             own="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
             echo "using the torch that is installed in $packages"
@@ -63,14 +63,14 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
     echo "torch==$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')" \
         >"$venv/torch-constraint.txt"
     "${pip[@]}" --constraint "$venv/torch-constraint.txt" --editable "$root${extras:+[$extras]}" || return 1
-    # A deepspeed beside the found torch satisfies pip, but its command would run under the other python.
-    if [[ ! -x "$venv/bin/deepspeed" ]]; then
-        "${pip[@]}" --ignore-installed --no-deps \
-            "deepspeed==$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("deepspeed"))')" ||
-            return 1
-    fi
+    # One that lies beside the found torch satisfies pip, but its command is not on PATH or runs under the other python.
+    for package in deepspeed ninja; do
+        [[ -x "$venv/bin/$package" ]] && continue
+        version="$("$venv/bin/python" -c "from importlib.metadata import version; print(version('$package'))")"
+        "${pip[@]}" --ignore-installed --no-deps "$package==$version" || return 1
+    done
     [[ "$(head -n 1 "$stamp" 2>/dev/null)" == "$state" ]] || echo "$state" >"$stamp"
-    echo "extras: $extras" >>"$stamp"
+    printf 'extras: \nextras: %s\n' "$extras" >>"$stamp"  # any set of extras serves a caller that needs none
 }
 
 hafrm_environment "${1:-}" || return 1

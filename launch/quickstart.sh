@@ -11,6 +11,10 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:-$root/runs/quickstart}"
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
+if [[ -e "$out/run" ]]; then
+    echo "$out/run is there already: remove it or name another folder, bash launch/quickstart.sh OUT_DIR" >&2
+    exit 1
+fi
 source "$root/launch/environment.sh" ""
 cd "$root"
 
@@ -18,7 +22,8 @@ python -m hafrm_ds.quickstart "$out"
 
 # One GPU carries one process; without GPUs two processes share the cores.
 processes="$(python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c "import os; print(max(1, len(os.sched_getaffinity(0)) // $processes))")}"
+cores="$(nproc)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
 free_port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
 deepspeed --num_gpus "$processes" --master_port "$free_port" launch/train.py \
     --config launch/recipes/quickstart.yaml \

@@ -8,6 +8,6 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/environment.sh" test
 cd "$root"
 
-ruff check .
+python -m ruff check .
 python -m pytest -q -m "not distributed and not slow"
 python -m pytest -q -m distributed

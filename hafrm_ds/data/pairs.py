@@ -242,7 +242,7 @@ def from_implicit_text(row: Row, source: "Source") -> PreferencePair | Dropped:
 
 def common_words_length(a: str, b: str) -> int:
     """Length of the longest common prefix of two texts that cuts no word of either."""
-    length = len(os.path.commonprefix([a, b]))
+    length = len(os.path.commonprefix([a, b]))  # noqa: RUF071 (characters, not paths, are meant)
 
     def in_word(text: str) -> bool:
         return length < len(text) and text[length - 1].isalnum() and text[length].isalnum()

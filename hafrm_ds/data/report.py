@@ -129,7 +129,7 @@ class DataReport:
         """Plain mapping for data_report.json."""
         return asdict(self)
 
-    def render(self) -> RenderableType:
+    def render(self, with_examples: bool = True) -> RenderableType:
         """Tables and examples for a rich console. Data goes in as Text, never as rich markup."""
         parts: list[RenderableType] = [self._counts_table()]
         if self.total.deselected or self.total.dropped:
@@ -141,7 +141,7 @@ class DataReport:
             ),
             self._lengths_table(),
             Text(f"Template: {self.template.in_words}"),
-            *(render_example(example) for example in self.examples),
+            *(render_example(example) for example in self.examples if with_examples),
         ]
         return Group(*parts)
 

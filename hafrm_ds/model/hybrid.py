@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hafrm_ds.data.packing import PackedBatch
+from hafrm_ds.errors import ModelError
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
 from hafrm_ds.objective import ResponseScores
 
@@ -81,7 +82,7 @@ class HybridModel(nn.Module):
         return self.causal_lm.get_output_embeddings()
 
     def states_and_stock_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """States [T, H] and log-probs [M] fp32 from the causal LM's own forward, which holds the logits of all tokens."""
+        """States [T, H] and log-probs [M] fp32 from the causal LM's own forward, which holds all tokens' logits."""
         captured = []
         hook = self.causal_lm.get_decoder().register_forward_hook(
             lambda module, inputs, output: captured.append(output.last_hidden_state)
@@ -155,13 +156,20 @@ def check_lm_head(model: HybridModel, forward: Callable[..., ResponseScores], ba
 
     Returns:
         The largest difference in nats a token.
+
+    Raises:
+        ModelError: the stock model's own log-probs are not finite.
     """
     with torch.no_grad():
         fused = forward(batch, with_reward=False).logprob
         _, per_token = model.states_and_stock_logprobs(batch)
     stock = sum_by_response(per_token, batch)
+    if not stock.isfinite().all():
+        raise ModelError(
+            f"{type(model.causal_lm).__name__} gives log-probs that are not finite before any training: its weights "
+            f"hold NaN or infinity, or overflow in {model.reward_head.weight.dtype}"
+        )
     difference = ((fused - stock).abs() / batch.num_tokens).max().item()
     tolerance = 1e-4 if model.reward_head.weight.dtype == torch.float32 else 0.05
     model.uses_stock_logits = not difference <= tolerance
     return difference
-

@@ -14,9 +14,9 @@ CHUNK_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What a model does to the product of hidden state and head weight: logits = cap(scale * (product + bias)).
+    """What a model does to the product of state and weight: logits = cap(scale * (product + bias)).
 
-    scale: Cohere's logit_scale, 1 / Granite's logits_scaling. softcap: Gemma's final_logit_softcapping, c * tanh(x / c).
+    scale: Cohere's logit_scale, 1 / Granite's logits_scaling. softcap: c of Gemma's c * tanh(x / c).
     """
 
     scale: float = 1.0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.errors import DataError
 from hafrm_ds.training.engine import Engine
 from hafrm_ds.training.scoring import score_pairs
 
@@ -44,9 +45,12 @@ def compute_reference(
     max_tokens: int,
     on_progress: Callable[[int], None],
 ) -> ReferenceLogprobs:
-    """Score the pairs at `index` with the engine before its first step, when the policy is the reference."""
-    values = np.full((len(pairs), 2), np.nan, dtype=np.float32)
-    values[index] = score_pairs(
+    """Score the pairs at `index` with the engine before its first step, when the policy is the reference.
+
+    Raises:
+        DataError: a log-prob is not finite.
+    """
+    logprobs = score_pairs(
         engine,
         pairs,
         index,
@@ -57,4 +61,10 @@ def compute_reference(
         with_logprob=True,
         on_progress=on_progress,
     )["logprob"]
+    broken = index[~np.isfinite(logprobs).all(axis=1)]
+    if len(broken):
+        named = ", ".join(pairs[int(position)].id for position in broken[:10])
+        raise DataError(f"{len(broken)} pairs have a reference log-prob that is not finite: {named}")
+    values = np.full((len(pairs), 2), np.nan, dtype=np.float32)
+    values[index] = logprobs
     return ReferenceLogprobs(values)

@@ -81,23 +81,31 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
         if key in decided:
             expected, option = decided[key]
             if value != "auto" and value != expected:
-                problems.append(f'deepspeed: {file} says {key} = {json.dumps(value)}, but {option}'
-                                + (f" says {json.dumps(expected)}" if " " not in option else "")
-                                + f'; set it to "auto" or to {json.dumps(expected)}')
+                problems.append(
+                    f"deepspeed: {file} says {key} = {json.dumps(value)}, but {option}"
+                    + (f" says {json.dumps(expected)}" if " " not in option else "")
+                    + f'; set it to "auto" or to {json.dumps(expected)}'
+                )
         elif key.startswith("scheduler.") or key == "zero_optimization.stage":
             pass  # each has its own message below
         elif value == "auto" and key not in LEFT_TO_DEEPSPEED:
             known = ", ".join([*decided, *LEFT_TO_DEEPSPEED])
             problems.append(f'deepspeed: {file} leaves {key} "auto", which nothing in a run decides (known: {known})')
     if any(value != "auto" for _, value in walk(content.get("scheduler", {}))):
-        problems.append(f"deepspeed: {file} has a scheduler section, but optimizer.schedule and optimizer.warmup_share "
-                        "make the schedule of a run; remove it")
+        problems.append(
+            f"deepspeed: {file} has a scheduler section, but optimizer.schedule and optimizer.warmup_share "
+            "make the schedule of a run; remove it"
+        )
     if content.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2, 3):
-        problems.append(f"deepspeed: {file} names ZeRO stage {content['zero_optimization']['stage']}; it is 0, 1, 2 or 3")
+        problems.append(
+            f"deepspeed: {file} names ZeRO stage {content['zero_optimization']['stage']}; it is 0, 1, 2 or 3"
+        )
     micro = content.get("train_micro_batch_size_per_gpu", "auto")
     if micro not in ("auto", 1):
-        problems.append(f"deepspeed: {file} says train_micro_batch_size_per_gpu = {micro}, but micro-batches are cut by "
-                        'tokens (batch.max_tokens_per_micro_batch); set it to "auto"')
+        problems.append(
+            f"deepspeed: {file} says train_micro_batch_size_per_gpu = {micro}, but micro-batches are cut by "
+            'tokens (batch.max_tokens_per_micro_batch); set it to "auto"'
+        )
     return problems
 
 

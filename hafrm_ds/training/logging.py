@@ -12,13 +12,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import UserError
 
 PACKAGES = ("hafrm_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "pyarrow")
+LOG_WIDTH = 120
 LOG_LINE_SECONDS = 30
 """Without a terminal a progress bar becomes a line at most this often."""
 
@@ -32,7 +33,8 @@ class RunLog:
 
     def __init__(self, config: TrainConfig, is_first: bool):
         self.is_first = is_first
-        self.console = Console(quiet=not is_first, soft_wrap=not sys.stdout.isatty(), highlight=False)
+        width = None if sys.stdout.isatty() else LOG_WIDTH
+        self.console = Console(quiet=not is_first, width=width, highlight=False)
         if not is_first:
             return
         folder = config.output_dir
@@ -78,8 +80,9 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
 
-    def print(self, *content) -> None:
-        self.console.print(*content)
+    def print(self, content: RenderableType) -> None:
+        """Text lines are left whole, for grep; tables and panels keep to the width."""
+        self.console.print(content, soft_wrap=isinstance(content, str))
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str) -> Iterator["ProgressBar"]:
@@ -139,7 +142,8 @@ class ProgressBar:
             remaining = elapsed / self.done * max(0, self.total - self.done)
             self.console.print(
                 f"{self.description} {self.done}/{self.total} {self.unit}  "
-                f"{clock(elapsed)}, ETA {clock(remaining)}  {text}".rstrip()
+                f"{clock(elapsed)}, ETA {clock(remaining)}  {text}".rstrip(),
+                soft_wrap=True,
             )
 
 

@@ -1,5 +1,6 @@
 """The training loop: global batches in planned order, one joint loss, one optimizer step each."""
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, field
@@ -197,9 +198,7 @@ class Trainer:
                 label_smoothing=objective.policy_label_smoothing,
                 simpo_gamma=objective.simpo_gamma,
             )
-        rm_weight, alpha = alternating_weights(
-            step, objective.alternate_every, objective.rm_weight, objective.alpha
-        )
+        rm_weight, alpha = alternating_weights(step, objective.alternate_every, objective.rm_weight, objective.alpha)
         loss = joint_loss(reward_loss, policy, rm_weight=rm_weight, alpha=alpha, centering=centering)
         weight = micro_batch.weight.to(device)
         totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
@@ -225,7 +224,7 @@ class Trainer:
         ids = [self.train_set.pairs[int(i)].id for i in index[~np.isfinite(losses)] if i != DUMMY]
         gathered: list = [None] * self.world_size
         dist.all_gather_object(gathered, ids)
-        named = ", ".join(sum(gathered, [])[:10])
+        named = ", ".join(list(itertools.chain(*gathered))[:10])
         raise UserError(
             f"step {step + 1}: the loss is not finite, for the pairs {named}. Nothing was updated by this step. "
             "Look at these rows; if they are sound, lower optimizer.learning_rate or set model.dtype float32"
@@ -242,7 +241,9 @@ class Trainer:
                 pair_set.costs,
                 layout=self.config.batch.layout,
                 max_tokens=self.config.batch.max_tokens_per_micro_batch,
-                on_progress=lambda count: progress.advance(min(count * self.world_size, progress.total - progress.done)),
+                on_progress=lambda count: progress.advance(
+                    min(count * self.world_size, progress.total - progress.done)
+                ),
             )
 
     def evaluate(self, step: int) -> None:
@@ -259,7 +260,9 @@ class Trainer:
                     max_tokens=self.config.batch.max_tokens_per_micro_batch,
                     with_reward=objective.uses_reward,
                     with_logprob=objective.uses_policy,
-                    on_progress=lambda count: progress.advance(min(count * self.world_size, progress.total - progress.done)),
+                    on_progress=lambda count: progress.advance(
+                        min(count * self.world_size, progress.total - progress.done)
+                    ),
                 )
             lengths = pair_set.pairs.lengths
             num_tokens = np.stack([lengths["chosen"], lengths["rejected"]], axis=1)[pair_set.index]

@@ -7,6 +7,7 @@ long times out. The rendezvous store waits as long as it is told to.
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +20,10 @@ from hafrm_ds.errors import UserError
 
 T = TypeVar("T")
 
-PREPARATION_TIMEOUT = timedelta(hours=24)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+POLL_SECONDS = 0.1
+ERRORS = "errors"
+"""Key in the store: how many ranks have met an error."""
 
 
 class FailedElsewhere(UserError):
@@ -60,29 +63,41 @@ class Processes:
     def in_turns(self, name: str, work: Callable[[], T]) -> T:
         """Run cached `work` on rank 0, then on the first rank of each other node, then on all others.
 
-        The later ones find what the earlier ones left in the cache, on shared and on local disks. When a UserError
-        stops the one that goes before, the others raise FailedElsewhere.
+        The later ones find what the earlier ones left in the cache, on shared and on local disks.
+
+        Raises:
+            FailedElsewhere: an error has stopped another rank meanwhile.
         """
         first, node = f"{name}/first", f"{name}/node/{socket.gethostname()}"
         if not self.is_first:
-            awaited = first if self.local_rank == 0 else node
-            self.store.wait([awaited], PREPARATION_TIMEOUT)
-            if self.store.get(awaited) == b"failed":
-                raise FailedElsewhere
-        outcome = "failed"
-        try:
-            result = work()
-            outcome = "done"
-        finally:
-            if self.is_first:
-                self.store.set(first, outcome)
-            if self.local_rank == 0:
-                self.store.set(node, outcome)
+            self.wait(lambda: self.store.check([first if self.local_rank == 0 else node]))
+        result = work()
+        if self.is_first:
+            self.store.set(first, "done")
+        if self.local_rank == 0:
+            self.store.set(node, "done")
         return result
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Wait for as long as it takes.
+
+        Raises:
+            FailedElsewhere: another rank has reported an error, or rank 0, which keeps the store, has left.
+        """
+        try:
+            while not condition():
+                if self.store.check([ERRORS]):
+                    raise FailedElsewhere
+                time.sleep(POLL_SECONDS)
+        except dist.DistError as error:
+            raise FailedElsewhere from error
 
     def start_group(self) -> None:
         """Start the process group of the collectives, on the store that is already there. Runs after one another in
         these processes share it."""
+        # A rank that has met an error never arrives; the group would wait for it until the collectives time out.
+        self.store.add("arrived", 1)
+        self.wait(lambda: self.store.add("arrived", 0) == self.world_size)
         if dist.is_initialized():
             return
         if self.device.type == "cuda":
@@ -95,11 +110,18 @@ class Processes:
             timeout=COLLECTIVE_TIMEOUT,
         )
 
+    def report(self, error: UserError) -> bool:
+        """Print the message of an error that stops this rank, unless another rank has; True if it was printed."""
+        if isinstance(error, FailedElsewhere) or not self.speaks():
+            return False
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return True
+
     def speaks(self) -> bool:
-        """True for the first rank that asks: it is the one that reports an error."""
+        """True for the first rank that asks."""
         try:
-            return self.store.add("errors", 1) == 1
-        except RuntimeError:  # the store's host has left: it has spoken
+            return self.store.add(ERRORS, 1) == 1
+        except dist.DistError:  # rank 0, which keeps the store, has left: it has spoken
             return False
 
 
@@ -109,8 +131,7 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     try:
         main(sys.argv[1:], processes)
     except UserError as error:
-        if not isinstance(error, FailedElsewhere) and processes.speaks():
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        processes.report(error)
         sys.exit(1)
     if dist.is_initialized():
         dist.destroy_process_group()

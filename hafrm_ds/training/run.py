@@ -4,7 +4,7 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
-from hafrm_ds.errors import ConfigError
+from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.model.hybrid import check_lm_head
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.model.saving import save_hybrid_model
@@ -29,16 +29,20 @@ def train(config: TrainConfig, processes: Processes) -> None:
     log = RunLog(config, processes.is_first)
     log.write_json(config.output_dir / "environment.json", environment(processes.world_size))
 
-    formatter = ChatFormatter.create(
-        load_tokenizer(config.model), config.data.chat_template, config.data.template_date
-    )
+    formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
     train_pairs, eval_pairs = processes.in_turns("data", lambda: prepare_data(config, formatter))
     reports = {"train": train_pairs.report, **{f"eval {name}": pairs.report for name, pairs in eval_pairs.items()}}
     for name, report in reports.items():
-        log.print(f"\n[bold]{name}[/bold]", report.render())
-    log.write_json(
-        config.output_dir / "data_report.json", {name: report.to_json() for name, report in reports.items()}
-    )
+        log.print(f"\n[bold]{name}[/bold]")
+        log.print(report.render(with_examples=name == "train"))
+    log.write_json(config.output_dir / "data_report.json", {name: report.to_json() for name, report in reports.items()})
+
+    if len(train_pairs) < config.batch.global_batch_size:
+        raise DataError(
+            f"data.train has {len(train_pairs)} usable pairs, fewer than one global batch of "
+            f"{config.batch.global_batch_size} (and this run has {processes.world_size} processes); "
+            "lower --batch.global_batch_size or give more pairs"
+        )
 
     processes.start_group()
     engine = load_engine(config, processes.world_size)
@@ -76,6 +80,6 @@ def report_lm_head(engine: Engine, pairs: PreparedPairs, layout: str, log: RunLo
     log.print(f"log-probs against {type(engine.model.causal_lm).__name__}'s own logits: {difference:.2g} nats a token")
     if engine.model.uses_stock_logits:
         log.print(
-            "[bold yellow]WARNING[/bold yellow] this LM head does something that hafrm_ds does not know: its own logits "
-            "are used instead of the fused log-probs, which holds the logits of all tokens in memory"
+            "[bold yellow]WARNING[/bold yellow] this LM head does something that hafrm_ds does not know: its own "
+            "logits are used instead of the fused log-probs, which holds the logits of all tokens in memory"
         )

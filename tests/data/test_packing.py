@@ -54,7 +54,8 @@ def test_every_layout_says_the_same(layout, num_responses):
     # What stands at a predicting position comes right before its target in the item's own sequence.
     sequences = [[*item.prompt, *response] for item in items for response in item.responses]
     previous = [
-        token for sequence, response in zip(sequences, responses, strict=True)
+        token
+        for sequence, response in zip(sequences, responses, strict=True)
         for token in sequence[-len(response) - 1 : -1]
     ]
     assert flat[batch.predict_index].tolist() == previous
