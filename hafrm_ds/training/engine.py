@@ -153,7 +153,7 @@ def make_optimizer(
         return deepspeed_config, None
     deepspeed_config = {key: value for key, value in deepspeed_config.items() if key != "optimizer"}
     options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
-    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    offload = (deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
     if offload != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -39,7 +39,7 @@ class RunLog:
             return
         folder = config.output_dir
         metrics = folder / "metrics.jsonl"
-        if metrics.exists():
+        if metrics.exists() and metrics.stat().st_size:
             raise UserError(f"--output_dir {folder} already holds a run (metrics.jsonl); choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ def learning_rate_factor(step: int, num_steps: int, config: OptimizerConfig) -> 
     Linear warm-up over the first warmup_share of the steps, of which the last has factor 1; then the decay, which
     would reach min_learning_rate_share at step `num_steps`, one after the last.
     """
-    warmup = math.ceil(config.warmup_share * num_steps)
+    warmup = math.ceil(round(config.warmup_share * num_steps, 6))  # 0.07 of 100 is 7.000000000000001
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "constant":

@@ -34,7 +34,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
     pairs = write_pairs(folder / "pairs.jsonl", 40)
     used = folder / "used"
     used.mkdir()
-    (used / "metrics.jsonl").touch()
+    (used / "metrics.jsonl").write_text('{"step": 1}\n')
     (folder / "a_file").touch()
     (folder / "latin1.jsonl").write_bytes(json.dumps(GOOD, ensure_ascii=False).replace("aaa", "é").encode("latin-1"))
     (folder / "cut.json.gz").write_bytes(gzip.compress(b'[{"prompt": "x"}]')[:-9])

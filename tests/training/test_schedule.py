@@ -52,7 +52,6 @@ def test_the_last_step_of_the_warm_up_has_factor_1(share, num_steps, warmup):
     assert values[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
 
 
-@pytest.mark.xfail(strict=True, reason="0.07 * 100 is a little above 7 in binary, and is rounded up to 8 steps")
 def test_the_warm_up_counts_steps_in_decimal():
     values = factors(100, warmup_share=0.07)
     assert values[6] == 1
