@@ -21,6 +21,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
+        "accelerate>=1.1",  # transformers asks for it before it loads a model in shards for ZeRO-3
         "deepspeed>=0.19",
         "ninja",  # DeepSpeed compiles its CPU communication and optimizer ops at the first start
         "datasets>=4.0",
