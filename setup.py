@@ -24,7 +24,7 @@ setup(
         "accelerate>=1.1",  # transformers asks for it before it loads a model in shards for ZeRO-3
         "deepspeed>=0.19",
         "ninja",  # DeepSpeed compiles its CPU communication and optimizer ops at the first start
-        "datasets>=4.0",
+        "datasets>=4.3",  # Dataset.from_generator takes a fingerprint
         "pyarrow",
         "sentencepiece",
         "protobuf",  # without it transformers cannot read a sentencepiece model

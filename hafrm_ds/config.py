@@ -74,8 +74,8 @@ class DataConfig(Section):
     the start of the prompt is cut (a leading BOS is kept) until the longer response fits. cut_response: both responses
     are cut at the end."""
     max_dropped_share: Share = 0.05
-    """The run stops when a larger share of the selected pairs is empty, identical or over-long and so would be
-    dropped."""
+    """The run stops when a larger share of the selected pairs would be dropped: empty, identical or over-long ones, and
+    those without a common prompt or an answer at the end."""
     num_proc: PositiveInt | None = None
     """Processes that tokenise. Default: one per core, at most 16."""
     cache_dir: Path | None = None
@@ -156,6 +156,20 @@ class OptimizerConfig(Section):
     """Where the decay leads, as a share of the peak learning rate."""
 
 
+class ReferenceConfig(Section):
+    """Log-probs of the reference policy, the weights a run starts from: computed once and kept in a store."""
+
+    store: Path = Path("runs/reference_store")
+    """Folder of the store. Any number of runs and jobs may share it; all nodes of a run must see it."""
+    on_missing: Literal["compute", "stop"] = "compute"
+    """When the store lacks values. compute: the training engine computes and stores them before the first step. stop:
+    the run stops and says how many are missing."""
+    flush_seconds: Positive = 60.0
+    """Each rank writes what it has computed at least this often: the most that a killed pass loses."""
+    per_token: bool = False
+    """Also store the log-prob of each response token, for uses outside training."""
+
+
 class EvaluationConfig(Section):
     """Evaluation during training, on every set of data.eval."""
 
@@ -200,6 +214,7 @@ class TrainConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 

@@ -20,11 +20,13 @@ class ResponseScores(NamedTuple):
     reward: [N] fp32, None when the reward head was not asked for.
     logprob: [N] fp32, log pi(response | prompt) summed over its tokens; None when the LM head was not run.
     num_tokens: [N] int64, tokens of each response.
+    token_logprobs: [M] fp32, log pi of each response token, response after response; None without logprob.
     """
 
     reward: Tensor | None
     logprob: Tensor | None
     num_tokens: Tensor
+    token_logprobs: Tensor | None = None
 
 
 def chosen_and_rejected(values: Tensor) -> tuple[Tensor, Tensor]:

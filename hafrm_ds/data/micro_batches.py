@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hafrm_ds.data.packing import PackedBatch, from_pairs, lay_out
+from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, from_pairs, lay_out
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.tokenization import TokenizedPair
 
@@ -27,17 +27,16 @@ class MicroBatch:
     margin: Tensor
 
 
+DUMMY_PAIR = TokenizedPair([0], [0], [0], margin=None, source="", id="dummy")
+DUMMY_ITEM = PromptWithResponses(DUMMY_PAIR.prompt_ids, (DUMMY_PAIR.chosen_ids, DUMMY_PAIR.rejected_ids))
+
+
 def make_micro_batch(pairs: Sequence[TokenizedPair], index: Sequence[int], layout: str) -> MicroBatch:
     """Lay out the pairs at `index`; DUMMY is a pair of single tokens."""
-    chosen = [dummy_pair(pairs) if position == DUMMY else pairs[position] for position in index]
+    chosen = [DUMMY_PAIR if position == DUMMY else pairs[position] for position in index]
     return MicroBatch(
         batch=lay_out(from_pairs(chosen), layout),
         index=np.asarray(index, dtype=np.int64),
         weight=torch.tensor([0.0 if position == DUMMY else 1.0 for position in index]),
         margin=torch.tensor([pair.margin or 0.0 for pair in chosen]),
     )
-
-
-def dummy_pair(pairs: Sequence[TokenizedPair]) -> TokenizedPair:
-    token = list(pairs[0].prompt_ids[:1])
-    return TokenizedPair(token, token, token, margin=None, source="", id="dummy")

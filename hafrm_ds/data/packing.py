@@ -96,14 +96,23 @@ def from_pairs(pairs: Sequence[TokenizedPair]) -> list[PromptWithResponses]:
     return [PromptWithResponses(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
 
 
-def token_costs(lengths: dict[str, np.ndarray], layout: str) -> np.ndarray:
-    """Tokens that each pair occupies: [pairs]. `lengths` maps prompt, chosen and rejected to [pairs]."""
-    prompt, chosen, rejected = lengths["prompt"], lengths["chosen"], lengths["rejected"]
+def token_costs(lengths: dict[str, np.ndarray], layout: str, sides: np.ndarray | None = None) -> np.ndarray:
+    """Tokens that each pair occupies: [pairs].
+
+    Args:
+        lengths: prompt, chosen and rejected, each [pairs].
+        sides: [pairs, 2] bool, which of the two responses are laid out; None: both.
+    """
+    prompt = lengths["prompt"]
+    responses = np.stack([lengths["chosen"], lengths["rejected"]], axis=1)
+    if sides is None:
+        sides = np.ones_like(responses, dtype=bool)
+    responses = np.where(sides, responses, 0)
     if layout == "shared_prefix":
-        return prompt + chosen + rejected
+        return prompt + responses.sum(axis=1)
     if layout == "packed":
-        return 2 * prompt + chosen + rejected
-    return 2 * (prompt + np.maximum(chosen, rejected))
+        return sides.sum(axis=1) * prompt + responses.sum(axis=1)
+    return sides.sum(axis=1) * (prompt + responses.max(axis=1))
 
 
 def lay_out(items: Sequence[PromptWithResponses], layout: str) -> PackedBatch:

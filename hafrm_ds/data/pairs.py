@@ -1,7 +1,8 @@
 """Preference pairs: the one form that a row of any format becomes before anything else is done with it.
 
-A format is a pure function from a row to a `PreferencePair`, or to `Dropped` when the row is sound but holds no usable
-preference (a tie, for instance). A row that cannot be read is a `DataError` that names file, row and field.
+A format is a pure function from a row to a `PreferencePair`; to `Deselected` when the row is sound but holds no
+preference (a tie) or is not one that the source asks for; or to `Dropped` when the row was asked for but is no usable
+pair. A row that cannot be read is a `DataError` that names file, row and field.
 """
 
 import math
@@ -16,8 +17,13 @@ from hafrm_ds.errors import DataError
 if TYPE_CHECKING:
     from hafrm_ds.data.sources import Source
 
-FORMAT_VERSION = 1
-"""Part of the cache key of read data: raise it whenever a format makes another pair of the same row."""
+FORMAT_VERSION = 2
+"""Part of the cache key of read data: raise it whenever a format makes another outcome of the same row."""
+
+# Outcomes that several formats share.
+TIE = "tie"
+MORE_TURNS = "more than one turn"
+NO_PROMPT = "no common prompt"
 
 Message = dict[str, str]
 """{"role": ..., "content": ...}, both text."""
@@ -41,10 +47,20 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """A readable row that is no usable pair, and why: selection, not an error."""
+class Deselected:
+    """A sound row that is left out, and why: it holds no preference, or the source's options do not ask for it."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row that was asked for but is no usable pair, and why: it counts against data.max_dropped_share."""
+
+    reason: str
+
+
+Outcome = PreferencePair | Deselected | Dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +71,11 @@ class Row:
     id: str
     source_name: str
     """The pair's source where the row has no `source` field of its own."""
+
+    @property
+    def source(self) -> str:
+        own = self.fields.get("source")
+        return own if isinstance(own, str) and own else self.source_name
 
     def value(self, field: str) -> Any:
         if field not in self.fields:
@@ -128,7 +149,7 @@ def in_words(value: Any) -> str:
 # ---- formats -------------------------------------------------------------------------------------------------------
 
 
-def from_explicit_prompt(row: Row, source: "Source") -> PreferencePair | Dropped:
+def from_explicit_prompt(row: Row, source: "Source") -> Outcome:
     """prompt, chosen, rejected, each a text or messages.
 
     An answer is a text, the messages after the prompt, or a whole conversation. Whole conversations (UltraFeedback
@@ -149,7 +170,7 @@ def from_explicit_prompt(row: Row, source: "Source") -> PreferencePair | Dropped
     chosen, rejected = answers
     repeats_prompt = [is_conversation(answer, prompt) for answer in answers]
     if not any(repeats_prompt):
-        return make_pair(row, prompt, chosen, rejected)
+        return make_pair(row, source, prompt, chosen, rejected)
     if not all(repeats_prompt):
         which, other = ("chosen", "rejected") if repeats_prompt[0] else ("rejected", "chosen")
         raise DataError(f"{row.id}: field {which!r} is a whole conversation, but field {other!r} is an answer alone")
@@ -159,7 +180,7 @@ def from_explicit_prompt(row: Row, source: "Source") -> PreferencePair | Dropped
             f"{row.id}: fields 'chosen' and 'rejected' are whole conversations, but the prompt is not part of their "
             f"common beginning ({length} messages)"
         )
-    return make_pair(row, chosen[:length], chosen[length:], rejected[length:])
+    return make_pair(row, source, chosen[:length], chosen[length:], rejected[length:])
 
 
 def is_conversation(answer: list[Message], prompt: list[Message]) -> bool:
@@ -176,47 +197,48 @@ def contains(conversation: list[Message], part: list[Message]) -> bool:
     return any(whole[start : start + len(wanted)] == wanted for start in range(len(whole) - len(wanted) + 1))
 
 
-def from_safe_rlhf(row: Row, source: "Source") -> PreferencePair | Dropped:
+def from_safe_rlhf(row: Row, source: "Source") -> Outcome:
     """PKU-SafeRLHF and BeaverTails: two responses, the number (0 or 1) of the better and of the safer, and whether each
     is safe. `source.label` says which number decides, also between one safe and one unsafe response."""
     if source.exactly_one_safe and row.flag("is_response_0_safe") == row.flag("is_response_1_safe"):
-        return Dropped("not exactly one safe answer")
+        return Deselected("not exactly one safe answer")
     preferred = row.number("better_response_id" if source.label == "helpful" else "safer_response_id")
     if preferred not in (0, 1):
-        return Dropped("tie")
+        return Deselected(TIE)
     responses = [assistant(row.text("response_0")), assistant(row.text("response_1"))]
-    return make_pair(row, [user(row.text("prompt"))], [responses[int(preferred)]], [responses[1 - int(preferred)]])
+    chosen, rejected = responses[int(preferred)], responses[1 - int(preferred)]
+    return make_pair(row, source, [user(row.text("prompt"))], [chosen], [rejected])
 
 
-def from_alpaca_farm(row: Row, source: "Source") -> PreferencePair | Dropped:
+def from_alpaca_farm(row: Row, source: "Source") -> Outcome:
     """AlpacaFarm: an instruction with an optional input, two outputs, and the number (1 or 2) of the preferred one."""
     preferred = row.number("preference")
     if preferred not in (1, 2):
-        return Dropped("tie")
+        return Deselected(TIE)
     prompt = row.text("instruction")
     if row.fields.get("input") is not None and row.text("input"):
         prompt += "\n\n" + row.text("input")
     outputs = [assistant(row.text("output_1")), assistant(row.text("output_2"))]
-    return make_pair(row, [user(prompt)], [outputs[int(preferred) - 1]], [outputs[2 - int(preferred)]])
+    return make_pair(row, source, [user(prompt)], [outputs[int(preferred) - 1]], [outputs[2 - int(preferred)]])
 
 
-def from_arena(row: Row, source: "Source") -> PreferencePair | Dropped:
+def from_arena(row: Row, source: "Source") -> Outcome:
     """Chatbot Arena: two whole conversations and the winner: model_a, model_b or some kind of tie."""
     winner = row.text("winner")
     if "tie" in winner or winner == "both_bad":
-        return Dropped("tie")
+        return Deselected(TIE)
     if winner not in ("model_a", "model_b"):
         raise row.fault("field 'winner'", winner, "model_a, model_b or a tie")
     a, b = row.messages("conversation_a"), row.messages("conversation_b")
-    return split_conversations(row, a, b) if winner == "model_a" else split_conversations(row, b, a)
+    return split_conversations(row, source, a, b) if winner == "model_a" else split_conversations(row, source, b, a)
 
 
-def from_implicit_messages(row: Row, source: "Source") -> PreferencePair | Dropped:
+def from_implicit_messages(row: Row, source: "Source") -> Outcome:
     """chosen and rejected are whole conversations: the prompt is what they begin with alike."""
-    return split_conversations(row, row.messages("chosen"), row.messages("rejected"))
+    return split_conversations(row, source, row.messages("chosen"), row.messages("rejected"))
 
 
-def from_transcripts(row: Row, source: "Source") -> PreferencePair | Dropped:
+def from_transcripts(row: Row, source: "Source") -> Outcome:
     """Anthropic HH: chosen and rejected are transcripts, each turn begun by an empty line and "Human:" or "Assistant:".
 
     Consecutive turns of one speaker become one message. `source.single_turn` counts the turns before that, as the
@@ -226,18 +248,19 @@ def from_transcripts(row: Row, source: "Source") -> PreferencePair | Dropped:
     if not (starts_with_user(chosen) and starts_with_user(rejected)):
         return Dropped("transcript does not start with a Human turn")
     if source.single_turn and (len(chosen) > 2 or len(rejected) > 2):
-        return Dropped("more than one turn")
-    return split_conversations(row, merge_turns(chosen), merge_turns(rejected))
+        return Deselected(MORE_TURNS)
+    return split_conversations(row, source, merge_turns(chosen), merge_turns(rejected))
 
 
-def from_implicit_text(row: Row, source: "Source") -> PreferencePair | Dropped:
+def from_implicit_text(row: Row, source: "Source") -> Outcome:
     """chosen and rejected are plain texts: the prompt is what they begin with alike, in whole words."""
     chosen, rejected = row.text("chosen"), row.text("rejected")
     length = common_words_length(chosen, rejected)
     prompt = chosen[:length].strip()
     if not prompt:
-        return Dropped("no common prompt")
-    return make_pair(row, [user(prompt)], [assistant(chosen[length:].strip())], [assistant(rejected[length:].strip())])
+        return Dropped(NO_PROMPT)
+    answers = ([assistant(text[length:].strip())] for text in (chosen, rejected))
+    return make_pair(row, source, [user(prompt)], *answers)
 
 
 def common_words_length(a: str, b: str) -> int:
@@ -257,7 +280,7 @@ class Format:
     """A known row format: the columns that announce it and the function that reads it."""
 
     columns: tuple[str, ...]
-    convert: Callable[[Row, "Source"], PreferencePair | Dropped]
+    convert: Callable[[Row, "Source"], Outcome]
     recognises: Callable[[dict[str, Any]], bool] = lambda fields: True
     """Tells formats with the same columns apart by the values of a row."""
 
@@ -292,22 +315,13 @@ def detect_format(row: Row) -> str:
     )
 
 
-def read_pair(row: Row, format_name: str, source: "Source") -> PreferencePair | Dropped:
+def read_pair(row: Row, format_name: str, source: "Source") -> Outcome:
     """A row in a known format -> its pair, or why there is none.
 
     Raises:
         DataError: for a field that is missing, null or of the wrong type.
     """
-    pair = FORMATS[format_name].convert(row, source)
-    if isinstance(pair, PreferencePair) and source.single_turn and not is_single_turn(pair):
-        return Dropped("more than one turn")
-    return pair
-
-
-def is_single_turn(pair: PreferencePair) -> bool:
-    """One question, one answer on either side; a system message does not count."""
-    turns = [message for message in pair.prompt if message["role"] != "system"]
-    return len(turns) == len(pair.chosen) == len(pair.rejected) == 1
+    return FORMATS[format_name].convert(row, source)
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
@@ -321,9 +335,9 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def split_conversations(row: Row, chosen: list[Message], rejected: list[Message]) -> PreferencePair | Dropped:
+def split_conversations(row: Row, source: "Source", chosen: list[Message], rejected: list[Message]) -> Outcome:
     length = common_prefix_length(chosen, rejected)
-    return make_pair(row, chosen[:length], chosen[length:], rejected[length:])
+    return make_pair(row, source, chosen[:length], chosen[length:], rejected[length:])
 
 
 def common_prefix_length(a: list[Message], b: list[Message]) -> int:
@@ -335,16 +349,22 @@ def common_prefix_length(a: list[Message], b: list[Message]) -> int:
 
 
 def make_pair(
-    row: Row, prompt: list[Message], chosen: list[Message], rejected: list[Message]
-) -> PreferencePair | Dropped:
-    """The pair with what every format may carry beside it: margin and source."""
+    row: Row, source: "Source", prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> Outcome:
+    """The pair with what every format may carry beside it, margin and source; or why there is none."""
     if not prompt:
-        return Dropped("no common prompt")
+        return Dropped(NO_PROMPT)
+    if source.single_turn and not is_single_turn(prompt, chosen, rejected):
+        return Deselected(MORE_TURNS)
     if any(answer[-1]["role"] in ("system", "user") for answer in (chosen, rejected)):
         return Dropped("does not end with an answer")
-    own_source = row.fields.get("source")
-    source = own_source if isinstance(own_source, str) and own_source else row.source_name
-    return PreferencePair(prompt, chosen, rejected, margin_of(row), source, row.id)
+    return PreferencePair(prompt, chosen, rejected, margin_of(row), row.source, row.id)
+
+
+def is_single_turn(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> bool:
+    """One question, one answer on either side; a system message does not count."""
+    turns = [message for message in prompt if message["role"] != "system"]
+    return len(turns) == len(chosen) == len(rejected) == 1
 
 
 def margin_of(row: Row) -> float | None:

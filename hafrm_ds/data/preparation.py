@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import datasets
 import numpy as np
@@ -14,7 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hafrm_ds.config import DataConfig
+from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.presets import Role
+from hafrm_ds.data.progress_bars import progress_bars_on_a_terminal
+from hafrm_ds.data.reading import read_pairs
 from hafrm_ds.data.report import (
     DataReport,
     Example,
@@ -23,8 +26,8 @@ from hafrm_ds.data.report import (
     count_repeats,
     percentiles,
 )
-from hafrm_ds.data.sources import Source, read_pairs
-from hafrm_ds.data.tokenization import TOKENIZATION_VERSION, TokenizedPair, Truncation, tokenize_pair
+from hafrm_ds.data.sources import Source
+from hafrm_ds.data.tokenization import NO_IDS, TOKENIZATION_VERSION, TokenizedPair, Truncation, tokenize_pair
 from hafrm_ds.errors import DataError
 
 SMALL_SET = 2000
@@ -43,13 +46,16 @@ PAIR_FEATURES = {
 }
 # One row for each row read, kept in the cache: what became of it, beside the pair itself.
 FATE_FEATURES = {
-    "selected": datasets.Value("bool"),
-    "outcome": datasets.Value("string"),
+    "format": datasets.Value("string"),
+    "dropped": datasets.Value("string"),
+    "deselected": datasets.Value("string"),
     "cut": datasets.Value("bool"),
     "uncut_length": datasets.Value("int64"),
-    "chosen_key": datasets.Value("int64"),
-    "rejected_key": datasets.Value("int64"),
+    "chosen_key": datasets.Value("binary"),
+    "rejected_key": datasets.Value("binary"),
 }
+CARRIED = ("margin", "source", "id", "format", "dropped", "deselected")
+"""Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class PreparedPairs:
     """Columns prompt_ids, chosen_ids, rejected_ids (int32 lists), margin (float32 or None), source, id."""
     lengths: dict[str, np.ndarray]
     """prompt, chosen, rejected -> [pairs] int64 tokens."""
+    keys: np.ndarray
+    """[pairs, 2] KEY_DTYPE, content keys of chosen and rejected response."""
     report: DataReport
 
     def __len__(self) -> int:
@@ -69,12 +77,13 @@ class PreparedPairs:
         return TokenizedPair(**self.pairs[int(index)])
 
 
+@progress_bars_on_a_terminal()
 def prepare_pairs(
     sources: list[Source],
     *,
     formatter: ChatFormatter,
     data: DataConfig,
-    role: Literal["train", "eval"],
+    role: Role,
     seed: int,
 ) -> PreparedPairs:
     """Read, tokenise and check the pairs of `sources`.
@@ -89,11 +98,12 @@ def prepare_pairs(
     rows = read_pairs(sources, role=role, seed=seed, cache_dir=data.cache_dir)
     tokenized = tokenize_rows(rows, formatter, data)
     table = tokenized.data.table
-    kept = np.flatnonzero(pc.and_(table["selected"], pc.equal(table["outcome"], "")).to_numpy())
+    kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
     lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in ("prompt", "chosen", "rejected")}
-    report = summarize(table, kept, lengths, formatter, data, role)
+    keys = np.stack([keys_of_column(table[name]) for name in ("chosen_key", "rejected_key")], axis=1)[kept]
+    report = summarize(table, lengths, keys, formatter, data, role)
     check_enough_left(report, data)
-    prepared = PreparedPairs(tokenized.select(kept).select_columns(list(PAIR_FEATURES)), lengths, report)
+    prepared = PreparedPairs(tokenized.select(kept).select_columns(list(PAIR_FEATURES)), lengths, keys, report)
     for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
         report.examples.append(Example.of(prepared[index], formatter.tokenizer))
     return prepared
@@ -144,16 +154,15 @@ def num_processes(num_rows: int, wanted: int | None) -> int | None:
 
 
 def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length: int, truncation: Truncation) -> dict:
-    """Columns as read_pairs gives them -> columns of PAIR_FEATURES and FATE_FEATURES. Deselected rows get no ids."""
+    """Columns as read_pairs gives them -> columns of PAIR_FEATURES and FATE_FEATURES. Unused rows get no ids."""
     columns: dict[str, list] = {name: [] for name in PAIR_FEATURES | FATE_FEATURES}
-    for prompt, chosen, rejected, margin, source, row_id, deselected in zip(
-        *(batch[name] for name in ("prompt", "chosen", "rejected", "margin", "source", "id", "outcome"))
-    ):
-        row = {"margin": margin, "source": source, "id": row_id, "selected": not deselected, "outcome": deselected}
-        ids, cut, uncut_length = ([], [], []), False, 0
-        if not deselected:
-            ids, row["outcome"], cut, uncut_length = tokenize_pair(
-                formatter, prompt, chosen, rejected, max_length, truncation
+    for values in zip(*batch.values()):
+        given = dict(zip(batch, values))
+        row = {name: given[name] for name in CARRIED}
+        ids, cut, uncut_length = NO_IDS, False, 0
+        if not (row["deselected"] or row["dropped"]):
+            ids, row["dropped"], cut, uncut_length = tokenize_pair(
+                formatter, given["prompt"], given["chosen"], given["rejected"], max_length, truncation
             )
         prompt_ids, chosen_ids, rejected_ids = ids
         row |= {
@@ -162,18 +171,12 @@ def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length:
             "rejected_ids": rejected_ids,
             "cut": cut,
             "uncut_length": uncut_length,
-            "chosen_key": conversation_key(prompt_ids + chosen_ids),
-            "rejected_key": conversation_key(prompt_ids + rejected_ids),
+            "chosen_key": content_key(prompt_ids, chosen_ids),
+            "rejected_key": content_key(prompt_ids, rejected_ids),
         }
         for name, value in row.items():
             columns[name].append(value)
     return columns
-
-
-def conversation_key(ids: list[int]) -> int:
-    """A 64-bit hash of token ids, to find repeated conversations by."""
-    digest = hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 # ---- the report and its limits -------------------------------------------------------------------------------------
@@ -186,17 +189,15 @@ def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
 
 def summarize(
     table: pa.Table,
-    kept: np.ndarray,
     lengths: dict[str, np.ndarray],
+    keys: np.ndarray,
     formatter: ChatFormatter,
     data: DataConfig,
     role: str,
 ) -> DataReport:
-    """The report of a tokenised table, without examples. `kept`: [pairs] rows of the usable pairs."""
+    """The report of a tokenised table, without examples. `lengths` and `keys` are those of the usable pairs."""
     total, by_source = count_outcomes(table)
-    duplicates, both_orders = count_repeats(
-        table["chosen_key"].to_numpy()[kept], table["rejected_key"].to_numpy()[kept]
-    )
+    duplicates, both_orders = count_repeats(keys)
     uncut = table["uncut_length"].to_numpy()
     conversation = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
     tokens = lengths | {"conversation": conversation, "conversation_before_cut": uncut[uncut > 0]}
@@ -217,7 +218,7 @@ def summarize(
 
 def first_id(table: pa.Table, reason: str) -> str:
     """Id of the first selected row dropped for `reason`."""
-    matches = pc.and_(table["selected"], pc.equal(table["outcome"], reason))
+    matches = pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], reason))
     return table["id"][pc.index(matches, True).as_py()].as_py()
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.tokenization import TokenizedPair
 
@@ -22,10 +23,12 @@ class Counts:
     """Pairs of one source, or of all: read = deselected + dropped + kept."""
 
     read: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
+    """Row format -> rows read in it. Rows that a row filter left out are read in none."""
     deselected: dict[str, int] = field(default_factory=dict)
     """Reason -> rows that the user's filters, caps and portions left out, or that hold no preference (ties)."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> selected pairs that cannot be used; they count against data.max_dropped_share."""
+    """Reason -> selected rows that are no usable pair; they count against data.max_dropped_share."""
     kept: int = 0
     cut: int = 0
     """Kept pairs that lost tokens to max_length."""
@@ -38,13 +41,15 @@ class Counts:
     def dropped_share(self) -> float:
         return sum(self.dropped.values()) / self.selected if self.selected else 0.0
 
-    def add(self, number: int, *, selected: bool, outcome: str, cut: bool) -> None:
+    def add(self, number: int, *, format: str, deselected: str, dropped: str, cut: bool) -> None:
         """Count `number` rows that share one fate."""
         self.read += number
-        if not selected:
-            self.deselected[outcome] = self.deselected.get(outcome, 0) + number
-        elif outcome:
-            self.dropped[outcome] = self.dropped.get(outcome, 0) + number
+        if format:
+            self.formats[format] = self.formats.get(format, 0) + number
+        if deselected:
+            self.deselected[deselected] = self.deselected.get(deselected, 0) + number
+        elif dropped:
+            self.dropped[dropped] = self.dropped.get(dropped, 0) + number
         else:
             self.kept += number
             self.cut += number * cut
@@ -147,9 +152,12 @@ class DataReport:
 
     def _counts_table(self) -> Table:
         table = number_table("Pairs", "read", "deselected", "dropped", "kept", "of these cut")
+        table.add_column("format")
         for name, counts in [*self.by_source.items(), ("total", self.total)]:
             deselected, dropped = sum(counts.deselected.values()), sum(counts.dropped.values())
-            add_numbers(table, name, counts.read, deselected, dropped, counts.kept, counts.cut)
+            numbers = (counts.read, deselected, dropped, counts.kept, counts.cut)
+            formats = "" if counts is self.total else ", ".join(counts.formats)
+            table.add_row(as_text(name), *(f"{number:,}" for number in numbers), formats)
         return table
 
     def _reasons_table(self) -> Table:
@@ -175,10 +183,11 @@ def count_outcomes(table: pa.Table) -> tuple[Counts, dict[str, Counts]]:
     """Count rows by fate -> (all sources, source -> its counts), sources and reasons in order of appearance.
 
     Args:
-        table: columns source, outcome (string), selected and cut (bool).
+        table: columns source, format, deselected, dropped (string) and cut (bool).
     """
     total, by_source = Counts(), {}
-    groups = table.group_by(["source", "selected", "outcome", "cut"], use_threads=False).aggregate([([], "count_all")])
+    fates = table.group_by(["source", "format", "deselected", "dropped", "cut"], use_threads=False)
+    groups = fates.aggregate([([], "count_all")])
     for group in groups.to_pylist():
         source, number = group.pop("source"), group.pop("count_all")
         for counts in (total, by_source.setdefault(source, Counts())):
@@ -186,15 +195,16 @@ def count_outcomes(table: pa.Table) -> tuple[Counts, dict[str, Counts]]:
     return total, by_source
 
 
-def count_repeats(chosen_keys: np.ndarray, rejected_keys: np.ndarray) -> tuple[int, int]:
+def count_repeats(keys: np.ndarray) -> tuple[int, int]:
     """Pairs that repeat an earlier one, and different pairs that are there in both orders.
 
     Args:
-        chosen_keys, rejected_keys: [pairs] int64 hashes of the two conversations' ids.
+        keys: [pairs, 2] KEY_DTYPE, of the chosen and the rejected response.
     """
-    ordered = np.unique(np.stack([chosen_keys, rejected_keys], axis=1), axis=0)
+    _, place = unique_keys(keys.reshape(-1))
+    ordered = np.unique(place.reshape(-1, 2), axis=0)
     unordered = np.unique(np.sort(ordered, axis=1), axis=0)
-    return len(chosen_keys) - len(ordered), len(ordered) - len(unordered)
+    return len(keys) - len(ordered), len(ordered) - len(unordered)
 
 
 def percentiles(lengths: np.ndarray) -> dict[str, int]:

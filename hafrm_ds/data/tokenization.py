@@ -13,7 +13,7 @@ import jinja2
 
 from hafrm_ds.data.formatting import ChatFormatter, Message
 
-TOKENIZATION_VERSION = 1
+TOKENIZATION_VERSION = 2
 """Part of the cache key of tokenised data: raise it whenever the ids or outcomes of any pair change."""
 
 Truncation = Literal["drop", "keep_prompt_end", "cut_response"]

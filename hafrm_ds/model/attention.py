@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from hafrm_ds.data.packing import AttentionSegments
+from hafrm_ds.errors import ModelError
 
 SEGMENT_ATTENTION = "hafrm_segments"
+
+HARMLESS = ("position_ids", "cache_position")
+"""Tensors that some models pass to their attention function and that change nothing in it."""
 
 
 def segment_attention(
@@ -38,9 +42,18 @@ def segment_attention(
 
     Returns:
         ([1, T, Q, D], None)
+
+    Raises:
+        ModelError: the model passes a tensor that is not known here, as attention sinks or position biases: it would
+            change the scores, so it is not ignored.
     """
     if attention_mask is not None:
         raise ValueError("segment attention takes no mask; transformers passed one")
+    if unknown := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS]:
+        raise ModelError(
+            f"{type(module).__name__} gives {', '.join(unknown)} to its attention, which the layouts shared_prefix and "
+            "packed do not know; set --batch.layout padded"
+        )
     if segments.key_index is not None:
         key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
     outputs = [

@@ -75,6 +75,7 @@ class HybridModel(nn.Module):
             reward=self.reward_head(states[batch.readout_index]) if with_reward else None,
             logprob=sum_by_response(per_token, batch) if with_logprob else None,
             num_tokens=batch.num_tokens,
+            token_logprobs=per_token,
         )
 
     @property

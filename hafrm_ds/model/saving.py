@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import hafrm_ds
-from hafrm_ds.capacity import full_numel
+from hafrm_ds.capacity import full_numel, full_shape
 from hafrm_ds.model.hybrid import HybridModel
 
 MAX_SHARD_BYTES = 2 * 2**30
@@ -57,9 +57,12 @@ def save_hybrid_model(
     with gathered(model.reward_head.parameters()):
         if is_writer:
             head = {name: owned(value) for name, value in model.reward_head.named_parameters()}
+            for name, value in model.reward_head.named_parameters():
+                check_whole(f"reward head {name}", head[name], value)
             save_file(head, draft / REWARD_HEAD_FILE, metadata={"format": "pt"})
     if not is_writer:
         return
+    causal_lm.config.architectures = [type(causal_lm).__name__]
     causal_lm.config.save_pretrained(draft)
     if causal_lm.can_generate():
         causal_lm.generation_config.save_pretrained(draft)
@@ -84,6 +87,12 @@ def owned(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
+def check_whole(name: str, copy: Tensor, original: Tensor) -> None:
+    """A parameter that was not gathered has no elements under ZeRO-3: better no folder than one of empty tensors."""
+    if copy.shape != full_shape(original):
+        raise RuntimeError(f"{name} has the shape {tuple(copy.shape)} instead of {full_shape(original)}: not gathered")
+
+
 def write_sharded(tensors: dict[str, Tensor], folder: Path, gathered: Gather, is_writer: bool) -> None:
     """Write tensors into model.safetensors, or into numbered files with an index when they exceed MAX_SHARD_BYTES."""
     shards = plan_shards({name: full_numel(value) * value.element_size() for name, value in tensors.items()})
@@ -97,6 +106,7 @@ def write_sharded(tensors: dict[str, Tensor], folder: Path, gathered: Gather, is
             with gathered([tensors[name]] if isinstance(tensors[name], nn.Parameter) else []):
                 if is_writer:
                     content[name] = owned(tensors[name])
+                    check_whole(name, content[name], tensors[name])
         if is_writer:
             total += sum(value.nbytes for value in content.values())
             save_file(content, folder / file_name, metadata={"format": "pt"})

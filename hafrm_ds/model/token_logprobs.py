@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LOGPROB_VERSION = 1
+"""Of what a log-prob means. Raised when values computed before must not be mixed with values computed after."""
+
 CHUNK_BYTES = 128 * 2**20
 """fp32 logits of one chunk stay below this size."""
 

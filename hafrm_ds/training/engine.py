@@ -1,5 +1,6 @@
 """DeepSpeed around the hybrid model: the only room that knows DeepSpeed."""
 
+import math
 import os
 import shutil
 import sys
@@ -54,23 +55,18 @@ def sharded_loading(deepspeed_config: dict) -> Iterator[None]:
 
 
 class Engine:
-    """The model under DeepSpeed: forward, backward over any number of micro-batches, optimizer step.
+    """The model under DeepSpeed, for scoring.
 
     Args:
         model: as `load_hybrid_model` returns it.
         deepspeed_config: as `resolve_deepspeed_config` returns it.
+        training: further arguments of deepspeed.initialize; without an optimizer among them the engine only scores.
     """
 
-    def __init__(self, model: HybridModel, config: TrainConfig, deepspeed_config: dict):
+    def __init__(self, model: HybridModel, deepspeed_config: dict, **training):
         import deepspeed
 
-        freeze_unused_heads(model, config)
-        groups = parameter_groups(model, config.optimizer)
-        self.peak_learning_rates = [group["lr"] for group in groups]
-        deepspeed_config, optimizer = make_optimizer(groups, config.optimizer, deepspeed_config)
-        self.deepspeed, _, _, _ = deepspeed.initialize(
-            model=model, model_parameters=groups, optimizer=optimizer, config=deepspeed_config
-        )
+        self.deepspeed, _, _, _ = deepspeed.initialize(model=model, config=deepspeed_config, **training)
         self.stage = zero_stage(deepspeed_config)
         self.model = model
         if self.stage == 3:
@@ -78,7 +74,6 @@ class Engine:
             # stumbles over a forward that needs other parameters than the one before.
             for parameter in model.lm_head.parameters():
                 deepspeed.zero.register_external_parameter(model.response_logprobs, parameter)
-        self.gradient_norm: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -86,25 +81,6 @@ class Engine:
 
     def __call__(self, batch, **kwargs) -> ResponseScores:
         return self.deepspeed(batch.to(self.device), **kwargs)
-
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Accumulate gradients; with the last micro-batch of a step they are averaged over the ranks."""
-        self.deepspeed.set_gradient_accumulation_boundary(is_last)
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
-
-    def step(self, learning_rate_factor: float) -> None:
-        """Clip, update the weights, clear the gradients. All ranks have called backward with is_last."""
-        for group, peak in zip(self.deepspeed.optimizer.param_groups, self.peak_learning_rates, strict=True):
-            group["lr"] = peak * learning_rate_factor
-        # DeepSpeed computes no norm under stage 0 in fp32, where gradients are ordinary tensors, averaged by now.
-        own_norm = self.full_gradient_norm() if self.stage == 0 else None
-        self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        self.gradient_norm = float(norm if norm is not None else own_norm)
-
-    def full_gradient_norm(self) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -116,6 +92,43 @@ class Engine:
 
         with deepspeed.zero.GatheredParameters(list(parameters)):
             yield
+
+
+class TrainingEngine(Engine):
+    """The model under DeepSpeed: also backward over any number of micro-batches, and the optimizer step."""
+
+    def __init__(self, model: HybridModel, config: TrainConfig, deepspeed_config: dict):
+        freeze_unused_heads(model, config)
+        groups = parameter_groups(model, config.optimizer)
+        self.peak_learning_rates = [group["lr"] for group in groups]
+        deepspeed_config, optimizer = make_optimizer(groups, config.optimizer, deepspeed_config)
+        super().__init__(model, deepspeed_config, model_parameters=groups, optimizer=optimizer)
+        self.gradient_norm: float | None = None
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate gradients; with the last micro-batch of a step they are averaged over the ranks."""
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate_factor: float) -> None:
+        """Clip, update the weights, clear the gradients. All ranks have called backward with is_last.
+
+        Sets gradient_norm, before clipping; NaN when a gradient was not finite.
+        """
+        for group, peak in zip(self.deepspeed.optimizer.param_groups, self.peak_learning_rates, strict=True):
+            group["lr"] = peak * learning_rate_factor
+        # DeepSpeed computes no norm under stage 0 in fp32, where gradients are ordinary tensors, averaged by now.
+        own_norm = self.full_gradient_norm() if self.stage == 0 else None
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        # DeepSpeed skips a step whose gradients are not finite; under ZeRO-3 its norm is then that of the step before.
+        if not self.deepspeed.was_step_applied():
+            norm = math.nan
+        self.gradient_norm = float(norm if norm is not None else own_norm)
+
+    def full_gradient_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients) if gradients else torch.tensor(float("nan"))
 
 
 def freeze_unused_heads(model: HybridModel, config: TrainConfig) -> None:
@@ -161,8 +174,29 @@ def make_optimizer(
     return deepspeed_config, torch.optim.AdamW(groups, fused=True, **options)
 
 
-def load_engine(config: TrainConfig, world_size: int) -> Engine:
+def load_training_engine(config: TrainConfig, world_size: int) -> TrainingEngine:
     """Load the model of a run and put it under DeepSpeed. The process group has been started."""
+    deepspeed_config = resolve_deepspeed_config(config, world_size)
+    return TrainingEngine(load_under(deepspeed_config, config), config, deepspeed_config)
+
+
+def load_scoring_engine(config: TrainConfig, world_size: int) -> Engine:
+    """Like `load_training_engine`, without optimizer: parameters are sharded under stage 3 and whole otherwise."""
+    deepspeed_config = without_optimizer(resolve_deepspeed_config(config, world_size))
+    return Engine(load_under(deepspeed_config, config), deepspeed_config)
+
+
+def without_optimizer(deepspeed_config: dict) -> dict:
+    """A DeepSpeed configuration for scoring: stages 1 and 2 shard only what an optimizer needs, so they become 0."""
+    zero = dict(deepspeed_config.get("zero_optimization") or {})
+    zero.pop("offload_optimizer", None)
+    if zero.get("stage", 0) < 3:
+        zero = {"stage": 0}
+    kept = {key: value for key, value in deepspeed_config.items() if key not in ("optimizer", "gradient_clipping")}
+    return kept | {"zero_optimization": zero}
+
+
+def load_under(deepspeed_config: dict, config: TrainConfig) -> HybridModel:
     # torch 2.13 renames collectives that DeepSpeed calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
@@ -170,7 +204,5 @@ def load_engine(config: TrainConfig, world_size: int) -> Engine:
     from hafrm_ds.model.loading import load_hybrid_model
 
     deepspeed.init_distributed()
-    deepspeed_config = resolve_deepspeed_config(config, world_size)
     with sharded_loading(deepspeed_config):
-        model = load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed)
-    return Engine(model, config, deepspeed_config)
+        return load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed)

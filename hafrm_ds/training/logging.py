@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import UserError
+from hafrm_ds.training.processes import Processes
 
 PACKAGES = ("hafrm_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "pyarrow")
 LOG_WIDTH = 120
@@ -25,18 +27,25 @@ LOG_LINE_SECONDS = 30
 
 
 class RunLog:
-    """The log of a run on rank 0. On other ranks every method does nothing.
+    """What rank 0 prints and writes down; on other ranks every method does nothing.
+
+    Args:
+        files: also keep metrics in config.output_dir, which then must not hold a run already.
 
     Raises:
-        UserError: the output folder already holds a run, or wandb is asked for and not installed.
+        UserError: the output folder cannot be used, or wandb is asked for and not installed.
     """
 
-    def __init__(self, config: TrainConfig, is_first: bool):
-        self.is_first = is_first
+    def __init__(self, config: TrainConfig, processes: Processes, files: bool = True):
+        self.is_first, self.num_ranks = processes.is_first, processes.world_size
         width = None if sys.stdout.isatty() else LOG_WIDTH
-        self.console = Console(quiet=not is_first, width=width, highlight=False)
-        if not is_first:
-            return
+        self.console = Console(quiet=not self.is_first, width=width, highlight=False)
+        self.bars: Progress | None = None
+        self.writes = self.is_first and files
+        if self.writes:
+            self.open_files(config)
+
+    def open_files(self, config: TrainConfig) -> None:
         folder = config.output_dir
         metrics = folder / "metrics.jsonl"
         if metrics.exists() and metrics.stat().st_size:
@@ -63,12 +72,12 @@ class RunLog:
             )
 
     def write_json(self, path: Path, content: dict) -> None:
-        if self.is_first:
+        if self.writes:
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def metrics(self, kind: str, step: int, values: dict[str, float], **labels: str) -> None:
         """One row of metrics.jsonl, and the same to TensorBoard and wandb under KIND/[set/]NAME."""
-        if not self.is_first:
+        if not self.writes:
             return
         row = {"step": step, "kind": kind, **labels, **values}
         self.metrics_file.write(json.dumps(row) + "\n")
@@ -80,18 +89,43 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
 
+    def warn(self, text: str) -> None:
+        self.console.print(f"[bold yellow]WARNING[/bold yellow] {escape(text)}", soft_wrap=True)
+
     def print(self, content: RenderableType) -> None:
         """Text lines are left whole, for grep; tables and panels keep to the width."""
         self.console.print(content, soft_wrap=isinstance(content, str))
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str) -> Iterator["ProgressBar"]:
-        """A progress bar with ETA on a terminal, a line now and then elsewhere."""
-        with ProgressBar(self.console, description, total, unit) as bar:
+        """A progress bar with ETA on a terminal, a line now and then elsewhere. Bars may stand inside one another."""
+        if not self.is_first or not self.console.is_terminal:
+            yield ProgressBar(self.console, None, description, total, unit, self.num_ranks)
+            return
+        if self.bars is None:
+            self.bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+            )
+        if not self.bars.tasks:
+            self.bars.start()
+        bar = ProgressBar(self.console, self.bars, description, total, unit, self.num_ranks)
+        try:
             yield bar
+        finally:
+            self.bars.remove_task(bar.task)
+            if not self.bars.tasks:
+                self.bars.stop()
 
     def close(self) -> None:
-        if not self.is_first:
+        if not self.writes:
             return
         self.metrics_file.close()
         if self.tensorboard is not None:
@@ -103,37 +137,22 @@ class RunLog:
 class ProgressBar:
     """Progress of `total` units; `advance` may carry a text that stands behind the bar."""
 
-    def __init__(self, console: Console, description: str, total: int, unit: str):
-        self.console, self.description, self.total, self.unit = console, description, total, unit
+    def __init__(
+        self, console: Console, bars: Progress | None, description: str, total: int, unit: str, num_ranks: int
+    ):
+        self.console, self.bars, self.num_ranks = console, bars, num_ranks
+        self.description, self.total, self.unit = description, total, unit
         self.done, self.started, self.last_line = 0, time.monotonic(), time.monotonic()
-        self.bar = None
-        if console.is_terminal and not console.quiet:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn(unit),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-                console=console,
-            )
-            self.task = self.bar.add_task(description, total=total, text="")
+        self.task = bars.add_task(description, total=total, unit=unit, text="") if bars is not None else None
 
-    def __enter__(self) -> "ProgressBar":
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    def advance_for_all_ranks(self, count: int) -> None:
+        """Advance by what this rank has done as if every rank had done as much: they work alike."""
+        self.advance(min(count * self.num_ranks, self.total - self.done))
 
     def advance(self, count: int, text: str = "") -> None:
         self.done += count
-        if self.bar is not None:
-            self.bar.update(self.task, advance=count, text=text)
+        if self.bars is not None:
+            self.bars.update(self.task, advance=count, text=text)
             return
         now = time.monotonic()
         if now - self.last_line >= LOG_LINE_SECONDS or self.done >= self.total:
@@ -141,7 +160,7 @@ class ProgressBar:
             elapsed = now - self.started
             remaining = elapsed / self.done * max(0, self.total - self.done)
             self.console.print(
-                f"{self.description} {self.done}/{self.total} {self.unit}  "
+                f"{self.description} {self.done:,}/{self.total:,} {self.unit}  "
                 f"{clock(elapsed)}, ETA {clock(remaining)}  {text}".rstrip(),
                 soft_wrap=True,
             )

@@ -14,7 +14,7 @@ from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_memory_byte
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import token_costs
-from hafrm_ds.data.planning import DUMMY, BatchPlan, check_budget, cut_into_micro_batches
+from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
@@ -28,8 +28,9 @@ from hafrm_ds.objective import (
     policy_loss,
     preference_metrics,
 )
-from hafrm_ds.reference.compute import ReferenceLogprobs, compute_reference
-from hafrm_ds.training.engine import Engine
+from hafrm_ds.reference.compute import ReferenceLogprobs
+from hafrm_ds.reference.job import ReferenceSource, provide_reference
+from hafrm_ds.training.engine import TrainingEngine
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.schedule import learning_rate_factor
 from hafrm_ds.training.scoring import score_pairs
@@ -43,12 +44,6 @@ class PairSet:
     costs: np.ndarray
     index: np.ndarray
     reference: ReferenceLogprobs | None = None
-
-    @classmethod
-    def of(cls, pairs: PreparedPairs, config: TrainConfig, index: np.ndarray) -> "PairSet":
-        costs = token_costs(pairs.lengths, config.batch.layout)
-        check_budget(costs, config.batch.max_tokens_per_micro_batch, pairs.pairs["id"])
-        return cls(pairs, costs, index)
 
 
 @dataclass
@@ -92,23 +87,29 @@ class Trainer:
         engine: the model under DeepSpeed, untouched.
         train_pairs: prepared training pairs.
         eval_pairs: prepared pairs of each evaluation set.
+        reference_source: where reference log-probs come from; None when the objective uses none.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        engine: Engine,
+        engine: TrainingEngine,
         train_pairs: PreparedPairs,
         eval_pairs: dict[str, PreparedPairs],
+        reference_source: ReferenceSource | None,
         log: RunLog,
     ):
         self.config, self.engine, self.log = config, engine, log
+        self.reference_source = reference_source
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.plan = BatchPlan(len(train_pairs), config.batch.global_batch_size, config.seed)
         self.num_steps = config.max_steps or math.ceil(config.epochs * len(train_pairs) / self.plan.global_batch_size)
-        self.train_set = PairSet.of(train_pairs, config, self.plan.pairs_until(self.num_steps))
+        layout = config.batch.layout
+        self.train_set = PairSet(
+            train_pairs, token_costs(train_pairs.lengths, layout), self.plan.pairs_until(self.num_steps)
+        )
         self.eval_sets = {
-            name: PairSet.of(pairs, config, chosen_for_evaluation(len(pairs), config))
+            name: PairSet(pairs, token_costs(pairs.lengths, layout), chosen_for_evaluation(len(pairs), config))
             for name, pairs in eval_pairs.items()
         }
         self.best = Best(config.evaluation.best_metric or default_best_metric(config))
@@ -116,9 +117,8 @@ class Trainer:
         self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
 
     def run(self) -> None:
-        if self.config.objective.uses_reference:
-            for name, pair_set in {"train": self.train_set, **self.eval_sets}.items():
-                self.compute_reference(name, pair_set)
+        if self.reference_source is not None:
+            self.load_reference(self.reference_source)
         if self.config.evaluation.at_start:
             self.evaluate(0)
         every = self.config.evaluation.every_steps
@@ -232,19 +232,13 @@ class Trainer:
 
     # ---- around the steps ----
 
-    def compute_reference(self, name: str, pair_set: PairSet) -> None:
-        with self.log.progress(f"reference log-probs of {name}", len(pair_set.index), "pairs") as progress:
-            pair_set.reference = compute_reference(
-                self.engine,
-                pair_set.pairs,
-                pair_set.index,
-                pair_set.costs,
-                layout=self.config.batch.layout,
-                max_tokens=self.config.batch.max_tokens_per_micro_batch,
-                on_progress=lambda count: progress.advance(
-                    min(count * self.world_size, progress.total - progress.done)
-                ),
-            )
+    def load_reference(self, source: ReferenceSource) -> None:
+        """Give every set its reference log-probs."""
+        sets = [self.train_set, *self.eval_sets.values()]
+        pairs, positions = [each.pairs for each in sets], [each.index for each in sets]
+        found = provide_reference(source, self.engine, pairs, positions, self.log)
+        for pair_set, reference in zip(sets, found, strict=True):
+            pair_set.reference = reference
 
     def evaluate(self, step: int) -> None:
         """Score every evaluation set, log its metrics, remember the best step."""
@@ -260,9 +254,7 @@ class Trainer:
                     max_tokens=self.config.batch.max_tokens_per_micro_batch,
                     with_reward=objective.uses_reward,
                     with_logprob=objective.uses_policy,
-                    on_progress=lambda count: progress.advance(
-                        min(count * self.world_size, progress.total - progress.done)
-                    ),
+                    on_progress=progress.advance_for_all_ranks,
                 )
             lengths = pair_set.pairs.lengths
             num_tokens = np.stack([lengths["chosen"], lengths["rejected"]], axis=1)[pair_set.index]

@@ -21,7 +21,8 @@ from hafrm_ds.errors import UserError
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-POLL_SECONDS = 0.1
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.1, 2.0
+"""Ranks that wait ask rank 0's store less and less often: there may be a thousand of them."""
 ERRORS = "errors"
 """Key in the store: how many ranks have met an error."""
 
@@ -84,11 +85,13 @@ class Processes:
         Raises:
             FailedElsewhere: another rank has reported an error, or rank 0, which keeps the store, has left.
         """
+        pause = POLL_SECONDS
         try:
             while not condition():
                 if self.store.check([ERRORS]):
                     raise FailedElsewhere
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
         except dist.DistError as error:
             raise FailedElsewhere from error
 
@@ -126,12 +129,18 @@ class Processes:
 
 
 def run_entry(main: Callable[[list[str], Processes], None]) -> None:
-    """Run an entry file: a UserError becomes one message from one rank, and exit status 1 on all."""
+    """Run an entry file: a UserError becomes one message from one rank, and exit status 1 on all.
+
+    Any other error keeps its traceback; ranks that wait for this one are told, for they would wait for ever.
+    """
     processes = Processes.join()
     try:
         main(sys.argv[1:], processes)
     except UserError as error:
         processes.report(error)
         sys.exit(1)
+    except Exception:
+        processes.speaks()
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()

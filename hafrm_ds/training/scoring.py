@@ -1,4 +1,4 @@
-"""Scoring many pairs with the training engine, all ranks together: the reference pass and evaluation."""
+"""Scoring many prompts and responses with an engine, all ranks together: the reference pass and evaluation."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,10 +6,42 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.micro_batches import make_micro_batch
+from hafrm_ds.data.micro_batches import DUMMY_ITEM
+from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out
 from hafrm_ds.data.planning import DUMMY, cut_by_length
 from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training.engine import Engine
+
+
+def score_items(
+    engine: Engine,
+    item: Callable[[int], PromptWithResponses],
+    costs: np.ndarray,
+    *,
+    layout: str,
+    max_tokens: int,
+    on_scores: Callable[[list[int], ResponseScores], None],
+    with_reward: bool = True,
+    with_logprob: bool = True,
+) -> None:
+    """Score items without gradients, each on one rank, in micro-batches of similar lengths.
+
+    Args:
+        item: position -> prompt and responses.
+        costs: [items] tokens of each item in this layout.
+        on_scores: told the positions of a micro-batch and the scores of their responses, on the rank that has them.
+    """
+    if not len(costs):
+        return
+    batches = cut_by_length(costs, dist.get_world_size(), max_tokens)[dist.get_rank()]
+    with torch.no_grad():
+        for positions in batches:
+            is_dummy = positions == [DUMMY]
+            items = [DUMMY_ITEM] if is_dummy else [item(position) for position in positions]
+            scores = engine(lay_out(items, layout), with_reward=with_reward, with_logprob=with_logprob)
+            if not is_dummy:
+                on_scores(positions, scores)
 
 
 def score_pairs(
@@ -24,7 +56,7 @@ def score_pairs(
     with_logprob: bool,
     on_progress: Callable[[int], None] = lambda num_pairs: None,
 ) -> dict[str, np.ndarray]:
-    """Score the pairs at `index` without gradients; every rank gets all results.
+    """Score the pairs at `index`; every rank gets all results.
 
     Args:
         index: [P] positions in `pairs`.
@@ -34,23 +66,33 @@ def score_pairs(
     Returns:
         "reward" and "logprob" as asked for: [P, 2] fp32, (chosen, rejected).
     """
-    world_size, rank = dist.get_world_size(), dist.get_rank()
     names = ["reward"] * with_reward + ["logprob"] * with_logprob
-    # One row a pair: the values, then how often the pair was scored.
-    table = torch.zeros(len(index), 2 * len(names) + 1, dtype=torch.float64)
-    with torch.no_grad():
-        for places in cut_by_length(costs[index], world_size, max_tokens)[rank]:
-            is_dummy = places == [DUMMY]
-            members = [DUMMY] if is_dummy else index[places].tolist()
-            micro_batch = make_micro_batch(pairs, members, layout)
-            scores = engine(micro_batch.batch, with_reward=with_reward, with_logprob=with_logprob)
-            if is_dummy:
-                continue
-            columns = [getattr(scores, name).view(-1, 2).double().cpu() for name in names]
-            table[places] = torch.cat([*columns, torch.ones(len(places), 1, dtype=torch.float64)], dim=1)
-            on_progress(len(places))
-    table = table.to(engine.device)
-    dist.all_reduce(table)
-    table = table.cpu()
+    results = {name: torch.zeros(len(index), 2, dtype=torch.float64) for name in names}
+    times_scored = torch.zeros(len(index), 1, dtype=torch.float64)
+
+    def keep(positions: list[int], scores: ResponseScores) -> None:
+        for name in names:
+            results[name][positions] = getattr(scores, name).view(-1, 2).double().cpu()
+        times_scored[positions] += 1
+        on_progress(len(positions))
+
+    score_items(
+        engine,
+        lambda position: from_pairs([pairs[int(index[position])]])[0],
+        costs[index],
+        layout=layout,
+        max_tokens=max_tokens,
+        on_scores=keep,
+        with_reward=with_reward,
+        with_logprob=with_logprob,
+    )
+    table = sum_over_ranks(torch.cat([*results.values(), times_scored], dim=1), engine.device)
     assert bool((table[:, -1] == 1).all()), "a pair was scored by no rank or by several"
     return {name: table[:, 2 * k : 2 * k + 2].float().numpy() for k, name in enumerate(names)}
+
+
+def sum_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Sum a CPU tensor over all ranks, by way of the device that the process group works on."""
+    on_device = values.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hafrm_ds.data.pairs import FORMATS, Dropped, PreferencePair, Row, detect_format, read_pair
+from hafrm_ds.data.pairs import FORMATS, Deselected, Dropped, PreferencePair, Row, detect_format, read_pair
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
 
@@ -231,23 +231,23 @@ def test_exactly_one_safe():
     assert convert(contradicting, source).chosen == [assistant("first")]
     for both in (True, False):
         flags = {"is_response_0_safe": both, "is_response_1_safe": both}
-        assert convert(SAFE_RLHF | flags, source) == Dropped("not exactly one safe answer")
+        assert convert(SAFE_RLHF | flags, source) == Deselected("not exactly one safe answer")
 
 
 def test_a_response_number_beside_0_and_1_is_a_tie():
-    assert convert(SAFE_RLHF | {"safer_response_id": -1}) == Dropped("tie")
+    assert convert(SAFE_RLHF | {"safer_response_id": -1}) == Deselected("tie")
 
 
 def test_alpaca_farm_joins_instruction_and_input():
     fields = {"instruction": "Sum up.", "input": "A text.", "output_1": "one", "output_2": "two", "preference": 2}
     assert parts(convert(fields)) == ([user("Sum up.\n\nA text.")], [assistant("two")], [assistant("one")])
     assert convert(fields | {"input": None}).prompt == [user("Sum up.")]
-    assert convert(fields | {"preference": 0}) == Dropped("tie")
+    assert convert(fields | {"preference": 0}) == Deselected("tie")
 
 
 @pytest.mark.parametrize("winner", ["tie", "tie (bothbad)", "both_bad"])
 def test_arena_ties(winner):
-    assert convert(EXAMPLES["arena"] | {"winner": winner}) == Dropped("tie")
+    assert convert(EXAMPLES["arena"] | {"winner": winner}) == Deselected("tie")
 
 
 def test_arena_winner():
@@ -284,7 +284,7 @@ def test_arena_winner():
 )
 def test_single_turn(fields, single):
     pair = convert(fields, Source(path="x", single_turn=True))
-    assert isinstance(pair, PreferencePair) if single else pair == Dropped("more than one turn")
+    assert isinstance(pair, PreferencePair) if single else pair == Deselected("more than one turn")
 
 
 @pytest.mark.parametrize(

@@ -8,29 +8,26 @@ from rich.console import Console
 
 from hafrm_ds.config import DataConfig
 from hafrm_ds.data import preparation
+from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import num_processes, prepare_pairs, tokenization_cache_key
+from hafrm_ds.data.reading import FEATURES
 from hafrm_ds.data.report import count_repeats, percentiles, render_tokens
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.errors import DataError
 
-MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
-FEATURES = datasets.Features(
-    {"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES}
-    | {name: datasets.Value("string") for name in ("source", "id", "outcome")}
-    | {"margin": datasets.Value("float32")}
-)
 
-
-def row(question, chosen, rejected, *, source="one", outcome="", margin=None):
+def row(question, chosen, rejected, *, source="one", dropped="", deselected="", margin=None):
     return {
         "prompt": [{"role": "user", "content": question}],
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
         "margin": margin,
         "source": source,
-        "outcome": outcome,
+        "format": "explicit_prompt",
+        "dropped": dropped,
+        "deselected": deselected,
     }
 
 
@@ -78,9 +75,9 @@ def test_report_counts_every_row(prepare):
         row("Q", "a", "a", source="two"),
         row("Q", "a", " ", source="two"),
         row("Q", "b", "b"),
-        row("Q", "a", "b", source="two", outcome="tie"),
-        row("Q", "a", "b", outcome="row filter split=train"),
-        row("Q", "a", "b", outcome="tie"),
+        row("Q", "a", "b", source="two", deselected="tie"),
+        row("Q", "a", "b", deselected="row filter split=train"),
+        row("Q", "a", "b", deselected="tie"),
     ]
     report = prepare(rows, max_dropped_share=0.2).report
     assert report.total.read == 26
@@ -98,6 +95,32 @@ def test_report_counts_every_row(prepare):
     assert report.tokens["rejected"] == {"p50": 4, "p90": 4, "p99": 4, "max": 4}
 
 
+def test_faults_found_while_reading_count_as_dropped(prepare):
+    faulty = row("Q", "a", "b", dropped="no common prompt")
+    with pytest.raises(DataError) as caught:
+        prepare([*GOOD_ROWS, faulty, faulty])
+    assert str(caught.value).splitlines()[:2] == [
+        "train data: 2 of 22 selected pairs (9.1%) would be dropped, 20 are left; data.max_dropped_share is 0.05:",
+        "         2  no common prompt (first: pairs.jsonl:21)",
+    ]
+    # A faulty row that a portion or cap leaves out counts with those.
+    report = prepare([*GOOD_ROWS, faulty, faulty | {"deselected": "over max_pairs"}]).report
+    assert (report.total.dropped, report.total.deselected) == ({"no common prompt": 1}, {"over max_pairs": 1})
+
+
+def test_report_names_the_formats_of_each_source(prepare):
+    unread = row("Q", "a", "b", deselected="row filter split=train") | {"format": ""}
+    other = row("Q", "a", "b", source="two") | {"format": "transcripts"}
+    report = prepare([*GOOD_ROWS, unread, other]).report
+    assert report.by_source["one"].formats == {"explicit_prompt": 20}
+    assert report.by_source["two"].formats == {"transcripts": 1}
+    assert report.to_json()["total"]["formats"] == {"explicit_prompt": 20, "transcripts": 1}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report.render(with_examples=False))
+    shown = [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
+    assert {"one 21 1 0 20 0 explicit_prompt", "two 1 0 0 1 0 transcripts", "total 22 1 0 21 0"} <= set(shown)
+
+
 def test_duplicates_and_both_orders_are_allowed_and_counted(prepare):
     twice, other_way = row("Q", "a", "b"), row("Q", "b", "a")
     report = prepare([twice, twice, other_way, row("other Q", "a", "b")]).report
@@ -105,8 +128,11 @@ def test_duplicates_and_both_orders_are_allowed_and_counted(prepare):
 
 
 def test_count_repeats():
-    assert count_repeats(np.array([1, 1, 2, 2, 3]), np.array([2, 2, 1, 1, 4])) == (2, 1)
-    assert count_repeats(np.array([], dtype=np.int64), np.array([], dtype=np.int64)) == (0, 0)
+    pairs = np.array([(1, 2), (1, 2), (2, 1), (2, 1), (3, 4)], dtype=np.uint64)
+    keys = np.zeros(pairs.shape, dtype=KEY_DTYPE)
+    keys["low"] = pairs
+    assert count_repeats(keys) == (2, 1)
+    assert count_repeats(keys[:0]) == (0, 0)
 
 
 def test_cut_pairs_are_counted_and_their_full_length_is_reported(prepare):

@@ -33,11 +33,16 @@ def launch(num_ranks: int, script: str, *arguments: str, timeout: float = 600) -
     )
 
 
-def train_all(num_ranks: int, cases: list[list[str]], timeout: float = 900) -> str:
-    """Run launch/train.py's work for each list of options, in one launch; returns what was printed."""
-    result = launch(num_ranks, "tests/distributed/train_cases.py", json.dumps(cases), timeout=timeout)
+def run_jobs(num_ranks: int, jobs: list[tuple[str, list[str]]], timeout: float = 900) -> str:
+    """Run jobs ("train" or "precompute", options) one after another in one launch; returns what was printed."""
+    result = launch(num_ranks, "tests/distributed/job_cases.py", json.dumps(jobs), timeout=timeout)
     assert result.returncode == 0, result.stdout[-6000:]
     return result.stdout
+
+
+def as_options(values: dict) -> list[str]:
+    """{"section.key": value} -> command-line words."""
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
 def rows(run: Path, kind: str) -> list[dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.launching import launch, write_pairs
+from tests.distributed.launching import as_options, launch, write_pairs
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -31,6 +31,12 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
     weights = load_file(broken_weights / "model.safetensors")
     weights["model.norm.weight"].fill_(float("nan"))
     save_file(weights, broken_weights / "model.safetensors", metadata={"format": "pt"})
+    # States near the end of fp32: their mean square is infinite, so the norm gives 0, but its gradient is not finite.
+    overflowing = save_tiny_model(folder / "overflowing")
+    weights = load_file(overflowing / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"].fill_(1e37)
+    weights["model.norm.weight"].fill_(1e6)
+    save_file(weights, overflowing / "model.safetensors", metadata={"format": "pt"})
     pairs = write_pairs(folder / "pairs.jsonl", 40)
     used = folder / "used"
     used.mkdir()
@@ -104,6 +110,10 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
             {"model.name_or_path": broken_weights, "objective.alpha": 0},
             r"step 1: the loss is not finite.*pairs.jsonl:\d+",
         ),
+        "gradient not finite": (
+            {"model.name_or_path": overflowing, "objective.alpha": 0},
+            r"step 1: the gradient norm is nan although every loss is finite",
+        ),
     }
     sound = {
         "model.name_or_path": model,
@@ -112,16 +122,13 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
         "data.max_length": 120,
         "batch.global_batch_size": 4,
         "max_steps": 1,
+        "reference.store": folder / "store",
         "logging.tensorboard": "false",
     }
     return {
         name: ({"output_dir": folder / "runs" / name.replace(" ", "_")} | sound | changes, pattern)
         for name, (changes, pattern) in table.items()
     }
-
-
-def as_options(changes: dict) -> list[str]:
-    return [word for key, value in changes.items() for word in (f"--{key}", str(value))]
 
 
 def test_every_kind_is_refused_by_one_message_from_one_rank(cases, tmp_path):

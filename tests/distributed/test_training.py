@@ -1,12 +1,13 @@
 """Training through the launcher: the same numbers whatever the stage, the number of ranks or the cut of a batch."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launching import rows, train_all, write_pairs
+from tests.distributed.launching import as_options, rows, run_jobs, write_pairs
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -28,9 +29,13 @@ def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torc
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     model = save_tiny_model(folder / "model")
+    save_tiny_model(folder / "untied", "phi")  # an LM head of its own, with a bias
+    # Parameters of fewer than 100,000 elements are never split unless told so, and these models have no others.
+    gather_all = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (folder / "gather_all.json").write_text(json.dumps(gather_all))
     train_file, test_file = write_pairs(folder / "train.jsonl", 60), write_pairs(folder / "test.jsonl", 15, seed=1)
 
-    def options(name: str, stage: int, **changes) -> list[str]:
+    def job(name: str, stage: int, **changes) -> tuple[str, list[str]]:
         chosen = {
             "output_dir": folder / name,
             "deepspeed": f"ds_configs/zero{stage}.json",
@@ -42,30 +47,43 @@ def setting(tmp_path_factory):
             "batch.global_batch_size": 8,
             "batch.max_tokens_per_micro_batch": 150,
             "data.max_length": 120,
+            "reference.store": folder / f"store-{name}",
             "optimizer.learning_rate": 3e-3,
             "optimizer.reward_head_learning_rate": 1e-2,
             "optimizer.weight_decay": 0.01,
         } | {key.replace("__", "."): value for key, value in changes.items()}
-        return [word for key, value in chosen.items() for word in (f"--{key}", str(value))]
+        return "train", as_options(chosen)
 
-    return folder, options
+    return folder, job
 
 
 @pytest.fixture(scope="module")
 def runs(setting):
     """One rank and two ranks, every stage; on two ranks also the variants of the other tests."""
-    folder, options = setting
-    train_all(1, [options(f"ranks1-zero{stage}", stage) for stage in range(4)])
-    train_all(
+    folder, job = setting
+    gather_all = {"deepspeed": folder / "gather_all.json"}
+    untied = {"model__name_or_path": folder / "untied"}
+    three_pairs = {"batch__global_batch_size": 3, "batch__max_tokens_per_micro_batch": 120}
+    run_jobs(
+        1,
+        [job(f"ranks1-zero{stage}", stage) for stage in range(4)]
+        + [job("untied-whole", 0, **untied), job("three-on-one", 0, **three_pairs)],
+    )
+    run_jobs(
         2,
-        [options(f"ranks2-zero{stage}", stage) for stage in range(4)]
+        [job(f"ranks2-zero{stage}", stage) for stage in range(4)]
         + [
-            options("one-cut", 3, batch__max_tokens_per_micro_batch=100000),
-            options("padded", 3, batch__layout="padded", batch__max_tokens_per_micro_batch=300),
-            options("checkpointed", 3, model__gradient_checkpointing=True),
-            options("baseline", 3, objective__alpha=0),
-            options("policy-only", 3, objective__rm_weight=0),
-            options("bfloat16", 3, model__dtype="bfloat16"),
+            job("one-cut", 3, batch__max_tokens_per_micro_batch=100000),
+            job("padded", 3, batch__layout="padded", batch__max_tokens_per_micro_batch=300),
+            job("checkpointed", 3, model__gradient_checkpointing=True),
+            job("baseline", 3, objective__alpha=0),
+            job("policy-only", 3, objective__rm_weight=0),
+            job("gathered", 3, **gather_all),
+            job("untied-gathered", 3, **gather_all, **untied),
+            job("untied-baseline", 3, **gather_all, **untied, objective__alpha=0),
+            job("three-on-two", 3, **gather_all, **three_pairs),
+            job("no-evaluation", 3, evaluation__at_start=False),
+            *(job(f"bfloat16-zero{stage}", stage, model__dtype="bfloat16") for stage in range(4)),
         ],
     )
     return folder
@@ -83,11 +101,51 @@ def test_every_stage_and_number_of_ranks_trains_the_same_model(runs, ranks, stag
     assert largest_difference(final_weights(actual), final_weights(expected)) < 1e-4
 
 
-@pytest.mark.parametrize("variant", ["one-cut", "padded", "checkpointed"])
-def test_cut_layout_and_checkpointing_change_only_the_cost(runs, variant):
+@pytest.mark.parametrize("variant", ["one-cut", "padded", "checkpointed", "gathered"])
+def test_cut_layout_checkpointing_and_gathering_change_only_the_cost(runs, variant):
     assert rows(runs / "ranks2-zero3", "train")[0]["micro_batches"] > 1
     assert rows(runs / "one-cut", "train")[0]["micro_batches"] == 1
     assert largest_difference(final_weights(runs / variant), final_weights(runs / "ranks2-zero3")) < 1e-4
+    norms = [[row["grad_norm"] for row in rows(runs / name, "train")] for name in (variant, "ranks2-zero3")]
+    torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-4, atol=0)
+
+
+def test_an_untied_head_with_a_bias_trains_alike_whole_and_gathered(runs):
+    whole, gathered, baseline = (
+        final_weights(runs / name) for name in ("untied-whole", "untied-gathered", "untied-baseline")
+    )
+    assert largest_difference(gathered, whole) < 1e-4
+    start = load_file(runs / "untied/model.safetensors")
+    for name in ("lm_head.weight", "lm_head.bias"):
+        assert not torch.equal(whole[name], start[name])
+        assert torch.equal(baseline[name], start[name]), "without a policy loss it is frozen"
+
+
+def test_a_rank_without_a_pair_runs_a_dummy_that_counts_nothing(runs):
+    """Three pairs a step, each a micro-batch of its own: on two ranks every step has a fourth."""
+    alone, both = rows(runs / "three-on-one", "train"), rows(runs / "three-on-two", "train")
+    assert {row["micro_batches"] for row in both} >= {2}
+    for name in ("loss/total", "grad_norm", "accuracy/reward", "margin/implicit"):
+        columns = [torch.tensor([row[name] for row in run]) for run in (both, alone)]
+        torch.testing.assert_close(*columns, rtol=1e-4, atol=1e-5)
+    assert largest_difference(final_weights(runs / "three-on-two"), final_weights(runs / "three-on-one")) < 1e-4
+
+
+def test_scoring_before_the_first_step_leaves_training_as_it_was(runs):
+    assert [row["step"] for row in rows(runs / "no-evaluation", "eval")] == [STEPS]
+    expected, actual = final_weights(runs / "ranks2-zero3"), final_weights(runs / "no-evaluation")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("run", ["ranks2-zero3", "gathered", *(f"bfloat16-zero{stage}" for stage in range(4))])
+def test_at_step_0_the_policy_is_its_reference(runs, run):
+    """The same code, layout and dtype: the same log-probs, so every pair of the held-out set is a tie. In a training
+    step pairs are cut otherwise, which moves the last bits."""
+    start = rows(runs / run, "eval")[0]
+    assert start["step"] == 0
+    assert (start["margin/implicit"], start["ties/implicit"], start["accuracy/implicit"]) == (0, start["pairs"], 0.5)
+    tolerance = 0.02 if run.startswith("bfloat16") else 1e-5
+    assert abs(rows(runs / run, "train")[0]["margin/implicit"]) < tolerance
 
 
 def test_training_learns_and_starts_at_the_reference(runs):
@@ -112,8 +170,9 @@ def test_baseline_has_no_policy_and_the_policy_run_leaves_the_reward_head(runs):
     assert not torch.equal(heads[1], start)
 
 
-def test_bfloat16_follows_fp32(runs):
-    bf16 = [row["loss/total"] for row in rows(runs / "bfloat16", "train")]
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_follows_fp32(runs, stage):
+    bf16 = [row["loss/total"] for row in rows(runs / f"bfloat16-zero{stage}", "train")]
     fp32 = [row["loss/total"] for row in rows(runs / "ranks2-zero3", "train")]
     torch.testing.assert_close(torch.tensor(bf16), torch.tensor(fp32), rtol=0.1, atol=0.02)
-    assert final_weights(runs / "bfloat16")["weight"].dtype == torch.bfloat16
+    assert {value.dtype for value in final_weights(runs / f"bfloat16-zero{stage}").values()} == {torch.bfloat16}

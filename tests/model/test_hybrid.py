@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hafrm_ds.data import packing
 from hafrm_ds.data.packing import PromptWithResponses, lay_out
-from hafrm_ds.model.hybrid import HybridModel, check_lm_head, disable_dropout, make_reward_head
+from hafrm_ds.model import token_logprobs
+from hafrm_ds.model.hybrid import HybridModel, check_lm_head, disable_dropout, make_reward_head, sum_by_response
 from hafrm_ds.model.token_logprobs import HeadTransform
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.tiny_models import FAMILIES, random_items, tiny_causal_lm, tiny_hybrid, use_layout
@@ -60,6 +62,93 @@ def test_scores_equal_the_stock_model_on_one_sequence_at_a_time(family):
                 expected_reward.append(F.linear(states[0, -1], model.reward_head.weight).squeeze())
     torch.testing.assert_close(scores.reward, torch.stack(expected_reward), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scores.logprob.double(), torch.stack(expected_logprob), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+def test_a_score_does_not_depend_on_the_batch_it_stands_in(family, layout):
+    """Neither tokens nor padding of the neighbours, nor the item's place among them."""
+    model, items = tiny_hybrid(family), random_items(seed=8, num_items=5)
+    use_layout(model, layout)
+    with torch.no_grad():
+        together = model(lay_out(items, layout))
+        for place, item in enumerate(items):
+            alone = model(lay_out([item], layout))
+            own = slice(2 * place, 2 * place + 2)
+            torch.testing.assert_close(together.reward[own], alone.reward, rtol=0, atol=1e-5)
+            torch.testing.assert_close(together.logprob[own], alone.logprob, rtol=1e-5, atol=1e-5)
+
+
+def test_which_id_fills_the_padding_never_matters(monkeypatch):
+    model, items = tiny_hybrid("llama"), random_items(seed=8)
+    use_layout(model, "padded")
+    with torch.no_grad():
+        first = model(lay_out(items, "padded"))
+        monkeypatch.setattr(packing, "IGNORED_PADDING_ID", items[0].responses[0][-1])
+        second = model(lay_out(items, "padded"))
+    assert torch.equal(first.reward, second.reward)
+    assert torch.equal(first.logprob, second.logprob)
+
+
+def saved_bytes(forward) -> int:
+    """Bytes that autograd holds on to between forward and backward, parameters apart."""
+    storages = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter) and not (tensor._base is not None and tensor._base.is_leaf):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = forward()
+    del kept
+    return sum(storages.values())
+
+
+def test_no_logits_are_held_for_backward(monkeypatch):
+    """A chunked log-softmax that keeps each chunk for backward saves nothing."""
+    vocabulary, chunk_bytes = 50_000, 2**20
+    monkeypatch.setattr(token_logprobs, "CHUNK_BYTES", chunk_bytes)
+    causal_lm = tiny_causal_lm("llama", vocab_size=vocabulary)
+    model = HybridModel(causal_lm, make_reward_head(32, bias=False, init="normal", dtype=torch.float32, seed=0))
+    use_layout(model, "shared_prefix")
+    batch = lay_out(random_items(seed=2, num_items=8), "shared_prefix")
+    logits_bytes = 4 * len(batch.target_ids) * vocabulary
+    assert logits_bytes > 10 * chunk_bytes
+
+    largest = []
+    original = token_logprobs.chunk_logits
+    monkeypatch.setattr(
+        token_logprobs, "chunk_logits", lambda *given: largest.append((made := original(*given)).nbytes) or made
+    )
+    with_head = saved_bytes(lambda: model(batch))
+    body = saved_bytes(lambda: model(batch, with_logprob=False))
+    assert with_head - body < 0.01 * logits_bytes
+    assert len(largest) > 10 and max(largest) <= chunk_bytes
+    model.uses_stock_logits = True  # which does hold them: what is measured here can be seen
+    assert saved_bytes(lambda: model(batch)) - body > logits_bytes
+
+
+def test_the_lm_head_is_entered_once_in_forward_and_once_in_backward_whatever_the_chunks(monkeypatch):
+    """Entering the module is what gathers the head's weight under ZeRO-3."""
+    monkeypatch.setattr(token_logprobs, "CHUNK_BYTES", 1)  # a token a chunk
+    model, entered = tiny_hybrid("llama"), []
+    use_layout(model, "shared_prefix")
+    module = model.response_logprobs
+    module.register_forward_pre_hook(lambda *_: entered.append("forward"))
+    module.register_full_backward_pre_hook(lambda *_: entered.append("backward"))
+    model(lay_out(random_items(seed=2), "shared_prefix")).logprob.sum().backward()
+    assert entered == ["forward", "backward"]
+
+
+def test_sums_over_a_response_are_fp32():
+    """bf16 steps at a sum of 600 are 4 nats."""
+    per_token = -3 * torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    batch = lay_out([PromptWithResponses([5], ([6] * 1000, [7] * 3000))], "shared_prefix")
+    summed = sum_by_response(per_token, batch)
+    expected = torch.stack([part.double().sum() for part in per_token.split([1000, 3000])])
+    assert summed.dtype == torch.float32
+    torch.testing.assert_close(summed.double(), expected, rtol=1e-6, atol=1e-3)
 
 
 def test_gradient_checkpointing_changes_nothing():

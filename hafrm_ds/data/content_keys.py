@@ -1,0 +1,44 @@
+"""Content keys: a 128-bit name for a response in its context, made of its tokens alone.
+
+Legend: Q keys, U different keys.
+"""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+
+KEY_BYTES = 16
+KEY_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8")])
+
+
+def content_key(prompt_ids: list[int], response_ids: list[int]) -> bytes:
+    """Key of a response: the exact token ids of prompt and response, and the place where the response begins."""
+    digest = hashlib.blake2b(len(prompt_ids).to_bytes(8, "little"), digest_size=KEY_BYTES)
+    digest.update(np.asarray([*prompt_ids, *response_ids], dtype="<i4").tobytes())
+    return digest.digest()
+
+
+def keys_of_column(column: pa.ChunkedArray) -> np.ndarray:
+    """A binary column whose values all have KEY_BYTES bytes -> [Q] KEY_DTYPE."""
+    chunks = [chunk.cast(pa.binary(KEY_BYTES)) for chunk in column.chunks]
+    parts = [
+        np.frombuffer(chunk.buffers()[1], KEY_DTYPE, count=len(chunk), offset=chunk.offset * KEY_BYTES)
+        for chunk in chunks
+        if len(chunk)
+    ]
+    return np.concatenate([np.empty(0, KEY_DTYPE), *parts])
+
+
+def unique_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys [Q] KEY_DTYPE -> (different keys [U] in order, place [Q] of each key among them).
+
+    np.unique does the same by comparing records one by one, ten times slower.
+    """
+    order = np.lexsort((keys["low"], keys["high"]))
+    ordered = keys[order]
+    is_new = np.ones(len(keys), dtype=bool)
+    is_new[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (ordered["low"][1:] != ordered["low"][:-1])
+    place = np.empty(len(keys), dtype=np.int64)
+    place[order] = np.cumsum(is_new) - 1
+    return ordered[is_new], place

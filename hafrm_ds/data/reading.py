@@ -1,0 +1,155 @@
+"""Reading preference pairs: all sources of a set, from their rows to one data set of messages.
+
+    Source -> tables -> rows -> row filter -> PreferencePair -> selection and mixing
+
+`read_pairs` is the whole way. Every row that was read stays in its result: those that are not used carry the reason.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hafrm_ds.data.pairs import (
+    FORMAT_VERSION,
+    Deselected,
+    Dropped,
+    PreferencePair,
+    Row,
+    detect_format,
+    in_words,
+    read_pair,
+)
+from hafrm_ds.data.presets import Role, resolve_preset
+from hafrm_ds.data.row_filter import RowFilter
+from hafrm_ds.data.selection import SELECTION_FIELDS, mix, select
+from hafrm_ds.data.sources import Source, all_or_no_weights
+from hafrm_ds.data.tables import Table, find_tables
+from hafrm_ds.errors import DataError
+
+MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+FEATURES = datasets.Features(
+    {
+        "prompt": MESSAGES,
+        "chosen": MESSAGES,
+        "rejected": MESSAGES,
+        "margin": datasets.Value("float32"),
+        "source": datasets.Value("string"),
+        "id": datasets.Value("string"),
+        "format": datasets.Value("string"),
+        "dropped": datasets.Value("string"),
+        "deselected": datasets.Value("string"),
+    }
+)
+"""One row for each row read. A pair is used where both `dropped` (why the row is no usable pair) and `deselected` (why
+it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format."""
+
+
+def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> datasets.Dataset:
+    """Read, select and mix: all rows of all sources, one after another, with FEATURES.
+
+    Args:
+        role: which part of a preset is meant.
+        seed: of the random choices of max_pairs and mixing.
+        cache_dir: where rows are kept between runs; None is the cache folder of datasets.
+
+    Raises:
+        DataError: for data that cannot be read or that leaves no pair.
+    """
+    try:
+        all_or_no_weights(sources)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    sources = [resolve_preset(source, role) for source in sources]
+    read = [read_source(source, cache_dir) for source in sources]
+    selections = [select(rows["deselected"][:], source, seed) for rows, source in zip(read, sources)]
+    for rows, reasons, source in zip(read, selections, sources):
+        check_pairs_left(reasons, rows["dropped"][:], source)
+    deselected = [reason for of_source in mix(selections, sources, seed) for reason in of_source]
+    # The fingerprint keys whatever is computed from these pairs; the one datasets would make differs from run to run.
+    fingerprint = digest([[rows._fingerprint for rows in read], deselected])
+    rows = datasets.concatenate_datasets(read).remove_columns("deselected")
+    return rows.add_column("deselected", deselected, feature=FEATURES["deselected"], new_fingerprint=fingerprint)
+
+
+def check_pairs_left(deselected: list[str], dropped: list[str], source: Source) -> None:
+    """Raise DataError if no row of a source is both selected and usable."""
+    counts = Counter(left_out or unusable for left_out, unusable in zip(deselected, dropped))
+    if not counts[""]:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.most_common() if reason)
+        raise DataError(f"{source.label_in_reports}: no pair is left of {len(dropped):,} rows ({reasons})")
+
+
+# ---- one source ----------------------------------------------------------------------------------------------------
+
+
+def read_source(source: Source, cache_dir: Path | None) -> datasets.Dataset:
+    """All rows of a source with FEATURES, in reading order, before `portion`, `max_pairs` and `weight`.
+
+    Kept on disk under a key of the files' state, the source and the version of the formats.
+
+    Raises:
+        DataError: naming file and row.
+    """
+    tables = find_tables(source, cache_dir)
+    try:
+        return datasets.Dataset.from_generator(
+            partial(read_rows, tables, source),
+            features=FEATURES,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            fingerprint=content_key(tables, source),
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
+
+
+def content_key(tables: list[Table], source: Source) -> str:
+    """Hexadecimal key of what `read_source` depends on."""
+    stamps = [
+        [table.name, [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in table.files]]
+        for table in tables
+    ]
+    fields = {name: getattr(source, name) for name in Source.model_fields if name not in SELECTION_FIELDS}
+    return digest([FORMAT_VERSION, fields, stamps])
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
+    """Rows of FEATURES. The format is recognised by the first row that passes the row filter."""
+    row_filter = RowFilter(source.where)
+    format_name = None if source.format == "auto" else source.format
+    for table in tables:
+        for number, content in table.rows():
+            row = Row(content, f"{table.name}:{number}", source.label_in_reports)
+            if not isinstance(content, dict):
+                raise DataError(f"{row.id}: is {in_words(content)}, expected an object with fields")
+            if not row_filter.passes(content):
+                yield as_features(row, "", Deselected(row_filter.description))
+                continue
+            format_name = format_name or detect_format(row)
+            if source.exactly_one_safe and format_name != "safe_rlhf":
+                raise DataError(
+                    f"{row.id}: exactly_one_safe was given, but these are rows of format {format_name}, not safe_rlhf"
+                )
+            yield as_features(row, format_name, read_pair(row, format_name, source))
+    row_filter.check_some_passed(source.path)
+
+
+def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected | Dropped) -> dict[str, Any]:
+    """What became of a row -> a row of FEATURES."""
+    pair = outcome if isinstance(outcome, PreferencePair) else PreferencePair([], [], [], None, row.source, row.id)
+    return {name: getattr(pair, name) for name in pair.__slots__} | {
+        "format": format_name,
+        "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
+        "deselected": outcome.reason if isinstance(outcome, Deselected) else "",
+    }

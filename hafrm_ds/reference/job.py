@@ -1,0 +1,225 @@
+"""Getting the reference log-probs of a run: look up, compute what is missing, check a sample."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.data.packing import token_costs
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.errors import UserError
+from hafrm_ds.model.token_logprobs import LOGPROB_VERSION
+from hafrm_ds.reference.compute import ReferenceLogprobs, Responses, Work, compute_missing, stored_values
+from hafrm_ds.reference.fingerprint import fingerprint_weights
+from hafrm_ds.reference.store import Namespace, ReferenceStore, ShardWriter, StoreError, describe_namespaces
+from hafrm_ds.training.engine import Engine
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.processes import Processes
+from hafrm_ds.training.scoring import score_pairs
+
+CHECKED_PAIRS = 16
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
+"""Largest mean difference of stored and fresh log-probs, in nats a token."""
+
+
+@dataclass
+class ReferenceSource:
+    """Where the reference log-probs of a run come from.
+
+    store: the open namespace, on rank 0; None elsewhere.
+    namespace: what values belong to, the same on all ranks.
+    """
+
+    config: TrainConfig
+    store: ReferenceStore | None
+    namespace: Namespace
+
+    @classmethod
+    def open(cls, config: TrainConfig, processes: Processes, log: RunLog) -> "ReferenceSource":
+        """Fingerprint the weights and open the store, on rank 0; all ranks learn the namespace."""
+        store, message = None, [None]
+        if processes.is_first:
+            namespace = Namespace(fingerprint_weights(config.model), config.model.dtype, LOGPROB_VERSION)
+            notes = {"model": config.model.name_or_path, "revision": config.model.revision}
+            store = ReferenceStore(config.reference.store, namespace, notes, warn=log.warn)
+            message = [namespace]
+        dist.broadcast_object_list(message, src=0)
+        return cls(config, store, message[0])
+
+    def look_up(self, responses: Responses, device) -> np.ndarray:
+        """[U] fp32, NaN where the store has no value."""
+        return stored_values(self.store, responses, device)
+
+    def compute(self, engine: Engine, work: Work, log: RunLog) -> np.ndarray:
+        """Compute and store what is missing: [U] fp32, NaN for what was not."""
+        config = self.config
+        folder = config.reference.store / self.namespace.name
+        with log.progress("reference log-probs", int(work.costs.sum()), "tokens") as progress:
+            return compute_missing(
+                engine,
+                work,
+                config.batch,
+                ShardWriter(folder, self.namespace.name, provenance(config, engine), config.reference.flush_seconds),
+                per_token=config.reference.per_token,
+                on_progress=progress.advance_for_all_ranks,
+            )
+
+    def explain_missing(self, num_missing: int, num_wanted: int) -> str:
+        """What is missing and why it may be, from what else the store holds. Rank 0."""
+        text = (
+            f"the reference store {self.config.reference.store} lacks {num_missing:,} of {num_wanted:,} log-probs of "
+            f"{self.config.model.name_or_path} in {self.config.model.dtype}. "
+        )
+        if len(self.store):
+            return text + (
+                f"It has {len(self.store):,} others of these weights: the data is new, or the chat template, "
+                "data.max_length or data.truncation differ from the run that filled it"
+            )
+        others = describe_namespaces(self.config.reference.store, self.namespace)
+        return text + (f"It has values for {others}" if others else "It is empty")
+
+
+def provenance(config: TrainConfig, engine: Engine) -> dict:
+    """What moves the last bits of a value and nothing else."""
+    return {
+        "layout": config.batch.layout,
+        "attention": engine.model.causal_lm.config._attn_implementation,
+        "stock_logits": engine.model.uses_stock_logits,
+        "zero_stage": engine.stage,
+        "ranks": dist.get_world_size(),
+        "device": str(engine.device.type),
+    }
+
+
+def provide_reference(
+    source: ReferenceSource,
+    engine: Engine,
+    sets: Sequence[PreparedPairs],
+    positions: Sequence[np.ndarray],
+    log: RunLog,
+) -> list[ReferenceLogprobs]:
+    """The reference log-probs of a training run, before its first step: the policy is the reference still.
+
+    Args:
+        sets: training set first.
+        positions: for each set, the positions of the pairs that the run uses.
+
+    Raises:
+        UserError: values are missing and reference.on_missing is stop, or a sample does not agree with the store.
+    """
+    responses = Responses.of(sets, positions)
+    values = source.look_up(responses, engine.device)
+    num_missing = int(np.isnan(values).sum())
+    from_store = [np.flatnonzero(~np.isnan(part.values).any(axis=1)) for part in responses.by_set(values)]
+    if num_missing:
+        explanation = source.explain_missing(num_missing, len(values)) if source.store is not None else ""
+        if source.config.reference.on_missing == "stop":
+            raise UserError(
+                f"{explanation}. Run launch/precompute_reference.py with this config, or set "
+                "--reference.on_missing compute"
+            )
+        log.print(f"{explanation}: computing them now")
+        work = Work.missing(responses, values, source.config.batch.layout)
+        values = np.where(np.isnan(values), source.compute(engine, work, log), values)
+    else:
+        log.print(f"all {len(values):,} reference log-probs found in {source.config.reference.store}")
+    reference = responses.by_set(values)
+    check_sample(source.config, engine, sets[0], from_store[0], reference[0], log)
+    return reference
+
+
+def check_sample(
+    config: TrainConfig,
+    engine: Engine,
+    pairs: PreparedPairs,
+    candidates: np.ndarray,
+    reference: ReferenceLogprobs,
+    log: RunLog,
+) -> None:
+    """Compare stored values with what the freshly loaded policy gives in training mode, on a seeded sample.
+
+    Args:
+        candidates: positions of pairs whose values came from the store.
+
+    Raises:
+        UserError: beyond TOLERANCE.
+    """
+    if not len(candidates):
+        return
+    chosen = np.random.default_rng(config.seed).choice(candidates, min(CHECKED_PAIRS, len(candidates)), replace=False)
+    fresh = score_pairs(
+        engine,
+        pairs,
+        chosen,
+        token_costs(pairs.lengths, config.batch.layout),
+        layout=config.batch.layout,
+        max_tokens=config.batch.max_tokens_per_micro_batch,
+        with_reward=False,
+        with_logprob=True,
+    )["logprob"]
+    num_tokens = np.stack([pairs.lengths["chosen"], pairs.lengths["rejected"]], axis=1)[chosen]
+    difference = np.abs(fresh - reference.values[chosen])
+    per_token, tolerance = float((difference / num_tokens).mean()), TOLERANCE[config.model.dtype]
+    figures = {
+        "reference/largest_difference": float(difference.max()),
+        "reference/mean_difference": float(difference.mean()),
+        "reference/mean_difference_per_token": per_token,
+        "reference/pairs_checked": len(chosen),
+    }
+    log.metrics("check", 0, figures)
+    log.print(
+        f"policy against stored reference on {len(chosen)} pairs: largest difference {difference.max():.3g} nats a "
+        f"response, mean {difference.mean():.3g}, {per_token:.2g} a token (tolerance {tolerance:g})"
+    )
+    if not per_token <= tolerance:
+        worst = pairs[int(chosen[difference.max(axis=1).argmax()])].id
+        raise UserError(
+            f"the policy does not agree with the stored reference log-probs: {per_token:.3g} nats a token on "
+            f"{len(chosen)} pairs, tolerance {tolerance:g} ({config.model.dtype}); worst {worst}. The token ids and "
+            "the weight files are those of the store, so the forward pass differs: another kernel or version of "
+            "transformers that changed this model, adapters or weights altered after loading, or values of a faulty "
+            f"run. Compare the versions, or give another --reference.store than {config.reference.store}"
+        )
+
+
+def precompute(
+    config: TrainConfig, processes: Processes, sets: Sequence[PreparedPairs], load_engine, log: RunLog
+) -> dict[str, float]:
+    """The offline pass: every log-prob of every pair of `sets` into the store; only what is missing is computed.
+
+    Args:
+        load_engine: makes the scoring engine; called only if something is missing.
+
+    Returns:
+        Figures of the pass, the same on all ranks.
+    """
+    started = time.perf_counter()
+    source = ReferenceSource.open(config, processes, log)
+    responses = Responses.of(sets, [np.arange(len(pairs)) for pairs in sets])
+    values = source.look_up(responses, processes.device)
+    work = Work.missing(responses, values, config.batch.layout)
+    figures = {
+        "pairs": sum(len(pairs) for pairs in sets),
+        "responses": len(values),
+        "computed": int(np.isnan(values).sum()),
+        "tokens": int(work.costs.sum()),
+        "look_up_seconds": time.perf_counter() - started,
+        "compute_seconds": 0.0,
+    }
+    if len(work):
+        if source.store is not None:
+            log.print(source.explain_missing(figures["computed"], len(values)))
+        engine = load_engine()
+        started = time.perf_counter()
+        source.compute(engine, work, log)
+        figures["compute_seconds"] = time.perf_counter() - started
+    dist.barrier()
+    if source.store is not None:
+        source.store.refresh()
+        if left := int(source.store.missing(responses.keys).sum()):
+            raise StoreError(f"{left} values are missing after the pass: do all nodes see {config.reference.store}?")
+        figures["stored_bytes"] = source.store.num_bytes
+    return figures

@@ -1,0 +1,417 @@
+"""The reference store: log-probs of a frozen policy on disk, found by content.
+
+    STORE/NAMESPACE/namespace.json       what the values belong to, in words
+    STORE/NAMESPACE/SHA256.arrow         shards: Arrow files named after the SHA-256 of their bytes
+    STORE/NAMESPACE/set_aside/           files that failed a check
+
+A namespace is the fingerprint of everything that decides a value besides the tokens: the reference weights (by
+content), the dtype and the version of the log-prob function. A key is a hash of one response's exact tokens in context.
+So values survive any shuffling, subsetting, growing and mixing of the data.
+
+A shard is written under another name, synced and renamed, so it exists whole or not at all; its name is its checksum.
+Writers never touch each other's files, so any number of ranks and jobs may write at once. A copy of the folder is a
+copy of the store. Nothing is ever unpickled.
+
+Legend: S shards, V stored values, Q queried keys.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hafrm_ds.data.content_keys import KEY_BYTES, KEY_DTYPE
+from hafrm_ds.errors import UserError
+
+SHARD_NAME = re.compile(r"[0-9a-f]{64}\.arrow")
+DRAFT_PREFIX = ".draft-"
+SET_ASIDE = "set_aside"
+NAMESPACE_FILE = "namespace.json"
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("logprob", pa.float32(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+    ]
+)
+TOKEN_LOGPROBS = pa.field("token_logprobs", pa.list_(pa.float32()), nullable=False)
+FLUSH_VALUES = 1_000_000
+HASH_CHUNK = 2**22
+
+
+class StoreError(UserError):
+    """The reference store cannot be used."""
+
+
+# ---- namespaces ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """What the values of a namespace belong to.
+
+    weights: SHA-256 of the reference weights (`hafrm_ds.reference.fingerprint`).
+    dtype: of the weights in the forward pass.
+    version: of the log-prob function.
+    """
+
+    weights: str
+    dtype: str
+    version: int
+
+    @property
+    def name(self) -> str:
+        """Folder name: readable parts and a hash of all."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.weights[:12]}-{self.dtype}-v{self.version}-{digest[:12]}"
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShardWriter:
+    """Collects values and writes them as shards, every `flush_values` values or `flush_seconds` seconds.
+
+    Args:
+        folder: of the namespace that gets the shards.
+        namespace: its name.
+        provenance: kernel, layout, ZeRO stage and the like, noted in each shard.
+
+    Raises:
+        StoreError: a shard cannot be written (full disk, read-only folder); all earlier shards are good.
+    """
+
+    folder: Path
+    namespace: str
+    provenance: dict
+    flush_seconds: float = 60.0
+    flush_values: int = FLUSH_VALUES
+    rows: list[tuple] = field(default_factory=list)
+    last_flush: float = field(default_factory=time.monotonic)
+
+    def add(self, key: bytes, logprob: float, num_tokens: int, token_logprobs: np.ndarray | None = None) -> None:
+        if not np.isfinite(logprob):
+            raise StoreError(f"a reference log-prob is {logprob}: it is not stored")
+        self.rows.append((key, logprob, num_tokens, token_logprobs))
+        if len(self.rows) >= self.flush_values or time.monotonic() - self.last_flush >= self.flush_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected as one shard."""
+        if self.rows:
+            keys, logprobs, counts, per_token = zip(*sorted(self.rows, key=lambda row: row[0]), strict=True)
+            columns = [
+                pa.array(keys, SCHEMA.field("key").type),
+                pa.array(logprobs, pa.float32()),
+                pa.array(counts, pa.int32()),
+            ]
+            schema = SCHEMA
+            if per_token[0] is not None:
+                columns.append(pa.array(per_token, TOKEN_LOGPROBS.type))
+                schema = schema.append(TOKEN_LOGPROBS)
+            metadata = {"namespace": self.namespace, "provenance": json.dumps(self.provenance)}
+            table = pa.Table.from_arrays(columns, schema=schema.with_metadata(metadata))
+            write_shard(self.folder, table)
+            self.rows.clear()
+        self.last_flush = time.monotonic()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None or issubclass(error_type, KeyboardInterrupt):
+            self.flush()
+
+
+def write_shard(folder: Path, table: pa.Table) -> Path:
+    """Write a table as a shard: whole or not at all, named by its checksum."""
+    draft = folder / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
+    try:
+        with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        shard = folder / f"{sync_and_hash(draft)}.arrow"
+        os.rename(draft, shard)
+        sync_folder(folder)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise StoreError(
+            f"the reference store {folder} cannot be written: {reason}. What was stored before is good; "
+            "the next start goes on from there"
+        ) from error
+    return shard
+
+
+def sync_and_hash(file: Path) -> str:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One good shard, memory-mapped. keys: [v] KEY_DTYPE; logprob: [v] fp32; num_tokens: [v] int32."""
+
+    path: Path
+    table: pa.Table
+
+    @property
+    def keys(self) -> np.ndarray:
+        return column_view(self.table["key"], KEY_DTYPE)
+
+    @property
+    def logprob(self) -> np.ndarray:
+        return column_view(self.table["logprob"], np.dtype(np.float32))
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        return column_view(self.table["num_tokens"], np.dtype(np.int32))
+
+    @property
+    def provenance(self) -> dict:
+        return json.loads(self.table.schema.metadata[b"provenance"])
+
+
+def column_view(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
+    """A column of fixed-size values as numpy, without a copy where it is one chunk."""
+    parts = [
+        np.frombuffer(chunk.buffers()[1], dtype=dtype, count=len(chunk), offset=chunk.offset * dtype.itemsize)
+        for chunk in column.chunks
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
+
+
+def open_shard(path: Path, namespace: str) -> Shard:
+    """Check a shard and map it.
+
+    Raises:
+        ValueError: with what is wrong with the file.
+    """
+    if not SHARD_NAME.fullmatch(path.name):
+        raise ValueError("is no shard: its name is no checksum")
+    with path.open("rb") as handle:
+        if hashlib.file_digest(handle, "sha256").hexdigest() != path.stem:
+            raise ValueError("is damaged: its content does not have the checksum in its name")
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"is no Arrow file: {error}") from error
+    types = {field.name: field.type for field in table.schema}
+    if table.schema.metadata is None or any(types.get(field.name) != field.type for field in SCHEMA):
+        raise ValueError("does not have the columns of a shard")
+    owner = table.schema.metadata.get(b"namespace", b"").decode()
+    if owner != namespace:
+        raise ValueError(f"belongs to another namespace, {owner or 'unknown'}")
+    return Shard(path, table)
+
+
+class ReferenceStore:
+    """One namespace of a store, open for look-up and for writing.
+
+    Args:
+        root: folder of the store; made if it is not there.
+        namespace: what the values belong to.
+        notes: put into namespace.json for people, for example the name of the model.
+        warn: told about each file that is set aside.
+
+    Raises:
+        StoreError: the folder cannot be made or read.
+    """
+
+    def __init__(
+        self, root: Path, namespace: Namespace, notes: dict | None = None, warn: Callable[[str], None] = print
+    ):
+        self.root, self.namespace, self.warn = root, namespace, warn
+        self.folder = root / namespace.name
+        self.index = KeyIndex.empty()
+        self.shards: list[Shard] = []
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_namespace_file(self.folder, namespace, notes or {})
+        except OSError as error:
+            raise StoreError(f"the reference store {self.folder} cannot be made: {error.strerror}") from error
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the folder anew: check and map every shard, set aside what fails."""
+        self.shards = list(good_shards(self.folder, self.namespace.name, self.warn))
+        self.index = KeyIndex.over([shard.keys for shard in self.shards])
+        self._logprob = concatenated([shard.logprob for shard in self.shards], np.float32)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
+    def logprobs(self, keys: np.ndarray) -> np.ndarray:
+        """Stored log-probs of keys [Q] KEY_DTYPE: [Q] fp32, NaN where there is none."""
+        found = self.index.find(keys)
+        values = np.full(len(keys), np.nan, dtype=np.float32)
+        values[found >= 0] = self._logprob[found[found >= 0]]
+        return values
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """[Q] bool, True where no value is stored."""
+        return self.index.find(keys) < 0
+
+
+@dataclass(frozen=True)
+class KeyIndex:
+    """Look-up of 128-bit keys by binary search on their upper halves.
+
+    high, low: [V] uint64, sorted by high. place: [V] int64, place of each among the concatenated shards.
+    """
+
+    high: np.ndarray
+    low: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def empty(cls) -> "KeyIndex":
+        return cls(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
+
+    @classmethod
+    def over(cls, keys: list[np.ndarray]) -> "KeyIndex":
+        """Index over the keys of shards, in order; of equal keys the first counts."""
+        if not keys:
+            return cls.empty()
+        high = np.concatenate([part["high"] for part in keys])
+        low = np.concatenate([part["low"] for part in keys])
+        place = np.argsort(high, kind="stable")
+        return cls(high[place], low[place], place)
+
+    def __len__(self) -> int:
+        """Different keys."""
+        if not len(self.high):
+            return 0
+        same = (self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])
+        return len(self.high) - int(same.sum())
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Places [Q] int64 of keys [Q] KEY_DTYPE among the concatenated shards, -1 where there is none."""
+        found = np.full(len(keys), -1, dtype=np.int64)
+        if not len(self.high):
+            return found
+        # Queries in order walk through memory instead of jumping: several times faster for millions.
+        order = np.argsort(keys["high"], kind="stable")
+        high, low = keys["high"][order], keys["low"][order]
+        candidate = np.searchsorted(self.high, high)
+        open_queries = np.arange(len(keys))
+        # Different keys with equal upper halves stand side by side, and are stepped through.
+        while len(open_queries):
+            at = candidate[open_queries]
+            inside = at < len(self.high)
+            open_queries, at = open_queries[inside], at[inside]
+            alike = self.high[at] == high[open_queries]
+            open_queries, at = open_queries[alike], at[alike]
+            hit = self.low[at] == low[open_queries]
+            found[order[open_queries[hit]]] = self.place[at[hit]]
+            open_queries = open_queries[~hit]
+            candidate[open_queries] += 1
+        return found
+
+
+def concatenated(parts: list[np.ndarray], dtype) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Every file that should be a shard, in order of name."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and path.name != NAMESPACE_FILE and not path.name.startswith(".")
+    )
+
+
+def good_shards(folder: Path, namespace: str, warn: Callable[[str], None]) -> Iterator[Shard]:
+    """Open the shards of a folder, checksums in parallel; a file that fails is set aside and told to `warn`."""
+
+    def attempt(path: Path) -> Shard | ValueError | None:
+        try:
+            return open_shard(path, namespace)
+        except ValueError as error:
+            return error
+        except FileNotFoundError:  # another job has set it aside meanwhile
+            return None
+
+    try:
+        files = shard_files(folder)
+    except OSError as error:
+        raise StoreError(f"the reference store {folder} cannot be read: {error.strerror}") from error
+    with ThreadPoolExecutor() as pool:
+        for path, outcome in zip(files, pool.map(attempt, files), strict=True):
+            if isinstance(outcome, Shard):
+                yield outcome
+            elif outcome is not None:
+                set_aside(path, str(outcome), warn)
+
+
+def set_aside(path: Path, reason: str, warn: Callable[[str], None]) -> None:
+    """Move a file out of the way, so that its values are computed anew and nothing is lost."""
+    place = path.parent / SET_ASIDE / path.name
+    try:
+        place.parent.mkdir(exist_ok=True)
+        os.rename(path, place)
+        warn(f"reference store: {path} {reason}; it was moved to {place.parent}, its values count as missing")
+    except OSError as error:
+        warn(f"reference store: {path} {reason}; it is passed over (and cannot be moved: {error.strerror})")
+
+
+def write_namespace_file(folder: Path, namespace: Namespace, notes: dict) -> None:
+    """Say in words what a namespace is. Only people read it: a lost file loses nothing and is written again."""
+    file = folder / NAMESPACE_FILE
+    if file.exists():
+        return
+    draft = folder / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
+    draft.write_text(json.dumps(asdict(namespace) | notes, indent=2) + "\n")
+    os.rename(draft, file)
+
+
+def read_namespaces(root: Path) -> dict[str, dict]:
+    """Folder name -> content of namespace.json ({} where it is lost), for every namespace of a store."""
+    namespaces = {}
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith("."):
+            try:
+                namespaces[folder.name] = json.loads((folder / NAMESPACE_FILE).read_text())
+            except (OSError, ValueError):
+                namespaces[folder.name] = {}
+    return namespaces
+
+
+def describe_namespaces(root: Path, besides: Namespace) -> str:
+    """The namespaces of a store but one, each with how it differs from that one; empty when there is no other."""
+    parts = []
+    for name, facts in read_namespaces(root).items():
+        if name == besides.name:
+            continue
+        differences = [key for key, value in asdict(besides).items() if facts.get(key) != value]
+        parts.append(f"{facts.get('model', name)} ({name}; other {', '.join(differences)})")
+    return "; ".join(parts)

@@ -1,0 +1,124 @@
+"""From sources to the pairs of a set: outcomes of rows, formats, the cache, and the real files."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hafrm_ds.data import reading, tables
+from tests.data.row_files import error_of, outcomes, rows_of, write_lines
+
+SHARED_DATA = Path(__file__).parents[3] / "shared/data"
+
+
+def test_ties_are_selection(read):
+    row = {"instruction": "p", "input": "", "output_1": "a", "output_2": "b"}
+    write_lines("x.jsonl", [row | {"preference": value} for value in (1, 2, 0, 3)])
+    assert outcomes(read("x.jsonl")) == {"": 2, "tie": 2}
+    write_lines("y.jsonl", [row | {"preference": 0}] * 3)
+    assert error_of(read, "y.jsonl") == "y: no pair is left of 3 rows (tie: 3)"
+    message = error_of(read, {"path": "x.jsonl", "exactly_one_safe": True})
+    assert "exactly_one_safe was given, but these are rows of format alpaca_farm, not safe_rlhf" in message
+
+
+def conversation(*contents):
+    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+def test_faults_of_rows_are_dropped_and_ties_and_filters_deselected(read):
+    rows = [
+        {"chosen": conversation("p", "a"), "rejected": conversation("p", "b")},
+        {"chosen": conversation("p", "a"), "rejected": conversation("q", "b")},
+        {"chosen": conversation("p", "a"), "rejected": conversation("p", "b", "q")},
+        {"chosen": conversation("p", "a", "q", "c"), "rejected": conversation("p", "b", "q", "d")},
+    ]
+    write_lines("x.jsonl", rows)
+    pairs = read("x.jsonl")
+    assert pairs["dropped"][:] == ["", "no common prompt", "does not end with an answer", ""]
+    assert set(pairs["deselected"][:]) == {""}
+    pairs = read({"path": "x.jsonl", "single_turn": True})
+    assert pairs["dropped"][:] == ["", "no common prompt", "", ""]
+    assert pairs["deselected"][:] == ["", "", "more than one turn", "more than one turn"]
+
+
+def test_a_source_of_faults_alone_is_an_error(read):
+    write_lines("x.jsonl", [{"chosen": "apple", "rejected": "apricot"}] * 2)
+    write_lines("y.jsonl", rows_of(9))
+    assert error_of(read, "y.jsonl", "x.jsonl") == "x: no pair is left of 2 rows (no common prompt: 2)"
+
+
+def test_every_row_tells_its_format(read):
+    write_lines("x.jsonl", rows_of(1))
+    write_lines("y.jsonl", [{"chosen": "p a", "rejected": "p b"}, {"chosen": "a", "rejected": "b"}])
+    expected = ["explicit_prompt", "implicit_text", "implicit_text"]
+    for _ in ("read", "taken from the cache"):
+        assert read("x.jsonl", "y.jsonl")["format"][:] == expected
+
+
+# ---- cache ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts how often rows are really read."""
+    count = []
+    original = tables.read_json_lines
+    monkeypatch.setattr(tables, "read_json_lines", lambda *given: count.append(given) or original(*given))
+    return count
+
+
+def test_rows_are_read_again_only_when_the_file_or_the_source_changes(read, reads, monkeypatch):
+    write_lines("x.jsonl", rows_of(3))
+    first = read("x.jsonl")
+    again = read("x.jsonl")
+    assert len(reads) == 1 and again._fingerprint == first._fingerprint
+
+    limited = read({"path": "x.jsonl", "max_pairs": 2})  # chosen from the rows already read
+    assert len(reads) == 1 and limited._fingerprint != first._fingerprint
+
+    assert read({"path": "x.jsonl", "name": "other"})["source"][:] == ["other"] * 3
+    assert len(reads) == 2
+
+    before = os.stat("x.jsonl")
+    write_lines("x.jsonl", rows_of(3, chosen="c"))  # the same size
+    os.utime("x.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    changed = read("x.jsonl")
+    assert len(reads) == 3 and changed._fingerprint != first._fingerprint
+    assert changed[0]["chosen"] == [{"role": "assistant", "content": "c"}]
+
+    write_lines("x.jsonl", rows_of(4))
+    os.utime("x.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(read("x.jsonl")) == 4
+
+    monkeypatch.setattr(reading, "FORMAT_VERSION", reading.FORMAT_VERSION + 1)
+    read("x.jsonl")
+    assert len(reads) == 5
+
+
+def test_nothing_is_kept_of_a_file_with_an_error(read):
+    write_lines("x.jsonl", [*rows_of(2), {"prompt": "p"}])
+    for _ in range(2):
+        assert "x.jsonl:3: field 'chosen' is missing (fields: prompt)" in error_of(read, "x.jsonl")
+
+
+# ---- real data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the folder shared/data is not here")
+@pytest.mark.parametrize(
+    ("name", "train", "test", "single_turn"),
+    [
+        ("hh_harmless", 1828, 475, 658),
+        ("hh_helpful", 4915, 1234, 1919),
+        ("hhh_alignment", 0, 221, 221),
+        ("pandalm", 541, 168, 709),
+        ("pku_saferlhf", 2731, 571, 3302),
+    ],
+)
+def test_real_files(read, name, train, test, single_turn):
+    path = str(SHARED_DATA / f"{name}.jsonl")
+    pairs = read(path)
+    assert outcomes(pairs) == {"": train + test}
+    assert all(row["prompt"][-1]["role"] == "user" and len(row["chosen"]) == 1 for row in pairs)
+    assert outcomes(read(f"{path}?split=test"))[""] == test
+    assert outcomes(read({"path": path, "single_turn": True}))[""] == single_turn

@@ -1,0 +1,49 @@
+"""Metrics of a set, from scores written by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from hafrm_ds.config import ObjectiveConfig
+from hafrm_ds.evaluation.accuracy import set_metrics
+
+REWARD = np.array([[2.0, 1.0], [0.5, 0.5], [-1.0, 0.0], [3.0, 3.0]], dtype=np.float32)  # right, tie, wrong, tie
+LOGPROB = np.array([[-8.0, -9.0], [-7.0, -5.0], [-6.0, -6.0], [-1.0, -2.0]], dtype=np.float32)
+LENGTHS = np.array([[3, 4], [5, 6], [7, 8], [1, 2]])
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
+
+
+def test_ties_count_half_and_are_counted():
+    metrics = set_metrics({"reward": REWARD, "logprob": LOGPROB}, LENGTHS, LOGPROB, ObjectiveConfig())
+    assert (metrics["pairs"], metrics["ties/reward"], metrics["accuracy/reward"]) == (4, 2, 0.5)
+    assert (metrics["ties/logprob"], metrics["accuracy/logprob"]) == (1, 0.625)
+    # The policy is its own reference: every pair is a tie, and the loss is ln 2.
+    assert (metrics["ties/implicit"], metrics["accuracy/implicit"], metrics["margin/implicit"]) == (4, 0.5, 0.0)
+    assert metrics["loss/policy"] == pytest.approx(math.log(2))
+
+
+def test_losses_and_margins_are_means_over_pairs():
+    metrics = set_metrics({"reward": REWARD, "logprob": LOGPROB}, LENGTHS, LOGPROB - [1.0, 0.0], ObjectiveConfig())
+    assert metrics["loss/reward"] == pytest.approx(-np.mean([log_sigmoid(h) for h in (1.0, 0.0, -1.0, 0.0)]))
+    assert metrics["margin/reward"] == 0.0
+    assert metrics["loss/policy"] == pytest.approx(-log_sigmoid(0.1))
+    assert metrics["margin/implicit"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "objective", "names"),
+    [
+        ({"reward": REWARD}, {"alpha": 0}, {"pairs", "loss/reward", "accuracy/reward", "ties/reward", "margin/reward"}),
+        (
+            {"logprob": LOGPROB},
+            {"rm_weight": 0, "policy_loss": "simpo"},
+            {"pairs", "loss/policy", "accuracy/logprob", "ties/logprob", "margin/logprob"},
+        ),
+    ],
+)
+def test_what_was_not_scored_has_no_metric(scores, objective, names):
+    assert set_metrics(scores, LENGTHS, None, ObjectiveConfig(**objective)).keys() == names

@@ -1,0 +1,42 @@
+"""What `load_hybrid_model` makes of a folder, and what it refuses."""
+
+import pytest
+import torch
+
+from hafrm_ds.config import ModelConfig
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.attention import SEGMENT_ATTENTION
+from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
+from tests.tiny_models import save_tiny_model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_body_and_heads_have_one_dtype(dtype, tmp_path):
+    """ZeRO-3 gathers parameters of one dtype at a time; the reward is fp32 by an upcast in the head's forward."""
+    config = ModelConfig(name_or_path=str(save_tiny_model(tmp_path)), dtype=dtype, reward_head_bias=True)
+    model = load_hybrid_model(config, layout="shared_prefix", seed=0)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert model.causal_lm.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "attention"),
+    [
+        ("llama", "shared_prefix", SEGMENT_ATTENTION),
+        ("llama", "packed", SEGMENT_ATTENTION),
+        ("llama", "padded", "sdpa"),
+        ("gemma2", "padded", "eager"),  # sdpa would leave its soft cap out
+    ],
+)
+def test_the_layout_decides_the_attention(family, layout, attention, tmp_path):
+    config = ModelConfig(name_or_path=str(save_tiny_model(tmp_path, family)), dtype="float32")
+    model = load_hybrid_model(config, layout=layout, seed=0)
+    assert model.causal_lm.config._attn_implementation == attention
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    config = ModelConfig(name_or_path=str(tmp_path))
+    for load in (load_tokenizer, lambda config: load_hybrid_model(config, layout="packed", seed=0)):
+        with pytest.raises(ModelError, match=str(tmp_path)):
+            load(config)

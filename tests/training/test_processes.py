@@ -1,0 +1,135 @@
+"""Ranks as threads around one store: who works when, and who leaves when another has met an error."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from hafrm_ds.errors import DataError
+from hafrm_ds.training import processes as module
+from hafrm_ds.training.processes import FailedElsewhere, Processes, run_entry
+
+WORLD_SIZE = 4
+
+
+@pytest.fixture
+def ranks() -> list[Processes]:
+    """Four ranks of one node."""
+    store = dist.HashStore()
+    return [Processes(rank, rank, WORLD_SIZE, store) for rank in range(WORLD_SIZE)]
+
+
+def at_once(ranks: list[Processes], action) -> list:
+    """What `action(processes)` returned on each rank, or the error it raised."""
+
+    def run(processes: Processes):
+        try:
+            return action(processes)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(run, ranks, timeout=60))
+
+
+def test_rank_0_works_alone_before_the_others(ranks):
+    started, finished = [], threading.Event()
+
+    def work(rank: int) -> int:
+        assert rank == 0 or finished.is_set()
+        started.append(rank)
+        if rank == 0:
+            threading.Event().wait(0.3)  # long enough for the others to overtake it
+            finished.set()
+        return 10 * rank
+
+    assert at_once(ranks, lambda p: p.in_turns("data", lambda: work(p.rank))) == [0, 10, 20, 30]
+    assert started[0] == 0
+
+
+def test_the_first_rank_of_another_node_works_before_its_neighbours(monkeypatch):
+    nodes, local, store, order = threading.local(), [0, 1, 0, 1], dist.HashStore(), []
+    monkeypatch.setattr(module.socket, "gethostname", lambda: nodes.name)
+
+    def turn(processes: Processes) -> None:
+        nodes.name = f"node {processes.rank // 2}"
+        processes.in_turns("data", lambda: order.append(processes.rank))
+
+    ranks = [Processes(rank, local[rank], 4, store) for rank in range(4)]
+    at_once(ranks, turn)
+    assert order[0] == 0
+    assert order.index(2) < order.index(3)
+
+
+def test_an_error_is_reported_once_and_stops_the_ranks_that_wait(ranks, capsys):
+    def turn(processes: Processes) -> None:
+        def work() -> None:
+            raise DataError("pairs.jsonl:3: is no pair")
+
+        try:
+            processes.in_turns("data", work)
+        except DataError as error:
+            processes.report(error)
+            raise
+        except FailedElsewhere as error:
+            assert not processes.report(error)
+            raise
+
+    outcomes = at_once(ranks, turn)
+    assert [type(outcome) for outcome in outcomes] == [DataError, *[FailedElsewhere] * 3]
+    assert capsys.readouterr().err == "\nerror: pairs.jsonl:3: is no pair\n"
+
+
+def test_the_same_error_on_all_ranks_is_one_message(ranks, capsys):
+    printed = at_once(ranks, lambda processes: processes.report(DataError("the loss is not finite")))
+    assert sorted(printed) == [False, False, False, True]
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_group_is_not_started_without_a_rank_that_has_met_an_error(ranks):
+    """It would wait for that rank until its collectives time out."""
+
+    def start(processes: Processes) -> None:
+        if processes.rank == 2:
+            processes.report(DataError("cannot be read"))
+        else:
+            processes.start_group()
+
+    outcomes = at_once(ranks, start)
+    assert [type(outcome) for outcome in outcomes] == [FailedElsewhere, FailedElsewhere, type(None), FailedElsewhere]
+    assert not dist.is_initialized()
+
+
+def test_an_error_that_nobody_foresaw_also_stops_the_ranks_that_wait(ranks, monkeypatch, capsys):
+    def main(arguments: list[str], processes: Processes) -> None:
+        raise ZeroDivisionError("a bug on one rank")
+
+    monkeypatch.setattr(Processes, "join", classmethod(lambda cls: ranks[1]))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run_entry(main)
+    with pytest.raises(FailedElsewhere):
+        ranks[0].wait(lambda: False)
+    assert not ranks[0].report(DataError("of rank 0, after that"))
+
+
+def test_a_store_that_is_gone_means_that_rank_0_has_left():
+    class Gone:
+        def check(self, *given):
+            raise dist.DistNetworkError("connection reset")
+
+        add = check
+
+    processes = Processes(1, 1, 2, Gone())
+    with pytest.raises(FailedElsewhere):
+        processes.wait(lambda: False)
+    assert not processes.report(DataError("of rank 1"))
+
+
+def test_waiting_ranks_ask_less_and_less_often(ranks, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
+    ranks[1].wait(lambda: len(pauses) == 100)
+    assert pauses[0] == module.POLL_SECONDS
+    assert pauses == sorted(pauses)
+    assert max(pauses) == module.LONGEST_POLL_SECONDS
