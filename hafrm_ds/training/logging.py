@@ -15,6 +15,7 @@ import torch
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import UserError
@@ -104,15 +105,16 @@ class RunLog:
             return
         if self.bars is None:
             self.bars = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=12),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
+                # What does not fit is cut here, not taken from the columns before.
+                TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=self.console,
+                expand=True,
             )
         if not self.bars.tasks:
             self.bars.start()
@@ -143,7 +145,7 @@ class ProgressBar:
         self.console, self.bars, self.num_ranks = console, bars, num_ranks
         self.description, self.total, self.unit = description, total, unit
         self.done, self.started, self.last_line = 0, time.monotonic(), time.monotonic()
-        self.task = bars.add_task(description, total=total, unit=unit, text="") if bars is not None else None
+        self.task = bars.add_task(description, total=total, text="") if bars is not None else None
 
     def advance_for_all_ranks(self, count: int) -> None:
         """Advance by what this rank has done as if every rank had done as much: they work alike."""

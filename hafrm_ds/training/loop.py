@@ -294,15 +294,15 @@ def default_best_metric(config: TrainConfig) -> str | None:
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """One line for people: losses, accuracies and, for a training step, speed."""
-    parts = [f"{name} {metrics[name]:.4f}" for name in ("loss/total", "loss/reward", "loss/policy") if name in metrics]
-    accuracies = [name for name in metrics if name.startswith("accuracy/")]
-    parts += [f"{name} {100 * metrics[name]:.1f}%" for name in accuracies]
+    """One line for people: loss, speed and memory of a training step first, as a narrow terminal cuts the end."""
+    parts = [f"loss {metrics['loss/total']:.4f}"] if "loss/total" in metrics else []
     if "mfu" in metrics:
-        parts += [
-            f"{metrics['tokens_per_second']:.0f} tok/s",
-            f"{metrics['pairs_per_second']:.2f} pairs/s",
-            f"MFU {100 * metrics['mfu']:.0f}%",
-            f"{metrics['memory_gib']:.2f} GiB",
-        ]
-    return "  ".join(parts)
+        parts.append(
+            f"{metrics['tokens_per_second']:.0f} tok/s, {metrics['pairs_per_second']:.2f} pairs/s, "
+            f"MFU {metrics['mfu']:.0%}, {metrics['memory_gib']:.2f} GiB"
+        )
+    for title, kind, form in (("losses", "loss", "{:.4f}"), ("accuracy", "accuracy", "{:.1%}")):
+        names = [name for name in ("reward", "policy", "implicit", "logprob") if f"{kind}/{name}" in metrics]
+        values = " ".join(f"{name} {form.format(metrics[f'{kind}/{name}'])}" for name in names)
+        parts += [f"{title}: {values}"] if values else []
+    return "; ".join(parts)

@@ -114,7 +114,9 @@ def test_an_untied_head_with_a_bias_trains_alike_whole_and_gathered(runs):
     whole, gathered, baseline = (
         final_weights(runs / name) for name in ("untied-whole", "untied-gathered", "untied-baseline")
     )
-    assert largest_difference(gathered, whole) < 1e-4
+    # The true gradient of a key's bias is 0: Adam makes steps of its noise.
+    names = [name for name in whole if not name.endswith("k_proj.bias")]
+    assert largest_difference({name: gathered[name] for name in names}, {name: whole[name] for name in names}) < 1e-4
     start = load_file(runs / "untied/model.safetensors")
     for name in ("lm_head.weight", "lm_head.bias"):
         assert not torch.equal(whole[name], start[name])
