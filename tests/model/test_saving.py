@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from itertools import chain
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_every_parameter_is_gathered_once_and_alone(tmp_path):
     body, head = gathered[:-1], gathered[-1]
     assert head == [model.reward_head.weight]
     assert all(len(parameters) <= 1 for parameters in body)
-    assert sum(body, []) == list(model.causal_lm.parameters())
+    assert list(chain(*body)) == list(model.causal_lm.parameters())
 
 
 def test_an_earlier_folder_is_replaced_and_drafts_are_left_behind_by_nobody(tmp_path):

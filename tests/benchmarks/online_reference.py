@@ -1,0 +1,76 @@
+"""Training with the stored reference against training with the reference model evaluated at every step.
+
+    deepspeed --num_gpus 2 tests/benchmarks/online_reference.py --config FILE.yaml [--section.key value ...]
+
+Trains twice from the same weights on the same batches, in one process group: first with a frozen second model that
+is run on every micro-batch, as trainers without a cache do; then with log-probs from the store. Prints the largest relative
+difference of the losses and the time of both. The store is filled before the clock starts.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hafrm_ds.config import load_config
+from hafrm_ds.data.micro_batches import make_micro_batch
+from hafrm_ds.data.planning import DUMMY
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.reference.job import ReferenceSource
+from hafrm_ds.training.engine import Engine, load_scoring_engine, load_training_engine
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.loop import Trainer
+from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.training.run import prepare_data
+
+
+@dataclasses.dataclass
+class OnlineReference:
+    """Stands for ReferenceLogprobs: computes the values of a micro-batch when they are asked for."""
+
+    engine: Engine
+    pairs: PreparedPairs
+    layout: str
+
+    def of(self, index: np.ndarray) -> torch.Tensor:
+        with torch.no_grad():
+            batch = make_micro_batch(self.pairs, index.tolist(), self.layout).batch
+            logprob = self.engine(batch, with_reward=False).logprob.cpu()
+        return torch.where(torch.from_numpy(index == DUMMY).repeat_interleave(2), 0.0, logprob)
+
+
+def main(arguments: list[str], processes: Processes) -> None:
+    config = load_config(arguments)
+    log = RunLog(config, processes, files=False)
+    _, pairs, _ = prepare_data(config, processes, log)
+    processes.start_group()
+    steps = {}
+    for name in ("online", "stored"):
+        source = ReferenceSource.open(config, processes, log) if name == "stored" else None
+        trainer = Trainer(config, load_training_engine(config, processes.world_size), pairs, {}, source, log)
+        if name == "stored":
+            trainer.load_reference(source)
+        else:
+            frozen = load_scoring_engine(config, processes.world_size)
+            trainer.train_set.reference = OnlineReference(frozen, pairs, config.batch.layout)
+        dist.barrier()
+        steps[name] = [trainer.train_step(step) for step in range(trainer.num_steps)]
+    losses = {name: np.array([step["loss/total"] for step in rows]) for name, rows in steps.items()}
+    seconds = {name: sum(step["seconds"] for step in rows[1:]) / (len(rows) - 1) for name, rows in steps.items()}
+    difference = np.abs(losses["stored"] / losses["online"] - 1).max()
+    if processes.is_first:
+        print(
+            "\n| reference | seconds a step (without the first) | peak memory of a process so far, GiB |\n|---|---|---|"
+        )
+        for name in steps:
+            print(f"| {name} | {seconds[name]:.2f} | {steps[name][-1]['memory_gib']:.2f} |")
+        ratio = seconds["online"] / seconds["stored"]
+        print(
+            f"\n{len(losses['online'])} steps, {config.model.dtype}: largest relative difference of a loss "
+            f"{difference:.2g}; online takes {ratio:.2f} times as long"
+        )
+
+
+if __name__ == "__main__":
+    run_entry(main)
