@@ -24,17 +24,23 @@ python -m hafrm_ds.quickstart "$out"
 processes="$(python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')"
 cores="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
-free_port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-deepspeed --num_gpus "$processes" --master_port "$free_port" launch/train.py \
-    --config launch/recipes/quickstart.yaml \
-    --output_dir "$out/run" \
-    --model.name_or_path "$out/model" \
-    --data.train "$out/data/train.jsonl" \
+options=(
+    --config launch/recipes/quickstart.yaml
+    --output_dir "$out/run"
+    --model.name_or_path "$out/model"
+    --data.train "$out/data/train.jsonl"
     --data.eval "{held_out: \"$out/data/test.jsonl\"}"
+    --reference.store "$out/reference"
+)
+for job in precompute_reference train; do
+    free_port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+    deepspeed --num_gpus "$processes" --master_port "$free_port" "launch/$job.py" "${options[@]}"
+done
 
 echo
 python -m hafrm_ds.quickstart "$out" --results
 echo
-echo "$out/data     pairs and what is known about them (rubric.json)"
-echo "$out/model    the model and tokenizer that training started from"
-echo "$out/run      configuration, metrics.jsonl, TensorBoard files and the trained model (final/)"
+echo "$out/data       pairs and what is known about them (rubric.json)"
+echo "$out/model      the model and tokenizer that training started from"
+echo "$out/reference  the log-probs of that model on the pairs, computed once"
+echo "$out/run        configuration, metrics.jsonl, TensorBoard files and the trained model (final/)"
