@@ -17,10 +17,8 @@ from typing import Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from hafrm_ds.data.pairs import Message
 from hafrm_ds.errors import ConfigError, ModelError
-
-Message = dict[str, str]
-"""{"role": "system", "user" or "assistant", "content": text}"""
 
 NAMED_TEMPLATES = {
     # The usual ChatML, without a default system line.

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 import jinja2
 
-from hafrm_ds.data.formatting import ChatFormatter, Message
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.pairs import Message
 
 TOKENIZATION_VERSION = 2
 """Part of the cache key of tokenised data: raise it whenever the ids or outcomes of any pair change."""

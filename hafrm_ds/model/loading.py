@@ -1,6 +1,7 @@
 """Loading a causal LM and its tokenizer from the hub or a local folder."""
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from hafrm_ds.config import ModelConfig
@@ -54,11 +55,21 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int) -> HybridM
     # The padded layout runs under stock attention: a registered name gets no mask, not even one for padding.
     attention = stock_attention(model_config) if layout == "padded" else SEGMENT_ATTENTION
     try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            **origin(config), config=model_config, dtype=dtype, attn_implementation=attention
+        causal_lm, report = AutoModelForCausalLM.from_pretrained(
+            **origin(config),
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
+    # transformers only warns, and goes on with random values.
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the weight files of model.name_or_path {config.name_or_path!r} lack {len(missing)} parameters of "
+            f"{type(causal_lm).__name__}: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        )
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{type(causal_lm).__name__} has no language-model head")
     disable_dropout(causal_lm)

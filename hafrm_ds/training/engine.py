@@ -1,6 +1,5 @@
 """DeepSpeed around the hybrid model: the only room that knows DeepSpeed."""
 
-import math
 import os
 import shutil
 import sys
@@ -113,7 +112,7 @@ class TrainingEngine(Engine):
     def step(self, learning_rate_factor: float) -> None:
         """Clip, update the weights, clear the gradients. All ranks have called backward with is_last.
 
-        Sets gradient_norm, before clipping; NaN when a gradient was not finite.
+        Sets gradient_norm, the norm before clipping: infinite or NaN when a gradient was not finite.
         """
         for group, peak in zip(self.deepspeed.optimizer.param_groups, self.peak_learning_rates, strict=True):
             group["lr"] = peak * learning_rate_factor
@@ -121,9 +120,6 @@ class TrainingEngine(Engine):
         own_norm = self.full_gradient_norm() if self.stage == 0 else None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
-        # DeepSpeed skips a step whose gradients are not finite; under ZeRO-3 its norm is then that of the step before.
-        if not self.deepspeed.was_step_applied():
-            norm = math.nan
         self.gradient_norm = float(norm if norm is not None else own_norm)
 
     def full_gradient_norm(self) -> Tensor:

@@ -40,6 +40,9 @@ def setting(tmp_path_factory):
     grown = write_pairs(folder / "grown.jsonl", 7, seed=5)
     grown.write_text("".join(lines) + grown.read_text())
 
+    offload = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    (folder / "offload.json").write_text(json.dumps(offload))
+
     def job(kind: str, name: str, store: str = "store", stage: int = 3, **changes) -> tuple[str, list[str]]:
         chosen = {
             "output_dir": folder / name,
@@ -73,6 +76,7 @@ def passes(setting) -> tuple[Path, list[int], str]:
             job("precompute", "subset", data__train=folder / "subset.jsonl"),
             job("precompute", "mixed", data__train=f"[{folder / 'subset.jsonl'}, {folder / 'test.jsonl'}]"),
             job("precompute", "grown", data__train=folder / "grown.jsonl"),
+            job("precompute", "offload", store="offload-store", deepspeed=folder / "offload.json"),
             job("train", "from-store", reference__on_missing="stop"),
             job("train", "computing", store="empty-store"),
             job("train", "computing-again", store="empty-store", reference__on_missing="stop"),
@@ -89,9 +93,10 @@ def test_only_what_is_missing_is_computed(passes):
     assert counts[5] == 2 * 7
 
 
-def test_zero3_on_two_ranks_stores_what_zero0_on_one_rank_stores(passes):
+@pytest.mark.parametrize("other", ["store", "offload-store"])
+def test_zero3_on_two_ranks_stores_what_zero0_on_one_rank_stores(passes, other):
     folder, _, _ = passes
-    two, one = stored(folder / "store"), stored(folder / "one-rank-store")
+    two, one = stored(folder / other), stored(folder / "one-rank-store")
     assert one.keys() <= two.keys()
     assert len(one) == 150
     torch.testing.assert_close(

@@ -37,6 +37,10 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
     weights["model.layers.1.mlp.down_proj.weight"].fill_(1e37)
     weights["model.norm.weight"].fill_(1e6)
     save_file(weights, overflowing / "model.safetensors", metadata={"format": "pt"})
+    missing_weights = save_tiny_model(folder / "missing_weights")
+    weights = load_file(missing_weights / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, missing_weights / "model.safetensors", metadata={"format": "pt"})
     pairs = write_pairs(folder / "pairs.jsonl", 40)
     used = folder / "used"
     used.mkdir()
@@ -105,6 +109,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
             r"(?s)no chat template.*--data.chat_template.*chatml",
         ),
         "unknown template": ({"data.chat_template": "chatlm"}, r"chatlm.*chatml"),
+        "weights missing": ({"model.name_or_path": missing_weights}, r"lack 1 parameters.*: model.norm.weight"),
         "weights not finite": ({"model.name_or_path": broken_weights}, r"not finite before any training"),
         "loss not finite": (
             {"model.name_or_path": broken_weights, "objective.alpha": 0},
@@ -112,7 +117,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
         ),
         "gradient not finite": (
             {"model.name_or_path": overflowing, "objective.alpha": 0},
-            r"step 1: the gradient norm is nan although every loss is finite",
+            r"step 1: the gradient norm is (inf|nan) although every loss is finite",
         ),
     }
     sound = {

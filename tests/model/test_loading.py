@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
@@ -40,3 +41,20 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     for load in (load_tokenizer, lambda config: load_hybrid_model(config, layout="packed", seed=0)):
         with pytest.raises(ModelError, match=str(tmp_path)):
             load(config)
+
+
+def test_missing_weights_are_no_random_ones(tmp_path):
+    config = ModelConfig(name_or_path=str(save_tiny_model(tmp_path, "llama")), dtype="float32")
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["lm_head.weight"], weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 2 parameters of LlamaForCausalLM: lm_head.weight, model.layers.1.mlp"):
+        load_hybrid_model(config, layout="packed", seed=0)
+
+
+def test_a_damaged_weight_file_is_named(tmp_path):
+    config = ModelConfig(name_or_path=str(save_tiny_model(tmp_path)), dtype="float32")
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match=rf"{tmp_path}' cannot be loaded: .*header"):
+        load_hybrid_model(config, layout="packed", seed=0)
