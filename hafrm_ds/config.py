@@ -6,6 +6,7 @@ loaded; `contradictions` holds the rules that tie several options together.
 
 import datetime
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -267,13 +268,16 @@ def load_config(arguments: list[str], schema: type[TrainConfig] = TrainConfig) -
         ConfigError: with all faults: unknown keys (and the nearest valid one), wrong types, contradictions between
             options or with the DeepSpeed JSON.
     """
+    speaks = os.environ.get("RANK", "0") == "0"  # under a launcher every rank reads the same options
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(schema))
+        if speaks:
+            print(help_text(schema))
         sys.exit(0)
     tree, print_only = read_arguments(arguments)
     config = validate(tree, schema)
     if print_only:
-        print(config.to_yaml(), end="")
+        if speaks:
+            print(config.to_yaml(), end="")
         sys.exit(0)
     return config
 

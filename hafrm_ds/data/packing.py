@@ -115,6 +115,11 @@ def token_costs(lengths: dict[str, np.ndarray], layout: str, sides: np.ndarray |
     return sides.sum(axis=1) * (prompt + responses.max(axis=1))
 
 
+def budget_costs(costs: np.ndarray, layout: str) -> np.ndarray:
+    """What each pair may cost in a micro-batch with any of the others: [pairs]. Padding makes every row the widest."""
+    return np.full_like(costs, costs.max()) if layout == "padded" and len(costs) else costs
+
+
 def lay_out(items: Sequence[PromptWithResponses], layout: str) -> PackedBatch:
     """Lay prompts and responses out for one forward pass; responses keep their order over all items."""
     if layout == "padded":

@@ -6,6 +6,7 @@ global batches come in the same order on 1 or 1,000 GPUs, and resuming is going 
 
 import heapq
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class BatchPlan:
     seed: int
 
     def permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pairs)
+        return pass_order(self.num_pairs, self.seed, epoch)
 
     def global_batch(self, step: int) -> np.ndarray:
         """Indices [global_batch_size] of the pairs of optimizer step `step` (from 0)."""
@@ -45,6 +46,12 @@ class BatchPlan:
         used = num_steps * self.global_batch_size
         full, rest = divmod(used, self.num_pairs)
         return np.arange(self.num_pairs) if full else np.sort(self.permutation(0)[:rest])
+
+
+@lru_cache(maxsize=2)  # asked for at every step, and a step spans two passes at most, as a rule
+def pass_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
+    """The order [num_pairs] of one pass."""
+    return np.random.default_rng((seed, epoch)).permutation(num_pairs)
 
 
 def check_budget(costs: np.ndarray, max_tokens: int, ids) -> None:

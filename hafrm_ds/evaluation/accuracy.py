@@ -18,7 +18,8 @@ def set_metrics(
         reference: [P, 2] reference log-probs or None.
 
     Returns:
-        pairs, ties/JUDGE (a tie counts half in accuracy/JUDGE), accuracy/JUDGE, margin/JUDGE, loss/reward, loss/policy.
+        pairs, ties/JUDGE (a tie counts half in accuracy/JUDGE), accuracy/JUDGE, margin/JUDGE, loss/policy, and
+        loss/reward, the plain Bradley-Terry loss without margin, label smoothing and centering.
     """
     tensors = {name: torch.from_numpy(values).reshape(-1) for name, values in scores.items()}
     responses = ResponseScores(

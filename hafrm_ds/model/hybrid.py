@@ -4,14 +4,14 @@ Legend: T tokens, N responses, M response tokens, H hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hafrm_ds.data.packing import PackedBatch
+from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
 from hafrm_ds.objective import ResponseScores
@@ -46,8 +46,8 @@ class HybridModel(nn.Module):
     """A causal LM with a reward head beside its LM head. Both read the same forward pass of the body.
 
     Attributes:
-        uses_stock_logits: take log-probs from the causal LM's own [T, V] logits instead of the fused function. Set by
-            `check_lm_head` for a model whose LM head does something that `HeadTransform` does not know.
+        uses_stock_logits: take log-probs from the causal LM's own [T, V] logits instead of the fused function, for a
+            model whose LM head does something that `HeadTransform` does not know (`lm_head_difference`).
     """
 
     def __init__(self, causal_lm: PreTrainedModel, reward_head: RewardHead):
@@ -146,17 +146,13 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def check_lm_head(model: HybridModel, forward: Callable[..., ResponseScores], batch: PackedBatch) -> float:
-    """Compare the fused log-probs of `batch` with those of the stock model's own logits.
+def lm_head_difference(model: HybridModel, forward: Callable[..., ResponseScores], batch: PackedBatch) -> float:
+    """Largest difference, in nats a token, of the fused log-probs of `batch` and those of the stock model's own logits.
 
-    A causal LM may do more around its head than `HeadTransform` knows. On a difference beyond rounding the model is
-    set to use its stock logits. All ranks call this together.
+    A causal LM may do more around its head than `HeadTransform` knows. All ranks call this together.
 
     Args:
         forward: runs `model` (the engine around it, which gathers sharded weights).
-
-    Returns:
-        The largest difference in nats a token.
 
     Raises:
         ModelError: the stock model's own log-probs are not finite.
@@ -170,7 +166,36 @@ def check_lm_head(model: HybridModel, forward: Callable[..., ResponseScores], ba
             f"{type(model.causal_lm).__name__} gives log-probs that are not finite before any training: its weights "
             f"hold NaN or infinity, or overflow in {model.reward_head.weight.dtype}"
         )
-    difference = ((fused - stock).abs() / batch.num_tokens).max().item()
-    tolerance = 1e-4 if model.reward_head.weight.dtype == torch.float32 else 0.05
-    model.uses_stock_logits = not difference <= tolerance
-    return difference
+    return ((fused - stock).abs() / batch.num_tokens).max().item()
+
+
+def layout_difference(
+    model: HybridModel, forward: Callable[..., ResponseScores], items: Sequence[PromptWithResponses], layout: str
+) -> float:
+    """Largest difference, in a reward or in nats a token, between `layout` and padded, separate sequences.
+
+    The padded ones run under the stock attention of the model. Not every model that takes our attention keeps packed
+    answers apart: state-space layers and convolutions run on over the boundary.
+    """
+    causal_lm, scores = model.causal_lm, []
+    own = causal_lm.config._attn_implementation
+    with torch.no_grad():
+        for implementation, how in ((own, layout), (stock_attention(causal_lm), "padded")):
+            causal_lm.set_attn_implementation(implementation)
+            scores.append(forward(lay_out(items, how)))
+    causal_lm.set_attn_implementation(own)
+    ours, padded = scores
+    reward = (ours.reward - padded.reward).abs().max()
+    logprob = ((ours.logprob - padded.logprob).abs() / ours.num_tokens.to(ours.logprob.device)).max()
+    return torch.maximum(reward, logprob).item()
+
+
+def stock_attention(model: PreTrainedModel) -> str:
+    """sdpa, or eager for a model that has no sdpa or whose scores have a soft cap, which sdpa leaves out."""
+    has_softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if model._supports_sdpa and not has_softcap else "eager"
+
+
+def tolerance_of(model: HybridModel) -> float:
+    """Largest difference that rounding explains, in a reward or in nats a token."""
+    return 1e-4 if model.reward_head.weight.dtype == torch.float32 else 0.1

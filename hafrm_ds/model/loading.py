@@ -1,5 +1,7 @@
 """Loading a causal LM and its tokenizer from the hub or a local folder."""
 
+from pathlib import Path
+
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -7,8 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import SEGMENT_ATTENTION
-from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head, stock_attention
 
+OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tflite", "original/*"]
+"""Files of a hub repository that no from_pretrained call reads."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -41,6 +45,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def fetch_model(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Bring a model of the hub into the local cache, weights and all, and load its tokenizer."""
+    local_folder(config)
+    return load_tokenizer(config)
+
+
+def local_folder(config: ModelConfig) -> Path:
+    """The folder of a local model, or the snapshot of one on the hub, fetched if it is not in the cache."""
+    path = Path(config.name_or_path)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(config.name_or_path, revision=config.revision, ignore_patterns=OTHER_FORMATS))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name_or_path {config.name_or_path!r} is no local folder and cannot be fetched from the hub: "
+            f"{first_line(error)}"
+        ) from error
+
+
 def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int) -> HybridModel:
     """The causal LM with a fresh reward head, in the dtype of the run, dropout off, in train mode.
 
@@ -52,14 +78,12 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int) -> HybridM
     head = make_reward_head(
         hidden_size, bias=config.reward_head_bias, init=config.reward_head_init, dtype=dtype, seed=seed
     )
-    # The padded layout runs under stock attention: a registered name gets no mask, not even one for padding.
-    attention = stock_attention(model_config) if layout == "padded" else SEGMENT_ATTENTION
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             **origin(config),
             config=model_config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=SEGMENT_ATTENTION,
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -72,16 +96,13 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int) -> HybridM
         )
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{type(causal_lm).__name__} has no language-model head")
+    if layout == "padded":  # a registered name gets no mask, not even one for padding
+        causal_lm.set_attn_implementation(stock_attention(causal_lm))
     disable_dropout(causal_lm)
     causal_lm.train()
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     return HybridModel(causal_lm, head)
-
-
-def stock_attention(model_config: PretrainedConfig) -> str:
-    """sdpa, except for models with a soft cap on attention scores, which only eager attention honours."""
-    return "eager" if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
+from hafrm_ds.model.loading import local_folder
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -24,7 +25,7 @@ def fingerprint_weights(config: ModelConfig) -> str:
     Raises:
         ModelError: there are no weight files.
     """
-    folder = weights_folder(config)
+    folder = local_folder(config)
     files = weight_files(folder)
     if not files:
         raise ModelError(f"model.name_or_path {config.name_or_path!r}: no weight files in {folder}")
@@ -35,23 +36,8 @@ def fingerprint_weights(config: ModelConfig) -> str:
     architecture = json.loads((folder / "config.json").read_text())
     for key in VOLATILE_CONFIG_KEYS:
         architecture.pop(key, None)
-    # The file names stay out: they count shards, which a copy may cut anew, but here each shard is hashed whole.
     everything = {"format": FORMAT, "weights": sorted(hashes), "config": architecture}
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
-
-
-def weights_folder(config: ModelConfig) -> Path:
-    """The local folder, or the hub's snapshot, fetched if it is not in the cache."""
-    path = Path(config.name_or_path)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        ignored = ["*.gguf", "*.h5", "*.msgpack", "*.onnx"]
-        return Path(snapshot_download(config.name_or_path, revision=config.revision, ignore_patterns=ignored))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be fetched: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

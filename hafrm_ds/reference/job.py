@@ -1,8 +1,9 @@
 """Getting the reference log-probs of a run: look up, compute what is missing, check a sample."""
 
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch.distributed as dist
@@ -39,15 +40,16 @@ class ReferenceSource:
 
     @classmethod
     def open(cls, config: TrainConfig, processes: Processes, log: RunLog) -> "ReferenceSource":
-        """Fingerprint the weights and open the store, on rank 0; all ranks learn the namespace."""
-        store, message = None, [None]
+        """Fingerprint the weights and open the store, on rank 0; all ranks learn the namespace.
+
+        Called before the process group is started: hashing a large model takes longer than a collective waits.
+        """
+        text = processes.from_first("namespace", lambda: json.dumps(asdict(namespace_of(config))))
+        namespace, store = Namespace(**json.loads(text)), None
         if processes.is_first:
-            namespace = Namespace(fingerprint_weights(config.model), config.model.dtype, LOGPROB_VERSION)
             notes = {"model": config.model.name_or_path, "revision": config.model.revision}
             store = ReferenceStore(config.reference.store, namespace, notes, warn=log.warn)
-            message = [namespace]
-        dist.broadcast_object_list(message, src=0)
-        return cls(config, store, message[0])
+        return cls(config, store, namespace)
 
     def look_up(self, responses: Responses, device) -> np.ndarray:
         """[U] fp32, NaN where the store has no value."""
@@ -68,18 +70,28 @@ class ReferenceSource:
             )
 
     def explain_missing(self, num_missing: int, num_wanted: int) -> str:
-        """What is missing and why it may be, from what else the store holds. Rank 0."""
-        text = (
-            f"the reference store {self.config.reference.store} lacks {num_missing:,} of {num_wanted:,} log-probs of "
-            f"{self.config.model.name_or_path} in {self.config.model.dtype}. "
-        )
-        if len(self.store):
-            return text + (
-                f"It has {len(self.store):,} others of these weights: the data is new, or the chat template, "
-                "data.max_length or data.truncation differ from the run that filled it"
+        """What is missing and why it may be, from what else the store holds; the same text on all ranks."""
+        message = [None]
+        if self.store is not None:
+            text = (
+                f"the reference store {self.config.reference.store} lacks {num_missing:,} of {num_wanted:,} log-probs "
+                f"of {self.config.model.name_or_path} in {self.config.model.dtype}. "
             )
-        others = describe_namespaces(self.config.reference.store, self.namespace)
-        return text + (f"It has values for {others}" if others else "It is empty")
+            others = describe_namespaces(self.config.reference.store, self.namespace)
+            if len(self.store):
+                text += (
+                    f"It has {len(self.store):,} others of these weights: the data is new, or the chat template, "
+                    "data.max_length or data.truncation differ from the run that filled it"
+                )
+            else:
+                text += f"It has values for {others}" if others else "It is empty"
+            message = [text]
+        dist.broadcast_object_list(message, src=0)
+        return message[0]
+
+
+def namespace_of(config: TrainConfig) -> Namespace:
+    return Namespace(fingerprint_weights(config.model), config.model.dtype, LOGPROB_VERSION)
 
 
 def provenance(config: TrainConfig, engine: Engine) -> dict:
@@ -115,7 +127,7 @@ def provide_reference(
     num_missing = int(np.isnan(values).sum())
     from_store = [np.flatnonzero(~np.isnan(part.values).any(axis=1)) for part in responses.by_set(values)]
     if num_missing:
-        explanation = source.explain_missing(num_missing, len(values)) if source.store is not None else ""
+        explanation = source.explain_missing(num_missing, len(values))
         if source.config.reference.on_missing == "stop":
             raise UserError(
                 f"{explanation}. Run launch/precompute_reference.py with this config, or set "
@@ -186,7 +198,11 @@ def check_sample(
 
 
 def precompute(
-    config: TrainConfig, processes: Processes, sets: Sequence[PreparedPairs], load_engine, log: RunLog
+    source: ReferenceSource,
+    processes: Processes,
+    sets: Sequence[PreparedPairs],
+    load_engine: Callable[[], Engine],
+    log: RunLog,
 ) -> dict[str, float]:
     """The offline pass: every log-prob of every pair of `sets` into the store; only what is missing is computed.
 
@@ -197,7 +213,7 @@ def precompute(
         Figures of the pass, the same on all ranks.
     """
     started = time.perf_counter()
-    source = ReferenceSource.open(config, processes, log)
+    config = source.config
     responses = Responses.of(sets, [np.arange(len(pairs)) for pairs in sets])
     values = source.look_up(responses, processes.device)
     work = Work.missing(responses, values, config.batch.layout)
@@ -210,8 +226,7 @@ def precompute(
         "compute_seconds": 0.0,
     }
     if len(work):
-        if source.store is not None:
-            log.print(source.explain_missing(figures["computed"], len(values)))
+        log.print(source.explain_missing(figures["computed"], len(values)))
         engine = load_engine()
         started = time.perf_counter()
         source.compute(engine, work, log)

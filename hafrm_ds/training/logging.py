@@ -45,6 +45,7 @@ class RunLog:
         self.writes = self.is_first and files
         if self.writes:
             self.open_files(config)
+            self.write_json(config.output_dir / "environment.json", environment(self.num_ranks, processes.device))
 
     def open_files(self, config: TrainConfig) -> None:
         folder = config.output_dir
@@ -152,6 +153,8 @@ class ProgressBar:
         self.advance(min(count * self.num_ranks, self.total - self.done))
 
     def advance(self, count: int, text: str = "") -> None:
+        if not count:
+            return
         self.done += count
         if self.bars is not None:
             self.bars.update(self.task, advance=count, text=text)
@@ -173,7 +176,7 @@ def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def environment(world_size: int) -> dict:
+def environment(world_size: int, device: torch.device) -> dict:
     """Versions, hardware and command of a run, for environment.json."""
     versions = {}
     for package in PACKAGES:
@@ -188,7 +191,7 @@ def environment(world_size: int) -> dict:
         "world_size": world_size,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
         "cuda": torch.version.cuda if cuda else None,
         "cores": os.cpu_count(),
         "packages": versions,

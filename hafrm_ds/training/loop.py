@@ -13,7 +13,7 @@ from torch import Tensor
 from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import token_costs
+from hafrm_ds.data.packing import budget_costs, token_costs
 from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
@@ -166,8 +166,9 @@ class Trainer:
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's part of global batch `step`."""
         index = self.plan.global_batch(step)
-        max_tokens = self.config.batch.max_tokens_per_micro_batch
-        places = cut_into_micro_batches(self.train_set.costs[index], self.world_size, max_tokens)[self.rank]
+        batch = self.config.batch
+        costs = budget_costs(self.train_set.costs[index], batch.layout)
+        places = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch)[self.rank]
         members = [[DUMMY if place == DUMMY else int(index[place]) for place in part] for part in places]
         return [make_micro_batch(self.train_set.pairs, part, self.config.batch.layout) for part in members]
 

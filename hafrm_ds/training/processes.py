@@ -79,6 +79,19 @@ class Processes:
             self.store.set(node, "done")
         return result
 
+    def from_first(self, name: str, work: Callable[[], str]) -> str:
+        """The text that `work` gives on rank 0, on every rank; the others wait for it as long as it takes.
+
+        Raises:
+            FailedElsewhere: an error has stopped another rank meanwhile.
+        """
+        key = f"text/{name}"
+        if self.is_first:
+            self.store.set(key, work())
+        else:
+            self.wait(lambda: self.store.check([key]))
+        return self.store.get(key).decode()
+
     def wait(self, condition: Callable[[], bool]) -> None:
         """Wait for as long as it takes.
 

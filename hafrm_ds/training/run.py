@@ -1,23 +1,29 @@
 """Whole jobs: training, and the reference pass before it."""
 
 import time
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
 
 from hafrm_ds.capacity import peak_memory_bytes
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import token_costs
+from hafrm_ds.data.packing import from_pairs, lay_out, token_costs
 from hafrm_ds.data.planning import check_budget
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
-from hafrm_ds.errors import ConfigError, DataError
-from hafrm_ds.model.hybrid import check_lm_head
-from hafrm_ds.model.loading import load_tokenizer
+from hafrm_ds.errors import ConfigError, DataError, ModelError, UserError
+from hafrm_ds.model.hybrid import layout_difference, lm_head_difference, tolerance_of
+from hafrm_ds.model.loading import fetch_model
 from hafrm_ds.model.saving import save_hybrid_model
 from hafrm_ds.reference.job import ReferenceSource, precompute
 from hafrm_ds.training.engine import Engine, check_build_tools, load_scoring_engine, load_training_engine
-from hafrm_ds.training.logging import RunLog, environment
+from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.processes import Processes
+
+CHECKED_PAIRS = 2
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
@@ -33,7 +39,6 @@ def train(config: TrainConfig, processes: Processes) -> None:
     if processes.device.type == "cpu":
         check_build_tools()
     log = RunLog(config, processes)
-    log.write_json(config.output_dir / "environment.json", environment(processes.world_size))
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
     if len(train_pairs) < config.batch.global_batch_size:
         raise DataError(
@@ -42,24 +47,27 @@ def train(config: TrainConfig, processes: Processes) -> None:
             "lower --batch.global_batch_size or give more pairs"
         )
 
-    processes.start_group()
     reference_source = ReferenceSource.open(config, processes, log) if config.objective.uses_reference else None
+    processes.start_group()
     engine = load_training_engine(config, processes.world_size)
-    if config.objective.uses_policy:
-        report_lm_head(engine, train_pairs, config.batch.layout, log)
+    check_model(engine, train_pairs, config.batch.layout, log)
     trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, log)
     trainer.run()
 
-    save_hybrid_model(
-        engine.model,
-        formatter.tokenizer,
-        config.output_dir / "final",
-        gathered=engine.gathered,
-        is_writer=processes.is_first,
-        metadata={"objective": config.objective.model_dump(), "base_model": config.model.name_or_path},
-    )
+    final = config.output_dir / "final"
+    try:
+        save_hybrid_model(
+            engine.model,
+            formatter.tokenizer,
+            final,
+            gathered=engine.gathered,
+            is_writer=processes.is_first,
+            metadata={"objective": config.objective.model_dump(), "base_model": config.model.name_or_path},
+        )
+    except OSError as error:
+        raise UserError(f"the trained model cannot be written to {final}: {error.strerror}") from error
     log.write_json(config.output_dir / "summary.json", trainer.summary())
-    log.print(f"\nthe trained model is in {config.output_dir / 'final'}")
+    log.print(f"\nthe trained model is in {final}")
     log.close()
 
 
@@ -77,15 +85,16 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
     log = RunLog(config, processes, files=False)
     _, train_pairs, eval_pairs = prepare_data(config, processes, log)
     sets = [train_pairs, *eval_pairs.values()]
+    source = ReferenceSource.open(config, processes, log)
     processes.start_group()
 
     def load_engine() -> Engine:
         engine = load_scoring_engine(config, processes.world_size)
-        report_lm_head(engine, train_pairs, config.batch.layout, log)
+        check_model(engine, train_pairs, config.batch.layout, log)
         return engine
 
     started = time.perf_counter()
-    figures = precompute(config, processes, sets, load_engine, log)
+    figures = precompute(source, processes, sets, load_engine, log)
     seconds = figures["compute_seconds"]
     speed = f", {figures['tokens'] / seconds:,.0f} tokens/s" if seconds else ""
     log.print(
@@ -101,7 +110,9 @@ def prepare_data(
     config: TrainConfig, processes: Processes, log: RunLog
 ) -> tuple[ChatFormatter, PreparedPairs, dict[str, PreparedPairs]]:
     """The formatter, the training pairs, and the pairs of each evaluation set; reported and checked."""
-    formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
+    # Fetched from the hub by one rank of each node, and before the process group: a download outlasts a collective.
+    tokenizer = processes.in_turns("model", lambda: fetch_model(config.model))
+    formatter = ChatFormatter.create(tokenizer, config.data.chat_template, config.data.template_date)
     shared = {"formatter": formatter, "data": config.data, "seed": config.seed}
 
     def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:
@@ -122,13 +133,38 @@ def prepare_data(
     return formatter, train_pairs, eval_pairs
 
 
-def report_lm_head(engine: Engine, pairs: PreparedPairs, layout: str, log: RunLog) -> None:
-    """Compare the fused log-probs of two pairs with those from the stock model's logits, and say what came out."""
-    sample = make_micro_batch(pairs, range(min(2, len(pairs))), layout).batch.to(engine.device)
-    difference = check_lm_head(engine.model, engine, sample)
-    log.print(f"log-probs against {type(engine.model.causal_lm).__name__}'s own logits: {difference:.2g} nats a token")
-    if engine.model.uses_stock_logits:
+def check_model(engine: Engine, pairs: PreparedPairs, layout: str, log: RunLog) -> None:
+    """Two checks of a freshly loaded model on the shortest pairs, before anything rests on it; says what came out.
+
+    Its scores in `layout` are compared with those of padded, separate sequences under its own attention, and the fused
+    log-probs with those of its own logits.
+
+    Raises:
+        ModelError: the layout changes the scores.
+    """
+    items = from_pairs([pairs[int(index)] for index in np.argsort(token_costs(pairs.lengths, layout))[:CHECKED_PAIRS]])
+    largest = partial(over_all_ranks, dist.ReduceOp.MAX, engine.device)
+    if layout != "padded":
+        difference = largest(layout_difference(engine.model, engine, items, layout))
+        log.print(f"{layout} against padded, separate sequences: {difference:.2g} in a reward or a token's log-prob")
+        if not difference <= tolerance_of(engine.model):
+            raise ModelError(
+                f"{type(engine.model.causal_lm).__name__} scores change by {difference:.3g} in the layout {layout} "
+                f"(tolerance {tolerance_of(engine.model):g}): it does not keep packed answers apart. "
+                "Set --batch.layout padded"
+            )
+    difference = largest(lm_head_difference(engine.model, engine, lay_out(items, layout).to(engine.device)))
+    name = type(engine.model.causal_lm).__name__
+    log.print(f"log-probs against {name}'s own logits: {difference:.2g} nats a token")
+    if not difference <= tolerance_of(engine.model):
+        engine.model.uses_stock_logits = True
         log.warn(
-            "this LM head does something that hafrm_ds does not know: its own "
-            "logits are used instead of the fused log-probs, which holds the logits of all tokens in memory"
+            f"the LM head of {name} does something that hafrm_ds does not know: its own logits are used instead of the "
+            "fused log-probs, which holds the logits of all tokens in memory"
         )
+
+
+def over_all_ranks(operation, device: torch.device, value: float) -> float:
+    on_device = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(on_device, op=operation)
+    return on_device.item()

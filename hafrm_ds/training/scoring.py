@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from hafrm_ds.data.micro_batches import DUMMY_ITEM
-from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out
+from hafrm_ds.data.packing import PromptWithResponses, budget_costs, from_pairs, lay_out
 from hafrm_ds.data.planning import DUMMY, cut_by_length
 from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.objective import ResponseScores
@@ -34,7 +34,7 @@ def score_items(
     """
     if not len(costs):
         return
-    batches = cut_by_length(costs, dist.get_world_size(), max_tokens)[dist.get_rank()]
+    batches = cut_by_length(budget_costs(costs, layout), dist.get_world_size(), max_tokens)[dist.get_rank()]
     with torch.no_grad():
         for positions in batches:
             is_dummy = positions == [DUMMY]

@@ -5,11 +5,21 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from hafrm_ds.data import packing
 from hafrm_ds.data.packing import PromptWithResponses, lay_out
 from hafrm_ds.model import token_logprobs
-from hafrm_ds.model.hybrid import HybridModel, check_lm_head, disable_dropout, make_reward_head, sum_by_response
+from hafrm_ds.model.attention import SEGMENT_ATTENTION
+from hafrm_ds.model.hybrid import (
+    HybridModel,
+    disable_dropout,
+    layout_difference,
+    lm_head_difference,
+    make_reward_head,
+    sum_by_response,
+    tolerance_of,
+)
 from hafrm_ds.model.token_logprobs import HeadTransform
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.tiny_models import FAMILIES, random_items, tiny_causal_lm, tiny_hybrid, use_layout
@@ -179,18 +189,32 @@ def test_dropout_is_off_in_train_mode():
     assert torch.equal(calm[0], causal_lm.eval()(ids, use_cache=False).logits)
 
 
-def test_a_head_that_is_not_understood_falls_back_to_stock_logits():
+def test_a_head_that_is_not_understood_is_found_and_stock_logits_are_right():
     model, batch = tiny_hybrid("gemma2"), lay_out(random_items(seed=2), "shared_prefix")
     use_layout(model, "shared_prefix")
     expected = model(batch).logprob.detach()
     model.response_logprobs.transform = HeadTransform(scale=3.0)
-    assert check_lm_head(model, model, batch) > 0.1
-    assert model.uses_stock_logits
+    assert lm_head_difference(model, model, batch) > 0.1
+    model.uses_stock_logits = True
     torch.testing.assert_close(model(batch).logprob.detach(), expected, rtol=1e-5, atol=1e-5)
     model.uses_stock_logits = False
     model.response_logprobs.transform = HeadTransform(softcap=30.0)
-    assert check_lm_head(model, model, batch) < 1e-5
-    assert not model.uses_stock_logits
+    assert lm_head_difference(model, model, batch) < 1e-5
+
+
+def test_a_model_that_does_not_keep_packed_answers_apart_is_found():
+    """A state-space layer takes every registered attention, uses none and runs on from one answer into the next."""
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=8)
+    mamba = transformers.MambaForCausalLM(config)
+    head = make_reward_head(32, bias=False, init="normal", dtype=torch.float32, seed=0)
+    leaking, sound = HybridModel(mamba, head), tiny_hybrid("gemma2")
+    for model in (leaking, sound):
+        use_layout(model, "packed")
+    items = random_items(seed=3)
+    assert layout_difference(leaking, leaking, items, "packed") > 10 * tolerance_of(leaking)
+    assert layout_difference(sound, sound, items, "packed") < tolerance_of(sound)
+    assert sound.causal_lm.config._attn_implementation == SEGMENT_ATTENTION
 
 
 def test_reward_head_is_the_same_on_every_rank_and_has_the_stated_spread():
