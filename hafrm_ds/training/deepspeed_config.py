@@ -137,5 +137,9 @@ def resolve_deepspeed_config(config: "TrainConfig", world_size: int) -> dict:
         "gradient_clipping": config.optimizer.max_gradient_norm,
         "bf16": resolved.get("bf16", {}) | {"enabled": config.model.dtype == "bfloat16"},
     }
+    # By default DeepSpeed sums the gradients of micro-batches in bfloat16, where late ones vanish beside the sum. Under
+    # stage 0 it knows no other way.
+    if config.model.dtype == "bfloat16" and resolved.get("zero_optimization", {}).get("stage", 0) > 0:
+        resolved.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     resolved.setdefault("steps_per_print", 10**9)
     return resolved
