@@ -61,6 +61,7 @@ def test_auto_is_filled_from_the_run_or_left_to_deepspeed(file):
     )  # fmt: skip
     assert resolve_deepspeed_config(config, world_size=8) == {
         "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "fp16": {"enabled": False, "loss_scale": 0},
         "optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.1}},
         "zero_optimization": {"stage": 3, "overlap_comm": True},
@@ -82,6 +83,16 @@ def test_what_an_almost_empty_file_leaves_out_comes_from_the_run(file):
         "train_batch_size": 2,
         "train_micro_batch_size_per_gpu": 1,
     }
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, None), (1, "fp32"), (2, "fp32"), (3, "fp32")])
+def test_gradients_of_bfloat16_are_summed_in_fp32_where_deepspeed_can(file, stage, expected):
+    zero = {"zero_optimization": {"stage": stage}}
+    resolved = resolve_deepspeed_config(load(file, zero), world_size=1)
+    assert resolved.get("data_types", {}).get("grad_accum_dtype") == expected
+    chosen = resolve_deepspeed_config(load(file, zero | {"data_types": {"grad_accum_dtype": "bf16"}}), world_size=1)
+    assert chosen["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert "data_types" not in resolve_deepspeed_config(load(file, zero, "--model.dtype", "float32"), world_size=1)
 
 
 def test_a_scheduler_section_of_autos_is_left_out(file):
