@@ -153,41 +153,45 @@ def lm_head_difference(model: HybridModel, forward: Callable[..., ResponseScores
 
     Args:
         forward: runs `model` (the engine around it, which gathers sharded weights).
-
-    Raises:
-        ModelError: the stock model's own log-probs are not finite.
     """
     with torch.no_grad():
         fused = forward(batch, with_reward=False).logprob
         _, per_token = model.states_and_stock_logprobs(batch)
-    stock = sum_by_response(per_token, batch)
-    if not stock.isfinite().all():
-        raise ModelError(
-            f"{type(model.causal_lm).__name__} gives log-probs that are not finite before any training: its weights "
-            f"hold NaN or infinity, or overflow in {model.reward_head.weight.dtype}"
-        )
-    return ((fused - stock).abs() / batch.num_tokens).max().item()
+    return ((fused - sum_by_response(per_token, batch)).abs() / batch.num_tokens).max().item()
 
 
 def layout_difference(
-    model: HybridModel, forward: Callable[..., ResponseScores], items: Sequence[PromptWithResponses], layout: str
+    model: HybridModel,
+    forward: Callable[..., ResponseScores],
+    items: Sequence[PromptWithResponses],
+    layout: str,
+    with_logprob: bool,
 ) -> float:
-    """Largest difference, in a reward or in nats a token, between `layout` and padded, separate sequences.
+    """Largest difference between `layout` and padded, separate sequences, relative to 1 + the value: in a reward or,
+    if asked for, in nats a token.
 
     The padded ones run under the stock attention of the model. Not every model that takes our attention keeps packed
     answers apart: state-space layers and convolutions run on over the boundary.
+
+    Raises:
+        ModelError: scores are not finite.
     """
     causal_lm, scores = model.causal_lm, []
     own = causal_lm.config._attn_implementation
     with torch.no_grad():
         for implementation, how in ((own, layout), (stock_attention(causal_lm), "padded")):
             causal_lm.set_attn_implementation(implementation)
-            scores.append(forward(lay_out(items, how)))
+            scores.append(forward(lay_out(items, how), with_logprob=with_logprob))
     causal_lm.set_attn_implementation(own)
-    ours, padded = scores
-    reward = (ours.reward - padded.reward).abs().max()
-    logprob = ((ours.logprob - padded.logprob).abs() / ours.num_tokens.to(ours.logprob.device)).max()
-    return torch.maximum(reward, logprob).item()
+    compared = [[each.reward for each in scores]]
+    if with_logprob:
+        compared.append([each.logprob / each.num_tokens.to(each.logprob.device) for each in scores])
+    if not all(values.isfinite().all() for pair in compared for values in pair):
+        raise ModelError(
+            f"{type(causal_lm).__name__} gives scores that are not finite before any training: its weights hold NaN or "
+            f"infinity, or overflow in {model.reward_head.weight.dtype}"
+        )
+    return max(((ours - padded).abs() / (1 + padded.abs())).max().item() for ours, padded in compared)
 
 
 def stock_attention(model: PreTrainedModel) -> str:

@@ -50,7 +50,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
     reference_source = ReferenceSource.open(config, processes, log) if config.objective.uses_reference else None
     processes.start_group()
     engine = load_training_engine(config, processes.world_size)
-    check_model(engine, train_pairs, config.batch.layout, log)
+    check_model(engine, train_pairs, config, log)
     trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, log)
     trainer.run()
 
@@ -90,7 +90,7 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
 
     def load_engine() -> Engine:
         engine = load_scoring_engine(config, processes.world_size)
-        check_model(engine, train_pairs, config.batch.layout, log)
+        check_model(engine, train_pairs, config, log)
         return engine
 
     started = time.perf_counter()
@@ -133,34 +133,37 @@ def prepare_data(
     return formatter, train_pairs, eval_pairs
 
 
-def check_model(engine: Engine, pairs: PreparedPairs, layout: str, log: RunLog) -> None:
+def check_model(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log: RunLog) -> None:
     """Two checks of a freshly loaded model on the shortest pairs, before anything rests on it; says what came out.
 
-    Its scores in `layout` are compared with those of padded, separate sequences under its own attention, and the fused
-    log-probs with those of its own logits.
+    Its scores in the run's layout are compared with those of padded, separate sequences under its own attention, and
+    the fused log-probs, where the objective uses them, with those of its own logits.
 
     Raises:
-        ModelError: the layout changes the scores.
+        ModelError: the scores are not finite, or the layout changes them.
     """
-    items = from_pairs([pairs[int(index)] for index in np.argsort(token_costs(pairs.lengths, layout))[:CHECKED_PAIRS]])
+    layout, with_logprob, model = config.batch.layout, config.objective.uses_policy, engine.model
+    shortest = np.argsort(token_costs(pairs.lengths, layout))[:CHECKED_PAIRS]
+    items = from_pairs([pairs[int(index)] for index in shortest])
+    name, tolerance = type(model.causal_lm).__name__, tolerance_of(model)
     largest = partial(over_all_ranks, dist.ReduceOp.MAX, engine.device)
-    if layout != "padded":
-        difference = largest(layout_difference(engine.model, engine, items, layout))
-        log.print(f"{layout} against padded, separate sequences: {difference:.2g} in a reward or a token's log-prob")
-        if not difference <= tolerance_of(engine.model):
-            raise ModelError(
-                f"{type(engine.model.causal_lm).__name__} scores change by {difference:.3g} in the layout {layout} "
-                f"(tolerance {tolerance_of(engine.model):g}): it does not keep packed answers apart. "
-                "Set --batch.layout padded"
-            )
-    difference = largest(lm_head_difference(engine.model, engine, lay_out(items, layout).to(engine.device)))
-    name = type(engine.model.causal_lm).__name__
+
+    difference = largest(layout_difference(model, engine, items, layout, with_logprob))
+    log.print(f"{layout} against padded, separate sequences: {difference:.2g} in a reward or a token's log-prob")
+    if not difference <= tolerance:
+        raise ModelError(
+            f"the scores of {name} change by {difference:.3g} in the layout {layout} (tolerance {tolerance:g}): it "
+            "does not keep packed answers apart. Set --batch.layout padded"
+        )
+    if not with_logprob:
+        return
+    difference = largest(lm_head_difference(model, engine, lay_out(items, layout).to(engine.device)))
     log.print(f"log-probs against {name}'s own logits: {difference:.2g} nats a token")
-    if not difference <= tolerance_of(engine.model):
-        engine.model.uses_stock_logits = True
+    if not difference <= tolerance:
+        model.uses_stock_logits = True
         log.warn(
-            f"the LM head of {name} does something that hafrm_ds does not know: its own logits are used instead of the "
-            "fused log-probs, which holds the logits of all tokens in memory"
+            f"the LM head of {name} does something that hafrm_ds does not know: its own logits are used instead of "
+            "the fused log-probs, which holds the logits of all tokens in memory"
         )
 
 

@@ -111,9 +111,9 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
         "unknown template": ({"data.chat_template": "chatlm"}, r"chatlm.*chatml"),
         "weights missing": ({"model.name_or_path": missing_weights}, r"lack 1 parameters.*: model.norm.weight"),
         "weights not finite": ({"model.name_or_path": broken_weights}, r"not finite before any training"),
-        "loss not finite": (
-            {"model.name_or_path": broken_weights, "objective.alpha": 0},
-            r"step 1: the loss is not finite.*pairs.jsonl:\d+",
+        "loss not finite": (  # a margin that is infinite in fp32
+            data("margins", *[GOOD] * 3, GOOD | {"margin": 1e39}) | {"objective.use_margin": "true"},
+            r"step 1: the loss is not finite, for the pairs \S*margins.jsonl:4\.",
         ),
         "gradient not finite": (
             {"model.name_or_path": overflowing, "objective.alpha": 0},
