@@ -12,12 +12,13 @@ import sys
 from rich.console import Console
 from rich.rule import Rule
 
-from hafrm_ds.config import TrainConfig, load_config
+from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import choose_examples, prepare_pairs
 from hafrm_ds.data.report import as_text, render_tokens
 from hafrm_ds.errors import UserError
 from hafrm_ds.model.loading import load_tokenizer
+from hafrm_ds.options import load_config
 
 
 def read_command_line(arguments: list[str]) -> tuple[TrainConfig, int]:

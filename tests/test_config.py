@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from hafrm_ds.config import Section, TrainConfig, load_config
+from hafrm_ds.config import Section, TrainConfig
 from hafrm_ds.errors import ConfigError
+from hafrm_ds.options import load_config
 
 REQUIRED = ["--output_dir", "runs/a", "--model.name_or_path", "m", "--data.train", "a.jsonl"]
 

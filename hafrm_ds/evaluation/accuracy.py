@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from hafrm_ds.config import ObjectiveConfig
-from hafrm_ds.objective import ResponseScores, bradley_terry_loss, policy_loss, preference_metrics
+from hafrm_ds.objective import ResponseScores, bradley_terry_loss, preference_metrics
+from hafrm_ds.training.losses import configured_policy_loss
 
 
 def set_metrics(
@@ -33,14 +34,7 @@ def set_metrics(
     if responses.reward is not None:
         metrics["loss/reward"] = bradley_terry_loss(responses.reward).mean().item()
     if responses.logprob is not None and objective.uses_policy:
-        loss = policy_loss(
-            objective.policy_loss,
-            responses,
-            reference_values,
-            beta=objective.beta,
-            label_smoothing=objective.policy_label_smoothing,
-            simpo_gamma=objective.simpo_gamma,
-        )
+        loss = configured_policy_loss(objective, responses, reference_values)
         metrics["loss/policy"] = loss.mean().item()
     for name, values in per_pair.items():
         metrics[name] = values.mean().item()

@@ -18,20 +18,12 @@ from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
-from hafrm_ds.objective import (
-    JointLoss,
-    ResponseScores,
-    alternating_weights,
-    bradley_terry_loss,
-    centering_penalty,
-    joint_loss,
-    policy_loss,
-    preference_metrics,
-)
+from hafrm_ds.objective import JointLoss, ResponseScores, preference_metrics
 from hafrm_ds.reference.compute import ReferenceLogprobs
 from hafrm_ds.reference.job import ReferenceSource, provide_reference
 from hafrm_ds.training.engine import TrainingEngine
 from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.losses import configured_joint_loss
 from hafrm_ds.training.schedule import learning_rate_factor
 from hafrm_ds.training.scoring import score_pairs
 
@@ -184,23 +176,7 @@ class Trainer:
         reference = None
         if self.train_set.reference is not None:
             reference = self.train_set.reference.of(micro_batch.index).to(device)
-        reward_loss = centering = policy = None
-        if objective.uses_reward:
-            margin = micro_batch.margin.to(device) if objective.use_margin else None
-            reward_loss = bradley_terry_loss(scores.reward, margin, objective.reward_label_smoothing)
-            if objective.reward_centering:
-                centering = objective.reward_centering * centering_penalty(scores.reward)
-        if objective.uses_policy:
-            policy = policy_loss(
-                objective.policy_loss,
-                scores,
-                reference,
-                beta=objective.beta,
-                label_smoothing=objective.policy_label_smoothing,
-                simpo_gamma=objective.simpo_gamma,
-            )
-        rm_weight, alpha = alternating_weights(step, objective.alternate_every, objective.rm_weight, objective.alpha)
-        loss = joint_loss(reward_loss, policy, rm_weight=rm_weight, alpha=alpha, centering=centering)
+        loss = configured_joint_loss(objective, step, scores, reference, micro_batch.margin.to(device))
         weight = micro_batch.weight.to(device)
         totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
         totals.tokens += micro_batch.batch.input_ids.numel()

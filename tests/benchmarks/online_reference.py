@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.config import load_config
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.options import load_config
 from hafrm_ds.reference.job import ReferenceSource
 from hafrm_ds.training.engine import Engine, load_scoring_engine, load_training_engine
 from hafrm_ds.training.logging import RunLog

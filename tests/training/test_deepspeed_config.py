@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hafrm_ds.config import TrainConfig, load_config
+from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import ConfigError
+from hafrm_ds.options import load_config
 from hafrm_ds.training.deepspeed_config import REPOSITORY, read_deepspeed_json, resolve_deepspeed_config
 
 # In the spelling of the files that users of transformers bring along.

@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from hafrm_ds.config import load_config
+from hafrm_ds.options import load_config
 from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.run import train
 from tests.distributed.launching import write_pairs

@@ -1,0 +1,218 @@
+"""Reading a configuration: YAML files and dotted overrides from the command line, every fault named at once.
+
+arguments -> nested mapping -> TrainConfig (or one ConfigError), before any model is loaded
+"""
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hafrm_ds.config import Section, TrainConfig, contradictions
+from hafrm_ds.errors import ConfigError
+from hafrm_ds.training.deepspeed_config import deepspeed_contradictions, read_deepspeed_json
+
+
+def load_config(arguments: list[str], schema: type[TrainConfig] = TrainConfig) -> TrainConfig:
+    """Build the configuration from command-line arguments.
+
+    Arguments: `--config FILE` (YAML, may be left out), then any number of `--section.key value` or
+    `--section.key=value`, values in YAML notation. `--help` and `--print_config` print and leave.
+
+    Raises:
+        ConfigError: with all faults: unknown keys (and the nearest valid one), wrong types, contradictions between
+            options or with the DeepSpeed JSON.
+    """
+    speaks = os.environ.get("RANK", "0") == "0"  # under a launcher every rank reads the same options
+    if "--help" in arguments or "-h" in arguments:
+        if speaks:
+            print(help_text(schema))
+        sys.exit(0)
+    tree, print_only = read_arguments(arguments)
+    config = validate(tree, schema)
+    if print_only:
+        if speaks:
+            print(config.to_yaml(), end="")
+        sys.exit(0)
+    return config
+
+
+def read_arguments(arguments: list[str]) -> tuple[dict, bool]:
+    """Arguments -> (nested mapping of raw values, whether --print_config was given)."""
+    print_only, files, overrides, problems = False, [], [], []
+    words = list(reversed(arguments))
+    while words:
+        word = words.pop()
+        if not word.startswith("--"):
+            problems.append(f"{word!r} stands alone: options look like --section.key value")
+            continue
+        name, equals, value = word[2:].partition("=")
+        if name == "print_config":
+            print_only = True
+            continue
+        if not equals:
+            value = words.pop() if words and not words[-1].startswith("--") else None
+        if value is None:
+            problems.append(f"--{name} has no value")
+        elif name == "config":
+            files.append(Path(value))
+        elif name not in ("local_rank", "local-rank"):  # appended by the deepspeed launcher
+            overrides.append((name, value))
+
+    tree: dict[str, Any] = {}
+    for file in files:
+        try:
+            content = yaml.safe_load(file.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"--config {file}: cannot be read: {getattr(error, 'strerror', None) or error}")
+            continue
+        except yaml.YAMLError as error:
+            problems.append(f"--config {file}: is not valid YAML: {' '.join(str(error).split())}")
+            continue
+        if not isinstance(content or {}, dict):
+            problems.append(f"--config {file}: holds a {type(content).__name__}, not a mapping of options")
+            continue
+        merge(tree, content or {})
+    for name, value in overrides:
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        *sections, key = name.split(".")
+        node = {key: parsed}
+        for section in reversed(sections):
+            node = {section: node}
+        merge(tree, node)
+    if problems:
+        raise ConfigError(problems)
+    return tree, print_only
+
+
+def merge(tree: dict, update: dict) -> None:
+    """Lay `update` over `tree` in place: mappings are merged key by key, anything else replaces what was there.
+
+    Data sources are values, not sections: a source given later replaces the whole earlier one.
+    """
+    for key, value in update.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict) and key not in ("train", "eval"):
+            merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def validate(tree: dict, schema: type[TrainConfig]) -> TrainConfig:
+    """Raw mapping -> configuration; raises ConfigError with every fault.
+
+    After the first round of faults the faulty values are left out and the rest is checked once more, so that
+    contradictions elsewhere are named in the same message.
+    """
+    config, problems = try_schema(tree, schema)
+    if config is not None:
+        deepspeed_json, more = read_deepspeed_json(config.deepspeed)
+        problems = contradictions(config) + more
+        if deepspeed_json is not None:
+            problems += deepspeed_contradictions(deepspeed_json, config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+PLACEHOLDERS = {("output_dir",): ".", ("model", "name_or_path"): ".", ("data", "train"): "."}
+
+
+def try_schema(tree: dict, schema: type[TrainConfig]) -> tuple[TrainConfig | None, list[str]]:
+    """Validate types and names. With faults: (None, their messages and those of contradictions in the sound rest)."""
+    try:
+        return schema.model_validate(tree), []
+    except ValidationError as error:
+        faults = error.errors()
+    problems = [describe(fault, schema) for fault in faults]
+    sound = yaml.safe_load(yaml.safe_dump(tree))
+    for fault in faults:
+        remove(sound, fault["loc"])
+    for location, value in PLACEHOLDERS.items():
+        node = sound
+        for key in location[:-1]:
+            node = node.setdefault(key, {})
+        node.setdefault(location[-1], value)
+    # A faulty option now has its default: a contradiction with that would be none of the user's.
+    faulty = {".".join(map(str, fault["loc"][:2])) for fault in faults if fault["type"] != "extra_forbidden"}
+    try:
+        for problem in contradictions(schema.model_validate(sound)):
+            if not any(option in problem for option in faulty):
+                problems.append(problem)
+    except ValidationError:
+        pass  # the first round has named what can be named
+    return None, problems
+
+
+def remove(tree: Any, location: tuple) -> None:
+    """Delete the deepest key of `location` that exists in `tree`; tags of unions in the location are passed over."""
+    parent, key = None, None
+    for part in location:
+        if isinstance(tree, dict) and part in tree:
+            parent, key, tree = tree, part, tree[part]
+    if parent is not None:
+        del parent[key]
+
+
+def describe(fault: dict, schema: type[BaseModel]) -> str:
+    """One fault of pydantic in words: the option, what is wrong, and the nearest valid name or the given value."""
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{name}: unknown option; {nearest_option(name, schema)}"
+    if fault["type"] == "missing":
+        return f"{name}: is required and was not given"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{name}: {message[0].lower() + message[1:]} (given: {fault['input']!r})"
+
+
+def nearest_option(name: str, schema: type[BaseModel]) -> str:
+    """The option that an unknown name may have meant: a sibling with a like name first, then any option or section."""
+    section, _, leaf = name.rpartition(".")
+    # Reversed, so that of two options with the same last part the first counts.
+    everywhere = {option.split(".")[-1]: option for option in reversed([*schema.model_fields, *option_names(schema)])}
+    siblings = {
+        option.split(".")[-1]: option for option in option_names(schema) if option.rpartition(".")[0] == section
+    }
+    for known, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
+        if near := difflib.get_close_matches(leaf, known, n=1, cutoff=cutoff):
+            return f"did you mean {known[near[0]]}?"
+    return f"{section} has {', '.join(siblings)}" if section and siblings else "--help lists all options"
+
+
+def option_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            names += option_names(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def help_text(schema: type[BaseModel]) -> str:
+    """All options with their types, defaults and docstrings, section by section."""
+    lines = [
+        f"{(schema.__doc__ or '').strip()}",
+        "",
+        "  --config FILE.yaml  options from a file; options after it override",
+        "  --print_config      print the resolved options and leave",
+    ]
+
+    def add(model: type[BaseModel], prefix: str) -> None:
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                lines.extend(["", f"{name}: {(field.annotation.__doc__ or '').strip()}"])
+                add(field.annotation, f"{prefix}{name}.")
+                continue
+            default = "required" if field.is_required() else f"default: {field.default}"
+            text = " ".join((field.description or "").split())
+            lines.append(f"  --{prefix}{name} ({default})\n        {text}")
+
+    add(schema, "")
+    return "\n".join(lines)
