@@ -70,7 +70,9 @@ def save_hybrid_model(
     (draft / METADATA_FILE).write_text(
         json.dumps({"hafrm_ds": hafrm_ds.__version__, **metadata}, indent=2, ensure_ascii=False) + "\n"
     )
+    readable = (draft / METADATA_FILE).stat().st_mode
     for file in draft.iterdir():
+        file.chmod(readable)  # safetensors leaves its files to their owner alone
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     shutil.rmtree(folder, ignore_errors=True)

@@ -51,6 +51,7 @@ def test_a_reopened_model_has_every_weight_and_gives_the_same_scores(family, in_
     save(model, folder)
     assert (folder / "model.safetensors").exists() == in_one_file
     assert (folder / "model.safetensors.index.json").exists() != in_one_file
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
     weights = dict(model.causal_lm.named_parameters())
     shapes = stored_shapes(folder)
