@@ -82,6 +82,8 @@ def read_arguments(arguments: list[str]) -> tuple[dict, bool]:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             parsed = value
+            if value.startswith(("[", "{")):  # anything else is a text, as it stands
+                problems.append(f"--{name} {value}: is no valid YAML; put texts that hold ? or : in quotes")
         *sections, key = name.split(".")
         node = {key: parsed}
         for section in reversed(sections):

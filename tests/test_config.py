@@ -236,7 +236,7 @@ def test_faults_of_the_command_line_are_named_together(tmp_path):
 def test_print_config_loads_to_the_same_configuration(tmp_path, capsys):
     arguments = [
         "--data.train", "[{path: a.jsonl, portion: '10:50', weight: 1}, {preset: hh_harmless, weight: 2}]",
-        "--data.eval", "{mine: b.jsonl?split=test, hh: preset:hh_helpful}",
+        "--data.eval", "{mine: 'b.jsonl?split=test', hh: preset:hh_helpful}",
         "--data.template_date", "2025-01-31",
         "--objective.alpha", "0",
         "--optimizer.epsilon", "1e-9",
@@ -278,3 +278,10 @@ def test_help_names_every_option_with_its_text(capsys, flag):
         assert lines[number + 1].strip() == " ".join(field.description.split())
     assert "  --output_dir (required)" in lines
     assert "  --objective.alpha (default: 0.2)" in lines
+
+
+def test_a_list_that_yaml_cannot_read_is_no_text():
+    with pytest.raises(ConfigError, match=r"--data.train \[a.jsonl\?x=1, b.jsonl\]: is no valid YAML; .* in quotes"):
+        load_config([*REQUIRED, "--data.train", "[a.jsonl?x=1, b.jsonl]"])
+    config = load_config([*REQUIRED, "--data.train", '["a.jsonl?x=1", b.jsonl]'])
+    assert [source.where for source in config.data.train] == [{"x": "1"}, {}]
