@@ -61,7 +61,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     difference = np.abs(losses["stored"] / losses["online"] - 1).max()
     if processes.is_first:
         print(
-            "\n| reference | seconds a step (without the first) | peak memory of a process so far, GiB |\n|---|---|---|"
+            "\n| reference | seconds a step (without the first) |\n|---|---|"
         )
         for name in steps:
             print(f"| {name} | {seconds[name]:.2f} |")
