@@ -60,9 +60,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     seconds = {name: sum(step["seconds"] for step in rows[1:]) / (len(rows) - 1) for name, rows in steps.items()}
     difference = np.abs(losses["stored"] / losses["online"] - 1).max()
     if processes.is_first:
-        print(
-            "\n| reference | seconds a step (without the first) |\n|---|---|"
-        )
+        print("\n| reference | seconds a step (without the first) |\n|---|---|")
         for name in steps:
             print(f"| {name} | {seconds[name]:.2f} |")
         ratio = seconds["online"] / seconds["stored"]
