@@ -144,7 +144,9 @@ class Processes:
 def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     """Run an entry file: a UserError becomes one message from one rank, and exit status 1 on all.
 
-    Any other error keeps its traceback; ranks that wait for this one are told, for they would wait for ever.
+    A collective that fails because another rank has left is the consequence of an error, not the error: the rank whose
+    it is reports it. Anything else keeps its traceback; ranks that wait for this one are told, for they would wait for
+    ever.
     """
     processes = Processes.join()
     try:
@@ -152,8 +154,16 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     except UserError as error:
         processes.report(error)
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if is_lost_connection(error):
+            print(f"rank {processes.rank} stops: another process of the run has ended", file=sys.stderr, flush=True)
+            sys.exit(1)
         processes.speaks()
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """A collective that failed, or a store that is gone: gloo raises a plain RuntimeError that names its own source."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

@@ -134,6 +134,17 @@ def test_an_error_that_nobody_foresaw_also_stops_the_ranks_that_wait(ranks, monk
     assert not ranks[0].report(DataError("of rank 0, after that"))
 
 
+def test_a_collective_that_fails_with_another_rank_is_no_error_of_its_own(ranks, monkeypatch, capsys):
+    def main(arguments: list[str], processes: Processes) -> None:
+        raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:23945")
+
+    monkeypatch.setattr(Processes, "join", classmethod(lambda cls: ranks[1]))
+    with pytest.raises(SystemExit, match="1"):
+        run_entry(main)
+    assert capsys.readouterr().err == "rank 1 stops: another process of the run has ended\n"
+    assert ranks[0].report(DataError("the error of rank 0, which is printed"))
+
+
 def test_a_store_that_is_gone_means_that_rank_0_has_left():
     class Gone:
         def check(self, *given):
