@@ -1,8 +1,11 @@
 """What a computation costs: floating-point operations of a model, and what the hardware reaches."""
 
+import ctypes
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hafrm_ds.data.packing import PackedBatch
+from hafrm_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,50 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory_bytes(device: torch.device, num_sharing: int) -> int:
+    """Memory that this process may still take: free on its GPU, or its part of what the machine or container has left.
+
+    Args:
+        num_sharing: processes that share a CPU's memory.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    left = read_kib(Path("/proc/meminfo"), "MemAvailable")
+    try:  # a container may be allowed less
+        group = Path("/sys/fs/cgroup")
+        left = min(left, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no limit, or no cgroup of version 2
+        pass
+    return left // num_sharing
+
+
+def peak_growth_bytes(device: torch.device, work: Callable[[], None]) -> int:
+    """How much memory `work` takes at its highest, beyond what the process held before."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_reserved(device)
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_reserved(device) - before
+    status = Path("/proc/self/status")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps of freed memory would hide what `work` takes
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is held now
+        before = read_kib(status, "VmRSS")
+        work()
+        return read_kib(status, "VmHWM") - before
+    except (OSError, AttributeError) as error:
+        raise UserError(
+            "this system does not tell how much memory a process takes, which --batch.max_tokens_per_micro_batch auto "
+            "needs; give a number"
+        ) from error
+
+
+def read_kib(file: Path, name: str) -> int:
+    """The value of a `Name:   123 kB` line of a file under /proc, in bytes."""
+    line = next(line for line in file.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 
 from hafrm_ds.data.sources import EvalSources, TrainSources
 
@@ -18,6 +18,17 @@ Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 # YAML reads an unquoted 2024-07-26 as a date.
 Day = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, datetime.date) else value)]
+
+
+def in_one_message(value, validate):
+    """One message for both members of the union."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        raise ValueError("must be a whole number above 0, or auto") from error
+
+
+TokenBudget = Annotated[PositiveInt | Literal["auto"], WrapValidator(in_one_message)]
 
 
 class Section(BaseModel):
@@ -39,6 +50,10 @@ class ModelConfig(Section):
     """Run modelling code that comes with the checkpoint. Off unless you trust its authors."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the weights in forward and backward. DeepSpeed keeps fp32 master weights beside bfloat16 ones."""
+    attention: Literal["auto", "fa3", "fa2", "fa4", "varlen", "segmented"] = "auto"
+    """Kernel of the layouts without padding. auto: the first of these that runs here. fa3, fa2, fa4: the packages of
+    FlashAttention 3, 2 and 4. varlen: the FlashAttention inside torch. segmented: torch's scaled_dot_product_attention,
+    segment by segment, for CPU, float32 and soft caps."""
     gradient_checkpointing: bool = False
     """Recompute each layer in backward: activations of one layer in memory instead of all, for about a third more
     compute."""
@@ -120,11 +135,13 @@ class BatchConfig(Section):
 
     global_batch_size: PositiveInt = 64
     """Pairs in one optimizer step, over all GPUs."""
-    max_tokens_per_micro_batch: PositiveInt = 8192
-    """Token budget of one forward and backward on one GPU. More is faster until memory runs out."""
-    layout: Literal["shared_prefix", "packed", "padded"] = "shared_prefix"
+    max_tokens_per_micro_batch: TokenBudget = 8192
+    """Token budget of one forward and backward on one GPU. More is faster until memory runs out. auto: found at the
+    start from what two micro-batches need, the same on all GPUs, and written into the run's config.yaml."""
+    layout: Literal["auto", "shared_prefix", "packed", "padded"] = "auto"
     """shared_prefix: a prompt stands once for both answers, no padding. packed: no padding, the prompt repeated.
-    padded: the model's stock attention on padded rows."""
+    padded: the model's stock attention on padded rows. auto: shared_prefix, or padded, with a warning, for a model that
+    cannot keep packed answers apart."""
 
 
 class OptimizerConfig(Section):
@@ -241,9 +258,10 @@ def contradictions(config: TrainConfig) -> list[str]:
     if best is not None and best.split("/")[0] not in config.data.eval:
         known = ", ".join(config.data.eval) or "none"
         problems.append(f"evaluation.best_metric {best!r} names no set of data.eval (known: {known})")
-    if config.data.max_length > config.batch.max_tokens_per_micro_batch:
+    budget = config.batch.max_tokens_per_micro_batch
+    if budget != "auto" and config.data.max_length > budget:
         problems.append(
             f"data.max_length {config.data.max_length} exceeds batch.max_tokens_per_micro_batch "
-            f"{config.batch.max_tokens_per_micro_batch}: one conversation may not fit in a micro-batch"
+            f"{budget}: one conversation may not fit in a micro-batch"
         )
     return problems

@@ -7,8 +7,7 @@ import torch
 import transformers
 
 from hafrm_ds.data.packing import PromptWithResponses
-from hafrm_ds.model.attention import SEGMENT_ATTENTION
-from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head, stock_attention
+from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from tests.tiny_tokenizers import byte_level_tokenizer
 
 VOCABULARY = 120
@@ -72,9 +71,8 @@ def tiny_hybrid(family: str, seed: int = 0) -> HybridModel:
 
 
 def use_layout(model: HybridModel, layout: str) -> None:
-    """Choose the attention that a layout runs under, as loading does."""
-    stock = stock_attention(model.causal_lm)
-    model.causal_lm.set_attn_implementation(stock if layout == "padded" else SEGMENT_ATTENTION)
+    """Choose the attention that a layout runs under on the CPU, as loading does."""
+    model.use_layout(layout, "auto", torch.device("cpu"))
 
 
 def random_items(

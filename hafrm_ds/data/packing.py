@@ -70,6 +70,15 @@ class PackedBatch:
     def num_responses(self) -> int:
         return len(self.num_tokens)
 
+    @property
+    def num_positions(self) -> int:
+        """Positions that the body computes, padding among them."""
+        return self.input_ids.numel()
+
+    @property
+    def num_padding(self) -> int:
+        return 0 if self.attention_mask is None else int((self.attention_mask == 0).sum())
+
     def to(self, device: torch.device) -> "PackedBatch":
         return move(self, device)
 

@@ -97,6 +97,16 @@ def cut_into_micro_batches(costs: np.ndarray, num_ranks: int, max_tokens: int) -
     return ranks
 
 
+def imbalance(costs: np.ndarray, ranks: list[list[list[int]]]) -> float:
+    """Share of their time that ranks wait for the one with the most tokens, as they meet after every micro-batch.
+
+    Args:
+        costs, ranks: given to and returned by `cut_into_micro_batches`.
+    """
+    tokens = np.array([[costs[[place for place in part if place != DUMMY]].sum() for part in own] for own in ranks])
+    return float(1 - tokens.mean(axis=0).sum() / tokens.max(axis=0).sum())
+
+
 def pack(costs: np.ndarray, order: np.ndarray, num_bins: int, max_tokens: int) -> list[list[int]] | None:
     """Longest-first greedy packing: `num_bins` lists, heaviest first, or None when one would exceed max_tokens."""
     heap = [(0, index) for index in range(num_bins)]

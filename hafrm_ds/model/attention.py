@@ -1,27 +1,98 @@
 """Attention over the segments of a micro-batch, registered with transformers' AttentionInterface.
 
-A model loaded with `attn_implementation=SEGMENT_ATTENTION` calls `segment_attention` in every layer; the segments
+A model whose attention implementation is that of a `Kernel` calls `segment_attention` in every layer; the segments
 travel as the keyword argument `segments` of the model's forward, so there is no global state and no forked modelling
 code. Under a registered name without a mask function transformers builds no mask at all, which is what segments need.
 
-Legend: T tokens, K keys, Q and G query and key-value heads, D head dimension.
+Which kernel runs is part of the registered name (`hafrm_fa2`, `hafrm_varlen`, ...), so a model says what it uses.
+
+Legend: T tokens (queries), K keys, Q and G query and key-value heads, D head dimension.
 """
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from hafrm_ds.data.packing import AttentionSegments
 from hafrm_ds.errors import ModelError
 
-SEGMENT_ATTENTION = "hafrm_segments"
-
 HARMLESS = ("position_ids", "cache_position")
 """Tensors that some models pass to their attention function and that change nothing in it."""
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+LARGEST_FLASH_HEAD = 256
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """What a model does to its attention scores: scale (None: D ** -0.5), window of visible keys, soft cap."""
+
+    scale: float | None
+    window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of segment attention.
+
+    run: (query [T, Q, D], key [K, G, D], value [K, G, D], segments, rule) -> [T, Q, D].
+    package: the module it comes from, which must be installed.
+    capabilities: major compute capabilities of NVIDIA GPUs that it was written for; empty: any device, CPU included.
+    has_softcap: takes a soft cap, forward and backward.
+    """
+
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor, AttentionSegments, ScoreRule], Tensor]
+    package: str
+    capabilities: tuple[int, ...]
+    has_softcap: bool
+
+    @property
+    def implementation(self) -> str:
+        """Its name in transformers' AttentionInterface. Never with "flash" or "sdpa" in it: transformers would take it
+        for its own, and check whether the model supports that."""
+        return f"hafrm_{self.name}"
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str | None:
+        """Why it cannot run a model on a device; None when it can."""
+        if not is_installed(self.package):
+            return f"the package {self.package} is not installed"
+        if self.capabilities:
+            if device.type != "cuda":
+                return f"it needs an NVIDIA GPU, not {device.type}"
+            if (major := torch.cuda.get_device_capability(device)[0]) not in self.capabilities:
+                return f"it is not made for GPUs of compute capability {major}"
+            if dtype not in FLASH_DTYPES:
+                return f"it has no {str(dtype).removeprefix('torch.')}"
+            if (size := head_dimension(config)) > LARGEST_FLASH_HEAD:
+                return f"it takes heads of up to {LARGEST_FLASH_HEAD} dimensions, not {size}"
+            if getattr(config, "v_head_dim", size) != size:
+                return "it takes keys and values of one size, and this model has two"
+        if not self.has_softcap and getattr(config, "attn_logit_softcapping", None):
+            return "it has no soft cap for attention scores, which this model uses"
+        return None
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        return False
+
+
+def head_dimension(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def segment_attention(
+    kernel: Kernel,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -44,8 +115,8 @@ def segment_attention(
         ([1, T, Q, D], None)
 
     Raises:
-        ModelError: the model passes a tensor that is not known here, as attention sinks or position biases: it would
-            change the scores, so it is not ignored.
+        ModelError: the model passes a tensor that is not known here, as attention sinks or position biases, or a soft
+            cap that the kernel has not: either would change the scores, so it is not ignored.
     """
     if attention_mask is not None:
         raise ValueError("segment attention takes no mask; transformers passed one")
@@ -54,51 +125,190 @@ def segment_attention(
             f"{type(module).__name__} gives {', '.join(unknown)} to its attention, which the layouts shared_prefix and "
             "packed do not know; set --batch.layout padded"
         )
+    if softcap and not kernel.has_softcap:
+        raise ModelError(
+            f"{type(module).__name__} caps its attention scores, which {kernel.name} cannot; "
+            "set --model.attention segmented"
+        )
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if segments.key_index is not None:
-        key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
+        key, value = key.index_select(0, segments.key_index), value.index_select(0, segments.key_index)
+    output = kernel.run(query, key, value, segments, ScoreRule(scaling, sliding_window, softcap or None))
+    return output[None], None
+
+
+# ---- kernels -------------------------------------------------------------------------------------------------------
+
+
+def run_segmented(query: Tensor, key: Tensor, value: Tensor, segments: AttentionSegments, rule: ScoreRule) -> Tensor:
+    """torch's scaled_dot_product_attention, one call a segment: any device, any dtype, windows and soft caps.
+
+    On CPU it computes in fp32: for segments of up to a few hundred tokens its backward is then up to twice as fast as
+    in bfloat16, and the result is more exact.
+    """
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()
     outputs = [
-        segment_sdpa(q, k, v, scaling, sliding_window, softcap)
+        segment_sdpa(q, k, v, rule)
         for q, k, v in zip(
-            query.split(segments.q_lengths, dim=2),
-            key.split(segments.k_lengths, dim=2),
-            value.split(segments.k_lengths, dim=2),
+            query.transpose(0, 1)[None].split(segments.q_lengths, dim=2),
+            key.transpose(0, 1)[None].split(segments.k_lengths, dim=2),
+            value.transpose(0, 1)[None].split(segments.k_lengths, dim=2),
             strict=True,
         )
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1).to(dtype)
 
 
-def segment_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None, softcap: float | None
-) -> Tensor:
+def segment_sdpa(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> Tensor:
     """Attention of one segment, causal from the bottom right: query i of q sees keys up to k - q + i.
 
     query [1, Q, q, D], key and value [1, G, k, D] -> [1, Q, q, D]
     """
     q_length, k_length = query.shape[2], key.shape[2]
-    has_window = sliding_window is not None and sliding_window < k_length
+    has_window = rule.window is not None and rule.window < k_length
     is_grouped = query.shape[1] != key.shape[1]
-    if softcap is None and not has_window and q_length == k_length:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=is_grouped)
+    if rule.softcap is None and not has_window and q_length == k_length:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=rule.scale, enable_gqa=is_grouped
+        )
 
     query_position = torch.arange(k_length - q_length, k_length, device=query.device)[:, None]
     key_position = torch.arange(k_length, device=query.device)[None]
     visible = key_position <= query_position
     if has_window:
-        visible &= key_position > query_position - sliding_window
-    if softcap is None:
+        visible &= key_position > query_position - rule.window
+    if rule.softcap is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=scaling, enable_gqa=is_grouped
+            query, key, value, attn_mask=visible, scale=rule.scale, enable_gqa=is_grouped
         )
 
-    # No fused kernel on CPU has the soft cap of Gemma 2, so its scores are formed, in fp32 for the softmax.
-    if is_grouped:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
+    # No fused kernel of torch has the soft cap of Gemma 2, so its scores are formed, in fp32 for the softmax.
+    key, value = repeat_groups(key, query.shape[1], dim=1), repeat_groups(value, query.shape[1], dim=1)
+    scores = query @ key.transpose(2, 3) * (rule.scale if rule.scale is not None else query.shape[-1] ** -0.5)
+    scores = rule.softcap * torch.tanh(scores / rule.softcap)
     scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+def repeat_groups(tensor: Tensor, num_heads: int, dim: int) -> Tensor:
+    """Repeat key-value heads along `dim` until there are as many as query heads."""
+    times = num_heads // tensor.shape[dim]
+    return tensor if times == 1 else tensor.repeat_interleave(times, dim=dim)
+
+
+def run_varlen(query: Tensor, key: Tensor, value: Tensor, segments: AttentionSegments, rule: ScoreRule) -> Tensor:
+    """torch's own variable-length FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouping = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        grouping = {"enable_gqa": query.shape[1] != key.shape[1]}
+    else:  # before torch 2.12
+        key, value = repeat_groups(key, query.shape[1], dim=1), repeat_groups(value, query.shape[1], dim=1)
+    return varlen_attn(
+        query,
+        key,
+        value,
+        segments.cu_seqlens_q,
+        segments.cu_seqlens_k,
+        max(segments.q_lengths),
+        max(segments.k_lengths),
+        scale=rule.scale,
+        window_size=(-1, 0) if rule.window is None else flash_window(rule.window),  # (-1, 0): causal
+        **grouping,
+    )
+
+
+def run_flash_package(
+    module: str, query: Tensor, key: Tensor, value: Tensor, segments: AttentionSegments, rule: ScoreRule
+) -> Tensor:
+    """flash_attn_varlen_func of one of the FlashAttention packages, which agree in these arguments."""
+    function = importlib.import_module(module).flash_attn_varlen_func
+    output = function(
+        query,
+        key,
+        value,
+        cu_seqlens_q=segments.cu_seqlens_q,
+        cu_seqlens_k=segments.cu_seqlens_k,
+        max_seqlen_q=max(segments.q_lengths),
+        max_seqlen_k=max(segments.k_lengths),
+        softmax_scale=rule.scale,
+        causal=True,
+        window_size=(-1, -1) if rule.window is None else flash_window(rule.window),
+        softcap=rule.softcap or 0.0,
+    )
+    return output[0] if isinstance(output, tuple) else output  # some versions also return the log-sum-exp
+
+
+def flash_window(window: int) -> tuple[int, int]:
+    """(left, right) of FlashAttention, which counts keys beside a query's own; a model's window includes that one."""
+    return window - 1, 0
+
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("fa3", partial(run_flash_package, "flash_attn_interface"), "flash_attn_interface", (9,), True),
+        Kernel("fa2", partial(run_flash_package, "flash_attn"), "flash_attn_2_cuda", (8, 9, 10, 12), True),
+        # Its backward has no soft cap in every head dimension, and it is a pre-release.
+        Kernel("fa4", partial(run_flash_package, "flash_attn.cute"), "flash_attn.cute", (9, 10), False),
+        Kernel("varlen", run_varlen, "torch.nn.attention.varlen", (8, 9, 10, 12), False),
+        Kernel("segmented", run_segmented, "torch", (), True),
+    )
+}
+"""By name, in the order in which `auto` prefers them."""
+
+for kernel in KERNELS.values():
+    AttentionInterface.register(kernel.implementation, partial(segment_attention, kernel))
+
+
+def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> Kernel:
+    """The kernel named `requested`, or for "auto" the first that can run the model.
+
+    Args:
+        config: of the model.
+
+    Raises:
+        ModelError: the named one cannot run it.
+    """
+    config = config.get_text_config()
+    obstacles = {name: kernel.obstacle(device, dtype, config) for name, kernel in KERNELS.items()}
+    able = [name for name, obstacle in obstacles.items() if obstacle is None]
+    if requested == "auto":
+        return KERNELS[able[0]]
+    if obstacles[requested] is not None:
+        raise ModelError(
+            f"--model.attention {requested} cannot be used: {obstacles[requested]}. What can: {', '.join(able)}"
+        )
+    return KERNELS[requested]
+
+
+def stock_attention(model: PreTrainedModel) -> str:
+    """sdpa, or eager for a model that has no sdpa or whose scores have a soft cap, which sdpa leaves out."""
+    has_softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if model._supports_sdpa and not has_softcap else "eager"
+
+
+def set_attention(causal_lm: PreTrainedModel, layout: str, requested: str, device: torch.device) -> str:
+    """Give a model the attention that a layout runs under; returns the layout, with "auto" resolved.
+
+    Args:
+        requested: name of a kernel or "auto"; the padded layout runs under the model's stock attention.
+
+    Raises:
+        ModelError: the model cannot run in the layout, or not under the kernel.
+    """
+    if causal_lm._supports_attention_backend and layout != "padded":
+        kernel = choose_kernel(requested, device, causal_lm.dtype, causal_lm.config)
+        causal_lm.set_attn_implementation(kernel.implementation)
+        return "shared_prefix" if layout == "auto" else layout
+    if layout not in ("auto", "padded"):
+        raise ModelError(
+            f"{type(causal_lm).__name__} does not take its attention from transformers' AttentionInterface, which "
+            f"--batch.layout {layout} needs; set it to auto or padded"
+        )
+    # A registered name gets no mask, not even one for padding.
+    causal_lm.set_attn_implementation(stock_attention(causal_lm))
+    return "padded"

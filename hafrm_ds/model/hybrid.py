@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
+from hafrm_ds.model.attention import set_attention, stock_attention
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
 from hafrm_ds.objective import ResponseScores
 
@@ -46,6 +47,7 @@ class HybridModel(nn.Module):
     """A causal LM with a reward head beside its LM head. Both read the same forward pass of the body.
 
     Attributes:
+        layout: of the micro-batches that its attention is set for (`use_layout`); until then every model takes padded.
         uses_stock_logits: take log-probs from the causal LM's own [T, V] logits instead of the fused function, for a
             model whose LM head does something that `HeadTransform` does not know (`lm_head_difference`).
     """
@@ -55,7 +57,19 @@ class HybridModel(nn.Module):
         self.causal_lm = causal_lm
         self.reward_head = reward_head
         self.response_logprobs = ResponseLogprobs(head_transform(causal_lm.config))
+        self.layout = "padded"
         self.uses_stock_logits = False
+
+    def use_layout(self, layout: str, attention: str, device: torch.device) -> None:
+        """Set the attention for a layout, or with "auto" for the best that the model can.
+
+        Args:
+            attention: name of a kernel, or "auto" for the best that runs on `device`.
+
+        Raises:
+            ModelError: the model cannot run so.
+        """
+        self.layout = set_attention(self.causal_lm, layout, attention, device)
 
     def forward(self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True) -> ResponseScores:
         """Score the N responses of a micro-batch.
@@ -192,12 +206,6 @@ def layout_difference(
             f"infinity, or overflow in {model.reward_head.weight.dtype}"
         )
     return max(((ours - padded).abs() / (1 + padded.abs())).max().item() for ours, padded in compared)
-
-
-def stock_attention(model: PreTrainedModel) -> str:
-    """sdpa, or eager for a model that has no sdpa or whose scores have a soft cap, which sdpa leaves out."""
-    has_softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    return "sdpa" if model._supports_sdpa and not has_softcap else "eager"
 
 
 def tolerance_of(model: HybridModel) -> float:

@@ -8,8 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.attention import SEGMENT_ATTENTION
-from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head, stock_attention
+from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tflite", "original/*"]
 """Files of a hub repository that no from_pretrained call reads."""
@@ -67,8 +66,10 @@ def local_folder(config: ModelConfig) -> Path:
         ) from error
 
 
-def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int) -> HybridModel:
+def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: torch.device) -> HybridModel:
     """The causal LM with a fresh reward head, in the dtype of the run, dropout off, in train mode.
+
+    It is loaded on the CPU; `device` is where it will run, which decides the attention kernel.
 
     Inside `training.engine.sharded_loading` the weights are partitioned while they are read.
     """
@@ -83,7 +84,6 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int) -> HybridM
             **origin(config),
             config=model_config,
             dtype=dtype,
-            attn_implementation=SEGMENT_ATTENTION,
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -96,13 +96,13 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int) -> HybridM
         )
     if causal_lm.get_output_embeddings() is None:
         raise ModelError(f"{type(causal_lm).__name__} has no language-model head")
-    if layout == "padded":  # a registered name gets no mask, not even one for padding
-        causal_lm.set_attn_implementation(stock_attention(causal_lm))
     disable_dropout(causal_lm)
     causal_lm.train()
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return HybridModel(causal_lm, head)
+    model = HybridModel(causal_lm, head)
+    model.use_layout(layout, config.attention, device)
+    return model
 
 
 def first_line(error: BaseException) -> str:

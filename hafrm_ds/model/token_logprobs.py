@@ -6,6 +6,7 @@ Legend: M tokens, H hidden, V vocabulary.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOGPROB_VERSION = 1
@@ -42,18 +43,23 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: HeadTransform):
         chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        logprobs, log_partition = (
+            torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(2)
+        )
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = chunk_logits(hidden[part], weight, bias, transform)
-            logprobs[part] = logits.gather(1, targets[part, None]).squeeze(1) - logits.logsumexp(dim=1)
-        ctx.save_for_backward(hidden, weight, bias, targets)
+            # One fused pass; the partition function then follows from any one entry.
+            chosen = logits.gather(1, targets[part, None]).squeeze(1)
+            logprobs[part] = -F.cross_entropy(logits, targets[part], reduction="none")
+            log_partition[part] = chosen - logprobs[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, log_partition)
         ctx.transform, ctx.chunk = transform, chunk
         return logprobs
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, log_partition = ctx.saved_tensors
         transform = ctx.transform
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in fp32: a bf16 running sum would lose what late chunks add.
@@ -62,15 +68,16 @@ class TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits = chunk_logits(hidden[part], weight, bias, transform)
-            grad_logits = torch.softmax(logits, dim=1).neg_()
-            grad_logits.scatter_add_(1, targets[part, None], torch.ones_like(grad_logits[:, :1]))
-            grad_logits *= grad_logprobs[part, None]
-            if transform.softcap is not None:
-                grad_logits *= 1 - (logits / transform.softcap).square()
+            # d logprob / d logits = onehot - softmax; in place where nothing else needs the logits.
+            slope = 1 - (logits / transform.softcap).square() if transform.softcap is not None else None
+            grad_logits = logits.sub_(log_partition[part, None]).exp_()
+            grad_logits.scatter_add_(1, targets[part, None], grad_logits.new_full((len(grad_logits), 1), -1.0))
+            grad_logits *= -transform.scale * grad_logprobs[part, None]
+            if slope is not None:
+                grad_logits *= slope
             if grad_bias is not None:
-                # The bias joins before the scale, as in chunk_logits.
-                grad_bias += transform.scale * grad_logits.sum(0)
-            grad_product = (transform.scale * grad_logits).to(hidden.dtype)
+                grad_bias += grad_logits.sum(0)  # the bias joins before the scale, as in chunk_logits
+            grad_product = grad_logits.to(hidden.dtype)
             grad_hidden[part] = grad_product @ weight
             if grad_weight is not None:
                 grad_weight += grad_product.t() @ hidden[part]

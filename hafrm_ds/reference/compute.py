@@ -84,16 +84,17 @@ class Work:
 
     Legend: I items.
 
-    pair: [I] place in Responses.index; sides: [I, 2] bool, which of its responses; costs: [I] tokens.
+    pair: [I] place in Responses.index; sides: [I, 2] bool, which of its responses; lengths: of prompt, chosen and
+    rejected, each [I].
     """
 
     responses: Responses
     pair: np.ndarray
     sides: np.ndarray
-    costs: np.ndarray
+    lengths: dict[str, np.ndarray]
 
     @classmethod
-    def missing(cls, responses: Responses, values: np.ndarray, layout: str) -> "Work":
+    def missing(cls, responses: Responses, values: np.ndarray) -> "Work":
         """Each response without a value, once, with the first pair that has it."""
         wanted = np.isnan(values)[responses.place]
         first = np.zeros(wanted.shape, dtype=bool)
@@ -106,10 +107,14 @@ class Work:
             mine = responses.index[pair, 0] == number
             for name, column in lengths.items():
                 column[mine] = pairs.lengths[name][responses.index[pair[mine], 1]]
-        return cls(responses, pair, sides[pair], token_costs(lengths, layout, sides[pair]))
+        return cls(responses, pair, sides[pair], lengths)
 
     def __len__(self) -> int:
         return len(self.pair)
+
+    def costs(self, layout: str) -> np.ndarray:
+        """[I] tokens of each item in a layout."""
+        return token_costs(self.lengths, layout, self.sides)
 
     def item(self, position: int) -> PromptWithResponses:
         number, row = self.responses.index[self.pair[position]]
@@ -146,6 +151,7 @@ def compute_missing(
     """
     num_responses = len(work.responses.keys)
     table = torch.zeros(num_responses, 2, dtype=torch.float64)  # value, how often it was computed
+    costs = work.costs(batch.layout)
 
     def keep(positions: list[int], scores: ResponseScores) -> None:
         places, logprobs = work.places(positions), scores.logprob.float().cpu().numpy()
@@ -159,13 +165,13 @@ def compute_missing(
             writer.add(work.responses.keys[place].tobytes(), logprob, count, token_logprobs)
         table[places, 0] = torch.from_numpy(logprobs).double()
         table[places, 1] += 1
-        on_progress(int(work.costs[positions].sum()))
+        on_progress(int(costs[positions].sum()))
 
     with writer:
         score_items(
             engine,
             work.item,
-            work.costs,
+            costs,
             layout=batch.layout,
             max_tokens=batch.max_tokens_per_micro_batch,
             on_scores=keep,

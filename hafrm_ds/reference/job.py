@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch.distributed as dist
 
-from hafrm_ds.config import TrainConfig
+from hafrm_ds.config import BatchConfig, TrainConfig
 from hafrm_ds.data.packing import token_costs
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
@@ -55,16 +55,16 @@ class ReferenceSource:
         """[U] fp32, NaN where the store has no value."""
         return stored_values(self.store, responses, device)
 
-    def compute(self, engine: Engine, work: Work, log: RunLog) -> np.ndarray:
+    def compute(self, engine: Engine, work: Work, batch: BatchConfig, log: RunLog) -> np.ndarray:
         """Compute and store what is missing: [U] fp32, NaN for what was not."""
         config = self.config
         folder = config.reference.store / self.namespace.name
-        with log.progress("reference log-probs", int(work.costs.sum()), "tokens") as progress:
+        with log.progress("reference log-probs", int(work.costs(batch.layout).sum()), "tokens") as progress:
             return compute_missing(
                 engine,
                 work,
-                config.batch,
-                ShardWriter(folder, self.namespace.name, provenance(config, engine), config.reference.flush_seconds),
+                batch,
+                ShardWriter(folder, self.namespace.name, provenance(engine), config.reference.flush_seconds),
                 per_token=config.reference.per_token,
                 on_progress=progress.advance_for_all_ranks,
             )
@@ -94,10 +94,10 @@ def namespace_of(config: TrainConfig) -> Namespace:
     return Namespace(fingerprint_weights(config.model), config.model.dtype, LOGPROB_VERSION)
 
 
-def provenance(config: TrainConfig, engine: Engine) -> dict:
+def provenance(engine: Engine) -> dict:
     """What moves the last bits of a value and nothing else."""
     return {
-        "layout": config.batch.layout,
+        "layout": engine.model.layout,
         "attention": engine.model.causal_lm.config._attn_implementation,
         "stock_logits": engine.model.uses_stock_logits,
         "zero_stage": engine.stage,
@@ -109,6 +109,7 @@ def provenance(config: TrainConfig, engine: Engine) -> dict:
 def provide_reference(
     source: ReferenceSource,
     engine: Engine,
+    batch: BatchConfig,
     sets: Sequence[PreparedPairs],
     positions: Sequence[np.ndarray],
     log: RunLog,
@@ -116,6 +117,7 @@ def provide_reference(
     """The reference log-probs of a training run, before its first step: the policy is the reference still.
 
     Args:
+        batch: with layout and token budget decided.
         sets: training set first.
         positions: for each set, the positions of the pairs that the run uses.
 
@@ -134,17 +136,18 @@ def provide_reference(
                 "--reference.on_missing compute"
             )
         log.print(f"{explanation}: computing them now")
-        work = Work.missing(responses, values, source.config.batch.layout)
-        values = np.where(np.isnan(values), source.compute(engine, work, log), values)
+        work = Work.missing(responses, values)
+        values = np.where(np.isnan(values), source.compute(engine, work, batch, log), values)
     else:
         log.print(f"all {len(values):,} reference log-probs found in {source.config.reference.store}")
     reference = responses.by_set(values)
-    check_sample(source.config, engine, sets[0], from_store[0], reference[0], log)
+    check_sample(source.config, batch, engine, sets[0], from_store[0], reference[0], log)
     return reference
 
 
 def check_sample(
     config: TrainConfig,
+    batch: BatchConfig,
     engine: Engine,
     pairs: PreparedPairs,
     candidates: np.ndarray,
@@ -166,9 +169,9 @@ def check_sample(
         engine,
         pairs,
         chosen,
-        token_costs(pairs.lengths, config.batch.layout),
-        layout=config.batch.layout,
-        max_tokens=config.batch.max_tokens_per_micro_batch,
+        token_costs(pairs.lengths, batch.layout),
+        layout=batch.layout,
+        max_tokens=batch.max_tokens_per_micro_batch,
         with_reward=False,
         with_logprob=True,
     )["logprob"]
@@ -201,13 +204,13 @@ def precompute(
     source: ReferenceSource,
     processes: Processes,
     sets: Sequence[PreparedPairs],
-    load_engine: Callable[[], Engine],
+    load_engine: Callable[[], tuple[Engine, BatchConfig]],
     log: RunLog,
 ) -> dict[str, float]:
     """The offline pass: every log-prob of every pair of `sets` into the store; only what is missing is computed.
 
     Args:
-        load_engine: makes the scoring engine; called only if something is missing.
+        load_engine: makes the scoring engine and decides layout and token budget; called only if something is missing.
 
     Returns:
         Figures of the pass, the same on all ranks.
@@ -216,20 +219,21 @@ def precompute(
     config = source.config
     responses = Responses.of(sets, [np.arange(len(pairs)) for pairs in sets])
     values = source.look_up(responses, processes.device)
-    work = Work.missing(responses, values, config.batch.layout)
+    work = Work.missing(responses, values)
     figures = {
         "pairs": sum(len(pairs) for pairs in sets),
         "responses": len(values),
         "computed": int(np.isnan(values).sum()),
-        "tokens": int(work.costs.sum()),
+        "tokens": 0,
         "look_up_seconds": time.perf_counter() - started,
         "compute_seconds": 0.0,
     }
     if len(work):
         log.print(source.explain_missing(figures["computed"], len(values)))
-        engine = load_engine()
+        engine, batch = load_engine()
         started = time.perf_counter()
-        source.compute(engine, work, log)
+        source.compute(engine, work, batch, log)
+        figures["tokens"] = int(work.costs(batch.layout).sum())
         figures["compute_seconds"] = time.perf_counter() - started
     dist.barrier()
     if source.store is not None:

@@ -17,6 +17,7 @@ from hafrm_ds.errors import UserError
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
+from hafrm_ds.training.processes import Processes
 
 
 def check_build_tools() -> None:
@@ -78,6 +79,11 @@ class Engine:
     def device(self) -> torch.device:
         return self.deepspeed.device
 
+    @property
+    def bytes_of_first_step(self) -> int:
+        """Memory that the first optimizer step takes and keeps."""
+        return 0
+
     def __call__(self, batch, **kwargs) -> ResponseScores:
         return self.deepspeed(batch.to(self.device), **kwargs)
 
@@ -103,6 +109,11 @@ class TrainingEngine(Engine):
         deepspeed_config, optimizer = make_optimizer(groups, config.optimizer, deepspeed_config)
         super().__init__(model, deepspeed_config, model_parameters=groups, optimizer=optimizer)
         self.gradient_norm: float | None = None
+
+    @property
+    def bytes_of_first_step(self) -> int:
+        """Adam's two moments in fp32. Under stages 1 to 3 DeepSpeed has allocated them at the start."""
+        return 0 if self.stage else sum(8 * p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients; with the last micro-batch of a step they are averaged over the ranks."""
@@ -170,16 +181,16 @@ def make_optimizer(
     return deepspeed_config, torch.optim.AdamW(groups, fused=True, **options)
 
 
-def load_training_engine(config: TrainConfig, world_size: int) -> TrainingEngine:
+def load_training_engine(config: TrainConfig, processes: Processes) -> TrainingEngine:
     """Load the model of a run and put it under DeepSpeed. The process group has been started."""
-    deepspeed_config = resolve_deepspeed_config(config, world_size)
-    return TrainingEngine(load_under(deepspeed_config, config), config, deepspeed_config)
+    deepspeed_config = resolve_deepspeed_config(config, processes.world_size)
+    return TrainingEngine(load_under(deepspeed_config, config, processes.device), config, deepspeed_config)
 
 
-def load_scoring_engine(config: TrainConfig, world_size: int) -> Engine:
+def load_scoring_engine(config: TrainConfig, processes: Processes) -> Engine:
     """Like `load_training_engine`, without optimizer: parameters are sharded under stage 3 and whole otherwise."""
-    deepspeed_config = without_optimizer(resolve_deepspeed_config(config, world_size))
-    return Engine(load_under(deepspeed_config, config), deepspeed_config)
+    deepspeed_config = without_optimizer(resolve_deepspeed_config(config, processes.world_size))
+    return Engine(load_under(deepspeed_config, config, processes.device), deepspeed_config)
 
 
 def without_optimizer(deepspeed_config: dict) -> dict:
@@ -192,7 +203,7 @@ def without_optimizer(deepspeed_config: dict) -> dict:
     return kept | {"zero_optimization": zero}
 
 
-def load_under(deepspeed_config: dict, config: TrainConfig) -> HybridModel:
+def load_under(deepspeed_config: dict, config: TrainConfig, device: torch.device) -> HybridModel:
     # torch 2.13 renames collectives that DeepSpeed calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
@@ -201,4 +212,4 @@ def load_under(deepspeed_config: dict, config: TrainConfig) -> HybridModel:
 
     deepspeed.init_distributed()
     with sharded_loading(deepspeed_config):
-        return load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed)
+        return load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed, device=device)

@@ -54,7 +54,7 @@ class RunLog:
             raise UserError(f"--output_dir {folder} already holds a run (metrics.jsonl); choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(config.to_yaml())
+            self.write_config(config)
             self.metrics_file = metrics.open("a", buffering=1)
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
@@ -72,6 +72,10 @@ class RunLog:
             self.wandb = wandb.init(
                 project=config.logging.wandb_project, dir=folder, config=config.model_dump(mode="json")
             )
+
+    def write_config(self, config: TrainConfig) -> None:
+        if self.writes:
+            (config.output_dir / "config.yaml").write_text(config.to_yaml())
 
     def write_json(self, path: Path, content: dict) -> None:
         if self.writes:

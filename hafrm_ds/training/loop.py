@@ -14,7 +14,7 @@ from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_memory_byte
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import budget_costs, token_costs
-from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches
+from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches, imbalance
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
@@ -60,9 +60,13 @@ class StepTotals:
     losses: list[Tensor] = field(default_factory=list)
     index: list[np.ndarray] = field(default_factory=list)
     tokens: int = 0
+    padding: int = 0
     flops: float = 0.0
 
     def add(self, micro_batch: MicroBatch, weight: Tensor, loss: JointLoss, metrics: dict[str, Tensor]) -> None:
+        batch = micro_batch.batch
+        self.tokens += batch.num_positions - batch.num_padding
+        self.padding += batch.num_padding
         columns = {"loss/total": loss.total, "loss/reward": loss.reward, "loss/policy": loss.policy, **metrics}
         for name, values in columns.items():
             if values is not None:
@@ -128,7 +132,7 @@ class Trainer:
         """One optimizer step on global batch `step`; returns its metrics, the same on all ranks."""
         started = time.perf_counter()
         totals = StepTotals()
-        micro_batches = self.micro_batches(step)
+        micro_batches, waiting_share = self.micro_batches(step)
         for number, micro_batch in enumerate(micro_batches):
             loss = self.joint_loss(step, micro_batch, totals)
             self.engine.backward(loss, is_last=number == len(micro_batches) - 1)
@@ -144,7 +148,7 @@ class Trainer:
             )
         synchronize(self.engine.device)
         seconds = time.perf_counter() - started
-        tokens, flops = metrics.pop("tokens"), metrics.pop("flops")
+        tokens, padding, flops = (metrics.pop(name) for name in ("tokens", "padding", "flops"))
         return metrics | {
             "grad_norm": self.engine.gradient_norm,
             "learning_rate": self.config.optimizer.learning_rate * factor,
@@ -153,16 +157,19 @@ class Trainer:
             "pairs_per_second": self.plan.global_batch_size / seconds,
             "mfu": flops / seconds / (self.peak_flops * self.world_size),
             "micro_batches": len(micro_batches),
+            "tokens_per_rank": tokens / self.world_size,
+            "padding_share": padding / (tokens + padding),
+            "imbalance": waiting_share,
         }
 
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of global batch `step`."""
-        index = self.plan.global_batch(step)
-        batch = self.config.batch
+    def micro_batches(self, step: int) -> tuple[list[MicroBatch], float]:
+        """This rank's part of global batch `step`, and the imbalance between the ranks."""
+        index, batch = self.plan.global_batch(step), self.config.batch
         costs = budget_costs(self.train_set.costs[index], batch.layout)
-        places = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch)[self.rank]
-        members = [[DUMMY if place == DUMMY else int(index[place]) for place in part] for part in places]
-        return [make_micro_batch(self.train_set.pairs, part, self.config.batch.layout) for part in members]
+        ranks = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch)
+        members = [[DUMMY if place == DUMMY else int(index[place]) for place in part] for part in ranks[self.rank]]
+        own = [make_micro_batch(self.train_set.pairs, part, batch.layout) for part in members]
+        return own, imbalance(costs, ranks)
 
     def joint_loss(self, step: int, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
         """This rank's contribution to the mean loss over the pairs of the global batch.
@@ -179,7 +186,6 @@ class Trainer:
         loss = configured_joint_loss(objective, step, scores, reference, micro_batch.margin.to(device))
         weight = micro_batch.weight.to(device)
         totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
-        totals.tokens += micro_batch.batch.input_ids.numel()
         totals.flops += 3 * self.cost.forward_flops(micro_batch.batch, objective.uses_policy)
         return (loss.total * weight).sum() / self.plan.global_batch_size * self.world_size
 
@@ -187,14 +193,14 @@ class Trainer:
         """Means over the pairs of the global batch, from the sums of all ranks: one all-reduce a step."""
         names = sorted(totals.sums)
         device = self.engine.device
-        work = torch.tensor([totals.tokens, totals.flops], dtype=torch.float64, device=device)
+        work = torch.tensor([totals.tokens, totals.padding, totals.flops], dtype=torch.float64, device=device)
         row = torch.cat([torch.stack([totals.sums[name] for name in names]), work])
         memory = torch.tensor(float(peak_memory_bytes(device)), dtype=torch.float64, device=device)
         dist.all_reduce(row)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        *sums, tokens, flops = row.tolist()
+        *sums, tokens, padding, flops = row.tolist()
         means = {name: value / self.plan.global_batch_size for name, value in zip(names, sums, strict=True)}
-        return means | {"tokens": tokens, "flops": flops, "memory_gib": memory.item() / 2**30}
+        return means | {"tokens": tokens, "padding": padding, "flops": flops, "memory_gib": memory.item() / 2**30}
 
     def stop_on_non_finite_loss(self, step: int, totals: StepTotals) -> None:
         losses, index = torch.cat(totals.losses).cpu().numpy(), np.concatenate(totals.index)
@@ -213,7 +219,7 @@ class Trainer:
         """Give every set its reference log-probs."""
         sets = [self.train_set, *self.eval_sets.values()]
         pairs, positions = [each.pairs for each in sets], [each.index for each in sets]
-        found = provide_reference(source, self.engine, pairs, positions, self.log)
+        found = provide_reference(source, self.engine, self.config.batch, pairs, positions, self.log)
         for pair_set, reference in zip(sets, found, strict=True):
             pair_set.reference = reference
 

@@ -148,6 +148,9 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     it is reports it. Anything else keeps its traceback; ranks that wait for this one are told, for they would wait for
     ever.
     """
+    # torch then asks for huge pages when it allocates on the CPU, where page faults otherwise take a quarter of a step.
+    # It reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     processes = Processes.join()
     try:
         main(sys.argv[1:], processes)

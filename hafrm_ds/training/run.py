@@ -1,29 +1,20 @@
 """Whole jobs: training, and the reference pass before it."""
 
 import time
-from functools import partial
-
-import numpy as np
-import torch
-import torch.distributed as dist
 
 from hafrm_ds.capacity import peak_memory_bytes
-from hafrm_ds.config import TrainConfig
+from hafrm_ds.config import BatchConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.packing import from_pairs, lay_out, token_costs
-from hafrm_ds.data.planning import check_budget
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
-from hafrm_ds.errors import ConfigError, DataError, ModelError, UserError
-from hafrm_ds.model.hybrid import layout_difference, lm_head_difference, tolerance_of
+from hafrm_ds.errors import ConfigError, DataError, UserError
 from hafrm_ds.model.loading import fetch_model
 from hafrm_ds.model.saving import save_hybrid_model
 from hafrm_ds.reference.job import ReferenceSource, precompute
 from hafrm_ds.training.engine import Engine, check_build_tools, load_scoring_engine, load_training_engine
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
+from hafrm_ds.training.preflight import check_budgets, settle_batch
 from hafrm_ds.training.processes import Processes
-
-CHECKED_PAIRS = 2
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
@@ -49,8 +40,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
     reference_source = ReferenceSource.open(config, processes, log) if config.objective.uses_reference else None
     processes.start_group()
-    engine = load_training_engine(config, processes.world_size)
-    check_model(engine, train_pairs, config, log)
+    engine = load_training_engine(config, processes)
+    config = settle_batch(engine, [train_pairs, *eval_pairs.values()], config, log)
+    log.write_config(config)
     trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, log)
     trainer.run()
 
@@ -88,10 +80,9 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
     source = ReferenceSource.open(config, processes, log)
     processes.start_group()
 
-    def load_engine() -> Engine:
-        engine = load_scoring_engine(config, processes.world_size)
-        check_model(engine, train_pairs, config, log)
-        return engine
+    def load_engine() -> tuple[Engine, BatchConfig]:
+        engine = load_scoring_engine(config, processes)
+        return engine, settle_batch(engine, sets, config, log).batch
 
     started = time.perf_counter()
     figures = precompute(source, processes, sets, load_engine, log)
@@ -126,48 +117,7 @@ def prepare_data(
     for name, pairs in sets.items():
         log.print(f"\n[bold]{name}[/bold]")
         log.print(pairs.report.render(with_examples=name == "train"))
-        costs = token_costs(pairs.lengths, config.batch.layout)
-        check_budget(costs, config.batch.max_tokens_per_micro_batch, pairs.pairs["id"])
+    check_budgets(sets.values(), config.batch)
     reports = {name: pairs.report.to_json() for name, pairs in sets.items()}
     log.write_json(config.output_dir / "data_report.json", reports)
     return formatter, train_pairs, eval_pairs
-
-
-def check_model(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log: RunLog) -> None:
-    """Two checks of a freshly loaded model on the shortest pairs, before anything rests on it; says what came out.
-
-    Its scores in the run's layout are compared with those of padded, separate sequences under its own attention, and
-    the fused log-probs, where the objective uses them, with those of its own logits.
-
-    Raises:
-        ModelError: the scores are not finite, or the layout changes them.
-    """
-    layout, with_logprob, model = config.batch.layout, config.objective.uses_policy, engine.model
-    shortest = np.argsort(token_costs(pairs.lengths, layout))[:CHECKED_PAIRS]
-    items = from_pairs([pairs[int(index)] for index in shortest])
-    name, tolerance = type(model.causal_lm).__name__, tolerance_of(model)
-    largest = partial(over_all_ranks, dist.ReduceOp.MAX, engine.device)
-
-    difference = largest(layout_difference(model, engine, items, layout, with_logprob))
-    log.print(f"{layout} against padded, separate sequences: {difference:.2g} in a reward or a token's log-prob")
-    if not difference <= tolerance:
-        raise ModelError(
-            f"the scores of {name} change by {difference:.3g} in the layout {layout} (tolerance {tolerance:g}): it "
-            "does not keep packed answers apart. Set --batch.layout padded"
-        )
-    if not with_logprob:
-        return
-    difference = largest(lm_head_difference(model, engine, lay_out(items, layout).to(engine.device)))
-    log.print(f"log-probs against {name}'s own logits: {difference:.2g} nats a token")
-    if not difference <= tolerance:
-        model.uses_stock_logits = True
-        log.warn(
-            f"the LM head of {name} does something that hafrm_ds does not know: its own logits are used instead of "
-            "the fused log-probs, which holds the logits of all tokens in memory"
-        )
-
-
-def over_all_ranks(operation, device: torch.device, value: float) -> float:
-    on_device = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(on_device, op=operation)
-    return on_device.item()

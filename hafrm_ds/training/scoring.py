@@ -91,6 +91,13 @@ def score_pairs(
     return {name: table[:, 2 * k : 2 * k + 2].float().numpy() for k, name in enumerate(names)}
 
 
+def over_all_ranks(operation: dist.ReduceOp, device: torch.device, value: float) -> float:
+    """A number of each rank, combined by `operation`."""
+    on_device = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(on_device, op=operation)
+    return on_device.item()
+
+
 def sum_over_ranks(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Sum a CPU tensor over all ranks, by way of the device that the process group works on."""
     on_device = values.to(device)

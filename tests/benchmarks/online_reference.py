@@ -48,11 +48,11 @@ def main(arguments: list[str], processes: Processes) -> None:
     steps = {}
     for name in ("online", "stored"):
         source = ReferenceSource.open(config, processes, log) if name == "stored" else None
-        trainer = Trainer(config, load_training_engine(config, processes.world_size), pairs, {}, source, log)
+        trainer = Trainer(config, load_training_engine(config, processes), pairs, {}, source, log)
         if name == "stored":
             trainer.load_reference(source)
         else:
-            frozen = load_scoring_engine(config, processes.world_size)
+            frozen = load_scoring_engine(config, processes)
             trainer.train_set.reference = OnlineReference(frozen, pairs, config.batch.layout)
         dist.barrier()
         steps[name] = [trainer.train_step(step) for step in range(trainer.num_steps)]

@@ -5,29 +5,29 @@ import torch
 
 from hafrm_ds.data.packing import PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.attention import segment_attention
+from hafrm_ds.model.attention import KERNELS, segment_attention
 from tests.tiny_models import tiny_hybrid, use_layout
 
 SEGMENTS = lay_out([PromptWithResponses([5, 6], ([7], [8, 9]))], "shared_prefix").segments
 
 
-def states() -> torch.Tensor:
-    return torch.randn(1, 2, 5, 8)
+def attend(mask: torch.Tensor | None = None, kernel: str = "segmented", **arguments):
+    states = torch.randn(1, 2, 5, 8)
+    module = torch.nn.Identity()
+    return segment_attention(KERNELS[kernel], module, states, states, states, mask, segments=SEGMENTS, **arguments)
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
 def test_a_tensor_that_would_change_the_scores_is_refused(name):
     """Attention sinks (gpt-oss), ALiBi: ignoring them would give other scores than the model's own."""
     with pytest.raises(ModelError, match=rf"Identity gives {name} to its attention.*--batch.layout padded"):
-        segment_attention(
-            torch.nn.Identity(), states(), states(), states(), None, segments=SEGMENTS, **{name: torch.zeros(2)}
-        )
+        attend(**{name: torch.zeros(2)})
 
 
 def test_a_mask_is_refused():
     """A model that builds one would hide what the segments show."""
     with pytest.raises(ValueError, match="takes no mask"):
-        segment_attention(torch.nn.Identity(), states(), states(), states(), torch.ones(5, 5), segments=SEGMENTS)
+        attend(mask=torch.ones(5, 5))
 
 
 def test_a_forward_without_segments_fails():

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.model import saving
-from hafrm_ds.model.attention import SEGMENT_ATTENTION
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
 from hafrm_ds.model.saving import plan_shards, save_hybrid_model
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
@@ -77,7 +76,7 @@ def test_a_saved_folder_needs_nothing_of_ours(tmp_path):
     model.causal_lm.config.architectures = None
     save(model, tmp_path / "final")
     config = (tmp_path / "final/config.json").read_text()
-    assert SEGMENT_ATTENTION not in config
+    assert "hafrm" not in config
     assert json.loads(config)["architectures"] == ["LlamaForCausalLM"]
     assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == byte_level_tokenizer().chat_template
     assert json.loads((tmp_path / "final/hafrm.json").read_text())["base_model"] == "tiny"

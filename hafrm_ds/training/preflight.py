@@ -1,0 +1,125 @@
+"""What a run checks and decides between loading its model and its first step."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch.distributed as dist
+
+from hafrm_ds.config import BatchConfig, TrainConfig
+from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out, token_costs
+from hafrm_ds.data.planning import BatchPlan, check_budget
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.hybrid import layout_difference, lm_head_difference, tolerance_of
+from hafrm_ds.training.engine import Engine, TrainingEngine
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.scoring import over_all_ranks
+from hafrm_ds.training.token_budget import find_token_budget
+
+CHECKED_PAIRS = 2
+PLANNED_STEPS = 1000
+"""Steps of the plan that are looked at for the largest global batch."""
+
+
+def check_budgets(sets: Iterable[PreparedPairs], batch: BatchConfig) -> None:
+    """Raise DataError for pairs above the token budget, as far as budget and layout are known: the layout that "auto"
+    hopes for takes the fewest tokens."""
+    if batch.max_tokens_per_micro_batch == "auto":
+        return
+    layout = "shared_prefix" if batch.layout == "auto" else batch.layout
+    for pairs in sets:
+        check_budget(token_costs(pairs.lengths, layout), batch.max_tokens_per_micro_batch, pairs.pairs["id"])
+
+
+def settle_batch(engine: Engine, sets: list[PreparedPairs], config: TrainConfig, log: RunLog) -> TrainConfig:
+    """The configuration with batch.layout and batch.max_tokens_per_micro_batch decided, after the freshly loaded model
+    has shown that it can run so.
+
+    Args:
+        sets: training pairs first.
+
+    Raises:
+        ModelError: the scores are not finite, or the layout that was asked for changes them.
+        DataError: a pair does not fit into a micro-batch.
+    """
+    objective, pairs, model = config.objective, sets[0], engine.model
+    log.print(f"layout {model.layout}, attention {model.causal_lm.config._attn_implementation}")
+    check_layout(engine, pairs, config, log)
+    if objective.uses_policy:
+        check_lm_head(engine, pairs, log)
+    budget = config.batch.max_tokens_per_micro_batch
+    if budget == "auto":
+        budget = find_token_budget(
+            engine,
+            pairs,
+            model.layout,
+            largest_useful=largest_useful_budget(engine, pairs, config),
+            with_reward=objective.uses_reward,
+            with_logprob=objective.uses_policy,
+        )
+        log.print(f"token budget of a micro-batch, from memory: {budget:,}")
+    batch = config.batch.model_copy(update={"layout": model.layout, "max_tokens_per_micro_batch": budget})
+    check_budgets(sets, batch)
+    return config.model_copy(update={"batch": batch})
+
+
+def largest_useful_budget(engine: Engine, pairs: PreparedPairs, config: TrainConfig) -> int:
+    """Tokens of the largest part of a global batch that one rank gets; of all pairs, where there are no steps."""
+    costs = token_costs(pairs.lengths, engine.model.layout)
+    plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)
+    steps = min(PLANNED_STEPS, math.ceil(len(pairs) / plan.global_batch_size))
+    whole = max(int(costs[plan.global_batch(step)].sum()) for step in range(steps))
+    if not isinstance(engine, TrainingEngine):
+        whole = int(costs.sum())
+    # Pairs are not divisible: a rank may get a little more than its part.
+    return math.ceil(whole / dist.get_world_size()) + int(costs.max())
+
+
+def check_layout(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log: RunLog) -> None:
+    """Compare the scores of the shortest pairs in the model's layout with those of padded, separate sequences under its
+    own attention.
+
+    With batch.layout "auto" a model whose scores differ goes on in the padded layout.
+
+    Raises:
+        ModelError: the scores are not finite, or the layout that was asked for changes them.
+    """
+    model, name, tolerance = engine.model, type(engine.model.causal_lm).__name__, tolerance_of(engine.model)
+    items = shortest_items(pairs, model.layout)
+    own = layout_difference(model, engine, items, model.layout, config.objective.uses_policy)
+    difference = over_all_ranks(dist.ReduceOp.MAX, engine.device, own)
+    log.print(f"{model.layout} against padded, separate sequences: {difference:.2g} in a reward or a token's log-prob")
+    if difference <= tolerance:
+        if config.batch.layout == "auto" and model.layout == "padded":
+            log.warn(f"{name} does not take its attention from transformers' AttentionInterface: the layout is padded")
+        return
+    finding = (
+        f"the scores of {name} change by {difference:.3g} in the layout {model.layout} (tolerance {tolerance:g}): it "
+        "does not keep packed answers apart"
+    )
+    if config.batch.layout != "auto":
+        raise ModelError(f"{finding}. Set --batch.layout padded")
+    log.warn(f"{finding}. The layout is padded")
+    model.use_layout("padded", config.model.attention, engine.device)
+
+
+def check_lm_head(engine: Engine, pairs: PreparedPairs, log: RunLog) -> None:
+    """Compare the fused log-probs of the shortest pairs with those of the model's own logits; where they differ, the
+    latter are used."""
+    model, name = engine.model, type(engine.model.causal_lm).__name__
+    batch = lay_out(shortest_items(pairs, model.layout), model.layout).to(engine.device)
+    difference = over_all_ranks(dist.ReduceOp.MAX, engine.device, lm_head_difference(model, engine, batch))
+    log.print(f"log-probs against {name}'s own logits: {difference:.2g} nats a token")
+    if not difference <= tolerance_of(model):
+        model.uses_stock_logits = True
+        log.warn(
+            f"the LM head of {name} does something that hafrm_ds does not know: its own logits are used instead of "
+            "the fused log-probs, which holds the logits of all tokens in memory"
+        )
+
+
+def shortest_items(pairs: PreparedPairs, layout: str) -> list[PromptWithResponses]:
+    """A few pairs that every model can take at once."""
+    shortest = np.argsort(token_costs(pairs.lengths, layout))[:CHECKED_PAIRS]
+    return from_pairs([pairs[int(index)] for index in shortest])

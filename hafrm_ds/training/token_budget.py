@@ -1,0 +1,88 @@
+"""How many tokens a micro-batch may hold: found at the start of a run from what two micro-batches need."""
+
+import socket
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hafrm_ds.capacity import free_memory_bytes, peak_growth_bytes
+from hafrm_ds.data.micro_batches import make_micro_batch
+from hafrm_ds.data.packing import budget_costs, token_costs
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.errors import UserError
+from hafrm_ds.training.engine import Engine, TrainingEngine
+from hafrm_ds.training.scoring import over_all_ranks
+
+SAFE_SHARE = 0.85
+"""Share of the free memory that is planned with: the rest is for fragments and for what the line does not catch."""
+SMALLEST_PROBE = 1024
+PROBE_RATIO = 2
+ROUNDING = 64
+
+
+def find_token_budget(
+    engine: Engine, pairs: PreparedPairs, layout: str, *, largest_useful: int, with_reward: bool, with_logprob: bool
+) -> int:
+    """The largest token budget whose micro-batches fit into memory, the same on all ranks.
+
+    Memory grows linearly with tokens in every layout (attention never holds its scores), so a forward and backward of
+    two sizes gives the line. Backward runs on a loss of 0: like a dummy it adds exactly nothing to the gradients of the
+    first step. An engine without optimizer is measured in forward alone. All ranks call this together.
+
+    Args:
+        largest_useful: more tokens would change nothing.
+
+    Raises:
+        UserError: even the longest pair does not fit.
+    """
+    costs = token_costs(pairs.lengths, layout)
+    smallest = min(max(int(costs.max()), SMALLEST_PROBE), max(int(costs.max()), largest_useful))
+
+    def probe(num_tokens: int) -> Callable[[], None]:
+        batch = make_micro_batch(pairs, pairs_worth(costs, layout, num_tokens), layout).batch
+
+        def work() -> None:
+            with torch.set_grad_enabled(isinstance(engine, TrainingEngine)):
+                scores = engine(batch, with_reward=with_reward, with_logprob=with_logprob)
+                if isinstance(engine, TrainingEngine):
+                    total = sum(part.sum() for part in (scores.reward, scores.logprob) if part is not None)
+                    engine.backward(0.0 * total, is_last=False)
+
+        return work
+
+    def growth(num_tokens: int) -> float:
+        return over_all_ranks(dist.ReduceOp.MAX, engine.device, peak_growth_bytes(engine.device, probe(num_tokens)))
+
+    try:
+        probe(smallest)()  # what is allocated once, as gradient buffers, belongs to neither size
+        free = over_all_ranks(dist.ReduceOp.MIN, engine.device, free_memory_bytes(engine.device, ranks_of_this_node()))
+        room = SAFE_SHARE * free - engine.bytes_of_first_step
+        small = growth(smallest)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of {engine.device} does not hold a micro-batch of {smallest} tokens, which the longest pair "
+            f"needs: lower --data.max_length, set --model.gradient_checkpointing true, or shard more: {error}"
+        ) from error
+    if largest_useful <= smallest or PROBE_RATIO * small > room:
+        return smallest
+    large = growth(PROBE_RATIO * smallest)
+    bytes_per_token = max(large - small, 1.0) / ((PROBE_RATIO - 1) * smallest)
+    budget = smallest + max(0.0, room - small) / bytes_per_token
+    return max(smallest, int(min(budget, largest_useful)) // ROUNDING * ROUNDING)
+
+
+def pairs_worth(costs: np.ndarray, layout: str, num_tokens: int) -> list[int]:
+    """Positions of pairs of about `num_tokens` tokens together, the longest first; repeated if there are too few."""
+    worth = budget_costs(costs, layout)
+    order = np.random.default_rng(0).permutation(len(costs))
+    order = np.concatenate([[costs.argmax()], np.tile(order, 1 + num_tokens // max(1, int(worth.sum())))])
+    fitting = np.searchsorted(np.cumsum(worth[order]), num_tokens, side="right")
+    return order[: max(1, fitting)].tolist()
+
+
+def ranks_of_this_node() -> int:
+    hosts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())
