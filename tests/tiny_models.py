@@ -42,10 +42,13 @@ FAMILIES = {
     "granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0, "attention_multiplier": 0.3}),
 }
 
+STATE_SPACE = {"mamba": ("MambaConfig", {"state_size": 8})}
+"""Not of the families: such a layer runs on from one packed answer into the next."""
+
 
 def tiny_causal_lm(family: str, seed: int = 0, **shape) -> transformers.PreTrainedModel:
     """fp32, every parameter moved off its initial value, so that no bias is 0 and no norm is 1."""
-    class_name, changes = FAMILIES[family]
+    class_name, changes = (FAMILIES | STATE_SPACE)[family]
     config = getattr(transformers, class_name)(**{"tie_word_embeddings": False, **SHAPE, **changes, **shape})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -20,11 +20,13 @@ from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.training.processes import Processes
 
 
-def check_build_tools() -> None:
+def check_build_tools(device: torch.device) -> None:
     """DeepSpeed compiles its communication op for CPU at the first run; name what is missing before it tries.
 
     A virtual environment's ninja is found although the environment was not activated.
     """
+    if device.type != "cpu":
+        return
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     missing = []
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):

@@ -27,8 +27,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
                 f"{processes.world_size} processes of this run; every process needs a pair in each step"
             ]
         )
-    if processes.device.type == "cpu":
-        check_build_tools()
+    check_build_tools(processes.device)
     log = RunLog(config, processes)
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
     if len(train_pairs) < config.batch.global_batch_size:
@@ -72,8 +71,7 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
                 "uses no reference log-probs: there is nothing to compute"
             ]
         )
-    if processes.device.type == "cpu":
-        check_build_tools()
+    check_build_tools(processes.device)
     log = RunLog(config, processes, files=False)
     _, train_pairs, eval_pairs = prepare_data(config, processes, log)
     sets = [train_pairs, *eval_pairs.values()]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hafrm_ds.data.planning import DUMMY, BatchPlan, check_budget, cut_by_length, cut_into_micro_batches
+from hafrm_ds.data.planning import DUMMY, BatchPlan, check_budget, cut_by_length, cut_into_micro_batches, imbalance
 from hafrm_ds.errors import DataError
 
 
@@ -57,6 +57,13 @@ def test_micro_batches_are_balanced_and_few():
     loads = np.array([[costs[batch].sum() for batch in batches] for batches in ranks])
     assert loads.shape[1] == -(-costs.sum() // (8 * 2048))
     assert loads.sum(1).max() < 1.05 * loads.sum(1).mean()
+
+
+def test_imbalance_is_the_share_of_time_that_ranks_wait():
+    costs = np.array([10, 10, 30, 20])
+    assert imbalance(costs, [[[0]], [[1]]]) == 0
+    # Micro-batch 1: 10 and 30 tokens, micro-batch 2: 20 and nothing. 60 of 2 * (30 + 20) are used.
+    assert imbalance(costs, [[[0], [3]], [[2], [DUMMY]]]) == pytest.approx(0.4)
 
 
 def test_a_pair_above_the_budget_is_named():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.distributed.launching import as_options, rows, run_jobs, write_pairs
@@ -30,6 +31,7 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
     model = save_tiny_model(folder / "model")
     save_tiny_model(folder / "untied", "phi")  # an LM head of its own, with a bias
+    save_tiny_model(folder / "state-space", "mamba")
     # Parameters of fewer than 100,000 elements are never split unless told so, and these models have no others.
     gather_all = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (folder / "gather_all.json").write_text(json.dumps(gather_all))
@@ -83,6 +85,8 @@ def runs(setting):
             job("untied-baseline", 3, **gather_all, **untied, objective__alpha=0),
             job("three-on-two", 3, **gather_all, **three_pairs),
             job("no-evaluation", 3, evaluation__at_start=False),
+            *(job(f"auto-budget-zero{stage}", stage, batch__max_tokens_per_micro_batch="auto") for stage in (2, 3)),
+            job("state-space", 0, model__name_or_path=folder / "state-space", data__max_length=60, max_steps=2),
             *(job(f"bfloat16-zero{stage}", stage, model__dtype="bfloat16") for stage in range(4)),
         ],
     )
@@ -108,6 +112,28 @@ def test_cut_layout_checkpointing_and_gathering_change_only_the_cost(runs, varia
     assert largest_difference(final_weights(runs / variant), final_weights(runs / "ranks2-zero3")) < 1e-4
     norms = [[row["grad_norm"] for row in rows(runs / name, "train")] for name in (variant, "ranks2-zero3")]
     torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_token_budget_found_at_the_start_changes_no_bit(runs, stage):
+    """These pairs fit in one micro-batch a rank, and the passes that measured memory leave no trace in the weights."""
+    run = runs / f"auto-budget-zero{stage}"
+    assert {row["micro_batches"] for row in rows(run, "train")} == {1}
+    found = yaml.safe_load((run / "config.yaml").read_text())["batch"]
+    assert found["layout"] == "shared_prefix"
+    assert isinstance(found["max_tokens_per_micro_batch"], int)
+    expected, actual = final_weights(runs / "one-cut"), final_weights(run)
+    if stage == 3:
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    else:
+        assert largest_difference(actual, expected) < 1e-4
+
+
+def test_a_model_that_cannot_keep_packed_answers_apart_trains_padded(runs):
+    run = runs / "state-space"
+    assert yaml.safe_load((run / "config.yaml").read_text())["batch"]["layout"] == "padded"
+    assert all(0 < row["padding_share"] < 1 for row in rows(run, "train"))
+    assert all(row["padding_share"] == 0 for row in rows(runs / "ranks2-zero3", "train"))
 
 
 def test_an_untied_head_with_a_bias_trains_alike_whole_and_gathered(runs):

@@ -1,11 +1,14 @@
 """The hybrid model against the stock model on padded, separate sequences, for every family."""
 
 import gc
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hafrm_ds.data import packing
 from hafrm_ds.data.packing import PromptWithResponses, lay_out
@@ -52,6 +55,70 @@ def test_layouts_equal_padded_separate_sequences(family, layout):
     torch.testing.assert_close(packed_reward, reward, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(packed_logprob, logprob, rtol=1e-4, atol=1e-5)
     assert_gradients_close(packed_gradients, gradients, 1e-4)
+
+
+def weighted_run(model: HybridModel, items: list[PromptWithResponses], layout: str):
+    """Scores, and the gradients of a sum in which every reward and log-prob has a weight of its own."""
+    use_layout(model, layout)
+    model.zero_grad()
+    scores = model(lay_out(items, layout))
+    weights = torch.linspace(-1, 2, len(scores.reward))
+    (weights @ scores.reward + weights.flip(0) @ scores.logprob).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return scores.reward.detach(), scores.logprob.detach(), gradients
+
+
+def assert_layouts_agree(model: HybridModel, items: list[PromptWithResponses]) -> None:
+    reward, logprob, gradients = weighted_run(model, items, "padded")
+    for layout in ("shared_prefix", "packed"):
+        packed_reward, packed_logprob, packed_gradients = weighted_run(model, items, layout)
+        torch.testing.assert_close(packed_reward, reward, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed_logprob, logprob, rtol=1e-4, atol=1e-5)
+        assert_gradients_close(packed_gradients, gradients, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_responses", [1, 2, 5])
+def test_any_number_of_responses_and_single_tokens(family, num_responses):
+    """Best-of-N lays out one prompt with N answers; prompts and answers of one token are the corner of every index."""
+    single = PromptWithResponses([5], tuple([7 + n] for n in range(num_responses)))
+    items = [single, *random_items(seed=11, num_items=2, num_responses=num_responses), single]
+    assert_layouts_agree(tiny_hybrid(family), items)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 12), min_size=1, max_size=4)), min_size=1, max_size=4
+    ),
+    family=st.sampled_from(["llama", "qwen2", "gemma2", "gpt-neox"]),
+)
+def test_layouts_agree_on_any_shape(shapes, family):
+    source = random.Random(0)
+
+    def tokens(length: int) -> list[int]:
+        return [source.randrange(3, 120) for _ in range(length)]
+
+    items = [PromptWithResponses(tokens(prompt), tuple(map(tokens, responses))) for prompt, responses in shapes]
+    assert_layouts_agree(tiny_hybrid(family), items)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+def test_a_pair_scores_the_same_in_twenty_different_batches(family, layout):
+    model, (pair,) = tiny_hybrid(family), random_items(seed=21, num_items=1)
+    use_layout(model, layout)
+    rewards, logprobs = [], []
+    for seed in range(20):
+        neighbours = random_items(seed=100 + seed, num_items=1 + seed % 7)
+        place = seed % (len(neighbours) + 1)
+        with torch.no_grad():
+            scores = model(lay_out([*neighbours[:place], pair, *neighbours[place:]], layout))
+        rewards.append(scores.reward[2 * place : 2 * place + 2])
+        logprobs.append(scores.logprob[2 * place : 2 * place + 2])
+    for values in (torch.stack(rewards), torch.stack(logprobs)):
+        spread = values.max(dim=0).values - values.min(dim=0).values
+        assert (spread <= 1e-5 * (1 + values.abs().max(dim=0).values)).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

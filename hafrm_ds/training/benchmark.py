@@ -1,0 +1,79 @@
+"""What a run would do a second: a few steps of training and of the reference pass, nothing kept."""
+
+import statistics
+import time
+
+import numpy as np
+from rich.table import Table
+
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.data.packing import token_costs
+from hafrm_ds.errors import ConfigError
+from hafrm_ds.reference.compute import ReferenceLogprobs
+from hafrm_ds.training.engine import check_build_tools, load_training_engine
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.loop import Trainer
+from hafrm_ds.training.preflight import settle_batch
+from hafrm_ds.training.processes import Processes
+from hafrm_ds.training.run import prepare_data
+from hafrm_ds.training.scoring import score_pairs
+
+WARM_UP_STEPS = 2
+
+
+def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None:
+    """Print speed and memory of training steps with this configuration, and of scoring the same pairs without
+    gradients, as the reference pass and evaluation do.
+
+    The values of reference log-probs do not change what a step costs: zeros stand for them, and no store is touched.
+
+    Raises:
+        ConfigError: there is nothing to measure.
+    """
+    if num_steps < 1:
+        raise ConfigError([f"--steps is {num_steps}; it must be at least 1"])
+    check_build_tools(processes.device)
+    log = RunLog(config, processes, files=False)
+    _, pairs, _ = prepare_data(config, processes, log)
+    processes.start_group()
+    engine = load_training_engine(config, processes)
+    config = settle_batch(engine, [pairs], config, log)
+    trainer = Trainer(config, engine, pairs, {}, None, log)
+    if config.objective.uses_reference:
+        trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
+    steps = [trainer.train_step(step) for step in range(WARM_UP_STEPS + num_steps)][WARM_UP_STEPS:]
+
+    index = np.concatenate([trainer.plan.global_batch(step) for step in range(num_steps)])
+    started = time.perf_counter()
+    score_pairs(
+        engine,
+        pairs,
+        index,
+        trainer.train_set.costs,
+        layout=config.batch.layout,
+        max_tokens=config.batch.max_tokens_per_micro_batch,
+        with_reward=config.objective.uses_reward,
+        with_logprob=config.objective.uses_policy,
+    )
+    seconds = time.perf_counter() - started
+    tokens = int(token_costs(pairs.lengths, config.batch.layout)[index].sum())
+
+    def median(name: str) -> float:
+        return statistics.median(step[name] for step in steps)
+
+    rows = {
+        "processes": f"{processes.world_size}",
+        "pairs a step; micro-batches": f"{config.batch.global_batch_size}; {median('micro_batches'):.0f}",
+        "tokens of a process a step": f"{median('tokens_per_rank'):,.0f}",
+        "padding; waiting for the slowest process": f"{median('padding_share'):.1%}; {median('imbalance'):.1%}",
+        "seconds a step": f"{median('seconds'):.3g}",
+        "tokens/s": f"{median('tokens_per_second'):,.0f}",
+        "pairs/s": f"{median('pairs_per_second'):,.2f}",
+        "MFU": f"{median('mfu'):.1%} of {trainer.peak_flops / 1e12:.3g} TFLOP/s measured a process",
+        "without gradients: tokens/s; pairs/s": f"{tokens / seconds:,.0f}; {len(index) / seconds:,.2f}",
+        "peak memory of the largest process": f"{steps[-1]['memory_gib']:.2f} GiB",
+    }
+    table = Table("", f"median of {num_steps} steps")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    log.print(table)
