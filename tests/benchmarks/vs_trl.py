@@ -8,8 +8,8 @@ optimizer step on the first batch, then every one on the second, and so on. What
 alike. Laying out or collating the batch, forward, backward, clipping and the update are timed. Contenders:
 
 trl_dpo_*: TRL's DPOTrainer with precomputed references. trl_reward_*: TRL's RewardTrainer. Both by their own data
-    loader, training_step and optimizer, without gradient checkpointing; _fp32 with fp32 weights under bf16 autocast,
-    as TRL does by default, _bf16 with bf16 weights and without autocast. The faster of the two stands in the ratios.
+    loader, training_step and optimizer, under TRL's default bf16 autocast and without gradient checkpointing; _fp32
+    with fp32 weights, TRL's default, _bf16 with bf16 weights. The faster of the two stands in the ratios.
 recipe: both heads on one padded forward of the stock model, log-probs by an fp32 log-softmax of the logits of all
     tokens, the reference a second model run at every step; bf16 weights and AdamW on these.
 ours: the model, layout, micro-batches and objective of training. No launcher and no DeepSpeed, so that the ratio
@@ -126,7 +126,7 @@ class TimedDPOTrainer(trl.DPOTrainer):
         return result
 
 
-def trl_options(config: TrainConfig, folder: str, dtype: torch.dtype) -> dict:
+def trl_options(config: TrainConfig, folder: str) -> dict:
     """Of both trainers: their defaults but for what must be the same everywhere, and checkpointing."""
     optimizer = config.optimizer
     return {
@@ -135,7 +135,6 @@ def trl_options(config: TrainConfig, folder: str, dtype: torch.dtype) -> dict:
         "save_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,
-        "bf16": dtype == torch.float32,
         "gradient_checkpointing": False,
         "max_length": MAX_LENGTH,
         "per_device_train_batch_size": config.batch.global_batch_size,
@@ -190,7 +189,7 @@ def trl_dpo(config: TrainConfig, batches: Batches, dtype: torch.dtype) -> Conten
         trainer = TimedDPOTrainer(
             AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=dtype),
             args=trl.DPOConfig(
-                **trl_options(config, folder, dtype), beta=config.objective.beta, precompute_ref_log_probs=True
+                **trl_options(config, folder), beta=config.objective.beta, precompute_ref_log_probs=True
             ),
             train_dataset=batches.dataset,
             processing_class=batches.tokenizer,
@@ -204,7 +203,7 @@ def trl_reward(config: TrainConfig, batches: Batches, dtype: torch.dtype) -> Con
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.RewardTrainer(
             AutoModelForSequenceClassification.from_pretrained(config.model.name_or_path, num_labels=1, dtype=dtype),
-            args=trl.RewardConfig(**trl_options(config, folder, dtype)),
+            args=trl.RewardConfig(**trl_options(config, folder)),
             train_dataset=batches.dataset,
             processing_class=batches.tokenizer,
         )
@@ -360,43 +359,59 @@ def run_in_turns(contenders: dict[str, Contender], num_steps: int) -> dict[str, 
     return seconds
 
 
+def speed_table(
+    contenders: dict[str, Contender], batches: Batches, seconds: dict[str, np.ndarray], peak_gib: dict[str, float]
+) -> str:
+    num_pairs = len(batches.pairs[0])
+    tokens = np.array([batches.tokens(step) for step in range(len(batches.pairs))])
+    lines = [
+        "| contender | seconds a step | pairs/s | tokens/s | peak memory, GiB | references beforehand, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, taken in seconds.items():
+        beforehand = contenders[name].reference_seconds
+        lines.append(
+            f"| {CONTENDERS[name].title} | {median(taken):.2f} | {median(num_pairs / taken):.2f} "
+            f"| {median(tokens / taken):.0f} | {peak_gib[name]:.2f} "
+            f"| {'none' if beforehand is None else f'{beforehand:.1f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def ratio_table(seconds: dict[str, np.ndarray]) -> str:
+    """Against the faster variant of each trainer of TRL, against one of each together, and against the recipe."""
+    dpo, reward, recipe = (
+        sorted((name for name in seconds if name.startswith(kind)), key=lambda name: median(seconds[name]))[:1]
+        for kind in ("trl_dpo", "trl_reward", "recipe")
+    )
+    lines = ["| contender | time of ours, in a step | least, most |", "|---|---|---|"]
+    for rivals in (dpo, reward, dpo + reward if dpo and reward else [], recipe):
+        if rivals:
+            ratios = sum(seconds[name] for name in rivals) / seconds["ours"]
+            title = " + ".join(CONTENDERS[name].title for name in rivals)
+            lines.append(f"| {title} | {median(ratios):.2f} times | {ratios.min():.2f}, {ratios.max():.2f} |")
+    return "\n".join(lines)
+
+
 def report(
     contenders: dict[str, Contender], batches: Batches, seconds: dict[str, np.ndarray], peak_gib: dict[str, float]
 ) -> None:
-    num_steps, num_pairs = len(batches.pairs), len(batches.pairs[0])
-    tokens = np.array([batches.tokens(step) for step in range(num_steps)])
+    tokens = sum(batches.tokens(step) for step in range(len(batches.pairs)))
     padded = sum(lay_out(from_pairs(pairs), "padded").input_ids.numel() for pairs in batches.pairs)
     print(
-        f"\n{num_steps} steps of {num_pairs} pairs, {tokens.sum():,} tokens (padded: {padded:,}), "
+        f"\n{len(batches.pairs)} steps of {len(batches.pairs[0])} pairs: {tokens:,} tokens, {padded:,} in padded rows; "
         f"{torch.get_num_threads()} threads; medians over the steps\n"
     )
-    print("| contender | seconds a step | pairs/s | tokens/s | peak memory, GiB | references beforehand, s |")
-    print("|---|---|---|---|---|---|")
-    for name, taken in seconds.items():
-        before = contenders[name].reference_seconds
-        print(
-            f"| {CONTENDERS[name].title} | {median(taken):.2f} | {median(num_pairs / taken):.2f} "
-            f"| {median(tokens / taken):.0f} | {peak_gib[name]:.2f} | {'' if before is None else f'{before:.1f}'} |"
-        )
-    if "ours" not in seconds:
+    print(speed_table(contenders, batches, seconds, peak_gib))
+    if "ours" not in contenders:
         return
-    compared = {}
-    for kind in ("trl_dpo", "trl_reward"):
-        if variants := [name for name in seconds if name.startswith(kind)]:
-            compared[kind] = min(variants, key=lambda name: median(seconds[name]))
-    rivals = [[name] for name in compared.values()] + ([list(compared.values())] if len(compared) == 2 else [])
-    rivals += [["recipe"]] if "recipe" in seconds else []
-    if rivals:
-        print("\n| against | takes times as long as ours | least and most of a step |\n|---|---|---|")
-    for names in rivals:
-        ratios = sum(seconds[name] for name in names) / seconds["ours"]
-        title = " + ".join(CONTENDERS[name].title for name in names)
-        print(f"| {title} | {median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f} |")
+    if len(contenders) > 1:
+        print(f"\n{ratio_table(seconds)}")
     for name, contender in contenders.items():
         if name != "ours" and contender.reference is not None:
-            difference = np.abs(contender.reference / contenders["ours"].reference - 1).max()
+            largest = np.abs(contender.reference - contenders["ours"].reference).max()
             title = CONTENDERS[name].title
-            print(f"\nlargest relative difference of a reference log-prob, ours and {title}: {difference:.2g}")
+            print(f"\nlargest difference of a reference log-prob, ours and {title}: {largest:.2g} nats")
 
 
 def main() -> None:
