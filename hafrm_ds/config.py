@@ -179,6 +179,20 @@ class EvaluationConfig(Section):
     the reward head, or the implicit reward's when rm_weight is 0."""
 
 
+class CheckpointConfig(Section):
+    """Checkpoints in OUTPUT_DIR/checkpoints, from which a run goes on (--resume). A signal to stop always saves one."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Save every N steps; 0: not by steps."""
+    every_minutes: NonNegative = 30.0
+    """Save when this many minutes have passed since the last save; 0: not by time."""
+    keep_last: PositiveInt = 2
+    """Keep this many of the newest checkpoints. Of those that were evaluated the best is kept besides."""
+    allow_changed: list[str] = []
+    """Options that may differ from the run that is resumed, for example [optimizer.learning_rate]. data.train,
+    data.eval and reference.store stand for the content of these."""
+
+
 class LoggingConfig(Section):
     """What a run writes and shows. metrics.jsonl is always written."""
 
@@ -194,7 +208,7 @@ class TrainConfig(Section):
     """A training run."""
 
     output_dir: Path
-    """Folder of the run: config, metrics, TensorBoard files and the final model."""
+    """Folder of the run: config, metrics, TensorBoard files, checkpoints and the final model."""
     deepspeed: Path = Path("ds_configs/zero3.json")
     """A DeepSpeed JSON file. Its "auto" values are filled from this configuration; a value that contradicts it is an
     error."""
@@ -204,6 +218,9 @@ class TrainConfig(Section):
     """Passes over the training pairs. Ignored when max_steps is given."""
     max_steps: PositiveInt | None = None
     """Optimizer steps."""
+    resume: Literal["auto", "none"] | Path = "none"
+    """auto: go on from the newest whole checkpoint in output_dir, or start if there is none. PATH: go on from this
+    checkpoint. none: start; a folder that holds a run is refused."""
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -211,6 +228,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     reference: ReferenceConfig = ReferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
     def to_yaml(self) -> str:
