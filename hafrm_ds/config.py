@@ -4,6 +4,7 @@ The docstring under a field is its help text. `hafrm_ds.options` reads the tree 
 """
 
 import datetime
+import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -235,6 +236,17 @@ class TrainConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def option_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all options of a section and those inside it."""
+    names = []
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            names += option_names(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
 def contradictions(config: TrainConfig) -> list[str]:
     """Rules between options: one message for each that is broken."""
     objective, problems = config.objective, []
@@ -259,6 +271,11 @@ def contradictions(config: TrainConfig) -> list[str]:
     if best is not None and best.split("/")[0] not in config.data.eval:
         known = ", ".join(config.data.eval) or "none"
         problems.append(f"evaluation.best_metric {best!r} names no set of data.eval (known: {known})")
+    known = option_names(TrainConfig)
+    for name in config.checkpoint.allow_changed:
+        if name not in known:
+            near = "".join(f"; did you mean {option}?" for option in difflib.get_close_matches(name, known, n=1))
+            problems.append(f"checkpoint.allow_changed names the unknown option {name!r}{near}")
     if config.data.max_length > config.batch.max_tokens_per_micro_batch:
         problems.append(
             f"data.max_length {config.data.max_length} exceeds batch.max_tokens_per_micro_batch "
