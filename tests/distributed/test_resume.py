@@ -77,28 +77,61 @@ def run_cases(num_ranks: int, cases: list) -> str:
     return result.stdout
 
 
+def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
+    """Name -> (case that goes on from the checkpoint of "to be refused", pattern of its message)."""
+
+    def resumed(name: str = "to be refused", stage: int = 3, **changes) -> list:
+        return [options(name, stage, **changes), None]
+
+    other_pairs = write_pairs(folder / "other.jsonl", 60, seed=9)
+    checkpoint = folder / "to be refused/checkpoints/step-000005"
+    return {
+        "options": (
+            resumed(seed=4, optimizer__learning_rate=1e-3),
+            r"other options: - optimizer.learning_rate: 0.003 there, 0.001 here - seed: 0 there, 4 here",
+        ),
+        "pairs": (resumed(data__train=other_pairs), r"data.train: the pairs of 'train' have changed"),
+        "stage 0": (resumed(stage=0), r"written under ZeRO stage 3, and this run has stage 0"),
+        "missing reference": (
+            resumed(reference__store=folder / "empty store"),
+            r"lacks 140 of 140 .* The run that is resumed had all of them",
+        ),
+        "no such checkpoint": (resumed(resume=folder / "none"), r"none cannot be gone on from: its manifest.json"),
+        "a folder with a run": (resumed(resume="none"), r"already holds a run .* --resume auto"),
+        "a full disk": (
+            [options("to be refused", 3, checkpoint__every_steps=1, resume=checkpoint), [7, 1, 4096]],
+            r"could not be saved: rank 1 cannot write its part: File too large \(the one after step 6 is good\)",
+        ),
+    }
+
+
 @pytest.fixture(scope="module")
 def runs(setting) -> tuple[Path, str]:
     """Straight runs on one and two ranks; runs that are stopped after STOP steps; and their second halves."""
     folder, options = setting
     stop = [STOP, 0, "SIGTERM"]
+    run_cases(1, [[options(name, stage), stop] for name, ((ranks, stage), _) in CHANGES.items() if ranks == 1])
 
-    def name(kind: str, stage: int, dtype: str) -> str:
-        return f"{kind}-{stage}-{dtype}"
-
-    run_cases(1, [[options(case, stage), stop] for case, ((ranks, stage), _) in CHANGES.items() if ranks == 1])
-    on_two = [[options(name("straight", *pair), *pair), None] for pair in COMBINATIONS]
-    for number, pair in enumerate(COMBINATIONS):
+    cases = [[options(f"straight-{stage}-{dtype}", stage, dtype), None] for stage, dtype in COMBINATIONS]
+    for number, (stage, dtype) in enumerate(COMBINATIONS):
         # Also the other rank, the other signals, and the step that is followed by an evaluation.
         where = [STOP - number % 2, number % 2, ("SIGTERM", "SIGINT", "SIGUSR1")[number % 3]]
-        on_two += [[options(name("resumed", *pair), *pair), where], [options(name("resumed", *pair), *pair), None]]
+        run = options(f"resumed-{stage}-{dtype}", stage, dtype)
+        cases += [[run, where], [run, None]]
     gathered = {"deepspeed": folder / "gather_all.json"}
-    on_two += [[options("gathered", 3, **gathered), stop], [options("gathered", 3, **gathered), None]]
-    on_two += [[options(case, stage), stop] for case, ((ranks, stage), _) in CHANGES.items() if ranks == 2]
-    on_two += [[options(case, stage), None] for case, (_, (ranks, stage)) in CHANGES.items() if ranks == 2]
-    output = run_cases(2, on_two)
-    run_cases(1, [[options(case, stage), None] for case, (_, (ranks, stage)) in CHANGES.items() if ranks == 1])
-    return folder, output
+    cases += [[options("gathered", 3, **gathered), stop], [options("gathered", 3, **gathered), None]]
+    cases += [[options(name, stage), stop] for name, ((ranks, stage), _) in CHANGES.items() if ranks == 2]
+    cases += [[options(name, stage), None] for name, (_, (ranks, stage)) in CHANGES.items() if ranks == 2]
+    cases += [[options("to be refused", 3), stop]]
+    refused_from = len(cases)
+    cases += [case for case, _ in refusals(folder, options).values()]
+    # What was refused has harmed nothing; and an option may change by name.
+    allowed = {"optimizer__learning_rate": 1e-3, "checkpoint__allow_changed": "[optimizer.learning_rate]"}
+    cases += [[options("to be refused", 3, **allowed), None]]
+    output = run_cases(2, cases)
+    run_cases(1, [[options(name, stage), None] for name, (_, (ranks, stage)) in CHANGES.items() if ranks == 1])
+    refused = re.findall(r"^refused (\d+): (.*)$", output, re.MULTILINE)
+    return folder, {int(number) - refused_from: message for number, message in refused}
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
@@ -126,7 +159,22 @@ def test_other_ranks_and_stages_go_on_with_the_same_losses(runs, change):
     assert largest_difference(final_weights(folder / change), final_weights(folder / "straight-3-float32")) < 1e-4
 
 
-def test_what_stopped_a_run_is_a_file_until_it_goes_on(runs):
-    folder, output = runs
-    assert not (folder / "resumed-3-float32/stopped.json").exists()
-    assert re.search("going on after step 5 from .*, written under ZeRO stage 3", output)
+def test_what_does_not_fit_is_refused_by_one_message_that_names_it(setting, runs):
+    folder, options = setting
+    _, messages = runs
+    table = refusals(folder, options)
+    assert len(messages) == len(table), messages
+    for number, (name, (_, pattern)) in enumerate(table.items()):
+        assert re.search(pattern, messages[number]), (name, messages[number])
+
+
+def test_a_refused_run_is_as_it_was_and_goes_on(runs):
+    folder, _ = runs
+    run = folder / "to be refused"
+    assert [row["step"] for row in rows(run, "train")] == list(range(1, STEPS + 1))
+    assert not (run / "stopped.json").exists()
+    assert not list((run / "checkpoints").glob(".*")), "the draft of a failed save"
+    straight = rows(folder / "straight-3-float32", "train")
+    # The full disk came after step 7, and the last start went on from step 6 under another learning rate.
+    rates = [row["learning_rate"] / other["learning_rate"] for row, other in zip(rows(run, "train"), straight)]
+    assert rates == pytest.approx([1] * 6 + [1 / 3] * 2)
