@@ -8,9 +8,6 @@ HAFRM_SAVE_KILLS how many times a run is killed while it saves; with HAFRM_KILLS
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +15,8 @@ import pytest
 import torch
 
 from hafrm_ds.training.checkpoint import damaged_file, read_manifest, saved_steps
-from tests.distributed.launching import REPOSITORY, as_options, free_port, rows, write_pairs
-from tests.distributed.test_reference_kills import wait
+from tests.distributed.forked_ranks import Ranks
+from tests.distributed.launching import as_options, rows, write_pairs
 from tests.distributed.test_resume import COMBINATIONS, compared_rows
 from tests.distributed.test_training import final_weights
 from tests.tiny_models import save_tiny_model
@@ -30,7 +27,7 @@ STEPS = 40
 KILLS, SAVE_KILLS = (int(os.environ.get(name, "1")) for name in ("HAFRM_KILLS", "HAFRM_SAVE_KILLS"))
 
 
-def start(folder: Path, name: str, stage: int, dtype: str, every_steps: int) -> list[subprocess.Popen]:
+def start(folder: Path, name: str, stage: int, dtype: str, every_steps: int) -> Ranks:
     options = {
         "output_dir": folder / name,
         "deepspeed": f"ds_configs/zero{stage}.json",
@@ -50,26 +47,7 @@ def start(folder: Path, name: str, stage: int, dtype: str, every_steps: int) -> 
         "logging.tensorboard": "false",
         "resume": "auto",
     }
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [sys.executable, "launch/train.py", *as_options(options)],
-            cwd=REPOSITORY,
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=(folder / f"{name}-rank{rank}.log").open("a"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in (0, 1)
-    ]
-
-
-def kill(ranks: list[subprocess.Popen], first: int) -> None:
-    """One rank, and the other a moment later if it is still there."""
-    ranks[first].send_signal(signal.SIGKILL)
-    wait(ranks, 0.2)
-    for rank in ranks:
-        rank.kill()
-        rank.wait()
+    return Ranks(as_options(options), folder / name)
 
 
 def steps_logged(run: Path) -> int:
@@ -108,8 +86,7 @@ def folder(tmp_path_factory) -> Path:
     save_tiny_model(folder / "model")
     write_pairs(folder / "train.jsonl", 60)
     write_pairs(folder / "test.jsonl", 10, seed=1)
-    ranks = start(folder, "filling-the-stores", 3, "float32", 0)
-    assert wait(ranks, 240)
+    start(folder, "filling-the-store", 3, "float32", 0).finish()
     return folder
 
 
@@ -117,10 +94,9 @@ def straight_run(folder: Path, stage: int, dtype: str) -> tuple[Path, float]:
     """A run that nothing disturbs, and the seconds between its first step and its end."""
     run = folder / f"straight-{stage}-{dtype}"
     ranks = start(folder, run.name, stage, dtype, every_steps=8)
-    wait(ranks, 120, until=lambda: steps_logged(run) > 0)
+    ranks.wait(120, until=lambda: steps_logged(run) > 0)
     started = time.monotonic()
-    assert wait(ranks, 240)
-    assert [rank.returncode for rank in ranks] == [0, 0], (folder / f"{run.name}-rank0.log").read_text()[-4000:]
+    ranks.finish()
     return run, time.monotonic() - started
 
 
@@ -129,19 +105,16 @@ def straight_run(folder: Path, stage: int, dtype: str) -> tuple[Path, float]:
 )
 def test_killed_at_random_moments_and_resumed_is_the_straight_run(folder, stage, dtype):
     straight, seconds = straight_run(folder, stage, dtype)
-    source, run, starts = random.Random(stage), folder / f"killed-{stage}-{dtype}", 0
+    source, run = random.Random(stage), folder / f"killed-{stage}-{dtype}"
     for _ in range(KILLS):
         ranks = start(folder, run.name, stage, dtype, every_steps=8)
-        starts += 1
         before = steps_logged(run)
         # One kill in five comes while the run starts.
         if source.random() > 0.2:
-            wait(ranks, 120, until=lambda before=before: steps_logged(run) not in (0, before))
-        wait(ranks, source.uniform(0, seconds))
-        kill(ranks, source.randrange(2))
-    ranks = start(folder, run.name, stage, dtype, every_steps=8)
-    assert wait(ranks, 240)
-    assert [rank.returncode for rank in ranks] == [0, 0], (folder / f"{run.name}-rank0.log").read_text()[-4000:]
+            ranks.wait(120, until=lambda before=before: steps_logged(run) not in (0, before))
+        ranks.wait(source.uniform(0, seconds))
+        ranks.kill(source.randrange(2))
+    start(folder, run.name, stage, dtype, every_steps=8).finish()
     log = (folder / f"{run.name}-rank0.log").read_text()
     print(f"ZeRO {stage}, {dtype}: {KILLS} kills, went on {log.count('going on after step')} times from a checkpoint")
     assert_equal(run, straight)
@@ -151,31 +124,27 @@ def test_killed_at_random_moments_and_resumed_is_the_straight_run(folder, stage,
 
 def test_killed_during_saves_the_newest_whole_checkpoint_loads(folder):
     """Every step is saved, and the kill comes while a draft is there."""
-    source, run, kills, loaded = random.Random(0), folder / "saving", 0, 0
+    source, run, kills = random.Random(0), folder / "saving", 0
     while kills < SAVE_KILLS:
         ranks = start(folder, run.name, 3, "float32", every_steps=1)
         root = run / "checkpoints"
         newest = next(iter(saved_steps(root)), 0)
-        ended = wait(
-            ranks,
+        ended = ranks.wait(
             120,
             until=lambda newest=newest, root=root: next(iter(saved_steps(root)), 0) > newest and list(root.glob(".*")),
         )
         time.sleep(source.uniform(0, 0.03))
         if ended:  # all steps are done: begin again
-            assert [rank.returncode for rank in ranks] == [0, 0]
+            ranks.finish()
             run = folder / f"saving-{kills}"
             continue
-        kill(ranks, source.randrange(2))
+        ranks.kill(source.randrange(2))
         kills += 1
         folder_of_newest = next(iter(saved_steps(root).values()))
         assert damaged_file(folder_of_newest, read_manifest(folder_of_newest).items()) is None
-        loaded += 1
-    ranks = start(folder, run.name, 3, "float32", every_steps=1)
-    assert wait(ranks, 240)
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    start(folder, run.name, 3, "float32", every_steps=1).finish()
     log = "".join(path.read_text() for path in folder.glob("saving*-rank0.log"))
     went_on = log.count("going on after step")
-    print(f"{kills} kills during saves, {loaded} newest checkpoints whole, {went_on} starts from one of them")
+    print(f"{kills} kills during saves: every newest checkpoint was whole, {went_on} starts from one of them")
     assert "is passed over" not in log
     assert [row["step"] for row in rows(run, "train")] == list(range(1, STEPS + 1))
