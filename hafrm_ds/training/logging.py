@@ -50,6 +50,8 @@ class RunLog:
         self.writes = self.is_first and files
         self.config, self.device = config, processes.device
         self.metrics_file = self.tensorboard = self.wandb = None
+        self.waiting: list[tuple] = []
+        """Rows from before `start`."""
         if self.writes:
             self.check_folder()
 
@@ -99,6 +101,8 @@ class RunLog:
             self.wandb = wandb.init(
                 project=config.logging.wandb_project, dir=folder, config=config.model_dump(mode="json")
             )
+        for kind, early_step, values, labels in self.waiting:
+            self.metrics(kind, early_step, values, **labels)
 
     def write_json(self, path: Path, content: dict) -> None:
         if self.writes:
@@ -106,7 +110,9 @@ class RunLog:
 
     def metrics(self, kind: str, step: int, values: dict[str, float], **labels: str) -> None:
         """One row of metrics.jsonl, and the same to TensorBoard and wandb under KIND/[set/]NAME."""
-        if not self.writes or step < self.first_step:  # an earlier start has written it
+        if self.writes and self.metrics_file is None:
+            self.waiting.append((kind, step, values, labels))
+        if self.metrics_file is None or step < self.first_step:  # an earlier start has written it
             return
         row = {"step": step, "kind": kind, **labels, **values}
         self.metrics_file.write(json.dumps(row) + "\n")

@@ -98,10 +98,8 @@ class Trainer:
         self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
 
     def run(self) -> None:
-        """Raises Stopped when a signal has ended the run and what was done is saved."""
-        if self.reference_source is not None:
-            self.load_reference(self.reference_source)
-        start = self.saver.restore(self.best)  # now that the untouched weights have been checked as the reference
+        """From where the saver says to the last step. Raises Stopped when a signal has ended it and all is saved."""
+        start = self.saver.restore(self.best)
         if self.saver.evaluation_is_due if start else self.config.evaluation.at_start:
             self.evaluate(start)
         self.saver.after_step(start, self.best, evaluation_is_due=True)
@@ -206,13 +204,14 @@ class Trainer:
 
     # ---- around the steps ----
 
-    def load_reference(self, source: ReferenceSource) -> None:
-        """Give every set its reference log-probs."""
+    def load_reference(self) -> None:
+        """Give every set its reference log-probs. Before `run`: they are checked against the untouched weights."""
+        if self.reference_source is None:
+            return
         sets = [self.train_set, *self.eval_sets.values()]
         pairs, positions = [each.pairs for each in sets], [each.index for each in sets]
-        found = provide_reference(
-            source, self.engine, pairs, positions, self.log, may_compute=not self.saver.is_resuming
-        )
+        may_compute = not self.saver.is_resuming
+        found = provide_reference(self.reference_source, self.engine, pairs, positions, self.log, may_compute)
         for pair_set, reference in zip(sets, found, strict=True):
             pair_set.reference = reference
 

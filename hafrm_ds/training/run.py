@@ -91,10 +91,12 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     engine = load_training_engine(config, processes.world_size)
     check_model(engine, train_pairs, config, log)
     saver = CheckpointSaver(config, engine, processes, log, data, reference, resume_point)
+    trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log)
+    trainer.load_reference()
+    # What could be refused has been: from here on the run folder is written to.
     if log.writes:
         leave_behind(config, saver.last_step, log)
     log.start(saver.last_step, saver.evaluation_is_due)
-    trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log)
     trainer.run()
 
     final = config.output_dir / "final"

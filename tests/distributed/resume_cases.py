@@ -1,8 +1,12 @@
 """Runs one training after another in the same processes, some of which are stopped: `resume_cases.py JSON`.
 
-JSON is a list of [options, fault]; fault is null or [step, rank, what]: while this step is computed, this rank sends
-itself a signal, or, if `what` is a number, can write no file larger than so many bytes from then on. A run that ends
-with an error prints "refused NUMBER: MESSAGE", once.
+JSON is a list of [options, fault]; fault is null or [step, rank, what]: while this step is computed, this rank
+
+    SIGNAL             sends itself this signal
+    SIGNAL evaluating  does so in the second micro-batch of the evaluation that follows
+    NUMBER             can write no file larger than so many bytes from then on
+
+A run that ends with an error prints "refused NUMBER: MESSAGE", once.
 """
 
 import dataclasses
@@ -18,29 +22,45 @@ from hafrm_ds.options import load_config
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.processes import FailedElsewhere, Processes, run_entry
 from hafrm_ds.training.run import train
+from hafrm_ds.training.saver import CheckpointSaver
 from hafrm_ds.training.stopping import Stopped, StopRequest
 
 
-class FaultyTrainer:
+class Fault:
     """While it is in force, a step of the trainer brings the fault about."""
 
     def __init__(self, rank: int, fault: list | None):
-        self.rank, self.fault, self.usual = rank, fault, Trainer.train_step
+        self.rank, self.fault = rank, fault
+        self.train_step, self.must_stop = Trainer.train_step, CheckpointSaver.must_stop
+        self.until_signal = 0
 
     def __enter__(self) -> None:
         def train_step(trainer: Trainer, step: int) -> dict[str, float]:
             if self.fault and [step + 1, self.rank] == self.fault[:2]:
-                what = self.fault[2]
-                if isinstance(what, int):
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (what, resource.RLIM_INFINITY))
-                else:
-                    os.kill(os.getpid(), getattr(signal, what))
-            return self.usual(trainer, step)
+                self.happen(self.fault[2])
+            return self.train_step(trainer, step)
 
-        Trainer.train_step = train_step
+        def must_stop(saver: CheckpointSaver) -> bool:
+            self.until_signal -= 1
+            if self.until_signal == 0:
+                os.kill(os.getpid(), self.signal)
+            return self.must_stop(saver)
+
+        Trainer.train_step, CheckpointSaver.must_stop = train_step, must_stop
+
+    def happen(self, what: str | int) -> None:
+        if isinstance(what, int):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (what, resource.RLIM_INFINITY))
+            return
+        name, *later = what.split()
+        self.signal = getattr(signal, name)
+        if later:
+            self.until_signal = 2
+        else:
+            os.kill(os.getpid(), self.signal)
 
     def __exit__(self, *error) -> None:
-        Trainer.train_step = self.usual
+        Trainer.train_step, CheckpointSaver.must_stop = self.train_step, self.must_stop
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
@@ -50,7 +70,7 @@ def main(arguments: list[str], processes: Processes) -> None:
         stopping = StopRequest()
         stopping.install()
         store = dist.PrefixStore(f"case {number}", processes.store)
-        with FaultyTrainer(processes.rank, fault):
+        with Fault(processes.rank, fault):
             try:
                 own = dataclasses.replace(processes, store=store, stopping=stopping)
                 train(load_config(options), own)

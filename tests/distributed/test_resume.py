@@ -1,9 +1,13 @@
 """Stopped and resumed equals uninterrupted: for every stage and dtype, on other numbers of ranks and other stages.
 
 Every run has a learning rate of its own for the reward head: groups that lose their options are noticed only so.
+HAFRM_RESUME=all tries every change of ranks and stage, and prints the differences:
+
+    HAFRM_RESUME=all python -m pytest -s tests/distributed/test_resume.py
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -17,14 +21,28 @@ from tests.tiny_models import save_tiny_model
 pytestmark = pytest.mark.distributed
 
 STEPS, STOP = 8, 5
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 COMBINATIONS = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in range(4)]
-CHANGES = {  # name -> (ranks, stage) before, (ranks, stage) after
-    **{f"2 to 1 ranks, stage {stage}": ((2, stage), (1, stage)) for stage in range(4)},
-    **{f"1 to 2 ranks, stage {stage}": ((1, stage), (2, stage)) for stage in range(4)},
-    **{f"stage {a} to {b}": ((2, a), (2, b)) for a in (1, 2, 3) for b in (1, 2, 3) if a != b},
-    "stage 3 to 2, 2 to 1 ranks": ((2, 3), (1, 2)),
-    "stage 2 to 3, 1 to 2 ranks": ((1, 2), (2, 3)),
+ALL = os.environ.get("HAFRM_RESUME") == "all"
+# Name -> (ranks, stage) before, (ranks, stage) after, dtype.
+CHANGES = {
+    **{
+        f"{a} to {b} ranks, stage {stage}": ((a, stage), (b, stage), "float32")
+        for a, b in ((2, 1), (1, 2))
+        for stage in range(4)
+        if ALL or (a, stage) in ((2, 0), (2, 3), (1, 2))
+    },
+    **{
+        f"stage {a} to {b}, {dtype}": ((2, a), (2, b), dtype)
+        for dtype in ("float32", "bfloat16")
+        for a, b in ((3, 2), (1, 3), (2, 3), (3, 1), (1, 2), (2, 1))
+        if ALL or (a, b) in (((3, 2), (2, 3)) if dtype == "float32" else ((3, 1), (1, 3)))
+    },
+    "stage 3 to 2, 2 to 1 ranks": ((2, 3), (1, 2), "float32"),
+    "stage 2 to 3, 1 to 2 ranks": ((1, 2), (2, 3), "float32"),
 }
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Largest relative difference of a loss from that of a straight run under stage 3."""
 MEASURED = ("seconds", "tokens_per_second", "pairs_per_second", "mfu", "memory_gib")
 
 
@@ -110,18 +128,22 @@ def runs(setting) -> tuple[Path, str]:
     """Straight runs on one and two ranks; runs that are stopped after STOP steps; and their second halves."""
     folder, options = setting
     stop = [STOP, 0, "SIGTERM"]
-    run_cases(1, [[options(name, stage), stop] for name, ((ranks, stage), _) in CHANGES.items() if ranks == 1])
 
+    def changed(place: int, num_ranks: int, fault: list | None) -> list:
+        """The halves before (0) or after (1) a change that run on so many ranks."""
+        ways = ((name, change[place], change[2]) for name, change in CHANGES.items())
+        return [[options(name, stage, dtype), fault] for name, (ranks, stage), dtype in ways if ranks == num_ranks]
+
+    run_cases(1, changed(0, 1, stop))
     cases = [[options(f"straight-{stage}-{dtype}", stage, dtype), None] for stage, dtype in COMBINATIONS]
     for number, (stage, dtype) in enumerate(COMBINATIONS):
-        # Also the other rank, the other signals, and the step that is followed by an evaluation.
-        where = [STOP - number % 2, number % 2, ("SIGTERM", "SIGINT", "SIGUSR1")[number % 3]]
+        # Also the other rank, the other signals, and the step that an evaluation follows, and inside that.
+        where = [STOP - number % 2, number % 2, SIGNALS[number % 3] + " evaluating" * (number % 4 == 1)]
         run = options(f"resumed-{stage}-{dtype}", stage, dtype)
         cases += [[run, where], [run, None]]
     gathered = {"deepspeed": folder / "gather_all.json"}
     cases += [[options("gathered", 3, **gathered), stop], [options("gathered", 3, **gathered), None]]
-    cases += [[options(name, stage), stop] for name, ((ranks, stage), _) in CHANGES.items() if ranks == 2]
-    cases += [[options(name, stage), None] for name, (_, (ranks, stage)) in CHANGES.items() if ranks == 2]
+    cases += changed(0, 2, stop) + changed(1, 2, None)
     cases += [[options("to be refused", 3), stop]]
     refused_from = len(cases)
     cases += [case for case, _ in refusals(folder, options).values()]
@@ -129,7 +151,7 @@ def runs(setting) -> tuple[Path, str]:
     allowed = {"optimizer__learning_rate": 1e-3, "checkpoint__allow_changed": "[optimizer.learning_rate]"}
     cases += [[options("to be refused", 3, **allowed), None]]
     output = run_cases(2, cases)
-    run_cases(1, [[options(name, stage), None] for name, (_, (ranks, stage)) in CHANGES.items() if ranks == 1])
+    run_cases(1, changed(1, 1, None))
     refused = re.findall(r"^refused (\d+): (.*)$", output, re.MULTILINE)
     return folder, {int(number) - refused_from: message for number, message in refused}
 
@@ -148,15 +170,14 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, stage, dtype):
 @pytest.mark.parametrize("change", [*CHANGES, "gathered"])
 def test_other_ranks_and_stages_go_on_with_the_same_losses(runs, change):
     folder, _ = runs
-    losses = [
-        torch.tensor([row["loss/total"] for row in rows(folder / name, "train")])
-        for name in ("straight-3-float32", change)
-    ]
+    dtype = CHANGES[change][2] if change in CHANGES else "float32"
+    straight = folder / f"straight-3-{dtype}"
+    losses = [torch.tensor([row["loss/total"] for row in rows(run, "train")]) for run in (straight, folder / change)]
     assert len(losses[1]) == STEPS
     difference = ((losses[1] - losses[0]).abs() / losses[0].abs()).max().item()
     print(f"{change}: largest relative difference of a loss {difference:.2g}")
-    assert difference < 1e-5
-    assert largest_difference(final_weights(folder / change), final_weights(folder / "straight-3-float32")) < 1e-4
+    assert difference < TOLERANCE[dtype]
+    assert largest_difference(final_weights(folder / change), final_weights(straight)) < 10 * TOLERANCE[dtype]
 
 
 def test_what_does_not_fit_is_refused_by_one_message_that_names_it(setting, runs):

@@ -105,7 +105,7 @@ class Run:
                 left = [process.cmdline() for process in self.members()]
                 os.killpg(self.process.pid, signal.SIGKILL)
                 raise AssertionError(f"still there: {left}\n{self.output.read_text()[-4000:]}")
-            time.sleep(0.02)
+            time.sleep(0.1)
         return time.monotonic() - started
 
 
@@ -135,7 +135,7 @@ WAYS: dict[str, tuple[Target, str, int | None]] = {  # name -> (what is done, re
         None,
     ),
 }
-WAYS_OF_CI = 3
+WAYS_OF_CI = 2
 ALL = os.environ.get("HAFRM_SIGNALS") == "all"
 
 
@@ -186,8 +186,8 @@ def test_the_death_of_a_rank_ends_the_other_without_a_save(folder, victim):
     assert not saved_steps(run.folder / "checkpoints")
 
 
+@pytest.mark.skipif(not ALL, reason="HAFRM_SIGNALS=all")
 def test_a_signal_cuts_an_evaluation_short_which_is_made_up_for(folder):
-    """A stopped rank (SIGSTOP) is not needed: the evaluation set is long enough to be hit."""
     changes = {"data__eval": f"{{held_out: {folder / 'test.jsonl'}}}", "evaluation__every_steps": 2}
     run = Run.start(folder, "evaluating", evaluation__at_start="false", **changes)
     run.wait_for_steps(2)
