@@ -23,7 +23,7 @@ from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 40
+STEPS, SAVED_EVERY = 40, 3
 KILLS, SAVE_KILLS = (int(os.environ.get(name, "1")) for name in ("HAFRM_KILLS", "HAFRM_SAVE_KILLS"))
 
 
@@ -93,7 +93,7 @@ def folder(tmp_path_factory) -> Path:
 def straight_run(folder: Path, stage: int, dtype: str) -> tuple[Path, float]:
     """A run that nothing disturbs, and the seconds between its first step and its end."""
     run = folder / f"straight-{stage}-{dtype}"
-    ranks = start(folder, run.name, stage, dtype, every_steps=8)
+    ranks = start(folder, run.name, stage, dtype, every_steps=SAVED_EVERY)
     ranks.wait(120, until=lambda: steps_logged(run) > 0)
     started = time.monotonic()
     ranks.finish()
@@ -107,14 +107,14 @@ def test_killed_at_random_moments_and_resumed_is_the_straight_run(folder, stage,
     straight, seconds = straight_run(folder, stage, dtype)
     source, run = random.Random(stage), folder / f"killed-{stage}-{dtype}"
     for _ in range(KILLS):
-        ranks = start(folder, run.name, stage, dtype, every_steps=8)
+        ranks = start(folder, run.name, stage, dtype, every_steps=SAVED_EVERY)
         before = steps_logged(run)
         # One kill in five comes while the run starts.
         if source.random() > 0.2:
             ranks.wait(120, until=lambda before=before: steps_logged(run) not in (0, before))
         ranks.wait(source.uniform(0, seconds))
         ranks.kill(source.randrange(2))
-    start(folder, run.name, stage, dtype, every_steps=8).finish()
+    start(folder, run.name, stage, dtype, every_steps=SAVED_EVERY).finish()
     log = (folder / f"{run.name}-rank0.log").read_text()
     print(f"ZeRO {stage}, {dtype}: {KILLS} kills, went on {log.count('going on after step')} times from a checkpoint")
     assert_equal(run, straight)
