@@ -4,6 +4,7 @@ The docstring under a field is its help text. `hafrm_ds.options` reads the tree 
 """
 
 import datetime
+import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -196,6 +197,20 @@ class EvaluationConfig(Section):
     the reward head, or the implicit reward's when rm_weight is 0."""
 
 
+class CheckpointConfig(Section):
+    """Checkpoints in OUTPUT_DIR/checkpoints, from which a run goes on (--resume). A signal to stop always saves one."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Save every N steps; 0: not by steps."""
+    every_minutes: NonNegative = 30.0
+    """Save when this many minutes have passed since the last save; 0: not by time."""
+    keep_last: PositiveInt = 2
+    """Keep this many of the newest checkpoints. Of those that were evaluated the best is kept besides."""
+    allow_changed: list[str] = []
+    """Options that may differ from the run that is resumed, for example [optimizer.learning_rate]. data.train,
+    data.eval and reference.store stand for the content of these."""
+
+
 class LoggingConfig(Section):
     """What a run writes and shows. metrics.jsonl is always written."""
 
@@ -211,7 +226,7 @@ class TrainConfig(Section):
     """A training run."""
 
     output_dir: Path
-    """Folder of the run: config, metrics, TensorBoard files and the final model."""
+    """Folder of the run: config, metrics, TensorBoard files, checkpoints and the final model."""
     deepspeed: Path = Path("ds_configs/zero3.json")
     """A DeepSpeed JSON file. Its "auto" values are filled from this configuration; a value that contradicts it is an
     error."""
@@ -221,6 +236,9 @@ class TrainConfig(Section):
     """Passes over the training pairs. Ignored when max_steps is given."""
     max_steps: PositiveInt | None = None
     """Optimizer steps."""
+    resume: Literal["auto", "none"] | Path = "none"
+    """auto: go on from the newest whole checkpoint in output_dir, or start if there is none. PATH: go on from this
+    checkpoint. none: start; a folder that holds a run is refused."""
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -228,10 +246,22 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     reference: ReferenceConfig = ReferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def option_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all options of a section and those inside it."""
+    names = []
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            names += option_names(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
 
 
 def contradictions(config: TrainConfig) -> list[str]:
@@ -259,6 +289,11 @@ def contradictions(config: TrainConfig) -> list[str]:
         known = ", ".join(config.data.eval) or "none"
         problems.append(f"evaluation.best_metric {best!r} names no set of data.eval (known: {known})")
     budget = config.batch.max_tokens_per_micro_batch
+    known = option_names(TrainConfig)
+    for name in config.checkpoint.allow_changed:
+        if name not in known:
+            near = "".join(f"; did you mean {option}?" for option in difflib.get_close_matches(name, known, n=1))
+            problems.append(f"checkpoint.allow_changed names the unknown option {name!r}{near}")
     if budget != "auto" and config.data.max_length > budget:
         problems.append(
             f"data.max_length {config.data.max_length} exceeds batch.max_tokens_per_micro_batch "

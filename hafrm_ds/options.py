@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hafrm_ds.config import Section, TrainConfig, contradictions
+from hafrm_ds.config import Section, TrainConfig, contradictions, option_names
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.training.deepspeed_config import deepspeed_contradictions, read_deepspeed_json
 
@@ -185,16 +185,6 @@ def nearest_option(name: str, schema: type[BaseModel]) -> str:
         if near := difflib.get_close_matches(leaf, known, n=1, cutoff=cutoff):
             return f"did you mean {known[near[0]]}?"
     return f"{section} has {', '.join(siblings)}" if section and siblings else "--help lists all options"
-
-
-def option_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    names = []
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            names += option_names(field.annotation, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
 
 
 def help_text(schema: type[BaseModel]) -> str:

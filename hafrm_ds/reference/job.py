@@ -113,6 +113,7 @@ def provide_reference(
     sets: Sequence[PreparedPairs],
     positions: Sequence[np.ndarray],
     log: RunLog,
+    may_compute: bool = True,
 ) -> list[ReferenceLogprobs]:
     """The reference log-probs of a training run, before its first step: the policy is the reference still.
 
@@ -120,9 +121,11 @@ def provide_reference(
         batch: with layout and token budget decided.
         sets: training set first.
         positions: for each set, the positions of the pairs that the run uses.
+        may_compute: False for a run that is resumed: it had all values, so what is missing was lost.
 
     Raises:
-        UserError: values are missing and reference.on_missing is stop, or a sample does not agree with the store.
+        UserError: values are missing and may not be computed or reference.on_missing is stop, or a sample does not
+            agree with the store.
     """
     responses = Responses.of(sets, positions)
     values = source.look_up(responses, engine.device)
@@ -130,6 +133,11 @@ def provide_reference(
     from_store = [np.flatnonzero(~np.isnan(part.values).any(axis=1)) for part in responses.by_set(values)]
     if num_missing:
         explanation = source.explain_missing(num_missing, len(values))
+        if not may_compute:
+            raise UserError(
+                f"{explanation}. The run that is resumed had all of them: give the --reference.store that it used, or "
+                "run launch/precompute_reference.py with this config"
+            )
         if source.config.reference.on_missing == "stop":
             raise UserError(
                 f"{explanation}. Run launch/precompute_reference.py with this config, or set "

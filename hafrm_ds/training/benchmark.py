@@ -16,6 +16,7 @@ from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import settle_batch
 from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.run import prepare_data
+from hafrm_ds.training.saver import CheckpointSaver
 from hafrm_ds.training.scoring import score_pairs
 
 WARM_UP_STEPS = 2
@@ -38,7 +39,8 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
     processes.start_group()
     engine = load_training_engine(config, processes)
     config = settle_batch(engine, [pairs], config, log)
-    trainer = Trainer(config, engine, pairs, {}, None, log)
+    saver = CheckpointSaver(config, engine, processes, log, data={}, reference=None, resume_point=None)
+    trainer = Trainer(config, engine, pairs, {}, None, saver, log)
     if config.objective.uses_reference:
         trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
     steps = [trainer.train_step(step) for step in range(WARM_UP_STEPS + num_steps)][WARM_UP_STEPS:]

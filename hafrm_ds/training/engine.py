@@ -10,14 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from hafrm_ds.capacity import full_numel
 from hafrm_ds.config import OptimizerConfig, TrainConfig
 from hafrm_ds.errors import UserError
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.objective import ResponseScores
+from hafrm_ds.training.checkpoint import FileFacts
 from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.training.processes import Processes
+from hafrm_ds.training.resharding import Shards, deal_out
 
 
 def check_build_tools(device: torch.device) -> None:
@@ -134,6 +138,49 @@ class TrainingEngine(Engine):
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         self.gradient_norm = float(norm if norm is not None else own_norm)
+
+    def save(self, folder: Path) -> dict[str, FileFacts]:
+        """Write weights and optimizer into `folder`, which is there. All ranks call this together.
+
+        Returns:
+            What this rank has written: name relative to folder.parent -> facts.
+
+        Raises:
+            OSError, RuntimeError: this rank's files cannot be written; the other ranks come back as well.
+        """
+        from hafrm_ds.training.checkpoint_writer import CheckpointWriter
+
+        engine, usual = self.deepspeed, self.deepspeed.checkpoint_engine
+        writer = CheckpointWriter()
+        engine.checkpoint_engine = writer
+        # Scripts that DeepSpeed copies beside a checkpoint: outside of the writer, and a full disk would raise there.
+        engine._copy_recovery_script = lambda path: None
+        try:
+            engine.save_checkpoint(folder.parent, tag=folder.name, save_latest=False)
+        finally:
+            engine.checkpoint_engine = usual
+            del engine._copy_recovery_script
+        if writer.error is not None:
+            raise writer.error
+        return {str(path.relative_to(folder.parent)): facts for path, facts in writer.files.items()}
+
+    def load(self, folder: Path, zero_stage: int, world_size: int) -> None:
+        """Take over what `save` has written under a stage and number of ranks. All ranks call this together.
+
+        Every parameter group keeps the options of this run; the engine has made no step yet.
+        """
+        options = [dict(group, params=None) for group in self.deepspeed.optimizer.param_groups]
+        if (zero_stage, world_size) == (self.stage, dist.get_world_size()) or self.stage == 0:
+            self.deepspeed.load_checkpoint(folder.parent, tag=folder.name)
+        else:
+            shards = Shards(folder, zero_stage, world_size)
+            deal_out(shards, self.model, self.deepspeed.optimizer, self.stage, dist.get_rank())
+        for group, own in zip(self.deepspeed.optimizer.param_groups, options, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
+
+    def expected_checkpoint_bytes(self) -> int:
+        """About what `save` writes over all ranks: weights, fp32 copies and two moments."""
+        return sum(full_numel(p) * (p.element_size() + 12) for p in self.model.parameters())
 
     def full_gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -22,6 +22,10 @@ from hafrm_ds.errors import UserError
 from hafrm_ds.training.processes import Processes
 
 PACKAGES = ("hafrm_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "pyarrow")
+SUMMARY_FILE = "summary.json"
+"""In the run folder of a finished run."""
+STOPPED_FILE = "stopped.json"
+"""In the run folder while a run that was asked to stop has not gone on: the reason, the step and the checkpoint."""
 LOG_WIDTH = 120
 LOG_LINE_SECONDS = 30
 """Without a terminal a progress bar becomes a line at most this often."""
@@ -31,7 +35,8 @@ class RunLog:
     """What rank 0 prints and writes down; on other ranks every method does nothing.
 
     Args:
-        files: also keep metrics in config.output_dir, which then must not hold a run already.
+        files: also keep metrics in config.output_dir, from `start` on. Unless the run is resumed, it must not hold one
+            already.
 
     Raises:
         UserError: the output folder cannot be used, or wandb is asked for and not installed.
@@ -43,27 +48,52 @@ class RunLog:
         self.console = Console(quiet=not self.is_first, width=width, highlight=False)
         self.bars: Progress | None = None
         self.writes = self.is_first and files
+        self.config, self.device = config, processes.device
+        self.metrics_file = self.tensorboard = self.wandb = None
+        self.waiting: list[tuple] = []
+        """Rows from before `start`."""
         if self.writes:
-            self.open_files(config)
-            self.write_json(config.output_dir / "environment.json", environment(self.num_ranks, processes.device))
+            self.check_folder()
 
-    def open_files(self, config: TrainConfig) -> None:
-        folder = config.output_dir
+    def check_folder(self) -> None:
+        """Make the output folder, and see that it can be used, before hours of other work."""
+        folder = self.config.output_dir
         metrics = folder / "metrics.jsonl"
-        if metrics.exists() and metrics.stat().st_size:
-            raise UserError(f"--output_dir {folder} already holds a run (metrics.jsonl); choose another folder")
+        if self.config.resume == "none" and metrics.exists() and metrics.stat().st_size:
+            raise UserError(
+                f"--output_dir {folder} already holds a run (metrics.jsonl); choose another folder, or go on with it: "
+                "--resume auto"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.write_config(config)
-            self.metrics_file = metrics.open("a", buffering=1)
+            (folder / "config.yaml").touch()
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
-        self.tensorboard = None
+
+    def start(self, config: TrainConfig, step: int, evaluation_is_due: bool = False) -> None:
+        """Begin to write, after `step` steps of an earlier start: later rows of it are cut off.
+
+        Args:
+            config: with everything decided that `auto` left open.
+            evaluation_is_due: also those of the evaluation after this step, which was not finished.
+        """
+        if not self.writes:
+            return
+        folder = config.output_dir
+        self.first_step = step
+        (folder / "config.yaml").write_text(config.to_yaml())
+        self.write_json(folder / "environment.json", environment(self.num_ranks, self.device))
+        for name in (SUMMARY_FILE, STOPPED_FILE):
+            (folder / name).unlink(missing_ok=True)
+        metrics = folder / "metrics.jsonl"
+        cut_rows(metrics, step, evaluation_is_due)
+        self.metrics_file = metrics.open("a", buffering=1)
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        self.wandb = None
+            # purge_step hides what an earlier start has written from this step on.
+            purge_step = (step if evaluation_is_due else step + 1) if step else None
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         if config.logging.wandb_project:
             try:
                 import wandb
@@ -72,10 +102,8 @@ class RunLog:
             self.wandb = wandb.init(
                 project=config.logging.wandb_project, dir=folder, config=config.model_dump(mode="json")
             )
-
-    def write_config(self, config: TrainConfig) -> None:
-        if self.writes:
-            (config.output_dir / "config.yaml").write_text(config.to_yaml())
+        for kind, early_step, values, labels in self.waiting:
+            self.metrics(kind, early_step, values, **labels)
 
     def write_json(self, path: Path, content: dict) -> None:
         if self.writes:
@@ -83,7 +111,9 @@ class RunLog:
 
     def metrics(self, kind: str, step: int, values: dict[str, float], **labels: str) -> None:
         """One row of metrics.jsonl, and the same to TensorBoard and wandb under KIND/[set/]NAME."""
-        if not self.writes:
+        if self.writes and self.metrics_file is None:
+            self.waiting.append((kind, step, values, labels))
+        if self.metrics_file is None or step < self.first_step:  # an earlier start has written it
             return
         row = {"step": step, "kind": kind, **labels, **values}
         self.metrics_file.write(json.dumps(row) + "\n")
@@ -131,8 +161,13 @@ class RunLog:
             if not self.bars.tasks:
                 self.bars.stop()
 
+    def sync(self) -> None:
+        """See to it that all rows so far are on disk."""
+        if self.writes:
+            os.fsync(self.metrics_file.fileno())
+
     def close(self) -> None:
-        if not self.writes:
+        if self.metrics_file is None:
             return
         self.metrics_file.close()
         if self.tensorboard is not None:
@@ -173,6 +208,26 @@ class ProgressBar:
                 f"{clock(elapsed)}, ETA {clock(remaining)}  {text}".rstrip(),
                 soft_wrap=True,
             )
+
+
+def cut_rows(metrics: Path, step: int, evaluation_is_due: bool) -> None:
+    """Leave the rows of the first `step` steps in a metrics.jsonl, without a last one that was cut by a crash."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= step and step and not (evaluation_is_due and (row["step"], row["kind"]) == (step, "eval")):
+            kept.append(line)
+    draft = metrics.with_name(f".{metrics.name}")
+    with draft.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(metrics)
 
 
 def clock(seconds: float) -> str:

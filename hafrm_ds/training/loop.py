@@ -24,6 +24,7 @@ from hafrm_ds.reference.job import ReferenceSource, provide_reference
 from hafrm_ds.training.engine import TrainingEngine
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.losses import configured_joint_loss
+from hafrm_ds.training.saver import Best, CheckpointSaver
 from hafrm_ds.training.schedule import learning_rate_factor
 from hafrm_ds.training.scoring import score_pairs
 
@@ -36,20 +37,6 @@ class PairSet:
     costs: np.ndarray
     index: np.ndarray
     reference: ReferenceLogprobs | None = None
-
-
-@dataclass
-class Best:
-    """The best evaluation so far by one metric, SET/METRIC."""
-
-    metric: str | None
-    value: float = -math.inf
-    step: int | None = None
-
-    def consider(self, step: int, metrics: dict[str, float]) -> None:
-        value = metrics.get(self.metric, -math.inf)
-        if value > self.value:
-            self.value, self.step = value, step
 
 
 @dataclass
@@ -84,6 +71,7 @@ class Trainer:
         train_pairs: prepared training pairs.
         eval_pairs: prepared pairs of each evaluation set.
         reference_source: where reference log-probs come from; None when the objective uses none.
+        saver: knows where the run goes on, saves it and stops it.
     """
 
     def __init__(
@@ -93,9 +81,10 @@ class Trainer:
         train_pairs: PreparedPairs,
         eval_pairs: dict[str, PreparedPairs],
         reference_source: ReferenceSource | None,
+        saver: CheckpointSaver,
         log: RunLog,
     ):
-        self.config, self.engine, self.log = config, engine, log
+        self.config, self.engine, self.saver, self.log = config, engine, saver, log
         self.reference_source = reference_source
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.plan = BatchPlan(len(train_pairs), config.batch.global_batch_size, config.seed)
@@ -113,18 +102,20 @@ class Trainer:
         self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
 
     def run(self) -> None:
-        if self.reference_source is not None:
-            self.load_reference(self.reference_source)
-        if self.config.evaluation.at_start:
-            self.evaluate(0)
+        """From where the saver says to the last step. Raises Stopped when a signal has ended it and all is saved."""
+        start = self.saver.restore(self.best)
+        if self.saver.evaluation_is_due if start else self.config.evaluation.at_start:
+            self.evaluate(start)
+        self.saver.after_step(start, self.best, evaluation_is_due=True)
         every = self.config.evaluation.every_steps
-        with self.log.progress("training", self.num_steps, "steps") as progress:
-            for step in range(self.num_steps):
+        with self.log.progress("training", self.num_steps - start, "steps") as progress:
+            for step in range(start, self.num_steps):
                 metrics = self.train_step(step)
                 self.report(step + 1, metrics)
                 progress.advance(1, describe(metrics))
-                if step + 1 == self.num_steps or (every and (step + 1) % every == 0):
-                    self.evaluate(step + 1)
+                is_due = step + 1 == self.num_steps or (every and (step + 1) % every == 0)
+                is_due = is_due and not self.evaluate(step + 1)
+                self.saver.after_step(step + 1, self.best, evaluation_is_due=bool(is_due))
 
     # ---- one step ----
 
@@ -195,12 +186,16 @@ class Trainer:
         device = self.engine.device
         work = torch.tensor([totals.tokens, totals.padding, totals.flops], dtype=torch.float64, device=device)
         row = torch.cat([torch.stack([totals.sums[name] for name in names]), work])
-        memory = torch.tensor(float(peak_memory_bytes(device)), dtype=torch.float64, device=device)
+        largest = torch.tensor(
+            [float(peak_memory_bytes(device)), *self.saver.votes()], dtype=torch.float64, device=device
+        )
         dist.all_reduce(row)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         *sums, tokens, padding, flops = row.tolist()
+        memory, *votes = largest.tolist()
+        self.saver.hear(votes)
         means = {name: value / self.plan.global_batch_size for name, value in zip(names, sums, strict=True)}
-        return means | {"tokens": tokens, "padding": padding, "flops": flops, "memory_gib": memory.item() / 2**30}
+        return means | {"tokens": tokens, "padding": padding, "flops": flops, "memory_gib": memory / 2**30}
 
     def stop_on_non_finite_loss(self, step: int, totals: StepTotals) -> None:
         losses, index = torch.cat(totals.losses).cpu().numpy(), np.concatenate(totals.index)
@@ -215,16 +210,21 @@ class Trainer:
 
     # ---- around the steps ----
 
-    def load_reference(self, source: ReferenceSource) -> None:
-        """Give every set its reference log-probs."""
+    def load_reference(self) -> None:
+        """Give every set its reference log-probs. Before `run`: they are checked against the untouched weights."""
+        if self.reference_source is None:
+            return
         sets = [self.train_set, *self.eval_sets.values()]
         pairs, positions = [each.pairs for each in sets], [each.index for each in sets]
-        found = provide_reference(source, self.engine, self.config.batch, pairs, positions, self.log)
+        may_compute = not self.saver.is_resuming
+        found = provide_reference(
+            self.reference_source, self.engine, self.config.batch, pairs, positions, self.log, may_compute
+        )
         for pair_set, reference in zip(sets, found, strict=True):
             pair_set.reference = reference
 
-    def evaluate(self, step: int) -> None:
-        """Score every evaluation set, log its metrics, remember the best step."""
+    def evaluate(self, step: int) -> bool:
+        """Score every evaluation set, log its metrics, remember the best step; False if a signal cuts it short."""
         objective = self.config.objective
         for name, pair_set in self.eval_sets.items():
             with self.log.progress(f"evaluating {name}", len(pair_set.index), "pairs") as progress:
@@ -238,7 +238,10 @@ class Trainer:
                     with_reward=objective.uses_reward,
                     with_logprob=objective.uses_policy,
                     on_progress=progress.advance_for_all_ranks,
+                    must_stop=self.saver.must_stop,
                 )
+            if scores is None:
+                return False
             lengths = pair_set.pairs.lengths
             num_tokens = np.stack([lengths["chosen"], lengths["rejected"]], axis=1)[pair_set.index]
             reference = None if pair_set.reference is None else pair_set.reference.values[pair_set.index]
@@ -246,6 +249,7 @@ class Trainer:
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")
             self.best.consider(step, {f"{name}/{metric}": value for metric, value in metrics.items()})
+        return True
 
     def summary(self) -> dict:
         """What a reader wants to know first, for summary.json."""

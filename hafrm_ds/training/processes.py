@@ -8,8 +8,9 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from hafrm_ds.errors import UserError
+from hafrm_ds.training.peers import PeerWatch
+from hafrm_ds.training.stopping import STOPPED_STATUS, Launcher, Stopped, StopRequest
 
 T = TypeVar("T")
 
@@ -33,17 +36,29 @@ class FailedElsewhere(UserError):
 
 @dataclass
 class Processes:
-    """This process among those of the run."""
+    """This process among those of the run.
+
+    stopping: what has asked this process to stop, if anything has.
+    watch: tells when another process has ended; None where nobody watches.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     store: dist.Store
+    stopping: StopRequest = field(default_factory=StopRequest)
+    watch: PeerWatch | None = None
 
     @classmethod
     def join(cls) -> "Processes":
-        """Meet the other processes that the launcher started; without a launcher this one is alone."""
-        if "RANK" not in os.environ:
+        """Meet the other processes that the launcher started; without a launcher this one is alone.
+
+        From here on signals are caught, and the processes and their launcher are watched.
+        """
+        stopping = StopRequest()
+        stopping.install()
+        launcher = Launcher.above() if "RANK" in os.environ else None
+        if launcher is None:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
@@ -51,7 +66,14 @@ class Processes:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT))
-        return cls(rank, int(os.environ.get("LOCAL_RANK", "0")), world_size, store)
+        watch = PeerWatch(
+            rank,
+            world_size,
+            store,
+            os.environ["MASTER_ADDR"],
+            on_tick=lambda: stopping.stop_if_lost(launcher) if launcher is not None else None,
+        )
+        return cls(rank, int(os.environ.get("LOCAL_RANK", "0")), world_size, store, stopping, watch)
 
     @property
     def is_first(self) -> bool:
@@ -91,6 +113,19 @@ class Processes:
         else:
             self.wait(lambda: self.store.check([key]))
         return self.store.get(key).decode()
+
+    def texts_of_all(self, name: str, text: str) -> list[str]:
+        """What each rank gives, on rank 0, which waits for all; an empty list elsewhere.
+
+        Raises:
+            FailedElsewhere: an error has stopped another rank meanwhile.
+        """
+        self.store.set(f"text/{name}/{self.rank}", text)
+        if not self.is_first:
+            return []
+        keys = [f"text/{name}/{rank}" for rank in range(self.world_size)]
+        self.wait(lambda: self.store.check(keys))
+        return [self.store.get(key).decode() for key in keys]
 
     def wait(self, condition: Callable[[], bool]) -> None:
         """Wait for as long as it takes.
@@ -146,23 +181,35 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
 
     A collective that fails because another rank has left is the consequence of an error, not the error: the rank whose
     it is reports it. Anything else keeps its traceback; ranks that wait for this one are told, for they would wait for
-    ever.
+    ever. A run that was asked to stop ends with STOPPED_STATUS.
     """
     # torch then asks for huge pages when it allocates on the CPU, where page faults otherwise take a quarter of a step.
     # It reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     processes = Processes.join()
+    status, verdict = 1, f"rank {processes.rank} has met an error"
     try:
         main(sys.argv[1:], processes)
+        status, verdict = 0, None
+    except Stopped as stop:
+        # All ranks have agreed on it if something was saved; else the others cannot go on without this one.
+        status, verdict = STOPPED_STATUS, None if stop.checkpoint else f"rank {processes.rank} was asked to stop"
+        if processes.speaks():  # and those that wait for this rank learn that it leaves
+            print(f"\n{stop}", file=sys.stderr, flush=True)
     except UserError as error:
         processes.report(error)
-        sys.exit(1)
     except Exception as error:
         if is_lost_connection(error):
-            print(f"rank {processes.rank} stops: another process of the run has ended", file=sys.stderr, flush=True)
-            sys.exit(1)
-        processes.speaks()
-        raise
+            cause = (processes.watch and processes.watch.verdict) or "another process of the run has ended"
+            print(f"rank {processes.rank} stops: {cause}", file=sys.stderr, flush=True)
+        else:
+            processes.speaks()
+            traceback.print_exc()
+    processes.stopping.defer()  # what follows must not be interrupted by an impatient launcher
+    if processes.watch is not None:
+        processes.watch.leave(verdict)
+    if status:
+        sys.exit(status)
     if dist.is_initialized():
         dist.destroy_process_group()
 

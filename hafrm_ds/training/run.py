@@ -10,16 +10,42 @@ from hafrm_ds.errors import ConfigError, DataError, UserError
 from hafrm_ds.model.loading import fetch_model
 from hafrm_ds.model.saving import save_hybrid_model
 from hafrm_ds.reference.job import ReferenceSource, precompute
-from hafrm_ds.training.engine import Engine, check_build_tools, load_scoring_engine, load_training_engine
-from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
+from hafrm_ds.training.engine import (
+    Engine,
+    check_build_tools,
+    load_scoring_engine,
+    load_training_engine,
+    zero_stage,
+)
+from hafrm_ds.training.logging import STOPPED_FILE, SUMMARY_FILE, RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import check_budgets, settle_batch
 from hafrm_ds.training.processes import Processes
+from hafrm_ds.training.resume import find_resume_point, fingerprints_of
+from hafrm_ds.training.saver import CheckpointSaver, leave_behind
+from hafrm_ds.training.stopping import Stopped
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
     """Train one model and leave a run folder: config.yaml, environment.json, data_report.json, metrics.jsonl,
-    tensorboard/, summary.json, final/."""
+    tensorboard/, checkpoints/, summary.json, final/.
+
+    Raises:
+        Stopped: a signal has ended the run; stopped.json says where it can go on.
+    """
+    log = RunLog(config, processes)
+    try:
+        train_to_the_end(config, processes, log)
+    except Stopped as stop:
+        log.write_json(config.output_dir / STOPPED_FILE, stop.to_json())
+        raise
+    finally:
+        log.close()
+
+
+def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> None:
+    """`train`, without what is left to do when it is cut short."""
     if config.batch.global_batch_size < processes.world_size:
         raise ConfigError(
             [
@@ -28,7 +54,14 @@ def train(config: TrainConfig, processes: Processes) -> None:
             ]
         )
     check_build_tools(processes.device)
-    log = RunLog(config, processes)
+    summary_file = config.output_dir / SUMMARY_FILE
+    if config.resume == "auto" and processes.from_first("finished", lambda: str(summary_file.exists())) == "True":
+        log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to go on with")
+        return
+    resume_point = find_resume_point(config, processes, log)
+    if resume_point is not None:
+        config = resume_point.settle(config)
+        resume_point.check_stage(zero_stage(resolve_deepspeed_config(config, processes.world_size)))
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
     if len(train_pairs) < config.batch.global_batch_size:
         raise DataError(
@@ -38,11 +71,24 @@ def train(config: TrainConfig, processes: Processes) -> None:
         )
 
     reference_source = ReferenceSource.open(config, processes, log) if config.objective.uses_reference else None
+    reference = reference_source.namespace.name if reference_source is not None else None
+    sets = named_sets(train_pairs, eval_pairs)
+    data = fingerprints_of(sets)
+    if resume_point is not None:
+        resume_point.check_content(data, reference)
+    log.write_json(
+        config.output_dir / "data_report.json", {name: pairs.report.to_json() for name, pairs in sets.items()}
+    )
     processes.start_group()
     engine = load_training_engine(config, processes)
-    config = settle_batch(engine, [train_pairs, *eval_pairs.values()], config, log)
-    log.write_config(config)
-    trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, log)
+    config = settle_batch(engine, list(sets.values()), config, log)
+    saver = CheckpointSaver(config, engine, processes, log, data, reference, resume_point)
+    trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log)
+    trainer.load_reference()
+    # What could be refused has been: from here on the run folder is written to.
+    if log.writes:
+        leave_behind(config, saver.last_step, log)
+    log.start(config, saver.last_step, saver.evaluation_is_due)
     trainer.run()
 
     final = config.output_dir / "final"
@@ -57,9 +103,8 @@ def train(config: TrainConfig, processes: Processes) -> None:
         )
     except OSError as error:
         raise UserError(f"the trained model cannot be written to {final}: {error.strerror}") from error
-    log.write_json(config.output_dir / "summary.json", trainer.summary())
+    log.write_json(summary_file, trainer.summary())
     log.print(f"\nthe trained model is in {final}")
-    log.close()
 
 
 def precompute_reference(config: TrainConfig, processes: Processes) -> None:
@@ -111,11 +156,12 @@ def prepare_data(
         )
 
     train_pairs, eval_pairs = processes.in_turns("data", prepare)
-    sets = {"train": train_pairs, **{f"eval {name}": pairs for name, pairs in eval_pairs.items()}}
-    for name, pairs in sets.items():
+    for name, pairs in named_sets(train_pairs, eval_pairs).items():
         log.print(f"\n[bold]{name}[/bold]")
         log.print(pairs.report.render(with_examples=name == "train"))
-    check_budgets(sets.values(), config.batch)
-    reports = {name: pairs.report.to_json() for name, pairs in sets.items()}
-    log.write_json(config.output_dir / "data_report.json", reports)
+    check_budgets((train_pairs, *eval_pairs.values()), config.batch)
     return formatter, train_pairs, eval_pairs
+
+
+def named_sets(train_pairs: PreparedPairs, eval_pairs: dict[str, PreparedPairs]) -> dict[str, PreparedPairs]:
+    return {"train": train_pairs, **{f"eval {name}": pairs for name, pairs in eval_pairs.items()}}

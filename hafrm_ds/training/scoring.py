@@ -24,24 +24,32 @@ def score_items(
     on_scores: Callable[[list[int], ResponseScores], None],
     with_reward: bool = True,
     with_logprob: bool = True,
-) -> None:
+    must_stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Score items without gradients, each on one rank, in micro-batches of similar lengths.
 
     Args:
         item: position -> prompt and responses.
         costs: [items] tokens of each item in this layout.
         on_scores: told the positions of a micro-batch and the scores of their responses, on the rank that has them.
+        must_stop: asked before each micro-batch, by all ranks together.
+
+    Returns:
+        False if it was cut short by must_stop.
     """
     if not len(costs):
-        return
+        return True
     batches = cut_by_length(budget_costs(costs, layout), dist.get_world_size(), max_tokens)[dist.get_rank()]
     with torch.no_grad():
         for positions in batches:
+            if must_stop():
+                return False
             is_dummy = positions == [DUMMY]
             items = [DUMMY_ITEM] if is_dummy else [item(position) for position in positions]
             scores = engine(lay_out(items, layout), with_reward=with_reward, with_logprob=with_logprob)
             if not is_dummy:
                 on_scores(positions, scores)
+    return True
 
 
 def score_pairs(
@@ -55,16 +63,18 @@ def score_pairs(
     with_reward: bool,
     with_logprob: bool,
     on_progress: Callable[[int], None] = lambda num_pairs: None,
-) -> dict[str, np.ndarray]:
+    must_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, np.ndarray] | None:
     """Score the pairs at `index`; every rank gets all results.
 
     Args:
         index: [P] positions in `pairs`.
         costs: [pairs] tokens of each pair in this layout.
         on_progress: told how many pairs this rank has finished since the last call.
+        must_stop: asked before each micro-batch, by all ranks together.
 
     Returns:
-        "reward" and "logprob" as asked for: [P, 2] fp32, (chosen, rejected).
+        "reward" and "logprob" as asked for: [P, 2] fp32, (chosen, rejected); None if cut short by must_stop.
     """
     names = ["reward"] * with_reward + ["logprob"] * with_logprob
     results = {name: torch.zeros(len(index), 2, dtype=torch.float64) for name in names}
@@ -76,7 +86,7 @@ def score_pairs(
         times_scored[positions] += 1
         on_progress(len(positions))
 
-    score_items(
+    is_whole = score_items(
         engine,
         lambda position: from_pairs([pairs[int(index[position])]])[0],
         costs[index],
@@ -85,7 +95,10 @@ def score_pairs(
         on_scores=keep,
         with_reward=with_reward,
         with_logprob=with_logprob,
+        must_stop=must_stop,
     )
+    if not is_whole:
+        return None
     table = sum_over_ranks(torch.cat([*results.values(), times_scored], dim=1), engine.device)
     assert bool((table[:, -1] == 1).all()), "a pair was scored by no rank or by several"
     return {name: table[:, 2 * k : 2 * k + 2].float().numpy() for k, name in enumerate(names)}

@@ -21,8 +21,10 @@ from hafrm_ds.reference.job import ReferenceSource
 from hafrm_ds.training.engine import Engine, load_scoring_engine, load_training_engine
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
+from hafrm_ds.training.preflight import settle_batch
 from hafrm_ds.training.processes import Processes, run_entry
 from hafrm_ds.training.run import prepare_data
+from hafrm_ds.training.saver import CheckpointSaver
 
 
 @dataclasses.dataclass
@@ -48,9 +50,12 @@ def main(arguments: list[str], processes: Processes) -> None:
     steps = {}
     for name in ("online", "stored"):
         source = ReferenceSource.open(config, processes, log) if name == "stored" else None
-        trainer = Trainer(config, load_training_engine(config, processes), pairs, {}, source, log)
+        engine = load_training_engine(config, processes)
+        config = settle_batch(engine, [pairs], config, log)
+        saver = CheckpointSaver(config, engine, processes, log, data={}, reference=None, resume_point=None)
+        trainer = Trainer(config, engine, pairs, {}, source, saver, log)
         if name == "stored":
-            trainer.load_reference(source)
+            trainer.load_reference()
         else:
             frozen = load_scoring_engine(config, processes)
             trainer.train_set.reference = OnlineReference(frozen, pairs, config.batch.layout)

@@ -1,0 +1,264 @@
+"""Checkpoints on disk: folders that exist whole or not at all.
+
+    OUTPUT_DIR/checkpoints/step-000040/manifest.json     size and SHA-256 of every other file
+    OUTPUT_DIR/checkpoints/step-000040/state.json        TrainingState
+    OUTPUT_DIR/checkpoints/step-000040/random-00000.json states of the random number generators of a rank
+    OUTPUT_DIR/checkpoints/step-000040/deepspeed/        what DeepSpeed saves
+    OUTPUT_DIR/checkpoints/latest                        symbolic link to the newest
+    OUTPUT_DIR/checkpoints/set_aside/                    checkpoints that were passed over or left behind
+
+A checkpoint is written under a name that begins with a dot, synced, and renamed when every rank has written its part.
+Nothing here knows DeepSpeed or the other ranks. DeepSpeed's files are pickles: go on from checkpoints of your own only.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hafrm_ds.errors import UserError
+
+MANIFEST, STATE, LATEST, SET_ASIDE = "manifest.json", "state.json", "latest", "set_aside"
+DEEPSPEED_FOLDER = "deepspeed"
+NAME = re.compile(r"step-(\d{6,})")
+FORMAT = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written or gone on from."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the manifest says of a file: size in bytes, SHA-256 in hex digits."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs besides the weights and the optimizer to go on.
+
+    step: optimizer steps done.
+    world_size, zero_stage: of the processes that saved.
+    config: the resolved configuration, with the layout and token budget in use.
+    data: name of each set -> fingerprint of its pairs.
+    reference: name of the namespace of the reference log-probs, None when the objective uses none.
+    metric: value of the best metric at this step, None where it was not evaluated.
+    best_step, best_value: the best evaluation so far.
+    evaluation_is_due: the evaluation after this step was not made.
+    """
+
+    step: int
+    world_size: int
+    zero_stage: int
+    config: dict
+    data: dict[str, str]
+    reference: str | None
+    metric: float | None
+    best_step: int | None
+    best_value: float | None
+    evaluation_is_due: bool
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06}"
+
+
+def saved_steps(root: Path) -> dict[int, Path]:
+    """Step -> folder of everything that has the name of a checkpoint, the newest first."""
+    found = {}
+    for path in root.iterdir() if root.is_dir() else ():
+        if (match := NAME.fullmatch(path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict[str, FileFacts]:
+    """File name -> facts, after a look at what costs no reading: names and sizes.
+
+    Raises:
+        CheckpointError: says what is wrong with the folder.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
+        step = content["step"]
+    except OSError as error:
+        raise CheckpointError(f"its {MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"its {MANIFEST} is damaged") from error
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"its format is {content.get('format')}; this version reads {FORMAT}")
+    if checkpoint_name(step) != folder.name:
+        raise CheckpointError(f"its {MANIFEST} belongs to {checkpoint_name(step)}")
+    for name, facts in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+        if size != facts.bytes:
+            raise CheckpointError(f"{name} has {size:,} bytes instead of {facts.bytes:,}")
+    return files
+
+
+def damaged_file(folder: Path, files: Iterable[tuple[str, FileFacts]]) -> str | None:
+    """What is wrong with the first file whose content has not the checksum of the manifest."""
+
+    def problem(entry: tuple[str, FileFacts]) -> str | None:
+        name, facts = entry
+        try:
+            with (folder / name).open("rb") as handle:
+                found = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        return None if found == facts.sha256 else f"{name} does not have the checksum in {MANIFEST}"
+
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(problem, files)), None)
+
+
+def read_state(folder: Path) -> TrainingState:
+    return TrainingState(**json.loads((folder / STATE).read_text()))
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def start_draft(root: Path, step: int, expected_bytes: int) -> Path:
+    """Make the folder that a checkpoint is written in, and clear away what earlier, killed saves have left.
+
+    Raises:
+        CheckpointError: there is too little space, or the folder cannot be made.
+    """
+    try:
+        for left in root.glob(".*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        draft = root / f".{checkpoint_name(step)}"
+        (draft / DEEPSPEED_FOLDER).mkdir(parents=True)
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise CheckpointError(f"checkpoints cannot be written to {root}: {reason_of(error)}") from error
+    if free < expected_bytes:
+        shutil.rmtree(draft)
+        raise CheckpointError(
+            f"a checkpoint needs about {expected_bytes:,} bytes, and {root} has {free:,} free: make room, or set "
+            "--checkpoint.keep_last lower"
+        )
+    return draft
+
+
+def publish(draft: Path, root: Path, state: TrainingState, files: dict[str, FileFacts]) -> Path:
+    """Complete a draft and give it its name."""
+    files = files | {STATE: write_synced(draft / STATE, asdict(state))}
+    content = {"format": FORMAT, "step": state.step, "files": {name: asdict(files[name]) for name in sorted(files)}}
+    write_synced(draft / MANIFEST, content)
+    for folder in (draft / DEEPSPEED_FOLDER, draft):
+        sync_folder(folder)
+    folder = root / checkpoint_name(state.step)
+    draft.rename(folder)
+    sync_folder(root)
+    link = root / f".{LATEST}"
+    link.symlink_to(folder.name)
+    link.replace(root / LATEST)
+    sync_folder(root)
+    return folder
+
+
+def write_synced(path: Path, content: dict) -> FileFacts:
+    """Write JSON to disk, not only to the page cache."""
+    data = json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileFacts(len(data), hashlib.sha256(data).hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best evaluated one. Damaged ones count as none."""
+    good = []
+    for folder in saved_steps(root).values():
+        try:
+            read_manifest(folder)
+            good.append((folder, read_state(folder).metric))
+        except (CheckpointError, OSError, ValueError, TypeError):
+            continue
+    evaluated = [(metric, -place) for place, (_, metric) in enumerate(good) if metric is not None]
+    best = -max(evaluated)[1] if evaluated else None
+    for place, (folder, _) in enumerate(good):
+        if place >= keep_last and place != best:
+            # Renamed first: one that is deleted in part must not look like a checkpoint.
+            shutil.rmtree(folder.rename(root / f".{folder.name}"))
+
+
+def set_aside(root: Path, after_step: int) -> list[Path]:
+    """Move checkpoints after a step out of the way, before a run goes on from that step; returns their new places."""
+    places = []
+    for step, folder in saved_steps(root).items():
+        if step > after_step:
+            place, number = root / SET_ASIDE / folder.name, 1
+            while place.exists():
+                number += 1
+                place = place.with_name(f"{folder.name}-{number}")
+            place.parent.mkdir(exist_ok=True)
+            places.append(folder.rename(place))
+    return places
+
+
+def reason_of(error: OSError) -> str:
+    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+
+
+# ---- random numbers ------------------------------------------------------------------------------------------------
+
+
+def random_file(rank: int) -> str:
+    return f"random-{rank:05}.json"
+
+
+def random_state() -> dict:
+    """States of the generators of python, numpy and torch in this process, as JSON can hold them."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": bytes(torch.get_rng_state().tolist()).hex(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
+    return state
+
+
+def restore_random_state(state: dict) -> None:
+    def tensor(digits: str) -> torch.Tensor:
+        return torch.frombuffer(bytearray.fromhex(digits), dtype=torch.uint8)
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(tensor(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensor(state["cuda"]))

@@ -1,0 +1,161 @@
+"""Where a run goes on: the newest whole checkpoint, and whether this run is the one that wrote it."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.training.checkpoint import (
+    CheckpointError,
+    TrainingState,
+    damaged_file,
+    read_manifest,
+    read_state,
+    saved_steps,
+)
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.processes import Processes
+
+FREE_TO_CHANGE = (
+    "output_dir",
+    "resume",
+    "deepspeed",  # another stage is converted
+    "checkpoint.",
+    "logging.",
+    "data.cache_dir",
+    "data.num_proc",
+    # The content of these is compared instead of their places.
+    "data.train",
+    "data.eval",
+    "reference.",
+    # Cost, and the last bits of a sum.
+    "batch.max_tokens_per_micro_batch",
+    "model.gradient_checkpointing",
+)
+"""Options, or sections that end in a dot, that change nothing of what a run computes."""
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A whole checkpoint of this run."""
+
+    folder: Path
+    state: TrainingState
+    allow_changed: tuple[str, ...]
+
+    def settle(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with what `auto` leaves open decided as it was: the same cut gives the same last bits."""
+        decided = {name: self.state.config["batch"][name] for name, value in config.batch if value == "auto"}
+        return config.model_copy(update={"batch": config.batch.model_copy(update=decided)})
+
+    def check_config(self, config: TrainConfig) -> None:
+        """Raises CheckpointError naming the options that differ from those of the checkpoint."""
+        trees = (self.state.config, self.settle(config).model_dump(mode="json"))
+        saved, current = (dict(options_of(tree)) for tree in trees)
+        differences = {
+            name: f"{name}: {json.dumps(saved.get(name))} there, {json.dumps(current.get(name))} here"
+            for name in sorted(saved.keys() | current.keys())
+            if saved.get(name) != current.get(name) and not name.startswith(FREE_TO_CHANGE)
+        }
+        self.refuse(differences, "was written by a run with other options")
+
+    def check_content(self, data: Mapping[str, str], reference: str | None) -> None:
+        """Raises CheckpointError when the pairs or the reference weights are not those of the checkpoint.
+
+        Args:
+            data: as `fingerprints_of` gives it.
+            reference: name of the namespace of the reference log-probs.
+        """
+        differences = {}
+        for name in sorted(self.state.data.keys() | data.keys()):
+            if self.state.data.get(name) != data.get(name):
+                option = "data.train" if name == "train" else "data.eval"
+                known = " (the set is not there any more)" if name not in data else ""
+                known = " (the set was not there)" if name not in self.state.data else known
+                differences[option] = f"{option}: the pairs of {name!r} have changed{known}"
+        if self.state.reference != reference:
+            differences["reference.store"] = (
+                f"reference.store: the reference log-probs are those of {reference} here, of {self.state.reference} "
+                "there: other weights, dtype or version"
+            )
+        self.refuse(differences, "does not fit this run")
+
+    def refuse(self, differences: dict[str, str], reason: str) -> None:
+        refused = {name: text for name, text in differences.items() if name not in self.allow_changed}
+        if refused:
+            lines = "".join(f"\n  - {text}" for text in refused.values())
+            raise CheckpointError(
+                f"{self.folder} {reason}:{lines}\nGo on with what it was, start anew in another --output_dir, or allow "
+                f"the change: --checkpoint.allow_changed '[{', '.join(sorted(refused))}]'"
+            )
+
+    def check_stage(self, zero_stage: int) -> None:
+        """Raises CheckpointError when the checkpoint cannot be taken over under this stage."""
+        if zero_stage != self.state.zero_stage and 0 in (zero_stage, self.state.zero_stage):
+            raise CheckpointError(
+                f"{self.folder} was written under ZeRO stage {self.state.zero_stage}, and this run has stage "
+                f"{zero_stage}: stages 1, 2 and 3 may follow one another, stage 0 only itself. Set --deepspeed to a "
+                f"file of stage {self.state.zero_stage}"
+            )
+
+
+def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted option name -> value, down to sections; a mapping inside data.eval stays a value."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and not prefix:
+            yield from options_of(value, f"{name}.")
+        else:
+            yield prefix + name, value
+
+
+def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) -> ResumePoint | None:
+    """The checkpoint that `config.resume` asks for; None to start anew. All ranks share the reading of the files.
+
+    Called before the process group is started: checksums of a large checkpoint take their time.
+
+    Raises:
+        CheckpointError: a checkpoint that was named cannot be used, or it belongs to another configuration.
+    """
+    if config.resume == "none":
+        return None
+    is_auto = config.resume == "auto"
+    root = config.output_dir / "checkpoints"
+    found = [str(path) for path in saved_steps(root).values()] if is_auto else [str(Path(config.resume).resolve())]
+    candidates = json.loads(processes.from_first("checkpoints", lambda: json.dumps(found)))
+    for candidate in map(Path, candidates):
+        reason = why_not_whole(candidate, processes)
+        if reason is None:
+            point = ResumePoint(candidate, read_state(candidate), tuple(config.checkpoint.allow_changed))
+            point.check_config(config)
+            return point
+        if not is_auto:
+            raise CheckpointError(f"--resume {candidate} cannot be gone on from: {reason}")
+        log.warn(f"{candidate} is passed over: {reason}")
+    return None
+
+
+def why_not_whole(folder: Path, processes: Processes) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks; each reads a part of its files."""
+    try:
+        files = sorted(read_manifest(folder).items())
+        own = damaged_file(folder, files[processes.rank :: processes.world_size])
+    except CheckpointError as error:
+        own = str(error)
+    found = processes.texts_of_all(f"check {folder}", own or "")
+    return processes.from_first(f"verdict on {folder}", lambda: next(filter(None, found), "")) or None
+
+
+def fingerprints_of(sets: Mapping[str, PreparedPairs]) -> dict[str, str]:
+    """Name of a set -> hash of its pairs in order: tokens and margins."""
+    return {name: fingerprint(pairs) for name, pairs in sets.items()}
+
+
+def fingerprint(pairs: PreparedPairs) -> str:
+    digest = hashlib.sha256(pairs.keys.tobytes())
+    digest.update(np.array(list(pairs.pairs["margin"]), dtype=np.float32).tobytes())
+    return digest.hexdigest()

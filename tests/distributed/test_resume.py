@@ -1,0 +1,201 @@
+"""Stopped and resumed equals uninterrupted: for every stage and dtype, on other numbers of ranks and other stages.
+
+Every run has a learning rate of its own for the reward head: groups that lose their options are noticed only so.
+HAFRM_RESUME=all tries every change of ranks and stage, and prints the differences:
+
+    HAFRM_RESUME=all python -m pytest -s tests/distributed/test_resume.py
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.launching import as_options, launch, rows, write_pairs
+from tests.distributed.test_training import final_weights, largest_difference
+from tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.distributed
+
+STEPS, STOP = 8, 5
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+COMBINATIONS = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in range(4)]
+ALL = os.environ.get("HAFRM_RESUME") == "all"
+# Name -> (ranks, stage) before, (ranks, stage) after, dtype.
+CHANGES = {
+    **{
+        f"{a} to {b} ranks, stage {stage}": ((a, stage), (b, stage), "float32")
+        for a, b in ((2, 1), (1, 2))
+        for stage in range(4)
+        if ALL or (a, stage) in ((2, 0), (2, 3), (1, 2))
+    },
+    **{
+        f"stage {a} to {b}, {dtype}": ((2, a), (2, b), dtype)
+        for dtype in ("float32", "bfloat16")
+        for a, b in ((3, 2), (1, 3), (2, 3), (3, 1), (1, 2), (2, 1))
+        if ALL or (a, b) in (((3, 2), (2, 3)) if dtype == "float32" else ((3, 1), (1, 3)))
+    },
+    "stage 3 to 2, 2 to 1 ranks": ((2, 3), (1, 2), "float32"),
+    "stage 2 to 3, 1 to 2 ranks": ((1, 2), (2, 3), "float32"),
+}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Largest relative difference of a loss from that of a straight run under stage 3."""
+MEASURED = ("seconds", "tokens_per_second", "pairs_per_second", "mfu", "memory_gib")
+
+
+def compared_rows(run: Path) -> list[dict]:
+    """All rows of training and evaluation, without what depends on the machine."""
+    all_rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in row.items() if name not in MEASURED}
+        for row in all_rows
+        if row["kind"] in ("train", "eval")
+    ]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    model = save_tiny_model(folder / "model")
+    gather_all = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (folder / "gather_all.json").write_text(json.dumps(gather_all))
+    train_file, test_file = write_pairs(folder / "train.jsonl", 60), write_pairs(folder / "test.jsonl", 10, seed=1)
+
+    def options(name: str, stage: int, dtype: str = "float32", **changes) -> list[str]:
+        chosen = {
+            "output_dir": folder / name,
+            "deepspeed": f"ds_configs/zero{stage}.json",
+            "max_steps": STEPS,
+            "model.name_or_path": model,
+            "model.dtype": dtype,
+            "data.train": train_file,
+            "data.eval": f"{{held_out: {test_file}}}",
+            "data.max_length": 120,
+            "batch.global_batch_size": 8,
+            "batch.max_tokens_per_micro_batch": 150,
+            "optimizer.learning_rate": 3e-3,
+            "optimizer.reward_head_learning_rate": 1e-2,
+            "optimizer.weight_decay": 0.01,
+            "evaluation.every_steps": 4,
+            "reference.store": folder / "store",
+            "logging.tensorboard": "false",
+            "resume": "auto",
+        } | {key.replace("__", "."): value for key, value in changes.items()}
+        return as_options(chosen)
+
+    return folder, options
+
+
+def run_cases(num_ranks: int, cases: list) -> str:
+    result = launch(num_ranks, "tests/distributed/resume_cases.py", json.dumps(cases), timeout=900)
+    assert result.returncode == 0, result.stdout[-6000:]
+    return result.stdout
+
+
+def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
+    """Name -> (case that goes on from the checkpoint of "to be refused", pattern of its message)."""
+
+    def resumed(name: str = "to be refused", stage: int = 3, **changes) -> list:
+        return [options(name, stage, **changes), None]
+
+    other_pairs = write_pairs(folder / "other.jsonl", 60, seed=9)
+    checkpoint = folder / "to be refused/checkpoints/step-000005"
+    return {
+        "options": (
+            resumed(seed=4, optimizer__learning_rate=1e-3),
+            r"other options: - optimizer.learning_rate: 0.003 there, 0.001 here - seed: 0 there, 4 here",
+        ),
+        "pairs": (resumed(data__train=other_pairs), r"data.train: the pairs of 'train' have changed"),
+        "stage 0": (resumed(stage=0), r"written under ZeRO stage 3, and this run has stage 0"),
+        "missing reference": (
+            resumed(reference__store=folder / "empty store"),
+            r"lacks 140 of 140 .* The run that is resumed had all of them",
+        ),
+        "no such checkpoint": (resumed(resume=folder / "none"), r"none cannot be gone on from: its manifest.json"),
+        "a folder with a run": (resumed(resume="none"), r"already holds a run .* --resume auto"),
+        "a full disk": (
+            [options("to be refused", 3, checkpoint__every_steps=1, resume=checkpoint), [7, 1, 4096]],
+            r"could not be saved: rank 1 cannot write its part: File too large \(the one after step 6 is good\)",
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(setting) -> tuple[Path, str]:
+    """Straight runs on one and two ranks; runs that are stopped after STOP steps; and their second halves."""
+    folder, options = setting
+    stop = [STOP, 0, "SIGTERM"]
+
+    def changed(place: int, num_ranks: int, fault: list | None) -> list:
+        """The halves before (0) or after (1) a change that run on so many ranks."""
+        ways = ((name, change[place], change[2]) for name, change in CHANGES.items())
+        return [[options(name, stage, dtype), fault] for name, (ranks, stage), dtype in ways if ranks == num_ranks]
+
+    run_cases(1, changed(0, 1, stop))
+    cases = [[options(f"straight-{stage}-{dtype}", stage, dtype), None] for stage, dtype in COMBINATIONS]
+    for number, (stage, dtype) in enumerate(COMBINATIONS):
+        # Also the other rank, the other signals, and the step that an evaluation follows, and inside that.
+        where = [STOP - number % 2, number % 2, SIGNALS[number % 3] + " evaluating" * (number % 4 == 1)]
+        run = options(f"resumed-{stage}-{dtype}", stage, dtype)
+        cases += [[run, where], [run, None]]
+    gathered = {"deepspeed": folder / "gather_all.json"}
+    cases += [[options("gathered", 3, **gathered), stop], [options("gathered", 3, **gathered), None]]
+    cases += changed(0, 2, stop) + changed(1, 2, None)
+    cases += [[options("to be refused", 3), stop]]
+    refused_from = len(cases)
+    cases += [case for case, _ in refusals(folder, options).values()]
+    # What was refused has harmed nothing; and an option may change by name.
+    allowed = {"optimizer__learning_rate": 1e-3, "checkpoint__allow_changed": "[optimizer.learning_rate]"}
+    cases += [[options("to be refused", 3, **allowed), None]]
+    output = run_cases(2, cases)
+    run_cases(1, changed(1, 1, None))
+    refused = re.findall(r"^refused (\d+): (.*)$", output, re.MULTILINE)
+    return folder, {int(number) - refused_from: message for number, message in refused}
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, stage, dtype):
+    folder, _ = runs
+    straight, resumed = (folder / f"{kind}-{stage}-{dtype}" for kind in ("straight", "resumed"))
+    assert len(rows(straight, "train")) == STEPS
+    assert len(rows(resumed, "check")) == 1, "the reference is checked again, and logged once"
+    assert compared_rows(resumed) == compared_rows(straight)
+    expected, actual = final_weights(straight), final_weights(resumed)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "gathered"])
+def test_other_ranks_and_stages_go_on_with_the_same_losses(runs, change):
+    folder, _ = runs
+    dtype = CHANGES[change][2] if change in CHANGES else "float32"
+    straight = folder / f"straight-3-{dtype}"
+    losses = [torch.tensor([row["loss/total"] for row in rows(run, "train")]) for run in (straight, folder / change)]
+    assert len(losses[1]) == STEPS
+    difference = ((losses[1] - losses[0]).abs() / losses[0].abs()).max().item()
+    print(f"{change}: largest relative difference of a loss {difference:.2g}")
+    assert difference < TOLERANCE[dtype]
+    assert largest_difference(final_weights(folder / change), final_weights(straight)) < 10 * TOLERANCE[dtype]
+
+
+def test_what_does_not_fit_is_refused_by_one_message_that_names_it(setting, runs):
+    folder, options = setting
+    _, messages = runs
+    table = refusals(folder, options)
+    assert len(messages) == len(table), messages
+    for number, (name, (_, pattern)) in enumerate(table.items()):
+        assert re.search(pattern, messages[number]), (name, messages[number])
+
+
+def test_a_refused_run_is_as_it_was_and_goes_on(runs):
+    folder, _ = runs
+    run = folder / "to be refused"
+    assert [row["step"] for row in rows(run, "train")] == list(range(1, STEPS + 1))
+    assert not (run / "stopped.json").exists()
+    assert not list((run / "checkpoints").glob(".*")), "the draft of a failed save"
+    straight = rows(folder / "straight-3-float32", "train")
+    # The full disk came after step 7, and the last start went on from step 6 under another learning rate.
+    rates = [row["learning_rate"] / other["learning_rate"] for row, other in zip(rows(run, "train"), straight)]
+    assert rates == pytest.approx([1] * 6 + [1 / 3] * 2)

@@ -1,0 +1,89 @@
+"""The watch of the ranks over one another: ranks as threads of one process, which would be ended."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from hafrm_ds.training import peers as module
+from hafrm_ds.training.peers import PeerWatch
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """Three ranks, and the list of those that were ended."""
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(module, "LINGER_SECONDS", 2.0)
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.05)
+    store, ended = dist.HashStore(), []
+    ranks = [
+        PeerWatch(rank, 3, store, "127.0.0.1", end=lambda status, rank=rank: ended.append(rank)) for rank in range(3)
+    ]
+    wait_for(lambda: len(ranks[0].peers) == 2)
+    return ranks, ended
+
+
+def wait_for(condition, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waits for ever"
+        time.sleep(0.01)
+
+
+def die(watch: PeerWatch) -> None:
+    """What the kernel does when the process of a rank dies."""
+    watch.is_leaving = True
+    for connection in list(watch.peers):
+        connection.shutdown(2)
+
+
+def test_the_death_of_a_rank_ends_all_others_with_its_name(watches, capsys):
+    ranks, ended = watches
+    die(ranks[2])
+    wait_for(lambda: len(ended) == 2)
+    assert sorted(ended) == [0, 1]
+    lines = sorted(line for line in capsys.readouterr().err.splitlines() if line)
+    assert lines == ["rank 0 stops: rank 2 has ended", "rank 1 stops: rank 2 has ended"]
+
+
+def test_the_death_of_rank_0_ends_all_others(watches, capsys):
+    ranks, ended = watches
+    die(ranks[0])
+    wait_for(lambda: len(ended) == 2)
+    assert "rank 1 stops: rank 0 has ended" in capsys.readouterr().err
+
+
+def test_an_error_of_a_rank_ends_those_that_do_not_leave_by_themselves(watches, capsys):
+    ranks, ended = watches
+    ranks[1].leave("rank 1 has met an error")
+    wait_for(lambda: all(watch.verdict == "rank 1 has met an error" for watch in (ranks[0], ranks[2])))
+    ranks[2].leave("rank 2 has met an error")  # within the grace: it says nothing more
+    wait_for(lambda: ended)
+    time.sleep(0.5)
+    assert ended == [0]
+    assert capsys.readouterr().err == "rank 0 stops: rank 1 has met an error\n"
+
+
+def test_ranks_that_leave_in_order_end_nobody(watches):
+    ranks, ended = watches
+    for rank in (2, 1, 0):
+        ranks[rank].leave()
+    time.sleep(0.6)
+    assert ended == []
+    assert [watch.verdict for watch in ranks] == [None, None, None] or ranks[0].verdict is None
+
+
+def test_rank_0_waits_for_the_others_but_not_for_ever(watches):
+    ranks, ended = watches
+    ranks[1].leave()
+    started = time.monotonic()
+    ranks[0].leave()
+    assert 1.9 < time.monotonic() - started < 4
+    time.sleep(0.6)
+    assert ended == [], "rank 2 was told that rank 0 leaves in order"
+
+
+def test_what_else_is_watched_is_looked_at_again_and_again():
+    calls = []
+    PeerWatch(0, 1, dist.HashStore(), "127.0.0.1", on_tick=lambda: calls.append(1))
+    wait_for(lambda: len(calls) > 1)

@@ -1,0 +1,186 @@
+"""Which checkpoint a run goes on from, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from hafrm_ds.data.content_keys import KEY_DTYPE
+from hafrm_ds.options import load_config
+from hafrm_ds.training.checkpoint import CheckpointError
+from hafrm_ds.training.logging import cut_rows
+from hafrm_ds.training.processes import Processes
+from hafrm_ds.training.resume import ResumePoint, find_resume_point, fingerprint
+from tests.training.test_checkpoint import flip_a_byte, save, state_at, truncate
+
+
+class Log:
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def config_of(folder: Path, **changes):
+    options = {"output_dir": folder, "model.name_or_path": "m", "data.train": "a.jsonl", "resume": "auto"}
+    options |= {name.replace("__", "."): value for name, value in changes.items()}
+    return load_config([word for name, value in options.items() for word in (f"--{name}", str(value))])
+
+
+@pytest.fixture
+def find(tmp_path, monkeypatch):
+    """Looks for a resume point as one process; gives (point or None, warnings)."""
+    monkeypatch.setattr(ResumePoint, "check_config", lambda self, config: None)
+
+    def look(**changes) -> tuple[ResumePoint | None, list[str]]:
+        log = Log()
+        return find_resume_point(
+            config_of(tmp_path, **changes), Processes(0, 0, 1, dist.HashStore()), log
+        ), log.warnings
+
+    return look
+
+
+def test_auto_starts_when_there_is_nothing(find):
+    assert find() == (None, [])
+
+
+def test_auto_takes_the_newest_whole_one_and_says_why_it_passed_over_others(find, tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path / "checkpoints", step)
+    flip_a_byte(tmp_path / "checkpoints/step-000030")
+    truncate(tmp_path / "checkpoints/step-000020")
+    point, warnings = find()
+    assert point.state.step == 10
+    assert "step-000030 is passed over: deepspeed/part.pt does not have the checksum" in warnings[0]
+    assert "step-000020 is passed over: deepspeed/part.pt has" in warnings[1]
+
+
+def test_auto_starts_when_none_is_whole(find, tmp_path):
+    truncate(save(tmp_path / "checkpoints", 10))
+    point, warnings = find()
+    assert point is None
+    assert len(warnings) == 1
+
+
+def test_a_path_is_taken_or_refused_but_never_replaced(find, tmp_path):
+    for step in (10, 20):
+        save(tmp_path / "checkpoints", step)
+    assert find(resume=tmp_path / "checkpoints/step-000010")[0].state.step == 10
+    assert find(resume=tmp_path / "checkpoints/latest")[0].state.step == 20
+    truncate(tmp_path / "checkpoints/step-000020")
+    with pytest.raises(CheckpointError, match=r"step-000020 cannot be gone on from: .* bytes instead of"):
+        find(resume=tmp_path / "checkpoints/latest")
+    with pytest.raises(CheckpointError, match=r"none cannot be gone on from: its manifest.json cannot be read"):
+        find(resume=tmp_path / "none")
+
+
+def point_of(config, **state) -> ResumePoint:
+    saved = replace(state_at(5), config=config.model_dump(mode="json"), **state)
+    return ResumePoint(Path("step-000005"), saved, tuple(config.checkpoint.allow_changed))
+
+
+def test_options_that_differ_are_named(tmp_path):
+    point = point_of(config_of(tmp_path))
+    changed = config_of(tmp_path, seed=3, optimizer__learning_rate=1e-4, data__max_length=512)
+    with pytest.raises(CheckpointError) as error:
+        point.check_config(changed)
+    assert "  - seed: 0 there, 3 here" in str(error.value)
+    assert "  - optimizer.learning_rate: 1e-05 there, 0.0001 here" in str(error.value)
+    assert "--checkpoint.allow_changed '[data.max_length, optimizer.learning_rate, seed]'" in str(error.value)
+
+
+def test_options_are_allowed_to_change_by_name(tmp_path):
+    changed = config_of(tmp_path, seed=3, optimizer__learning_rate=1e-4)
+    allowing = replace(point_of(config_of(tmp_path)), allow_changed=("seed", "optimizer.learning_rate"))
+    allowing.check_config(changed)
+    with pytest.raises(CheckpointError, match=r"\n  - optimizer.learning_rate: (?!.*seed)"):
+        replace(allowing, allow_changed=("seed",)).check_config(changed)
+
+
+def test_what_changes_no_number_may_change(tmp_path):
+    point_of(config_of(tmp_path)).check_config(
+        config_of(
+            tmp_path / "elsewhere",
+            deepspeed="ds_configs/zero1.json",
+            checkpoint__every_steps=7,
+            logging__every_steps=3,
+            batch__max_tokens_per_micro_batch=4096,
+            data__train="moved.jsonl",
+            reference__store="moved",
+        )
+    )
+
+
+def test_what_auto_left_open_is_decided_as_it_was(tmp_path):
+    point = point_of(config_of(tmp_path, batch__layout="packed", batch__max_tokens_per_micro_batch=2048))
+    asked = config_of(tmp_path, batch__layout="auto", batch__max_tokens_per_micro_batch="auto")
+    settled = point.settle(asked)
+    assert (settled.batch.layout, settled.batch.max_tokens_per_micro_batch) == ("packed", 2048)
+    point.check_config(asked)
+    given = config_of(tmp_path, batch__layout="packed", batch__max_tokens_per_micro_batch=4096)
+    assert point.settle(given) == given
+    with pytest.raises(CheckpointError, match=r'batch.layout: "packed" there, "padded" here'):
+        point.check_config(config_of(tmp_path, batch__layout="padded"))
+
+
+def test_other_pairs_and_other_reference_weights_are_refused(tmp_path):
+    point = point_of(config_of(tmp_path), data={"train": "a", "eval held_out": "b"}, reference="n")
+    point.check_content({"train": "a", "eval held_out": "b"}, "n")
+    with pytest.raises(CheckpointError, match=r"data.train: the pairs of 'train' have changed"):
+        point.check_content({"train": "z", "eval held_out": "b"}, "n")
+    with pytest.raises(CheckpointError, match=r"data.eval: the pairs of 'eval held_out' have changed"):
+        point.check_content({"train": "a"}, "n")
+    with pytest.raises(CheckpointError, match=r"reference.store: .* of m here, of n there"):
+        point.check_content({"train": "a", "eval held_out": "b"}, "m")
+    replace(point, allow_changed=("data.train",)).check_content({"train": "z", "eval held_out": "b"}, "n")
+
+
+@pytest.mark.parametrize(("saved", "current"), [(0, 3), (2, 0)])
+def test_stage_0_is_refused_by_name(tmp_path, saved, current):
+    point = point_of(config_of(tmp_path), zero_stage=saved)
+    with pytest.raises(CheckpointError, match=f"ZeRO stage {saved}, and this run has stage {current}"):
+        point.check_stage(current)
+    point.check_stage(saved)
+
+
+def test_an_unknown_option_cannot_be_allowed(tmp_path):
+    with pytest.raises(Exception, match=r"checkpoint.allow_changed .*'optimizer.lr'"):
+        config_of(tmp_path, checkpoint__allow_changed="[optimizer.lr]")
+
+
+def test_the_fingerprint_of_pairs_knows_their_order_and_margins():
+    def pairs(order: list[int], margins: list[float | None]) -> SimpleNamespace:
+        keys = np.zeros((len(order), 2), KEY_DTYPE)
+        keys["low"] = np.array([order, order]).T
+        return SimpleNamespace(keys=keys, pairs={"margin": margins})
+
+    prints = [
+        fingerprint(pairs(*given))
+        for given in (([1, 2], [None, None]), ([1, 2], [None, None]), ([2, 1], [None, None]), ([1, 2], [None, 0.5]))
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize(
+    ("step", "is_due", "left"),
+    [
+        (0, False, []),
+        (2, False, ["0 eval", "1 train", "2 train", "2 eval"]),
+        (2, True, ["0 eval", "1 train", "2 train"]),
+        (3, False, ["0 eval", "1 train", "2 train", "2 eval", "3 train"]),
+    ],
+)
+def test_rows_after_a_step_are_cut_off(tmp_path, step, is_due, left):
+    file = tmp_path / "metrics.jsonl"
+    names = ["0 eval", "1 train", "2 train", "2 eval", "3 train"]
+    rows = [json.dumps({"step": int(name[0]), "kind": name[2:]}) + "\n" for name in names]
+    file.write_text("".join(rows) + '{"step": 4, "ki')
+    cut_rows(file, step, is_due)
+    assert [f"{row['step']} {row['kind']}" for row in map(json.loads, file.read_text().splitlines())] == left
