@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from hafrm_ds.data.packing import from_pairs, lay_out, token_costs
 from hafrm_ds.data.planning import check_budget
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 from hafrm_ds.errors import ConfigError, DataError, ModelError, UserError
+from hafrm_ds.model.card import base_license
 from hafrm_ds.model.hybrid import layout_difference, lm_head_difference, tolerance_of
-from hafrm_ds.model.loading import fetch_model
+from hafrm_ds.model.loading import fetch_model, local_folder
 from hafrm_ds.model.saving import save_hybrid_model
 from hafrm_ds.reference.job import ReferenceSource, precompute
 from hafrm_ds.training.engine import Engine, check_build_tools, load_scoring_engine, load_training_engine
@@ -40,6 +42,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
         check_build_tools()
     log = RunLog(config, processes)
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
+    base_licence = base_license(
+        local_folder(config.model)
+    )  # now, as the folder of a base may be gone after days of training
     if len(train_pairs) < config.batch.global_batch_size:
         raise DataError(
             f"data.train has {len(train_pairs)} usable pairs, fewer than one global batch of "
@@ -58,17 +63,40 @@ def train(config: TrainConfig, processes: Processes) -> None:
     try:
         save_hybrid_model(
             engine.model,
-            formatter.tokenizer,
+            formatter,
             final,
+            layout=config.batch.layout,
             gathered=engine.gathered,
             is_writer=processes.is_first,
-            metadata={"objective": config.objective.model_dump(), "base_model": config.model.name_or_path},
+            metadata=run_metadata(config, base_licence, {"train": train_pairs, **eval_pairs}, trainer),
         )
     except OSError as error:
         raise UserError(f"the trained model cannot be written to {final}: {error.strerror}") from error
     log.write_json(config.output_dir / "summary.json", trainer.summary())
     log.print(f"\nthe trained model is in {final}")
     log.close()
+
+
+def run_metadata(
+    config: TrainConfig, base_licence: str | None, sets: dict[str, PreparedPairs], trainer: Trainer
+) -> dict[str, Any]:
+    """What a saved model says of the run that made it, in hafrm.json and in its card."""
+    counted = {name: pairs.report.total for name, pairs in sets.items()}
+    return {
+        "base": {"model": config.model.name_or_path, "revision": config.model.revision, "license": base_licence},
+        "training": {"steps": trainer.num_steps, "pairs": trainer.num_steps * config.batch.global_batch_size},
+        "data": {
+            name: {
+                "read": total.read,
+                "kept": total.kept,
+                "dropped": sum(total.dropped.values()),
+                "cut": total.cut,
+            }
+            for name, total in counted.items()
+        },
+        "evaluation": trainer.last_evaluation,
+        "config": config.model_dump(mode="json"),
+    }
 
 
 def precompute_reference(config: TrainConfig, processes: Processes) -> None:
