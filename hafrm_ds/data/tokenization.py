@@ -154,8 +154,10 @@ def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> 
     at least one token.
 
     Raises:
-        DataError: the template refuses the conversation, or renders it as fewer than two tokens.
+        DataError: there is no message, the template refuses them, or it renders them as fewer than two tokens.
     """
+    if not messages:
+        raise DataError("the conversation has no message")
     try:
         ids = formatter.encode(messages)
         rendered_prompt = formatter.encode_prompt(messages[:-1]) if len(messages) > 1 else []

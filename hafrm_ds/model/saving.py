@@ -74,6 +74,7 @@ def save_hybrid_model(
             }
             config = model.causal_lm.config
             config.architectures = [type(model.causal_lm).__name__]
+            config.dtype = model.reward_head.weight.dtype
             write_beside_weights(draft, config, generation_config_of(model.causal_lm), formatter.tokenizer, metadata)
 
 

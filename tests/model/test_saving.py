@@ -15,7 +15,6 @@ from hafrm_ds.model import tensor_files
 from hafrm_ds.model.attention import SEGMENT_ATTENTION
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
 from hafrm_ds.model.saving import save_hybrid_model
-from hafrm_ds.model.tensor_files import plan_shards
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
 from tests.tiny_tokenizers import byte_level_tokenizer
 
@@ -125,8 +124,3 @@ def test_an_earlier_folder_is_replaced_and_drafts_are_left_behind_by_nobody(tmp_
     save(tiny_hybrid("llama"), folder)
     assert not (folder / "old.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
-def test_plan_shards(monkeypatch):
-    monkeypatch.setattr(tensor_files, "MAX_SHARD_BYTES", 10)
-    assert plan_shards({"a": 4, "b": 6, "c": 1, "d": 25, "e": 3}) == [["a", "b"], ["c"], ["d"], ["e"]]
