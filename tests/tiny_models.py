@@ -86,7 +86,7 @@ def save_tiny_final(
         gathered=lambda parameters: nullcontext(),
         is_writer=True,
         metadata={
-            "base": {"model": "tiny", "license": "apache-2.0"},
+            "base": {"model": "example/tiny", "license": "apache-2.0"},
             "training": {"steps": 3, "pairs": 24},
             "data": {"train": {"read": 30, "kept": 28, "dropped": 2, "cut": 1}},
             "evaluation": {"held_out": {"pairs": 8, "accuracy/reward": 0.75, "reward/mean": 0.5, "reward/std": 2.0}},

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from hafrm_ds.data.places import is_hub_id
+
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 
 USES = {
@@ -45,10 +47,11 @@ def base_license(folder: Path) -> str | None:
 def model_card(metadata: dict[str, Any]) -> str:
     """README.md of a model folder. Sections are left out where hafrm.json says nothing of them."""
     base = metadata.get("base", {})
+    name = base.get("model", "an unnamed model")
     front = {
         key: value
         for key, value in {
-            "base_model": base.get("model"),
+            "base_model": name if is_hub_id(name) else None,  # the hub takes no local path here
             "license": base.get("license"),
             "library_name": "transformers",
             "pipeline_tag": "text-classification" if metadata["format"] == "sequence-classification" else None,
@@ -58,7 +61,7 @@ def model_card(metadata: dict[str, Any]) -> str:
     }
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
-        f"# Reward model from {base.get('model', 'an unnamed base')}\n",
+        f"# Reward model from {name if is_hub_id(name) else Path(name).name}\n",
         f"Trained with hafrm_ds {metadata['hafrm_ds']}. {USES[metadata['format']]}",
         "The reward is read at the last token of the whole conversation, rendered by the tokenizer's chat template.\n",
     ]

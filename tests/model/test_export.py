@@ -119,7 +119,7 @@ def test_the_card_says_where_the_model_comes_from(tmp_path):
     export_model(save_tiny_final(tmp_path / "final"), "sequence-classification", tmp_path / "export")
     for folder in ("final", "export"):
         card = (tmp_path / folder / "README.md").read_text()
-        assert "license: apache-2.0" in card and "base_model: tiny" in card
+        assert "license: apache-2.0" in card and "base_model: example/tiny" in card
         assert "| train | 30 | 28 | 2 | 1 |" in card
         assert "| accuracy/reward | 0.7500 |" in card
         assert "alpha: 0.2" in card
