@@ -1,13 +1,16 @@
 """Tiny random models of each architecture family, and random prompts with responses."""
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import transformers
 
+from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PromptWithResponses
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.model.saving import save_hybrid_model
 from tests.tiny_tokenizers import byte_level_tokenizer
 
 VOCABULARY = 120
@@ -63,6 +66,36 @@ def save_tiny_model(folder: Path, family: str = "llama-tied", **tokenizer_option
     tokenizer = byte_level_tokenizer(**tokenizer_options)
     tiny_causal_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_final(
+    folder: Path,
+    family: str = "llama-tied",
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    **tokenizer_options,
+) -> Path:
+    """A folder as a training leaves it: a tiny model with a reward head of large weights, so that scores differ."""
+    formatter = ChatFormatter.create(byte_level_tokenizer(**tokenizer_options), None, "2024-07-26")
+    causal_lm = tiny_causal_lm(family, vocab_size=len(formatter.tokenizer), max_position_embeddings=512).to(dtype)
+    head = make_reward_head(32, bias=bias, init="normal", dtype=dtype, seed=0)
+    model = HybridModel(causal_lm, head)
+    use_layout(model, "shared_prefix")
+    save_hybrid_model(
+        model,
+        formatter,
+        folder,
+        gathered=lambda parameters: nullcontext(),
+        is_writer=True,
+        metadata={
+            "base": {"model": "example/tiny", "license": "apache-2.0"},
+            "training": {"steps": 3, "pairs": 24},
+            "data": {"train": {"read": 30, "kept": 28, "dropped": 2, "cut": 1}},
+            "evaluation": {"held_out": {"pairs": 8, "accuracy/reward": 0.75, "reward/mean": 0.5, "reward/std": 2.0}},
+            "config": {"objective": {"alpha": 0.2}},
+        },
+    )
     return folder
 
 

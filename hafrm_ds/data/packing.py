@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.tokenization import ConversationIds, TokenizedPair
 
 IGNORED_PADDING_ID = 0
 """Fills padded rows. Which id it is never matters: positions come from lengths, and padding is masked."""
@@ -122,6 +122,38 @@ def token_costs(lengths: dict[str, np.ndarray], layout: str, sides: np.ndarray |
     if layout == "packed":
         return sides.sum(axis=1) * prompt + responses.sum(axis=1)
     return sides.sum(axis=1) * (prompt + responses.max(axis=1))
+
+
+def share_prompts(
+    conversations: Sequence[ConversationIds], layout: str, max_tokens: int
+) -> tuple[list[PromptWithResponses], list[list[int]], np.ndarray]:
+    """Put conversations with the same prompt together where the layout lets them share it.
+
+    An item takes as many responses as fit in `max_tokens`; further ones have their prompt once more.
+
+    Returns:
+        (items, for each item the positions of its responses among the conversations, [items] tokens that it occupies).
+    """
+    places: list[list[int]] = []
+    costs: list[int] = []
+    open_item: dict[tuple[int, ...], int] = {}  # prompt -> the item that takes its next response
+    for position, (prompt, response) in enumerate(conversations):
+        key = tuple(prompt)
+        item = open_item.get(key)
+        if layout == "shared_prefix" and item is not None and costs[item] + len(response) <= max_tokens:
+            places[item].append(position)
+            costs[item] += len(response)
+        else:
+            open_item[key] = len(places)
+            places.append([position])
+            costs.append(len(prompt) + len(response))
+    items = [
+        PromptWithResponses(
+            conversations[members[0]].prompt, tuple(conversations[position].response for position in members)
+        )
+        for members in places
+    ]
+    return items, places, np.asarray(costs, dtype=np.int64)
 
 
 def budget_costs(costs: np.ndarray, layout: str) -> np.ndarray:

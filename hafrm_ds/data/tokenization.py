@@ -13,6 +13,7 @@ import jinja2
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
+from hafrm_ds.errors import DataError
 
 TOKENIZATION_VERSION = 2
 """Part of the cache key of tokenised data: raise it whenever the ids or outcomes of any pair change."""
@@ -136,6 +137,36 @@ def common_prefix_length(*sequences: Sequence[int]) -> int:
         if len(set(tokens)) > 1:
             return index
     return shortest
+
+
+class ConversationIds(NamedTuple):
+    """Token ids of one conversation: everything before its last message, and the last message as the response."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> ConversationIds:
+    """One conversation -> ids, split where its last message begins.
+
+    The split is that of `tokenize_pair`: the common prefix of the whole rendering and of the prompt rendered alone, so
+    a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each has
+    at least one token.
+
+    Raises:
+        DataError: there is no message, the template refuses them, or it renders them as fewer than two tokens.
+    """
+    if not messages:
+        raise DataError("the conversation has no message")
+    try:
+        ids = formatter.encode(messages)
+        rendered_prompt = formatter.encode_prompt(messages[:-1]) if len(messages) > 1 else []
+    except jinja2.TemplateError as error:
+        raise DataError(f"{REFUSED}: {error}") from error
+    if len(ids) < 2:
+        raise DataError(f"the conversation is rendered as {len(ids)} tokens; there must be two at least")
+    end = min(max(common_prefix_length(ids, rendered_prompt), 1), len(ids) - 1)
+    return ConversationIds(ids[:end], ids[end:])
 
 
 def fit(ids: PairIds, max_length: int, truncation: Truncation, bos_token_id: int | None) -> PairIds | None:

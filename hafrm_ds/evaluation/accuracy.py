@@ -19,8 +19,9 @@ def set_metrics(
         reference: [P, 2] reference log-probs or None.
 
     Returns:
-        pairs, ties/JUDGE (a tie counts half in accuracy/JUDGE), accuracy/JUDGE, margin/JUDGE, loss/policy, and
-        loss/reward, the plain Bradley-Terry loss without margin, label smoothing and centering.
+        pairs, ties/JUDGE (a tie counts half in accuracy/JUDGE), accuracy/JUDGE, margin/JUDGE, loss/policy, loss/reward
+        (the plain Bradley-Terry loss without margin, label smoothing and centering), and reward/mean and reward/std
+        over all responses.
     """
     tensors = {name: torch.from_numpy(values).reshape(-1) for name, values in scores.items()}
     responses = ResponseScores(
@@ -33,6 +34,8 @@ def set_metrics(
     metrics: dict[str, float] = {"pairs": len(num_tokens)}
     if responses.reward is not None:
         metrics["loss/reward"] = bradley_terry_loss(responses.reward).mean().item()
+        metrics["reward/mean"] = responses.reward.mean().item()
+        metrics["reward/std"] = responses.reward.std().item()
     if responses.logprob is not None and objective.uses_policy:
         loss = configured_policy_loss(objective, responses, reference_values)
         metrics["loss/policy"] = loss.mean().item()

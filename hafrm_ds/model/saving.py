@@ -1,131 +1,178 @@
 """Saving a hybrid model as a Hugging Face folder, one parameter at a time.
 
-No rank ever holds a whole copy of the model: each parameter is gathered, written by rank 0 and dropped, and a file is
-closed when it is full.
+No rank ever holds a whole copy of the model: each parameter is gathered, written by rank 0 and dropped. What was
+written is read back and compared byte by byte, through a checksum of each gathered parameter: a folder whose tensors
+are those of the live model has its scores. Reopening the folder beside the live model would need room for a second one,
+and under ZeRO-3 a rank may not even have room for the first. (`hafrm_ds.model.export`, which has the model to itself,
+does reopen what it writes and compares scores.)
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import hafrm_ds
-from hafrm_ds.capacity import full_numel, full_shape
+from hafrm_ds.capacity import full_shape
+from hafrm_ds.data.formatting import PROBE, ChatFormatter
+from hafrm_ds.data.report import TemplateFacts
+from hafrm_ds.model.card import model_card
 from hafrm_ds.model.hybrid import HybridModel
+from hafrm_ds.model.tensor_files import TensorSource, write_sharded, write_tensors
 
-MAX_SHARD_BYTES = 2 * 2**30
 REWARD_HEAD_FILE = "reward_head.safetensors"
 METADATA_FILE = "hafrm.json"
+CARD_FILE = "README.md"
 
 Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager]
 
 
 def save_hybrid_model(
     model: HybridModel,
-    tokenizer: PreTrainedTokenizerBase,
+    formatter: ChatFormatter,
     folder: Path,
     *,
     gathered: Gather,
     is_writer: bool,
-    metadata: dict,
+    metadata: dict[str, Any],
 ) -> None:
-    """Write the policy as a causal-LM folder, with reward_head.safetensors and hafrm.json beside it.
+    """Write the policy as a causal-LM folder, with reward_head.safetensors, hafrm.json and a model card beside it.
 
     The folder appears whole or not at all: it is written under another name and renamed.
 
     Args:
-        tokenizer: with the chat template that the model was trained on.
+        formatter: that the model was trained with. Its tokenizer, template included, is saved.
         gathered: context in which given parameters are whole on every rank (`Engine.gathered`). All ranks call this
             function together.
         is_writer: True on the one rank that writes.
-        metadata: content of hafrm.json.
+        metadata: further content of hafrm.json and of the card: base, training, data, evaluation, config, each where
+            known (`hafrm_ds.training.run.run_metadata`).
+
+    Raises:
+        ModelError: what is read back from the disk is not what was written.
     """
-    draft = folder.with_name(f"{folder.name}.incomplete")
-    if is_writer:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    causal_lm = model.causal_lm
-    # named_parameters leaves out the second name of tied weights, as the format wants it.
-    tensors = dict(causal_lm.named_parameters()) | persistent_buffers(causal_lm)
-    write_sharded(tensors, draft, gathered, is_writer)
-    with gathered(model.reward_head.parameters()):
+    with whole_or_not_at_all(folder) if is_writer else nullcontext(folder) as draft:
+        write_sharded(tensors_of(model.causal_lm, gathered), draft, is_writer)
+        write_tensors(tensors_of(model.reward_head, gathered), draft / REWARD_HEAD_FILE, is_writer)
         if is_writer:
-            head = {name: owned(value) for name, value in model.reward_head.named_parameters()}
-            for name, value in model.reward_head.named_parameters():
-                check_whole(f"reward head {name}", head[name], value)
-            save_file(head, draft / REWARD_HEAD_FILE, metadata={"format": "pt"})
-    if not is_writer:
-        return
-    causal_lm.config.architectures = [type(causal_lm).__name__]
-    causal_lm.config.save_pretrained(draft)
-    if causal_lm.can_generate():
-        causal_lm.generation_config.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
-    (draft / METADATA_FILE).write_text(
-        json.dumps({"hafrm_ds": hafrm_ds.__version__, **metadata}, indent=2, ensure_ascii=False) + "\n"
-    )
-    readable = (draft / METADATA_FILE).stat().st_mode
+            metadata = {
+                "hafrm_ds": hafrm_ds.__version__,
+                "format": "hybrid",
+                "layout": model.layout,
+                "uses_stock_logits": model.uses_stock_logits,
+                "template": template_facts(formatter),
+                **metadata,
+            }
+            config = model.causal_lm.config
+            config.architectures = [type(model.causal_lm).__name__]
+            config.dtype = model.reward_head.weight.dtype
+            write_beside_weights(draft, config, generation_config_of(model.causal_lm), formatter.tokenizer, metadata)
+
+
+@contextmanager
+def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
+    """A draft to write into, which takes the place of `folder` if nothing is raised inside."""
+    draft = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     for file in draft.iterdir():
-        file.chmod(readable)  # safetensors leaves its files to their owner alone
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
 
 
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(
+    module: nn.Module, gathered: Gather = lambda parameters: nullcontext(), prefix: str = ""
+) -> dict[str, TensorSource]:
+    """What a folder holds of a module: its parameters, each gathered when it is opened, and its persistent buffers.
+
+    named_parameters leaves out the second name of tied weights, as the format wants it.
+    """
+
+    def whole(parameter: nn.Parameter) -> Callable[[], AbstractContextManager[Tensor]]:
+        @contextmanager
+        def opened() -> Iterator[Tensor]:
+            with gathered([parameter]):
+                yield parameter.detach()
+
+        return opened
+
+    tensors = {
+        prefix + name: TensorSource(full_shape(parameter), parameter.dtype, whole(parameter))
+        for name, parameter in module.named_parameters()
+    }
     saved = module.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    return tensors | {
+        prefix + name: TensorSource.of(buffer) for name, buffer in module.named_buffers() if name in saved
+    }
 
 
-def owned(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU that shares memory with nothing."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def template_facts(formatter: ChatFormatter) -> dict[str, Any]:
+    """How conversations are rendered, and the ids of one of them, for whoever loads the folder to compare with."""
+    return {**asdict(TemplateFacts.of(formatter)), "probe_ids": formatter.encode(PROBE)}
 
 
-def check_whole(name: str, copy: Tensor, original: Tensor) -> None:
-    """A parameter that was not gathered has no elements under ZeRO-3: better no folder than one of empty tensors."""
-    if copy.shape != full_shape(original):
-        raise RuntimeError(f"{name} has the shape {tuple(copy.shape)} instead of {full_shape(original)}: not gathered")
+def generation_config_of(causal_lm: PreTrainedModel) -> GenerationConfig | None:
+    return causal_lm.generation_config if causal_lm.can_generate() else None
 
 
-def write_sharded(tensors: dict[str, Tensor], folder: Path, gathered: Gather, is_writer: bool) -> None:
-    """Write tensors into model.safetensors, or into numbered files with an index when they exceed MAX_SHARD_BYTES."""
-    shards = plan_shards({name: full_numel(value) * value.element_size() for name, value in tensors.items()})
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    total = 0
-    for file_name, members in zip(names, shards, strict=True):
-        content = {}
-        for name in members:
-            with gathered([tensors[name]] if isinstance(tensors[name], nn.Parameter) else []):
-                if is_writer:
-                    content[name] = owned(tensors[name])
-                    check_whole(name, content[name], tensors[name])
-        if is_writer:
-            total += sum(value.nbytes for value in content.values())
-            save_file(content, folder / file_name, metadata={"format": "pt"})
-    if is_writer and len(shards) > 1:
-        weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+def write_beside_weights(
+    folder: Path,
+    config: PretrainedConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    metadata: dict[str, Any],
+) -> None:
+    """Write everything of a model folder but its tensors."""
+    config.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rewrite_json(folder / "config.json", readable_by_transformers_4)
+    rewrite_json(folder / "tokenizer_config.json", tokenizer_class_of_transformers_4)
+    (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    (folder / CARD_FILE).write_text(model_card(metadata))
 
 
-def plan_shards(sizes: dict[str, int]) -> list[list[str]]:
-    """Names in files of at most MAX_SHARD_BYTES, in order; a larger tensor has a file of its own."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > MAX_SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+# ---- for readers with transformers 4 -------------------------------------------------------------------------------
+
+
+def readable_by_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Name the rotary base also where transformers 4 looks for it: without it, it silently takes 10,000.
+
+    transformers 5 knows both places. A model with several rotary embeddings has no place in version 4 that all of its
+    families share, and is left as it is.
+    """
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" not in rotary:
+        return config
+    known = {"rope_theta": rotary["rope_theta"]}
+    if "partial_rotary_factor" in rotary:
+        known["partial_rotary_factor"] = rotary["partial_rotary_factor"]
+    if rotary.get("rope_type", "default") != "default":
+        known["rope_scaling"] = {key: value for key, value in rotary.items() if key not in known}
+    return known | config
+
+
+def tokenizer_class_of_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Name the generic fast tokenizer as versions 4 and 5 both know it."""
+    generic = config.get("tokenizer_class") == "TokenizersBackend"
+    return config | {"tokenizer_class": "PreTrainedTokenizerFast"} if generic else config
+
+
+def rewrite_json(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    content = change(json.loads(file.read_text()))
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")

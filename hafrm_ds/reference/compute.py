@@ -14,10 +14,11 @@ from hafrm_ds.data.packing import PromptWithResponses, token_costs
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import DataError
+from hafrm_ds.model.batched_scoring import score_items
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.reference.store import ReferenceStore, ShardWriter
 from hafrm_ds.training.engine import Engine
-from hafrm_ds.training.scoring import score_items, sum_over_ranks
+from hafrm_ds.training.scoring import sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ def compute_missing(
             max_tokens=batch.max_tokens_per_micro_batch,
             on_scores=keep,
             with_reward=False,
+            rank=dist.get_rank(),
+            num_ranks=dist.get_world_size(),
         )
     total = sum_over_ranks(table, engine.device)
     assert bool((total[:, 1] <= 1).all()), "a response was computed by several ranks"

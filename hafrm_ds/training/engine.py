@@ -5,7 +5,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -233,13 +233,20 @@ def make_optimizer(
 def load_training_engine(config: TrainConfig, processes: Processes) -> TrainingEngine:
     """Load the model of a run and put it under DeepSpeed. The process group has been started."""
     deepspeed_config = resolve_deepspeed_config(config, processes.world_size)
-    return TrainingEngine(load_under(deepspeed_config, config, processes.device), config, deepspeed_config)
+    model = load_under(deepspeed_config, fresh_model(config, processes.device))
+    return TrainingEngine(model, config, deepspeed_config)
 
 
-def load_scoring_engine(config: TrainConfig, processes: Processes) -> Engine:
-    """Like `load_training_engine`, without optimizer: parameters are sharded under stage 3 and whole otherwise."""
+def load_scoring_engine(
+    config: TrainConfig, processes: Processes, load: Callable[[], HybridModel] | None = None
+) -> Engine:
+    """Like `load_training_engine`, without optimizer: parameters are sharded under stage 3 and whole otherwise.
+
+    Args:
+        load: gives the model; by default that of a run that starts.
+    """
     deepspeed_config = without_optimizer(resolve_deepspeed_config(config, processes.world_size))
-    return Engine(load_under(deepspeed_config, config, processes.device), deepspeed_config)
+    return Engine(load_under(deepspeed_config, load or fresh_model(config, processes.device)), deepspeed_config)
 
 
 def without_optimizer(deepspeed_config: dict) -> dict:
@@ -252,13 +259,18 @@ def without_optimizer(deepspeed_config: dict) -> dict:
     return kept | {"zero_optimization": zero}
 
 
-def load_under(deepspeed_config: dict, config: TrainConfig, device: torch.device) -> HybridModel:
+def fresh_model(config: TrainConfig, device: torch.device) -> Callable[[], HybridModel]:
+    """Loads the model that a run starts from."""
+    from hafrm_ds.model.loading import load_hybrid_model
+
+    return lambda: load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed, device=device)
+
+
+def load_under(deepspeed_config: dict, load: Callable[[], HybridModel]) -> HybridModel:
     # torch 2.13 renames collectives that DeepSpeed calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
-    from hafrm_ds.model.loading import load_hybrid_model
-
     deepspeed.init_distributed()
     with sharded_loading(deepspeed_config):
-        return load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed, device=device)
+        return load()

@@ -35,6 +35,7 @@ class RunLog:
     """What rank 0 prints and writes down; on other ranks every method does nothing.
 
     Args:
+        config: needed for files alone.
         files: also keep metrics in config.output_dir, from `start` on. Unless the run is resumed, it must not hold one
             already.
 
@@ -42,7 +43,7 @@ class RunLog:
         UserError: the output folder cannot be used, or wandb is asked for and not installed.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes, files: bool = True):
+    def __init__(self, config: TrainConfig | None, processes: Processes, files: bool = True):
         self.is_first, self.num_ranks = processes.is_first, processes.world_size
         width = None if sys.stdout.isatty() else LOG_WIDTH
         self.console = Console(quiet=not self.is_first, width=width, highlight=False)

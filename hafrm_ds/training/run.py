@@ -1,13 +1,15 @@
 """Whole jobs: training, and the reference pass before it."""
 
 import time
+from typing import Any
 
 from hafrm_ds.capacity import peak_memory_bytes
 from hafrm_ds.config import BatchConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 from hafrm_ds.errors import ConfigError, DataError, UserError
-from hafrm_ds.model.loading import fetch_model
+from hafrm_ds.model.card import base_license
+from hafrm_ds.model.loading import fetch_model, local_folder
 from hafrm_ds.model.saving import save_hybrid_model
 from hafrm_ds.reference.job import ReferenceSource, precompute
 from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
@@ -63,6 +65,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
         config = resume_point.settle(config)
         resume_point.check_stage(zero_stage(resolve_deepspeed_config(config, processes.world_size)))
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
+    base_licence = base_license(local_folder(config.model))  # now: the folder may be gone after days of training
     if len(train_pairs) < config.batch.global_batch_size:
         raise DataError(
             f"data.train has {len(train_pairs)} usable pairs, fewer than one global batch of "
@@ -95,16 +98,38 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     try:
         save_hybrid_model(
             engine.model,
-            formatter.tokenizer,
+            formatter,
             final,
             gathered=engine.gathered,
             is_writer=processes.is_first,
-            metadata={"objective": config.objective.model_dump(), "base_model": config.model.name_or_path},
+            metadata=run_metadata(config, base_licence, {"train": train_pairs, **eval_pairs}, trainer),
         )
     except OSError as error:
         raise UserError(f"the trained model cannot be written to {final}: {error.strerror}") from error
     log.write_json(summary_file, trainer.summary())
     log.print(f"\nthe trained model is in {final}")
+
+
+def run_metadata(
+    config: TrainConfig, base_licence: str | None, sets: dict[str, PreparedPairs], trainer: Trainer
+) -> dict[str, Any]:
+    """What a saved model says of the run that made it, in hafrm.json and in its card."""
+    counted = {name: pairs.report.total for name, pairs in sets.items()}
+    return {
+        "base": {"model": config.model.name_or_path, "revision": config.model.revision, "license": base_licence},
+        "training": {"steps": trainer.num_steps, "pairs": trainer.num_steps * config.batch.global_batch_size},
+        "data": {
+            name: {
+                "read": total.read,
+                "kept": total.kept,
+                "dropped": sum(total.dropped.values()),
+                "cut": total.cut,
+            }
+            for name, total in counted.items()
+        },
+        "evaluation": trainer.last_evaluation,
+        "config": config.model_dump(mode="json"),
+    }
 
 
 def precompute_reference(config: TrainConfig, processes: Processes) -> None:

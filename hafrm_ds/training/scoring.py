@@ -6,50 +6,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.micro_batches import DUMMY_ITEM
-from hafrm_ds.data.packing import PromptWithResponses, budget_costs, from_pairs, lay_out
-from hafrm_ds.data.planning import DUMMY, cut_by_length
+from hafrm_ds.data.packing import from_pairs
 from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.model.batched_scoring import score_items
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training.engine import Engine
-
-
-def score_items(
-    engine: Engine,
-    item: Callable[[int], PromptWithResponses],
-    costs: np.ndarray,
-    *,
-    layout: str,
-    max_tokens: int,
-    on_scores: Callable[[list[int], ResponseScores], None],
-    with_reward: bool = True,
-    with_logprob: bool = True,
-    must_stop: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Score items without gradients, each on one rank, in micro-batches of similar lengths.
-
-    Args:
-        item: position -> prompt and responses.
-        costs: [items] tokens of each item in this layout.
-        on_scores: told the positions of a micro-batch and the scores of their responses, on the rank that has them.
-        must_stop: asked before each micro-batch, by all ranks together.
-
-    Returns:
-        False if it was cut short by must_stop.
-    """
-    if not len(costs):
-        return True
-    batches = cut_by_length(budget_costs(costs, layout), dist.get_world_size(), max_tokens)[dist.get_rank()]
-    with torch.no_grad():
-        for positions in batches:
-            if must_stop():
-                return False
-            is_dummy = positions == [DUMMY]
-            items = [DUMMY_ITEM] if is_dummy else [item(position) for position in positions]
-            scores = engine(lay_out(items, layout), with_reward=with_reward, with_logprob=with_logprob)
-            if not is_dummy:
-                on_scores(positions, scores)
-    return True
 
 
 def score_pairs(
@@ -95,6 +56,8 @@ def score_pairs(
         on_scores=keep,
         with_reward=with_reward,
         with_logprob=with_logprob,
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
         must_stop=must_stop,
     )
     if not is_whole:

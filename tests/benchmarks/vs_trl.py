@@ -278,8 +278,9 @@ class MasterWeights:
 
 
 def ours(config: TrainConfig, batches: Batches) -> Contender:
-    layout, max_tokens = config.batch.layout, config.batch.max_tokens_per_micro_batch
-    model = load_hybrid_model(config.model, layout=layout, seed=config.seed)
+    max_tokens = config.batch.max_tokens_per_micro_batch
+    model = load_hybrid_model(config.model, layout="shared_prefix", seed=config.seed, device=torch.device("cpu"))
+    layout = model.layout
     optimizer = MasterWeights(model, config.optimizer)
 
     def micro_batches(number: int) -> list[MicroBatch]:

@@ -37,7 +37,19 @@ def test_losses_and_margins_are_means_over_pairs():
 @pytest.mark.parametrize(
     ("scores", "objective", "names"),
     [
-        ({"reward": REWARD}, {"alpha": 0}, {"pairs", "loss/reward", "accuracy/reward", "ties/reward", "margin/reward"}),
+        (
+            {"reward": REWARD},
+            {"alpha": 0},
+            {
+                "pairs",
+                "loss/reward",
+                "accuracy/reward",
+                "ties/reward",
+                "margin/reward",
+                "reward/mean",
+                "reward/std",
+            },
+        ),
         (
             {"logprob": LOGPROB},
             {"rm_weight": 0, "policy_loss": "simpo"},

@@ -9,17 +9,23 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import lay_out
-from hafrm_ds.model import saving
+from hafrm_ds.model import tensor_files
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
-from hafrm_ds.model.saving import plan_shards, save_hybrid_model
+from hafrm_ds.model.saving import save_hybrid_model
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
 from tests.tiny_tokenizers import byte_level_tokenizer
 
 
 def save(model: HybridModel, folder, gathered=lambda parameters: nullcontext()) -> None:
     save_hybrid_model(
-        model, byte_level_tokenizer(), folder, gathered=gathered, is_writer=True, metadata={"base_model": "tiny"}
+        model,
+        ChatFormatter.create(byte_level_tokenizer(), None, "2024-07-26"),
+        folder,
+        gathered=gathered,
+        is_writer=True,
+        metadata={"base": {"model": "tiny", "license": "apache-2.0"}},
     )
 
 
@@ -44,7 +50,7 @@ def scores(model: HybridModel):
 @pytest.mark.parametrize("in_one_file", [True, False])
 def test_a_reopened_model_has_every_weight_and_gives_the_same_scores(family, in_one_file, tmp_path, monkeypatch):
     if not in_one_file:
-        monkeypatch.setattr(saving, "MAX_SHARD_BYTES", 10_000)
+        monkeypatch.setattr(tensor_files, "MAX_SHARD_BYTES", 10_000)
     model, folder = tiny_hybrid(family), tmp_path / "final"
     expected = scores(model)
     save(model, folder)
@@ -79,7 +85,7 @@ def test_a_saved_folder_needs_nothing_of_ours(tmp_path):
     assert "hafrm" not in config
     assert json.loads(config)["architectures"] == ["LlamaForCausalLM"]
     assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == byte_level_tokenizer().chat_template
-    assert json.loads((tmp_path / "final/hafrm.json").read_text())["base_model"] == "tiny"
+    assert json.loads((tmp_path / "final/hafrm.json").read_text())["base"]["model"] == "tiny"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "final").config._attn_implementation == "sdpa"
 
 
@@ -116,8 +122,3 @@ def test_an_earlier_folder_is_replaced_and_drafts_are_left_behind_by_nobody(tmp_
     save(tiny_hybrid("llama"), folder)
     assert not (folder / "old.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
-
-
-def test_plan_shards(monkeypatch):
-    monkeypatch.setattr(saving, "MAX_SHARD_BYTES", 10)
-    assert plan_shards({"a": 4, "b": 6, "c": 1, "d": 25, "e": 3}) == [["a", "b"], ["c"], ["d"], ["e"]]

@@ -1,0 +1,52 @@
+"""Scoring many prompts and responses in micro-batches of similar lengths."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from hafrm_ds.data.micro_batches import DUMMY_ITEM
+from hafrm_ds.data.packing import PromptWithResponses, budget_costs, lay_out
+from hafrm_ds.data.planning import DUMMY, cut_by_length
+from hafrm_ds.objective import ResponseScores
+
+
+def score_items(
+    forward: Callable[..., ResponseScores],
+    item: Callable[[int], PromptWithResponses],
+    costs: np.ndarray,
+    *,
+    layout: str,
+    max_tokens: int,
+    on_scores: Callable[[list[int], ResponseScores], None],
+    with_reward: bool = True,
+    with_logprob: bool = True,
+    rank: int = 0,
+    num_ranks: int = 1,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Score items without gradients, each on one rank.
+
+    Args:
+        forward: the model, or the engine around it; takes a PackedBatch on the CPU.
+        item: position -> prompt and responses.
+        costs: [items] tokens of each item in this layout.
+        on_scores: told the positions of a micro-batch and the scores of their responses, on the rank that has them.
+        must_stop: asked before each micro-batch, by all ranks together.
+
+    Returns:
+        False if it was cut short by must_stop.
+    """
+    if not len(costs):
+        return True
+    batches = cut_by_length(budget_costs(costs, layout), num_ranks, max_tokens)[rank]
+    with torch.no_grad():
+        for positions in batches:
+            if must_stop():
+                return False
+            is_dummy = positions == [DUMMY]
+            items = [DUMMY_ITEM] if is_dummy else [item(position) for position in positions]
+            scores = forward(lay_out(items, layout), with_reward=with_reward, with_logprob=with_logprob)
+            if not is_dummy:
+                on_scores(positions, scores)
+    return True

@@ -1,0 +1,132 @@
+"""A folder that `save_hybrid_model` has written, opened: its model and the formatter that it was trained with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hafrm_ds.config import ModelConfig
+from hafrm_ds.data.formatting import PROBE, ChatFormatter
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.hybrid import HybridModel
+from hafrm_ds.model.loading import first_line, load_hybrid_model, load_model_config, load_tokenizer, local_folder
+from hafrm_ds.model.saving import METADATA_FILE, REWARD_HEAD_FILE
+
+ANY_DAY = "2024-07-26"
+"""For a template whose dates were frozen when it was saved: there is none left that a day could stand for."""
+NEEDED = ("layout", "uses_stock_logits", "template")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Build it with `open`.
+
+    config: how the causal LM is loaded. metadata: content of hafrm.json. head: tensors of the reward head.
+    """
+
+    config: ModelConfig
+    metadata: dict[str, Any]
+    head: dict[str, Tensor]
+
+    @classmethod
+    def open(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        trust_pickle: bool = False,
+    ) -> "SavedModel":
+        """Look at a folder, or fetch it from the hub, without loading the weights of its body.
+
+        Args: as `HybridRewardModel.from_pretrained`.
+
+        Raises:
+            ModelError: the folder is none that a training has left, or holds its weights as pickles.
+        """
+        options = {"name_or_path": str(name_or_path), "revision": revision, "trust_remote_code": trust_remote_code}
+        folder = local_folder(ModelConfig(**options))
+        metadata, head = read_metadata(folder), read_reward_head(folder)
+        refuse_pickles(folder, trust_pickle)
+        if dtype is None:
+            saved = load_model_config(ModelConfig(**options)).dtype
+            dtype = str(saved or "float32").removeprefix("torch.")
+        if dtype not in ("bfloat16", "float32"):
+            raise ModelError(f"{folder}: the weights are {dtype}; give dtype bfloat16 or float32")
+        config = ModelConfig(**options | {"name_or_path": str(folder)}, dtype=dtype, reward_head_bias="bias" in head)
+        return cls(config, metadata, head)
+
+    def formatter(self) -> ChatFormatter:
+        """The formatter of the training.
+
+        Raises:
+            ModelError: the tokenizer or its template is another one by now: the scores would be other ones too.
+        """
+        formatter = ChatFormatter.create(load_tokenizer(self.config), None, ANY_DAY)
+        trained = self.metadata["template"]
+        if formatter.template != trained["text"] or formatter.encode(PROBE) != trained["probe_ids"]:
+            raise ModelError(
+                f"{self.config.name_or_path}: the tokenizer or its chat template is not the one that the model was "
+                f"trained with (recorded in {METADATA_FILE}), so it would score other tokens; restore them"
+            )
+        return formatter
+
+    def hybrid_model(self, device: torch.device) -> HybridModel:
+        """The trained model, in eval mode, on the CPU; `device` is where it will run (see `load_hybrid_model`).
+
+        Inside `training.engine.sharded_loading` its body is partitioned.
+        """
+        model = load_hybrid_model(self.config, layout=self.metadata["layout"], seed=0, device=device)
+        try:
+            model.reward_head.load_state_dict(self.head)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{self.config.name_or_path}/{REWARD_HEAD_FILE} does not fit the model: {first_line(error)}"
+            ) from error
+        model.uses_stock_logits = self.metadata["uses_stock_logits"]
+        return model.eval().requires_grad_(False)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    file = folder / METADATA_FILE
+    try:
+        metadata = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder} has no {METADATA_FILE}: it is no final/ folder of a training with hafrm_ds"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if metadata.get("format") != "hybrid":
+        raise ModelError(
+            f"{folder} is an export ({metadata.get('format')}), which transformers loads by itself; "
+            "give the final/ folder it was made from"
+        )
+    if missing := [key for key in NEEDED if key not in metadata]:
+        raise ModelError(f"{file} lacks {', '.join(missing)}")
+    return metadata
+
+
+def read_reward_head(folder: Path) -> dict[str, Tensor]:
+    file = folder / REWARD_HEAD_FILE
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the reward head {file} cannot be read: {first_line(error)}") from error
+
+
+def refuse_pickles(folder: Path, trust_pickle: bool) -> None:
+    """Raise ModelError for a folder whose weights are pickles alone, which may run code when they are read."""
+    if trust_pickle or any(file.name != REWARD_HEAD_FILE for file in folder.glob("*.safetensors")):
+        return
+    if pickles := sorted(folder.glob("*.bin")):
+        raise ModelError(
+            f"{folder} holds its weights as pickles ({pickles[0].name}), which may run code when they are read. "
+            "Give a folder with safetensors, or trust_pickle if you trust whoever wrote it"
+        )

@@ -1,0 +1,257 @@
+"""Scoring a file of conversations on any number of processes, a part at a time.
+
+    IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> OUT.jsonl
+
+A part is written under another name, synced and renamed, so it exists whole or not at all; a job that was killed goes
+on with the parts that are missing. Which lines make a part depends on the input alone, and what is computed together
+lies within a part: the scores do not depend on kills, nor on the number of processes unless the model is sharded over
+them.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hafrm_ds.errors import DataError
+from hafrm_ds.model.loading import local_folder
+from hafrm_ds.model.reward_model import DEFAULT_MAX_TOKENS, HybridRewardModel
+from hafrm_ds.model.saved import SavedModel
+from hafrm_ds.scoring.rows import ScoredRow
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.processes import Processes
+
+SMALLEST_PART, MOST_PARTS = 64, 2000
+"""A part has at least so many lines, and more where there would be more than so many parts."""
+ERRORS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What launch/score.py is asked for; its --help says what each means."""
+
+    model: Path
+    input: Path
+    output: Path
+    max_tokens_per_micro_batch: int = DEFAULT_MAX_TOKENS
+    dtype: str | None = None
+    deepspeed: Path | None = None
+    trust_remote_code: bool = False
+    trust_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Lines of the input: `num_lines` from byte `start` on, the first of which is line `first_line` (from 1)."""
+
+    number: int
+    start: int
+    first_line: int
+    num_lines: int
+
+    def file(self, folder: Path) -> Path:
+        return folder / f"part-{self.number:06}.jsonl"
+
+
+def score_file(options: ScoringOptions, processes: Processes) -> int:
+    """Score every row of a file; returns how many could not be scored. All processes call this together.
+
+    Raises:
+        DataError: the files cannot be used. ModelError: the model cannot.
+    """
+    log = RunLog(None, processes, files=False)
+    saved = SavedModel.open(
+        options.model,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        trust_pickle=options.trust_pickle,
+    )
+    folder = options.output.with_name(f"{options.output.name}.parts")
+    # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
+    plan = json.loads(processes.from_first("plan", lambda: json.dumps(plan_job(options, saved, folder))))
+    parts = [Part(**part) for part in plan["parts"]]
+    todo = [parts[number] for number in plan["missing"]]
+    if len(todo) < len(parts):
+        log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts are there already")
+    if todo:
+        score_parts(options, saved, folder, todo, processes, log)
+    num_bad = 0
+    if processes.is_first:
+        num_bad = join_parts(options.output, folder, parts, log)
+    # The first process keeps the store that the others still ask: it leaves last.
+    processes.store.add("left", 1)
+    if processes.is_first:
+        processes.wait(lambda: processes.store.add("left", 0) == processes.world_size)
+    return num_bad
+
+
+# ---- what is to be done --------------------------------------------------------------------------------------------
+
+
+def plan_job(options: ScoringOptions, saved: SavedModel, folder: Path) -> dict[str, Any]:
+    """{"parts": all parts, "missing": numbers of those that are not there}; makes the folder of the parts.
+
+    Raises:
+        DataError: the output is there already, or its parts belong to another job.
+    """
+    if options.output.exists() and not folder.exists():
+        raise DataError(f"--output {options.output} is already there; choose another file")
+    parts = cut_into_parts(options.input)
+    identity = json.dumps(identity_of(options, saved), indent=2)
+    file = folder / "job.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.read_text() != identity:
+            raise DataError(
+                f"{folder} holds parts of a job with another model, input or setting ({file}); remove it to start anew"
+            )
+        write_whole(file, identity.encode())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror}") from error
+    missing = [part.number for part in parts if not part.file(folder).exists()]
+    return {"parts": [asdict(part) for part in parts], "missing": missing}
+
+
+def cut_into_parts(input: Path) -> list[Part]:
+    """Raises DataError if the input cannot be read or has no line."""
+    starts = [0]
+    try:
+        with input.open("rb") as file:
+            for line in file:
+                starts.append(starts[-1] + len(line))
+    except OSError as error:
+        raise DataError(f"--input {input} cannot be read: {error.strerror}") from error
+    num_lines = len(starts) - 1
+    if not num_lines:
+        raise DataError(f"--input {input} is empty")
+    length = max(SMALLEST_PART, -(-num_lines // MOST_PARTS))
+    firsts = range(0, num_lines, length)
+    return [Part(k, starts[line], line + 1, min(length, num_lines - line)) for k, line in enumerate(firsts)]
+
+
+def identity_of(options: ScoringOptions, saved: SavedModel) -> dict[str, Any]:
+    """What the scores depend on: parts of another job never mix with these."""
+    model = local_folder(saved.config)
+    return {
+        "input": stamp(options.input),
+        "model": [stamp(file) for file in sorted(model.glob("*.safetensors")) + sorted(model.glob("*.json"))],
+        "dtype": saved.config.dtype,
+        "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
+    }
+
+
+def stamp(file: Path) -> list[Any]:
+    facts = file.stat()
+    return [str(file.resolve()), facts.st_size, facts.st_mtime_ns]
+
+
+# ---- doing it ------------------------------------------------------------------------------------------------------
+
+
+def score_parts(
+    options: ScoringOptions,
+    saved: SavedModel,
+    folder: Path,
+    todo: list[Part],
+    processes: Processes,
+    log: RunLog,
+) -> None:
+    """Score the parts that are missing and write each as it is done."""
+    if options.deepspeed is None:
+        model = HybridRewardModel(
+            saved.hybrid_model(processes.device).to(processes.device),
+            saved.formatter(),
+            max_tokens=options.max_tokens_per_micro_batch,
+        )
+        mine, writes = claimed(todo, processes), True
+    else:
+        from hafrm_ds.training.engine import check_build_tools
+        from hafrm_ds.training.sharded_scoring import ShardedRewardModel
+
+        check_build_tools(processes.device)
+        processes.start_group()
+        model = ShardedRewardModel.load(saved, options.deepspeed, options.max_tokens_per_micro_batch, processes)
+        mine, writes = iter(todo), processes.is_first
+    num_lines = sum(part.num_lines for part in todo)
+    with log.progress("scoring", num_lines, "rows") as progress:
+
+        def lines_done(count: int) -> int:
+            total = processes.store.add("lines done", count)
+            if processes.is_first:
+                progress.advance(total - progress.done)
+            return total
+
+        for part in mine:
+            content = score_part(part, options.input, model)
+            if writes:
+                write_whole(part.file(folder), content)
+                lines_done(part.num_lines)
+        if processes.is_first:
+            processes.wait(lambda: lines_done(0) == num_lines)
+
+
+def claimed(todo: list[Part], processes: Processes) -> Iterator[Part]:
+    """The parts that this process takes: each the next that no other has taken."""
+    while (place := processes.store.add("parts taken", 1) - 1) < len(todo):
+        yield todo[place]
+
+
+def score_part(part: Part, input: Path, model: HybridRewardModel) -> bytes:
+    """Content of a part's file: a line with the errors (a JSON list), then a line for each row. Empty lines are passed
+    over, but counted."""
+    with input.open("rb") as file:
+        file.seek(part.start)
+        lines = [file.readline() for _ in range(part.num_lines)]
+    places = [f"{input.name}:{part.first_line + number}" for number in range(len(lines))]
+    rows = [(ScoredRow.read(line.strip(), place, model), place) for line, place in zip(lines, places) if line.strip()]
+    scores = iter(model.score_ids([ids for row, _ in rows for ids in row.conversations]))
+    written, errors = [], []
+    for row, place in rows:
+        line, error = row.written([next(scores) for _ in row.conversations], place)
+        written.append(line)
+        if error:
+            errors.append(error)
+    return json.dumps(errors).encode() + b"\n" + b"".join(written)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Raises DataError if the disk is full or read-only; no half of the file is left."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        draft.rename(file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise DataError(f"{file} cannot be written: {error.strerror}; start again to go on from there") from error
+
+
+def join_parts(output: Path, folder: Path, parts: list[Part], log: RunLog) -> int:
+    """Put the parts together, remove them, and report the rows that could not be scored; returns how many."""
+    errors: list[str] = []
+    draft = folder / ".joined"
+    try:
+        with draft.open("wb") as joined:
+            for part in parts:
+                with part.file(folder).open("rb") as file:
+                    errors += json.loads(file.readline())
+                    shutil.copyfileobj(file, joined)
+            joined.flush()
+            os.fsync(joined.fileno())
+        draft.rename(output)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise DataError(f"--output {output} cannot be written: {error.strerror}; start again to join it") from error
+    if errors:
+        log.warn(f"{len(errors):,} rows could not be scored; their score is null:")
+        for error in errors[:ERRORS_SHOWN]:
+            log.warn(error)
+        if len(errors) > ERRORS_SHOWN:
+            log.warn(f"and {len(errors) - ERRORS_SHOWN:,} more, each with its reason in score_error")
+    log.print(f"the scores are in {output}")
+    return len(errors)

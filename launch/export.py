@@ -1,0 +1,49 @@
+"""Make a folder that other software loads, out of the final/ folder of a training.
+
+    python launch/export.py --model RUN/final --format policy --output_dir DIR
+    python launch/export.py --model RUN/final --format sequence-classification --output_dir DIR
+
+policy: the causal language model. sequence-classification: the reward model for AutoModelForSequenceClassification,
+with a pad token that never ends a text. The export is reopened by transformers and must give the scores of the model.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hafrm_ds.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="the final/ folder of a training")
+    parser.add_argument("--format", required=True, help="policy or sequence-classification")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the export; must not exist")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run modelling code that comes with the model")
+    parser.add_argument("--trust_pickle", action="store_true", help="read weights that are not in safetensors")
+    arguments = parser.parse_args()
+    from hafrm_ds.model.export import FORMATS, export_model  # after the options are read: it loads for seconds
+
+    if arguments.format not in FORMATS:
+        parser.error(f"--format {arguments.format}: it is one of {', '.join(FORMATS)}")
+    exported = export_model(
+        arguments.model,
+        arguments.format,
+        arguments.output_dir,
+        trust_remote_code=arguments.trust_remote_code,
+        trust_pickle=arguments.trust_pickle,
+    )
+    pad = exported.pad_token
+    print(f"{exported.folder}: {f'pad token {pad.text!r} ({pad.id})' if pad else 'pad token left as it was'}")
+    print(
+        f"reopened by transformers, in fp32: {exported.values} that differ from the model's by at most "
+        f"{exported.largest_difference:.2g} of 1 + their size"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

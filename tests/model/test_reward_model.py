@@ -1,0 +1,188 @@
+"""A trained model as its users have it: conversations in, rewards and log-probs out."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hafrm_ds import HybridRewardModel
+from hafrm_ds.data.packing import PromptWithResponses, lay_out, share_prompts
+from hafrm_ds.data.tokenization import ConversationIds, tokenize_pair
+from hafrm_ds.errors import DataError, ModelError
+from tests.tiny_models import save_tiny_final
+
+QUESTIONS = [[{"role": "user", "content": text}] for text in ("Why?", "What is it, and since when?")]
+ANSWERS = ["Because.", " It rains, and nobody knows why.", "", "Since May."]
+
+
+def answered(question: list, answer: str) -> list:
+    return [*question, {"role": "assistant", "content": answer}]
+
+
+CONVERSATIONS = [answered(question, answer) for answer in ANSWERS for question in QUESTIONS]
+"""Those of one question never stand side by side."""
+
+
+@pytest.fixture(scope="module")
+def final(tmp_path_factory):
+    """The template ends in eos, and pad = eos."""
+    return save_tiny_final(tmp_path_factory.mktemp("model") / "final", pad_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def model(final) -> HybridRewardModel:
+    return HybridRewardModel.from_pretrained(final)
+
+
+def test_a_score_is_the_head_at_the_last_token_of_the_whole_rendering(model, final):
+    tokenizer, stock = AutoTokenizer.from_pretrained(final), AutoModelForCausalLM.from_pretrained(final)
+    for conversation in CONVERSATIONS:
+        ids = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            state = stock.model(ids, use_cache=False).last_hidden_state[0, -1]
+        assert model.score(conversation) == pytest.approx((model.model.reward_head.weight[0] @ state).item(), abs=1e-5)
+
+
+def test_many_are_scored_as_one_by_one_in_the_order_given(model):
+    together = model.score(CONVERSATIONS)
+    assert together == pytest.approx([model.score(conversation) for conversation in CONVERSATIONS], abs=1e-5)
+    assert len({round(value, 3) for value in together}) == len(together)
+    assert model.score(QUESTIONS[1], responses=ANSWERS) == pytest.approx(together[1::2], abs=1e-5)
+    assert model.log_probs(CONVERSATIONS) == pytest.approx([model.log_probs(each) for each in CONVERSATIONS], abs=1e-4)
+    assert model.score([]) == []
+
+
+def test_answers_of_one_prompt_share_it(model):
+    ids = [model.encode(conversation) for conversation in CONVERSATIONS]
+    items, places, costs = share_prompts(ids, "shared_prefix", 1000)
+    assert places == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [len(item.responses) for item in items] == [4, 4]
+    assert costs.tolist() == [
+        len(ids[first].prompt) + sum(len(response.response) for response in ids[first::2]) for first in (0, 1)
+    ]
+    assert [len(item.responses) for item in share_prompts(ids, "padded", 1000)[0]] == [1] * 8
+
+
+def test_answers_that_exceed_the_budget_have_their_prompt_again():
+    ids = [ConversationIds([1, 2, 3], [4] * 5)] * 5
+    _, places, costs = share_prompts(ids, "shared_prefix", 13)
+    assert places == [[0, 1], [2, 3], [4]]
+    assert costs.tolist() == [13, 13, 8]
+
+
+def test_a_small_budget_changes_no_value(final, model):
+    longest = max(len(ids.prompt) + len(ids.response) for ids in map(model.encode, CONVERSATIONS))
+    narrow = HybridRewardModel.from_pretrained(final, max_tokens=longest)
+    assert narrow.score(CONVERSATIONS) == pytest.approx(model.score(CONVERSATIONS), abs=1e-5)
+    with pytest.raises(DataError, match=rf"has {longest} tokens, more than max_tokens \({longest - 1}\)"):
+        HybridRewardModel.from_pretrained(final, max_tokens=longest - 1).score(CONVERSATIONS)
+
+
+def test_log_probs_are_those_of_training(model):
+    """The same split of prompt and response, the same sum, in the same network."""
+    question, (chosen, rejected) = QUESTIONS[0], ANSWERS[:2]
+    messages = [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
+    pair = tokenize_pair(model.formatter, question, *messages, max_length=100, truncation="drop").ids
+    with torch.no_grad():
+        item = PromptWithResponses(pair.prompt, (pair.chosen, pair.rejected))
+        expected = model.model(lay_out([item], "shared_prefix"))
+    assert model.log_probs(question, [chosen, rejected]) == pytest.approx(expected.logprob.tolist(), abs=1e-4)
+    assert model.score(question, [chosen, rejected]) == pytest.approx(expected.reward.tolist(), abs=1e-5)
+    per_token = model.log_probs(question, [chosen, rejected], per_token=True)
+    assert [len(tokens) for tokens in per_token] == [len(pair.chosen), len(pair.rejected)]
+    assert [sum(tokens) for tokens in per_token] == pytest.approx(expected.logprob.tolist(), abs=1e-4)
+
+
+def test_what_has_no_value_is_named(model):
+    with pytest.raises(DataError, match="a conversation of two messages at least"):
+        model.log_probs([QUESTIONS[0]])
+    with pytest.raises(DataError, match="responses belong to one conversation"):
+        model.score(CONVERSATIONS, ["Because."])
+    with pytest.raises(DataError, match=r"more than the positions that the model knows \(512\)"):
+        model.score(answered(QUESTIONS[0], "a" * 600))
+    with pytest.raises(DataError, match="the conversation has no message"):
+        model.score([[]])
+
+
+def test_dtype_is_that_of_the_weights_unless_given(tmp_path):
+    final = save_tiny_final(tmp_path / "final", dtype=torch.bfloat16, bias=True)
+    kept, widened = (HybridRewardModel.from_pretrained(final, dtype=dtype).model for dtype in (None, "float32"))
+    assert {parameter.dtype for parameter in kept.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in widened.parameters()} == {torch.float32}
+    assert kept.reward_head.bias is not None
+    assert not kept.training
+    assert torch.equal(kept.reward_head.weight.float(), widened.reward_head.weight)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
+    template = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    final = save_tiny_final(tmp_path / "final", chat_template=template + "{{ m['content'] }}{% endfor %}")
+    model = HybridRewardModel.from_pretrained(final)
+    with pytest.raises(DataError, match="the template refuses the conversation: no system"):
+        model.score([{"role": "system", "content": "Be brief."}, *QUESTIONS[0]])
+
+
+@pytest.fixture
+def copied(final, tmp_path):
+    return shutil.copytree(final, tmp_path / "final")
+
+
+def test_another_template_or_tokenizer_is_refused(copied):
+    template = copied / "chat_template.jinja"
+    template.write_text(template.read_text().replace("':'", "': '"))
+    with pytest.raises(ModelError, match="not the one that the model was trained with"):
+        HybridRewardModel.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("hafrm.json", "has no hafrm.json: it is no final/ folder"),
+        ("reward_head.safetensors", "reward head .* cannot be"),
+    ],
+)
+def test_a_folder_that_is_no_trained_model_is_refused(copied, file, message):
+    (copied / file).unlink()
+    with pytest.raises(ModelError, match=message):
+        HybridRewardModel.from_pretrained(copied)
+
+
+def test_a_head_of_another_size_is_refused(copied):
+    wide = save_tiny_final(copied.parent / "wide", family="llama-tied")
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(1, 8)}, wide / "reward_head.safetensors")
+    with pytest.raises(ModelError, match=r"reward_head.safetensors does not fit the model"):
+        HybridRewardModel.from_pretrained(wide)
+
+
+def test_pickles_are_read_on_demand_alone(copied, model):
+    (copied / "model.safetensors").unlink()
+    weights = {name: value for name, value in model.model.causal_lm.state_dict().items() if name != "lm_head.weight"}
+    torch.save(weights, copied / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"as pickles \(pytorch_model.bin\).*trust_pickle"):
+        HybridRewardModel.from_pretrained(copied)
+    trusted = HybridRewardModel.from_pretrained(copied, trust_pickle=True)
+    assert trusted.score(CONVERSATIONS) == model.score(CONVERSATIONS)
+
+
+def test_the_layout_of_the_training_is_used(copied):
+    file = copied / "hafrm.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layout": "padded"}))
+    model = HybridRewardModel.from_pretrained(copied)
+    assert model.model.causal_lm.config._attn_implementation == "sdpa"
+    assert model.score(CONVERSATIONS) == pytest.approx([model.score(each) for each in CONVERSATIONS], abs=1e-5)
+
+
+def test_importing_is_cheap_and_loading_needs_no_deepspeed(final):
+    code = (
+        "import sys, hafrm_ds\n"
+        "assert 'torch' not in sys.modules\n"
+        f"hafrm_ds.HybridRewardModel.from_pretrained({str(final)!r})\n"
+        "assert 'deepspeed' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,83 @@
+"""What a row to score may look like, and what is said of one that cannot be scored."""
+
+import json
+
+import pytest
+
+from hafrm_ds import HybridRewardModel
+from hafrm_ds.data.pairs import Row, assistant, user
+from hafrm_ds.errors import DataError
+from hafrm_ds.scoring.rows import ScoredRow, conversations_of
+from tests.tiny_models import save_tiny_final
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> HybridRewardModel:
+    return HybridRewardModel.from_pretrained(save_tiny_final(tmp_path_factory.mktemp("model") / "final"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "conversations"),
+    [
+        ({"messages": [user("a"), assistant("b")]}, "score", [[user("a"), assistant("b")]]),
+        ({"prompt": "a", "response": "b"}, "score", [[user("a"), assistant("b")]]),
+        ({"prompt": [user("a")], "response": [assistant("b")]}, "score", [[user("a"), assistant("b")]]),
+        (
+            {"prompt": "a", "responses": ["b", [assistant("c")]]},
+            "scores",
+            [[user("a"), assistant("b")], [user("a"), assistant("c")]],
+        ),
+        ({"prompt": "\n\nHuman: a\n\nAssistant:", "response": "b"}, "score", [[user("a"), assistant("b")]]),
+    ],
+)
+def test_the_forms_of_a_row(fields, field, conversations):
+    assert conversations_of(Row(fields, "in.jsonl:1", "")) == (field, conversations)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": "a"}, r"in.jsonl:7: needs messages, or prompt with response or responses \(fields: text\)"),
+        ({"prompt": "a"}, r"needs messages.*\(fields: prompt\)"),
+        ({"messages": "a"}, "field 'messages' is the text 'a', expected a list of messages"),
+        ({"messages": [{"role": "user"}]}, "message 1 of field 'messages' is an object with the keys role"),
+        ({"prompt": 3, "response": "b"}, "field 'prompt' is the int 3"),
+        ({"prompt": "a", "response": None}, "field 'response' is null, expected a text"),
+        ({"prompt": "a", "responses": []}, "field 'responses' is a list of 0, expected a list of answers"),
+        ({"prompt": "a", "responses": ["b", 4]}, r"field 'responses\[1\]' is the int 4, expected a text"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named_with_its_field(fields, message):
+    with pytest.raises(DataError, match=message):
+        conversations_of(Row(fields, "in.jsonl:7", ""))
+
+
+@pytest.mark.parametrize(
+    ("line", "fields", "message"),
+    [
+        (b'{"prompt": "a"', {}, "in.jsonl:7: is not valid JSON"),
+        (b'{"prompt": "\xff"}', {}, "in.jsonl:7: is not UTF-8"),
+        (b"[1]", {}, "in.jsonl:7: is a list, expected an object"),
+        (b'{"id": 5}', {"id": 5}, "in.jsonl:7: needs messages"),
+        (b'{"id": 5, "prompt": "a", "response": "' + b"b" * 600 + b'"}', None, "in.jsonl:7: the conversation has"),
+    ],
+)
+def test_a_bad_line_is_kept_with_its_reason(model, line, fields, message):
+    row = ScoredRow.read(line, "in.jsonl:7", model)
+    written, error = row.written([], "in.jsonl:7")
+    assert error.startswith(message)
+    assert row.conversations == []
+    result = json.loads(written)
+    assert result.pop("score") is None and result.pop("score_error") == error
+    assert fields is None or result == fields
+
+
+def test_a_row_comes_out_as_it_came_in_and_a_score_that_is_no_number_is_an_error(model):
+    line = '{"id": 12345678901234567890, "note": "\\ud800 é", "prompt": "a", "responses": ["b", "c"]}'.encode()
+    row = ScoredRow.read(line, "in.jsonl:1", model)
+    written, error = row.written([1.5, -2.25], "in.jsonl:1")
+    assert error == ""
+    assert json.loads(written) == json.loads(line) | {"scores": [1.5, -2.25]}
+    written, error = row.written([1.5, float("nan")], "in.jsonl:1")
+    assert json.loads(written)["scores"] is None
+    assert error == "in.jsonl:1: the score is not finite"
