@@ -33,6 +33,7 @@ setup(
         "jinja2",
         "pyyaml",
         "pydantic>=2.10",
+        "psutil",
         "rich",
         "tensorboard",
     ],

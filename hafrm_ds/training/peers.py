@@ -6,6 +6,7 @@ happened. A thousand ranks are a thousand idle sockets.
 """
 
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -52,15 +53,31 @@ class PeerWatch(threading.Thread):
         self.selector = selectors.DefaultSelector()
         self.peers: dict[socket.socket, int] = {}
         """Open connections and the rank at the other end."""
+        self.listener: socket.socket | None = None
         if rank == 0:
+            self.token = secrets.token_hex(8)  # a stranger who tries the port is none of the ranks
             self.listener = socket.create_server(("", 0), backlog=world_size)
             self.selector.register(self.listener, selectors.EVENT_READ)
-            store.set("peer watch", str(self.listener.getsockname()[1]))
+            store.set("peer watch", f"{self.listener.getsockname()[1]} {self.token}")
         else:
-            to_first = socket.create_connection((host, int(store.get("peer watch"))))
-            to_first.sendall(f"{rank}\n".encode())
+            port, token = store.get("peer watch").decode().split()
+            to_first = socket.create_connection((host, int(port)))
+            to_first.sendall(f"{token} {rank}\n".encode())
             self.add(to_first, 0)
         self.start()
+
+    def accept(self) -> None:
+        connection, _ = self.listener.accept()
+        connection.settimeout(TICK_SECONDS)
+        try:
+            token, rank = connection.recv(1024).decode().split()
+        except (OSError, ValueError):
+            token = None
+        if token != self.token:
+            connection.close()
+            return
+        connection.settimeout(None)
+        self.add(connection, int(rank))
 
     def add(self, connection: socket.socket, rank: int) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -72,10 +89,8 @@ class PeerWatch(threading.Thread):
     def run(self) -> None:
         while True:
             for key, _ in self.selector.select(TICK_SECONDS):
-                if key.fileobj is getattr(self, "listener", None):
-                    connection, _ = self.listener.accept()
-                    with connection.makefile("rb", buffering=0) as stream:
-                        self.add(connection, int(stream.readline()))
+                if key.fileobj is self.listener:
+                    self.accept()
                 else:
                     self.hear(key.fileobj)
             self.on_tick()

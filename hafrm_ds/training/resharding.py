@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hafrm_ds.training.checkpoint import CheckpointError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -65,6 +67,11 @@ def read(folder: Path, rank: int, kind: str) -> dict:
 
 
 def flat_tensors(weights: Tensor, state: dict) -> tuple[dict[str, Tensor], float]:
+    if not {*MOMENTS, "step"} <= state.keys():
+        raise CheckpointError(
+            f"the checkpoint was not written by Adam (its optimizer has {', '.join(state) or 'no state'}): it can be "
+            "gone on from under the same ZeRO stage and number of processes only"
+        )
     return {"fp32": weights.detach(), **{key: state[key] for key in MOMENTS}}, float(state["step"])
 
 
@@ -99,7 +106,8 @@ def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank:
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if trained.keys() != shards.pieces.keys():
-        raise ValueError(f"the checkpoint has other parameters: {sorted(trained.keys() ^ shards.pieces.keys())[:3]}")
+        named = ", ".join(sorted(trained.keys() ^ shards.pieces.keys())[:3])
+        raise CheckpointError(f"the checkpoint and this run do not train the same parameters: {named}")
     if zero_stage == 3:
         deal_out_stage_3(shards, trained, optimizer, rank)
     else:

@@ -1,0 +1,80 @@
+"""Pause of a save and bytes written, against DeepSpeed's own save_checkpoint.
+
+    deepspeed --num_gpus 2 tests/benchmarks/checkpoint_pause.py --config launch/recipes/NAME.yaml --output_dir OUT \
+        --objective.alpha 0 [--section.key value ...]
+
+Makes one step, so that the optimizer has its state, then saves three times each way and prints a Markdown table. OUT is
+a folder on the disk that is measured.
+"""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hafrm_ds.options import load_config
+from hafrm_ds.training.engine import load_training_engine
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.loop import Trainer
+from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.training.run import prepare_data
+from hafrm_ds.training.saver import CheckpointSaver
+
+REPEATS = 3
+
+
+def main(arguments: list[str], processes: Processes) -> None:
+    config = load_config(arguments)
+    log = RunLog(config, processes)
+    _, train_pairs, _ = prepare_data(config, processes, log)
+    processes.start_group()
+    engine = load_training_engine(config, processes.world_size)
+    saver = CheckpointSaver(config, engine, processes, log, {}, None, None)
+    trainer = Trainer(config, engine, train_pairs, {}, None, saver, log)
+    log.start(0)
+    trainer.train_step(0)
+
+    def plain(step: int) -> None:
+        engine.deepspeed.save_checkpoint(config.output_dir / "plain", tag=f"step-{step}")
+
+    def synced(step: int) -> None:
+        plain(step)
+        for path in (config.output_dir / "plain" / f"step-{step}").glob(f"*zero_pp_rank_{processes.rank}_*"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    ways = {
+        "DeepSpeed, into the page cache": (plain, config.output_dir / "plain"),
+        "DeepSpeed, then fsync": (synced, config.output_dir / "plain"),
+        "hafrm_ds, synced, with checksums": (
+            lambda step: saver.save(step, trainer.best, evaluation_is_due=False),
+            config.output_dir / "checkpoints",
+        ),
+    }
+    lines = ["| way | seconds of each save | bytes of one |", "|---|---|---|"]
+    for name, (save, folder) in ways.items():
+        seconds = []
+        for step in range(1, REPEATS + 1):
+            os.sync()
+            dist.barrier()
+            started = time.perf_counter()
+            save(step)
+            dist.barrier()
+            seconds.append(time.perf_counter() - started)
+        size = size_of(folder) // len([path for path in folder.iterdir() if path.is_dir()])
+        lines.append(f"| {name} | {', '.join(f'{value:.2f}' for value in seconds)} | {size:,} |")
+        dist.barrier()
+        if processes.is_first:
+            shutil.rmtree(folder)
+        dist.barrier()
+    log.print("\n".join(lines))
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+if __name__ == "__main__":
+    run_entry(main)
