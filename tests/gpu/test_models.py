@@ -1,5 +1,6 @@
 """Tiny models of every family in bfloat16, in every layout under every kernel, against fp32 on padded, separate
-sequences under the model's own attention."""
+sequences under the model's own attention. bfloat16 on padded sequences is off, too: that is the yardstick.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +19,8 @@ from tests.tiny_models import FAMILIES, random_items, tiny_hybrid
 pytestmark = pytest.mark.gpu
 
 ITEMS = random_items(seed=3, num_items=6)
-GRADIENT_TOLERANCE = 0.1
-"""Of the largest gradient entry of the model: bfloat16 in two layers and back."""
+FACTOR, FLOOR = 3, 0.02
+"""A kernel may be off by this many times the yardstick and this much more."""
 
 
 @dataclass(frozen=True)
@@ -45,61 +46,62 @@ def run(model: HybridModel, layout: str, kernel: str) -> Results:
     return Results(scores.reward.detach(), scores.logprob.detach(), gradients)
 
 
-@lru_cache(maxsize=1)  # the tests of one family follow each other
-def exact(family: str) -> Results:
-    return run(model_of(family, torch.float32), "padded", "auto")
+@lru_cache(maxsize=2)  # the tests of one family follow each other
+def on_padded_sequences(family: str, dtype: torch.dtype) -> Results:
+    return run(model_of(family, dtype), "padded", "auto")
 
 
-def skip_what_cannot_run(kernel: str, model: HybridModel, layout: str) -> None:
-    if layout == "padded":
-        return
+def skip_what_cannot_run(kernel: str, model: HybridModel) -> None:
     config = model.causal_lm.config.get_text_config()
     if (reason := KERNELS[kernel].obstacle(DEVICE, torch.bfloat16, config)) is not None:
         pytest.skip(f"{kernel}: {reason}")
 
 
-def assert_close(actual: Results, expected: Results, tolerance: float, gradient_tolerance: float) -> None:
-    """Scores: as the check at the start of a run compares them."""
+def distances(actual: Results, expected: Results) -> dict[str, float]:
+    """Scores as the check at the start of a run compares them; gradients relative to the model's largest."""
     num_tokens = lay_out(ITEMS, "padded").num_tokens.to(DEVICE)
-    for name, ours, theirs in (
-        ("reward", actual.reward, expected.reward),
-        ("log-prob a token", actual.logprob / num_tokens, expected.logprob / num_tokens),
-    ):
-        difference = ((ours - theirs).abs() / (1 + theirs.abs())).max().item()
-        assert difference <= tolerance, f"{name}: {difference:.3g}"
     assert actual.gradients.keys() == expected.gradients.keys()
-    scale = max(gradient.abs().max().item() for gradient in expected.gradients.values())
-    for name, gradient in expected.gradients.items():
-        difference = (actual.gradients[name] - gradient).abs().max().item() / scale
-        assert difference <= gradient_tolerance, f"gradient of {name}: {difference:.3g}"
+    scale = max(gradient.abs().max() for gradient in expected.gradients.values())
+    apart = [(actual.gradients[name] - gradient).abs().max() for name, gradient in expected.gradients.items()]
+    found = {
+        "reward": ((actual.reward - expected.reward).abs() / (1 + expected.reward.abs())).max(),
+        "log-prob of a token": ((actual.logprob - expected.logprob).abs() / num_tokens).max(),
+        "gradient": max(apart) / scale,
+    }
+    return {name: value.item() for name, value in found.items()}
 
 
-RUNS = [*((layout, kernel) for layout in ("shared_prefix", "packed") for kernel in KERNELS), ("padded", "auto")]
-
-
-@pytest.mark.parametrize(("family", "layout", "kernel"), [(family, *how) for family in FAMILIES for how in RUNS])
-def test_bfloat16_equals_fp32_on_padded_sequences(family, layout, kernel):
-    model = model_of(family, torch.bfloat16)
-    skip_what_cannot_run(kernel, model, layout)
-    assert_close(run(model, layout, kernel), exact(family), tolerance_of(model), GRADIENT_TOLERANCE)
-
-
-@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fp32_equals_fp32_on_padded_sequences(family, layout):
-    model = model_of(family, torch.float32)
-    assert_close(run(model, layout, "auto"), exact(family), tolerance_of(model), 1e-4)
+def test_bfloat16_is_as_near_to_fp32_as_on_padded_sequences(family, layout, kernel):
+    model = model_of(family, torch.bfloat16)
+    skip_what_cannot_run(kernel, model)
+    exact = on_padded_sequences(family, torch.float32)
+    yardstick = distances(on_padded_sequences(family, torch.bfloat16), exact)
+    for name, distance in distances(run(model, layout, kernel), exact).items():
+        allowed = FACTOR * yardstick[name] + FLOOR
+        assert distance <= allowed, f"{name}: off by {distance:.3g}, allowed are {allowed:.3g}"
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_equals_padded_sequences(family, layout):
+    found = distances(run(model_of(family, torch.float32), layout, "auto"), on_padded_sequences(family, torch.float32))
+    assert max(found.values()) <= 1e-4, found
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
 def test_gradient_checkpointing_changes_nothing(family, kernel):
-    """Beyond the order in which a kernel's backward adds."""
+    """Beyond the order in which a GPU adds."""
     model = model_of(family, torch.bfloat16)
-    skip_what_cannot_run(kernel, model, "shared_prefix")
+    skip_what_cannot_run(kernel, model)
     expected = run(model, "shared_prefix", kernel)
     model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_close(run(model, "shared_prefix", kernel), expected, 1e-5, 0.02)
+    found = distances(run(model, "shared_prefix", kernel), expected)
+    assert max(found["reward"], found["log-prob of a token"]) <= 1e-5
+    assert found["gradient"] <= 0.02
 
 
 @pytest.mark.parametrize("family", FAMILIES)
