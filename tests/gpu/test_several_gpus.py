@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -35,7 +37,8 @@ WEIGHT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 """Relative, for a weight to the largest of its tensor. bfloat16 weights round each step anew."""
 
 
-def torchrun(num_processes: int, script: str, options: dict) -> tuple[subprocess.Popen, Path]:
+@contextmanager
+def torchrun(num_processes: int, script: str, options: dict) -> Iterator[tuple[subprocess.Popen, Path]]:
     """`torchrun --nproc_per_node N script options`, started, and the file that all it prints goes to."""
     command = ["-m", "torch.distributed.run", "--nproc_per_node", num_processes, "--master_port", free_port(), script]
     log = Path(f"{options['output_dir']}.log")
@@ -47,12 +50,15 @@ def torchrun(num_processes: int, script: str, options: dict) -> tuple[subprocess
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    return launched, log
+    try:
+        yield launched, log
+    finally:
+        launched.terminate()  # what a failed test leaves running
 
 
 def run(num_processes: int, script: str, options: dict) -> None:
-    launched, log = torchrun(num_processes, script, options)
-    assert launched.wait(timeout=600) == 0, log.read_text()[-6000:]
+    with torchrun(num_processes, script, options) as (launched, log):
+        assert launched.wait(timeout=600) == 0, log.read_text()[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +132,14 @@ def test_the_reference_pass_stores_what_one_gpu_stores(options, dtype):
 
 def test_a_rank_that_dies_brings_the_others_down(options):
     chosen = options("dying", 3, "float32", max_steps=100_000)
-    launched, log = torchrun(NUM_PROCESSES, "launch/train.py", chosen)
     metrics, end = chosen["output_dir"] / "metrics.jsonl", time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count('"train"') > 3):
-        assert launched.poll() is None and time.monotonic() < end, log.read_text()[-6000:]
-        time.sleep(0.2)
-    children = psutil.Process(launched.pid).children()
-    ranks = {process.environ()["RANK"]: process for process in children if "RANK" in process.environ()}
-    assert len(ranks) == NUM_PROCESSES
-    ranks["1"].kill()
-    assert launched.wait(timeout=120) != 0, log.read_text()[-6000:]
-    assert not psutil.wait_procs(ranks.values(), timeout=10)[1]
+    with torchrun(NUM_PROCESSES, "launch/train.py", chosen) as (launched, log):
+        while not (metrics.exists() and metrics.read_text().count('"train"') > 3):
+            assert launched.poll() is None and time.monotonic() < end, log.read_text()[-6000:]
+            time.sleep(0.2)
+        children = psutil.Process(launched.pid).children()
+        ranks = {process.environ()["RANK"]: process for process in children if "RANK" in process.environ()}
+        assert len(ranks) == NUM_PROCESSES
+        ranks["1"].kill()
+        assert launched.wait(timeout=120) != 0, log.read_text()[-6000:]
+        assert not psutil.wait_procs(ranks.values(), timeout=10)[1]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from hafrm_ds.data.packing import PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.attention import KERNELS, segment_attention
+from hafrm_ds.model.attention import KERNELS, choose_kernel, segment_attention
 from tests.tiny_models import tiny_hybrid, use_layout
 
 SEGMENTS = lay_out([PromptWithResponses([5, 6], ([7], [8, 9]))], "shared_prefix").segments
@@ -36,3 +37,31 @@ def test_a_forward_without_segments_fails():
     use_layout(model, "shared_prefix")
     with pytest.raises(TypeError, match="segments"):
         model.causal_lm(torch.arange(3, 9)[None], use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "capability", "reason"),
+    [
+        ({"head_dim": 100}, torch.bfloat16, 9, "multiples of 8, not 100"),  # OpenLLaMA 3B
+        ({"head_dim": 264}, torch.bfloat16, 9, "up to 256 dimensions"),
+        ({"head_dim": 64}, torch.float32, 9, "has no float32"),
+        ({"head_dim": 64}, torch.bfloat16, 7, "compute capability 7"),
+        ({"head_dim": 64, "attn_logit_softcapping": 50.0}, torch.bfloat16, 9, "no soft cap"),
+        ({"head_dim": 128}, torch.bfloat16, 9, None),
+    ],
+)
+def test_what_a_flash_kernel_cannot_run_is_said_and_auto_goes_on_to_another(
+    monkeypatch, options, dtype, capability, reason
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    device, config = torch.device("cuda"), LlamaConfig(**options)
+    assert KERNELS["segmented"].obstacle(device, dtype, config) is None
+    obstacle = KERNELS["varlen"].obstacle(device, dtype, config)
+    chosen = choose_kernel("auto", device, dtype, config).name
+    if reason is None:
+        assert (obstacle, chosen) == (None, "varlen")
+    else:
+        assert reason in obstacle
+        assert chosen == "segmented"
+        with pytest.raises(ModelError, match=f"--model.attention varlen cannot be used: .*{reason}"):
+            choose_kernel("varlen", device, dtype, config)
