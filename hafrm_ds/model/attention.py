@@ -71,8 +71,8 @@ class Kernel:
                 return f"it is not made for GPUs of compute capability {major}"
             if dtype not in FLASH_DTYPES:
                 return f"it has no {str(dtype).removeprefix('torch.')}"
-            if (size := head_dimension(config)) > LARGEST_FLASH_HEAD:
-                return f"it takes heads of up to {LARGEST_FLASH_HEAD} dimensions, not {size}"
+            if (size := head_dimension(config)) > LARGEST_FLASH_HEAD or size % 8:
+                return f"it takes heads of up to {LARGEST_FLASH_HEAD} dimensions in multiples of 8, not {size}"
             if getattr(config, "v_head_dim", size) != size:
                 return "it takes keys and values of one size, and this model has two"
         if not self.has_softcap and getattr(config, "attn_logit_softcapping", None):

@@ -194,7 +194,6 @@ def test_auto_takes_the_first_that_can(hopper):
     assert choose_kernel("fa4", hopper, torch.bfloat16, LLAMA).name == "fa4"
     assert choose_kernel("auto", hopper, torch.float32, LLAMA).name == "segmented"
     assert choose_kernel("auto", torch.device("cpu"), torch.bfloat16, LLAMA).name == "segmented"
-    assert choose_kernel("auto", hopper, torch.bfloat16, LlamaConfig(head_dim=288)).name == "segmented"
 
 
 @pytest.mark.parametrize(
@@ -202,7 +201,6 @@ def test_auto_takes_the_first_that_can(hopper):
     [
         ("fa3", LLAMA, "the package flash_attn_interface is not installed. What can: fa2, fa4, varlen, segmented"),
         ("varlen", Gemma2Config(head_dim=64), "has no soft cap .* What can: fa2, segmented"),
-        ("fa2", LlamaConfig(head_dim=288), "heads of up to 256 dimensions, not 288"),
     ],
 )
 def test_a_kernel_that_cannot_is_refused_with_those_that_can(hopper, name, config, reason):
@@ -228,3 +226,31 @@ def test_a_model_without_the_attention_interface_runs_padded_or_not_at_all():
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ModelError, match=r"LlamaForCausalLM does not take its attention .* --batch.layout packed"):
         set_attention(model, "packed", "auto", device)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "capability", "reason"),
+    [
+        ({"head_dim": 100}, torch.bfloat16, 9, "multiples of 8, not 100"),  # OpenLLaMA 3B
+        ({"head_dim": 264}, torch.bfloat16, 9, "up to 256 dimensions"),
+        ({"head_dim": 64}, torch.float32, 9, "has no float32"),
+        ({"head_dim": 64}, torch.bfloat16, 7, "compute capability 7"),
+        ({"head_dim": 64, "attn_logit_softcapping": 50.0}, torch.bfloat16, 9, "no soft cap"),
+        ({"head_dim": 128}, torch.bfloat16, 9, None),
+    ],
+)
+def test_what_a_flash_kernel_cannot_run_is_said_and_auto_goes_on_to_another(
+    monkeypatch, options, dtype, capability, reason
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    device, config = torch.device("cuda"), LlamaConfig(**options)
+    assert KERNELS["segmented"].obstacle(device, dtype, config) is None
+    obstacle = KERNELS["varlen"].obstacle(device, dtype, config)
+    chosen = choose_kernel("auto", device, dtype, config).name
+    if reason is None:
+        assert (obstacle, chosen) == (None, "varlen")
+    else:
+        assert reason in obstacle
+        assert chosen == "segmented"
+        with pytest.raises(ModelError, match=f"--model.attention varlen cannot be used: .*{reason}"):
+            choose_kernel("varlen", device, dtype, config)

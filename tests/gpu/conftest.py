@@ -1,0 +1,8 @@
+import pytest
+
+from tests.gpu.environment import IS_ALLOWED_ON_CPU, IS_GPU
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not IS_GPU and not IS_ALLOWED_ON_CPU:
+        pytest.skip("needs an NVIDIA GPU")
