@@ -126,8 +126,16 @@ class Trainer:
         totals = StepTotals()
         micro_batches, waiting_share = self.micro_batches(step)
         for number, micro_batch in enumerate(micro_batches):
-            loss = self.joint_loss(step, micro_batch, totals)
-            self.engine.backward(loss, is_last=number == len(micro_batches) - 1)
+            try:
+                loss = self.joint_loss(step, micro_batch, totals)
+                self.engine.backward(loss, is_last=number == len(micro_batches) - 1)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"step {step + 1}: {self.engine.device} has no room for a micro-batch of "
+                    f"{micro_batch.batch.num_positions} tokens. Lower --batch.max_tokens_per_micro_batch (now "
+                    f"{self.config.batch.max_tokens_per_micro_batch}) or set it to auto, set "
+                    f"--model.gradient_checkpointing true, or shard more: {error}"
+                ) from error
         metrics = self.reduce(totals)
         if not math.isfinite(metrics["loss/total"]):
             self.stop_on_non_finite_loss(step, totals)

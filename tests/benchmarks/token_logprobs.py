@@ -4,8 +4,8 @@
 
 Each contender runs in a process of its own, so that its peak is its own: what it takes beyond its inputs (states and
 head) and a first small call. `full` is what trainers do: logits of all tokens, an upcast to fp32, log-softmax. Where
-the machine cannot hold that, --full_tokens gives it fewer tokens; its memory is proportional to them. On a GPU, Liger's
-fused cross-entropy joins where it is installed.
+the machine cannot hold that, --full_tokens gives it fewer tokens; its memory is proportional to them. On a GPU,
+tests/gpu/benchmark.py compares with Liger as well.
 """
 
 import argparse
@@ -28,13 +28,7 @@ def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return token_logprobs(hidden, weight, None, targets, HeadTransform())
 
 
-def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
-
-
-CONTENDERS = {"full": full_logits, "fused": fused, "liger": liger}
+CONTENDERS = {"full": full_logits, "fused": fused}
 
 
 def measure(name: str, num_tokens: int, vocabulary: int, hidden_size: int) -> str:
@@ -74,11 +68,10 @@ def main() -> None:
     if options.only:
         print(measure(options.only, options.tokens, options.vocabulary, options.hidden))
         return
-    names = ["fused", "full"] + ["liger"] * torch.cuda.is_available()
     print(f"vocabulary {options.vocabulary:,}, hidden size {options.hidden}, bfloat16\n")
     print("| | tokens | MiB, forward | MiB, with backward | seconds, forward | seconds, with backward |")
     print("|---|---|---|---|---|---|", flush=True)
-    for name in names:
+    for name in ("fused", "full"):
         tokens = options.full_tokens or options.tokens if name == "full" else options.tokens
         words = {"--only": name, "--tokens": tokens, "--vocabulary": options.vocabulary, "--hidden": options.hidden}
         subprocess.run([sys.executable, __file__, *(str(part) for pair in words.items() for part in pair)], check=True)
