@@ -52,8 +52,7 @@ class PackedBatch:
     readout_index: [N] int64, flat position of each response's last token, where its reward is read.
     predict_index: [M] int64, flat position whose hidden state predicts each response token.
     target_ids: [M] int64, the response tokens.
-    response_index: [M] int64, the response that each of them belongs to.
-    num_tokens: [N] int64, tokens of each response.
+    num_tokens: [N] int64, tokens of each response; the M response tokens stand response after response.
     """
 
     input_ids: Tensor
@@ -63,7 +62,6 @@ class PackedBatch:
     readout_index: Tensor
     predict_index: Tensor
     target_ids: Tensor
-    response_index: Tensor
     num_tokens: Tensor
 
     @property
@@ -246,7 +244,6 @@ def response_tensors(responses, readout, predict, num_tokens) -> dict[str, Tenso
         "readout_index": tensor(readout),
         "predict_index": tensor(np.concatenate(predict)),
         "target_ids": tensor(np.concatenate(responses)),
-        "response_index": tensor(np.repeat(np.arange(len(num_tokens)), num_tokens)),
         "num_tokens": tensor(num_tokens),
     }
 

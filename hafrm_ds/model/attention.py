@@ -26,7 +26,6 @@ from hafrm_ds.errors import ModelError
 HARMLESS = ("position_ids", "cache_position")
 """Tensors that some models pass to their attention function and that change nothing in it."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-LARGEST_FLASH_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Kernel:
     package: the module it comes from, which must be installed.
     capabilities: major compute capabilities of NVIDIA GPUs that it was written for; empty: any device, CPU included.
     has_softcap: takes a soft cap, forward and backward.
+    largest_head: dimensions of a head that it takes, in multiples of 8.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Kernel:
     package: str
     capabilities: tuple[int, ...]
     has_softcap: bool
+    largest_head: int = 256
 
     @property
     def implementation(self) -> str:
@@ -71,8 +72,8 @@ class Kernel:
                 return f"it is not made for GPUs of compute capability {major}"
             if dtype not in FLASH_DTYPES:
                 return f"it has no {str(dtype).removeprefix('torch.')}"
-            if (size := head_dimension(config)) > LARGEST_FLASH_HEAD or size % 8:
-                return f"it takes heads of up to {LARGEST_FLASH_HEAD} dimensions in multiples of 8, not {size}"
+            if (size := head_dimension(config)) > self.largest_head or size % 8:
+                return f"it takes heads of up to {self.largest_head} dimensions in multiples of 8, not {size}"
             if getattr(config, "v_head_dim", size) != size:
                 return "it takes keys and values of one size, and this model has two"
         if not self.has_softcap and getattr(config, "attn_logit_softcapping", None):
@@ -252,8 +253,8 @@ KERNELS = {
     for kernel in (
         Kernel("fa3", partial(run_flash_package, "flash_attn_interface"), "flash_attn_interface", (9,), True),
         Kernel("fa2", partial(run_flash_package, "flash_attn"), "flash_attn_2_cuda", (8, 9, 10, 12), True),
-        # Its backward has no soft cap in every head dimension, and it is a pre-release.
-        Kernel("fa4", partial(run_flash_package, "flash_attn.cute"), "flash_attn.cute", (9, 10), False),
+        # A pre-release. On Blackwell it has no head sizes between 128 and 256, and no soft cap for all of them.
+        Kernel("fa4", partial(run_flash_package, "flash_attn.cute"), "flash_attn.cute", (9, 10), False, 128),
         Kernel("varlen", run_varlen, "torch.nn.attention.varlen", (8, 9, 10, 12), False),
         Kernel("segmented", run_segmented, "torch", (), True),
     )

@@ -116,9 +116,8 @@ def model_inputs(batch: PackedBatch) -> dict:
 
 
 def sum_by_response(per_token: Tensor, batch: PackedBatch) -> Tensor:
-    """[M] -> [N], both fp32."""
-    zeros = torch.zeros(batch.num_responses, dtype=torch.float32, device=per_token.device)
-    return zeros.index_add(0, batch.response_index, per_token)
+    """[M] -> [N], both fp32. In a fixed order on every device, so that equal tokens give equal sums."""
+    return torch.segment_reduce(per_token, "sum", lengths=batch.num_tokens, unsafe=True)
 
 
 def make_reward_head(hidden_size: int, *, bias: bool, init: str, dtype: torch.dtype, seed: int) -> RewardHead:

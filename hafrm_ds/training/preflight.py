@@ -20,6 +20,9 @@ from hafrm_ds.training.token_budget import find_token_budget
 CHECKED_PAIRS = 2
 PLANNED_STEPS = 1000
 """Steps of the plan that are looked at for the largest global batch."""
+SCORING_BATCHES = 32
+"""A pass without gradients has at least about as many micro-batches on each rank: it shows progress, and is stored, by
+micro-batches."""
 
 
 def check_budgets(sets: Iterable[PreparedPairs], batch: BatchConfig) -> None:
@@ -65,13 +68,14 @@ def settle_batch(engine: Engine, sets: list[PreparedPairs], config: TrainConfig,
 
 
 def largest_useful_budget(engine: Engine, pairs: PreparedPairs, config: TrainConfig) -> int:
-    """Tokens of the largest part of a global batch that one rank gets; of all pairs, where there are no steps."""
+    """Tokens of the largest part of a global batch that one rank gets; without steps, of a part of all pairs."""
     costs = token_costs(pairs.lengths, engine.model.layout)
-    plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)
-    steps = min(PLANNED_STEPS, math.ceil(len(pairs) / plan.global_batch_size))
-    whole = max(int(costs[plan.global_batch(step)].sum()) for step in range(steps))
-    if not isinstance(engine, TrainingEngine):
-        whole = int(costs.sum())
+    if isinstance(engine, TrainingEngine):
+        plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)
+        steps = min(PLANNED_STEPS, math.ceil(len(pairs) / plan.global_batch_size))
+        whole = max(int(costs[plan.global_batch(step)].sum()) for step in range(steps))
+    else:
+        whole = int(costs.sum()) // SCORING_BATCHES
     # Pairs are not divisible: a rank may get a little more than its part.
     return math.ceil(whole / dist.get_world_size()) + int(costs.max())
 

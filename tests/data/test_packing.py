@@ -20,7 +20,6 @@ def test_shared_prefix_of_one_pair_by_hand():
     assert batch.readout_index.tolist() == [4, 7]
     assert batch.predict_index.tolist() == [2, 3, 2, 5, 6]
     assert batch.target_ids.tolist() == [20, 21, 30, 31, 32]
-    assert batch.response_index.tolist() == [0, 0, 1, 1, 1]
     assert batch.num_tokens.tolist() == [2, 3]
 
 
