@@ -19,6 +19,7 @@ from hafrm_ds.model.saving import METADATA_FILE, REWARD_HEAD_FILE
 
 ANY_DAY = "2024-07-26"
 """For a template whose dates were frozen when it was saved: there is none left that a day could stand for."""
+WEIGHTS_FILE = "model.safetensors"
 NEEDED = ("layout", "uses_stock_logits", "template")
 
 
@@ -122,11 +123,21 @@ def read_reward_head(folder: Path) -> dict[str, Tensor]:
 
 
 def refuse_pickles(folder: Path, trust_pickle: bool) -> None:
-    """Raise ModelError for a folder whose weights are pickles alone, which may run code when they are read."""
-    if trust_pickle or any(file.name != REWARD_HEAD_FILE for file in folder.glob("*.safetensors")):
+    """Raise ModelError for a folder of which transformers would read pickles, which may run code when they are read.
+
+    It takes model.safetensors, else the files that an index names, whatever they are, else pickles.
+    """
+    if trust_pickle or (folder / WEIGHTS_FILE).is_file():
         return
-    if pickles := sorted(folder.glob("*.bin")):
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except FileNotFoundError:
+        files = [file.name for file in sorted(folder.glob("*.bin"))]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} cannot be read: {error}") from error
+    if pickles := [name for name in files if not str(name).endswith(".safetensors")]:
         raise ModelError(
-            f"{folder} holds its weights as pickles ({pickles[0].name}), which may run code when they are read. "
+            f"{folder} holds its weights as pickles ({pickles[0]}), which may run code when they are read. "
             "Give a folder with safetensors, or trust_pickle if you trust whoever wrote it"
         )

@@ -94,9 +94,7 @@ def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
     draft.rename(folder)
 
 
-def tensors_of(
-    module: nn.Module, gathered: Gather = lambda parameters: nullcontext(), prefix: str = ""
-) -> dict[str, TensorSource]:
+def tensors_of(module: nn.Module, gathered: Gather = lambda parameters: nullcontext()) -> dict[str, TensorSource]:
     """What a folder holds of a module: its parameters, each gathered when it is opened, and its persistent buffers.
 
     named_parameters leaves out the second name of tied weights, as the format wants it.
@@ -111,13 +109,11 @@ def tensors_of(
         return opened
 
     tensors = {
-        prefix + name: TensorSource(full_shape(parameter), parameter.dtype, whole(parameter))
+        name: TensorSource(full_shape(parameter), parameter.dtype, whole(parameter))
         for name, parameter in module.named_parameters()
     }
     saved = module.state_dict(keep_vars=True).keys()
-    return tensors | {
-        prefix + name: TensorSource.of(buffer) for name, buffer in module.named_buffers() if name in saved
-    }
+    return tensors | {name: TensorSource.of(buffer) for name, buffer in module.named_buffers() if name in saved}
 
 
 def template_facts(formatter: ChatFormatter) -> dict[str, Any]:
@@ -142,7 +138,7 @@ def write_beside_weights(
         generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rewrite_json(folder / "config.json", readable_by_transformers_4)
-    rewrite_json(folder / "tokenizer_config.json", tokenizer_class_of_transformers_4)
+    rewrite_json(folder / "tokenizer_config.json", tokenizer_of_transformers_4)
     (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
     (folder / CARD_FILE).write_text(model_card(metadata))
 
@@ -167,10 +163,14 @@ def readable_by_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
     return known | config
 
 
-def tokenizer_class_of_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Name the generic fast tokenizer as versions 4 and 5 both know it."""
-    generic = config.get("tokenizer_class") == "TokenizersBackend"
-    return config | {"tokenizer_class": "PreTrainedTokenizerFast"} if generic else config
+def tokenizer_of_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Name the generic fast tokenizer as versions 4 and 5 both know it, and what it returns as in version 5: version 4
+    would add token types, which a decoder does not take.
+    """
+    if config.get("tokenizer_class") != "TokenizersBackend":
+        return config
+    inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+    return inputs | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def rewrite_json(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

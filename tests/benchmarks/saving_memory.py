@@ -14,7 +14,7 @@ from hafrm_ds.config import ModelConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.model.saving import save_hybrid_model
-from hafrm_ds.training.engine import load_scoring_engine
+from hafrm_ds.training.engine import load_training_engine
 from hafrm_ds.training.processes import Processes, run_entry
 
 MIB = 2**20
@@ -42,8 +42,8 @@ def main(arguments: list[str], processes: Processes) -> None:
     )
     formatter = ChatFormatter.create(load_tokenizer(config.model), None, config.data.template_date)
     processes.start_group()
-    engine = load_scoring_engine(config, processes)
-    model_bytes = sum(p.ds_numel * p.element_size() for p in engine.model.parameters())
+    engine = load_training_engine(config, processes)
+    sizes = [p.ds_numel * p.element_size() for p in engine.model.parameters()]
     dist.barrier()
     forget_peak()
     before = resident("VmRSS")
@@ -60,8 +60,8 @@ def main(arguments: list[str], processes: Processes) -> None:
         engine.deepspeed.save_16bit_model(str(folder))
     growth = resident("VmHWM") - before
     print(
-        f"{how}, rank {processes.rank}: {growth / MIB:.0f} MiB more at most; the model has {model_bytes / MIB:.0f}, "
-        f"its largest parameter {max(p.ds_numel * p.element_size() for p in engine.model.parameters()) / MIB:.0f}",
+        f"{how}, rank {processes.rank}: {growth / MIB:.0f} MiB more at most; the model has {sum(sizes) / MIB:.0f}, "
+        f"its largest parameter {max(sizes) / MIB:.0f}",
         flush=True,
     )
 

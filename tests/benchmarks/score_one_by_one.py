@@ -15,10 +15,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
 def conversations_of(row: dict) -> list[list[dict]]:
-    if "messages" in row:
-        return [row["messages"]]
-    question = {"role": "user", "content": row["prompt"]}
-    return [[question, {"role": "assistant", "content": text}] for text in row.get("responses", [row.get("response")])]
+    def as_messages(content: str | list[dict], role: str) -> list[dict]:
+        return content if isinstance(content, list) else [{"role": role, "content": content}]
+
+    prompt = as_messages(row["prompt"], "user")
+    return [prompt + as_messages(response, "assistant") for response in row["responses"]]
 
 
 def main(export: str, rows_file: str, scored_file: str) -> None:
@@ -35,7 +36,7 @@ def main(export: str, rows_file: str, scored_file: str) -> None:
                 inputs = tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
                 values.append(model(**inputs).logits[0, 0].item())
     seconds = time.perf_counter() - started
-    ours = [score for row in scored for score in row.get("scores", [row.get("score")])]
+    ours = [score for row in scored for score in row["scores"]]
     difference = (torch.tensor(ours) - torch.tensor(values)).abs().max().item()
     print(
         f"{len(rows):,} rows, {len(values):,} conversations: {len(rows) / seconds:.2f} rows/s "

@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hafrm_ds import HybridRewardModel
 from tests.distributed.launching import as_options, rows, run_jobs, write_pairs
 from tests.tiny_models import save_tiny_model
 
@@ -196,6 +197,23 @@ def test_baseline_has_no_policy_and_the_policy_run_leaves_the_reward_head(runs):
     start = make_reward_head(32, bias=False, init="normal", dtype=torch.float32, seed=0).weight
     assert torch.equal(heads[0], start)
     assert not torch.equal(heads[1], start)
+
+
+@pytest.mark.parametrize("run", ["ranks2-zero3", "gathered", "padded"])
+def test_the_saved_model_gives_the_figures_of_the_last_evaluation(runs, run):
+    """By way of the text of the pairs, and of nothing but the folder."""
+    model = HybridRewardModel.from_pretrained(runs / run / "final")
+    pairs = [json.loads(line) for line in (runs / "test.jsonl").read_text().splitlines()]
+    rewards = torch.tensor(
+        [model.score([{"role": "user", "content": p["prompt"]}], [p["chosen"], p["rejected"]]) for p in pairs]
+    )
+    last = rows(runs / run, "eval")[-1]
+    assert (rewards[:, 0] > rewards[:, 1]).float().mean() == pytest.approx(last["accuracy/reward"])
+    assert rewards.mean() == pytest.approx(last["reward/mean"], abs=1e-5)
+    assert rewards.std() == pytest.approx(last["reward/std"], abs=1e-5)
+    metadata = json.loads((runs / run / "final/hafrm.json").read_text())
+    assert metadata["evaluation"] == {"held_out": {k: v for k, v in last.items() if k not in ("step", "kind", "set")}}
+    assert metadata["data"]["train"]["kept"] == 60
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -1,6 +1,9 @@
 """An export scores the same in stock classes, and one that does not is never written."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hafrm_ds.model.pad_token import PadToken
 from tests.model.test_score_equality import ENDS_IN_EOS, ENDS_IN_NEWLINE
 from tests.tiny_models import save_tiny_final
 
+ROOT = Path(__file__).parents[2]
 QUESTION = [{"role": "user", "content": "Why?"}]
 ANSWERS = ["Because.", " It rains, and nobody knows why.", "1"]
 CONVERSATIONS = [[*QUESTION, {"role": "assistant", "content": answer}] for answer in ANSWERS]
@@ -127,6 +131,25 @@ def test_the_card_says_where_the_model_comes_from(tmp_path):
     assert (config["mean"], config["std"]) == (0.5, 2.0)  # of the reward on the evaluation set
 
 
+def launch(monkeypatch, **options) -> None:
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["export.py", *words])
+    runpy.run_path(str(ROOT / "launch/export.py"), run_name="__main__")
+
+
+def test_the_launch_file(tmp_path, monkeypatch, capsys):
+    final = save_tiny_final(tmp_path / "final")
+    options = {"model": final, "format": "sequence-classification", "output_dir": tmp_path / "export"}
+    launch(monkeypatch, **options)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'export'}: pad token '<|im_start|>'" in printed and "reopened by transformers" in printed
+    for changes, message in (({}, "is already there"), ({"format": "onnx"}, "it is one of policy, sequence-class")):
+        with pytest.raises(SystemExit) as stopped:
+            launch(monkeypatch, **options | changes)
+        assert stopped.value.code != 0
+        assert message in capsys.readouterr().err
+
+
 # ---- outside loaders -----------------------------------------------------------------------------------------------
 
 
@@ -188,4 +211,6 @@ def test_readers_with_transformers_4_find_the_rotary_base_and_a_tokenizer_they_k
     folder, _ = classifier
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
-    assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]

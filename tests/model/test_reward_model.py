@@ -168,6 +168,12 @@ def test_pickles_are_read_on_demand_alone(copied, model):
         HybridRewardModel.from_pretrained(copied)
     trusted = HybridRewardModel.from_pretrained(copied, trust_pickle=True)
     assert trusted.score(CONVERSATIONS) == model.score(CONVERSATIONS)
+    # An index may name what it likes, and other safetensors beside it change nothing.
+    shutil.copy(copied / "reward_head.safetensors", copied / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"as pickles \(pytorch_model.bin\)"):
+        HybridRewardModel.from_pretrained(copied)
 
 
 def test_the_layout_of_the_training_is_used(copied):
