@@ -23,6 +23,7 @@ from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.processes import Processes, run_entry
 from hafrm_ds.training.run import prepare_data
+from hafrm_ds.training.saver import CheckpointSaver
 
 
 @dataclasses.dataclass
@@ -48,9 +49,11 @@ def main(arguments: list[str], processes: Processes) -> None:
     steps = {}
     for name in ("online", "stored"):
         source = ReferenceSource.open(config, processes, log) if name == "stored" else None
-        trainer = Trainer(config, load_training_engine(config, processes.world_size), pairs, {}, source, log)
+        engine = load_training_engine(config, processes.world_size)
+        saver = CheckpointSaver(config, engine, processes, log, {}, None, None)
+        trainer = Trainer(config, engine, pairs, {}, source, saver, log)
         if name == "stored":
-            trainer.load_reference(source)
+            trainer.load_reference()
         else:
             frozen = load_scoring_engine(config, processes.world_size)
             trainer.train_set.reference = OnlineReference(frozen, pairs, config.batch.layout)
