@@ -3,7 +3,7 @@
     deepspeed --num_gpus 2 tests/benchmarks/checkpoint_pause.py --config launch/recipes/NAME.yaml --output_dir OUT \
         --objective.alpha 0 [--section.key value ...]
 
-Makes one step, so that the optimizer has its state, then saves three times each way and prints a Markdown table. OUT is
+Makes one step, so that the optimizer has its state, then saves in turns each way, three times, and prints a Markdown table. OUT is
 a folder on the disk that is measured.
 """
 
@@ -45,30 +45,33 @@ def main(arguments: list[str], processes: Processes) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
+    plain_folder, own_folder = config.output_dir / "plain", config.output_dir / "checkpoints"
     ways = {
-        "DeepSpeed, into the page cache": (plain, config.output_dir / "plain"),
-        "DeepSpeed, then fsync": (synced, config.output_dir / "plain"),
+        "DeepSpeed, into the page cache": (plain, plain_folder),
+        "DeepSpeed, then fsync": (synced, plain_folder),
         "hafrm_ds, synced, with checksums": (
             lambda step: saver.save(step, trainer.best, evaluation_is_due=False),
-            config.output_dir / "checkpoints",
+            own_folder,
         ),
     }
-    lines = ["| way | seconds of each save | bytes of one |", "|---|---|---|"]
-    for name, (save, folder) in ways.items():
-        seconds = []
-        for step in range(1, REPEATS + 1):
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    sizes: dict[str, int] = {}
+    for step in range(REPEATS + 1):  # the first round warms up
+        for name, (save, folder) in ways.items():
             os.sync()
             dist.barrier()
             started = time.perf_counter()
             save(step)
             dist.barrier()
-            seconds.append(time.perf_counter() - started)
-        size = size_of(folder) // len([path for path in folder.iterdir() if path.is_dir()])
-        lines.append(f"| {name} | {', '.join(f'{value:.2f}' for value in seconds)} | {size:,} |")
-        dist.barrier()
-        if processes.is_first:
-            shutil.rmtree(folder)
-        dist.barrier()
+            seconds[name].append(time.perf_counter() - started)
+            sizes[name] = size_of(folder)
+            dist.barrier()
+            if processes.is_first:
+                shutil.rmtree(folder)
+            dist.barrier()
+    lines = ["| way | seconds of each save | bytes of one |", "|---|---|---|"]
+    for name, values in seconds.items():
+        lines.append(f"| {name} | {', '.join(f'{value:.2f}' for value in values[1:])} | {sizes[name]:,} |")
     log.print("\n".join(lines))
 
 
