@@ -34,6 +34,7 @@ setup(
         "pyyaml",
         "pydantic>=2.10",
         "psutil",
+        "xxhash",
         "rich",
         "tensorboard",
     ],

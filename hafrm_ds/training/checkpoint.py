@@ -1,6 +1,6 @@
 """Checkpoints on disk: folders that exist whole or not at all.
 
-    OUTPUT_DIR/checkpoints/step-000040/manifest.json     size and SHA-256 of every other file
+    OUTPUT_DIR/checkpoints/step-000040/manifest.json     size and checksum of every other file
     OUTPUT_DIR/checkpoints/step-000040/state.json        TrainingState
     OUTPUT_DIR/checkpoints/step-000040/random-00000.json states of the random number generators of a rank
     OUTPUT_DIR/checkpoints/step-000040/deepspeed/        what DeepSpeed saves
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from hafrm_ds.errors import UserError
 
@@ -40,10 +41,11 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What the manifest says of a file: size in bytes, SHA-256 in hex digits."""
+    """What the manifest says of a file: size in bytes, and its XXH3 (128 bits) in hex digits, which finds damage at a
+    tenth of the time of a cryptographic hash and less."""
 
     bytes: int
-    sha256: str
+    xxh3: str
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,10 @@ def damaged_file(folder: Path, files: Iterable[tuple[str, FileFacts]]) -> str | 
         name, facts = entry
         try:
             with (folder / name).open("rb") as handle:
-                found = hashlib.file_digest(handle, "sha256").hexdigest()
+                found = hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
-        return None if found == facts.sha256 else f"{name} does not have the checksum in {MANIFEST}"
+        return None if found == facts.xxh3 else f"{name} does not have the checksum in {MANIFEST}"
 
     with ThreadPoolExecutor() as pool:
         return next(filter(None, pool.map(problem, files)), None)
@@ -186,7 +188,7 @@ def write_synced(path: Path, content: dict) -> FileFacts:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return FileFacts(len(data), hashlib.sha256(data).hexdigest())
+    return FileFacts(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,10 +1,10 @@
 """How DeepSpeed's files reach the disk: synced, with their checksums, and without an exception on one rank alone."""
 
-import hashlib
 import os
 from pathlib import Path
 
 import torch
+import xxhash
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from hafrm_ds.training.checkpoint import FileFacts
@@ -15,7 +15,7 @@ class HashingFile:
 
     def __init__(self, path: Path):
         self.raw = path.open("wb")
-        self.digest, self.size = hashlib.sha256(), 0
+        self.digest, self.size = xxhash.xxh3_128(), 0
         self.error: OSError | None = None
 
     def write(self, data) -> int:

@@ -3,8 +3,8 @@
     deepspeed --num_gpus 2 tests/benchmarks/checkpoint_pause.py --config launch/recipes/NAME.yaml --output_dir OUT \
         --objective.alpha 0 [--section.key value ...]
 
-Makes one step, so that the optimizer has its state, then saves in turns each way, three times, and prints a Markdown table. OUT is
-a folder on the disk that is measured.
+Makes one step, so that the optimizer has its state, then saves three times each way, in turns, and prints a Markdown
+table. OUT is a folder on the disk that is measured.
 """
 
 import os
