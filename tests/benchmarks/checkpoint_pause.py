@@ -18,6 +18,7 @@ from hafrm_ds.options import load_config
 from hafrm_ds.training.engine import load_training_engine
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
+from hafrm_ds.training.preflight import settle_batch
 from hafrm_ds.training.processes import Processes, run_entry
 from hafrm_ds.training.run import prepare_data
 from hafrm_ds.training.saver import CheckpointSaver
@@ -30,10 +31,11 @@ def main(arguments: list[str], processes: Processes) -> None:
     log = RunLog(config, processes)
     _, train_pairs, _ = prepare_data(config, processes, log)
     processes.start_group()
-    engine = load_training_engine(config, processes.world_size)
+    engine = load_training_engine(config, processes)
+    config = settle_batch(engine, [train_pairs], config, log)
     saver = CheckpointSaver(config, engine, processes, log, {}, None, None)
     trainer = Trainer(config, engine, train_pairs, {}, None, saver, log)
-    log.start(0)
+    log.start(config, 0)
     trainer.train_step(0)
 
     def plain(step: int) -> None:
