@@ -174,7 +174,7 @@ def test_a_full_disk_ends_all_ranks_with_one_message_and_the_checkpoint_before_i
         assert all(process.exitcode == 1 for process in ranks.processes)
         output = "".join(ranks.log_of(rank).read_text() for rank in (0, 1))
         assert output.count("error: ") == 1 and "Traceback" not in output, output[-4000:]
-        said = r"a checkpoint needs about [\d,]+ bytes, and .* has [\d,]+ free: make room.* \(the one after step 1 is good\)"
+        said = r"needs about [\d,]+ bytes, and .* has [\d,]+ free: make room.* \(the one after step 1 is good\)"
         assert re.search(said, output)
         root = disk / "run/checkpoints"
         assert list(saved_steps(root)) == [1] and not list(root.glob(".step*"))

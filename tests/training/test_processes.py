@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hafrm_ds.errors import DataError
 from hafrm_ds.training import processes as module
 from hafrm_ds.training.processes import FailedElsewhere, Processes, run_entry
+from hafrm_ds.training.stopping import Stopped
 
 WORLD_SIZE = 4
 
@@ -81,6 +82,23 @@ def test_the_first_rank_of_another_node_works_before_its_neighbours(monkeypatch)
     before = at_once([Processes(rank, rank % 2, 4, store) for rank in range(4)], turn)
     assert before[0] == []
     assert 0 in before[1] and 0 in before[2] and 2 in before[3]
+
+
+def test_the_first_rank_hears_what_every_rank_says(ranks):
+    said = at_once(ranks, lambda processes: processes.texts_of_all("state", f"of {processes.rank}"))
+    assert said == [["of 0", "of 1", "of 2", "of 3"], [], [], []]
+
+
+def test_a_run_that_was_asked_to_stop_says_so_once_and_can_be_told_from_an_error(ranks, monkeypatch, capsys):
+    def main(arguments: list[str], processes: Processes) -> None:
+        raise Stopped("SIGUSR1", 40, "step-000040")
+
+    for processes in ranks:
+        monkeypatch.setattr(Processes, "join", classmethod(lambda cls, processes=processes: processes))
+        with pytest.raises(SystemExit, match="75"):
+            run_entry(main)
+    said = "\nstopped: SIGUSR1 after step 40; --resume auto goes on from step-000040\n"
+    assert capsys.readouterr().err == said
 
 
 def test_an_error_is_reported_once_and_stops_the_ranks_that_wait(ranks, capsys):

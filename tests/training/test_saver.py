@@ -1,0 +1,84 @@
+"""When a checkpoint is due and when a run stops, as one rank sees it."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from hafrm_ds.training.processes import Processes
+from hafrm_ds.training.saver import Best, CheckpointSaver
+from hafrm_ds.training.stopping import Stopped
+from tests.training.test_resume import config_of
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A saver of a rank, and the steps that it saves."""
+
+    def make(rank: int = 0, **options) -> tuple[CheckpointSaver, list[int]]:
+        config = config_of(tmp_path, **{f"checkpoint__{name}": value for name, value in options.items()})
+        saver = CheckpointSaver(config, None, Processes(rank, rank, 2, dist.HashStore()), None, {}, None, None)
+        saved: list[int] = []
+
+        def save(step: int, best: Best, evaluation_is_due: bool) -> None:
+            saved.append(step)
+            saver.last_step, saver.last_time = step, time.monotonic()
+
+        monkeypatch.setattr(saver, "save", save)
+        return saver, saved
+
+    return make
+
+
+def run(saver: CheckpointSaver, num_steps: int) -> None:
+    for step in range(1, num_steps + 1):
+        saver.hear(saver.votes())
+        saver.after_step(step, Best(None), evaluation_is_due=False)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6])])
+def test_saving_by_steps(make, every, steps):
+    saver, saved = make(every_steps=every)
+    run(saver, 7)
+    assert saved == steps
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(30, [1]), (0, [])])
+def test_saving_by_time_from_the_last_save_on(make, minutes, steps):
+    saver, saved = make(every_minutes=minutes)
+    saver.last_time -= 31 * 60
+    run(saver, 3)
+    assert saved == steps
+
+
+def test_only_the_clock_of_rank_0_counts(make):
+    saver, _ = make(rank=1, every_minutes=30)
+    saver.last_time -= 31 * 60
+    assert saver.votes() == [0, 0]
+
+
+def test_a_stop_of_another_rank_saves_and_ends_this_one(make):
+    saver, saved = make()
+    saver.hear([3.0, 0.0])
+    with pytest.raises(Stopped) as stopped:
+        saver.after_step(4, Best(None), evaluation_is_due=False)
+    assert saved == [4]
+    assert (stopped.value.reason, stopped.value.step, stopped.value.checkpoint) == ("SIGTERM", 4, "step-000004")
+
+
+def test_a_stop_before_the_first_step_saves_nothing(make):
+    saver, saved = make()
+    saver.hear([2.0, 0.0])
+    with pytest.raises(Stopped) as stopped:
+        saver.after_step(0, Best(None), evaluation_is_due=True)
+    assert saved == []
+    assert stopped.value.checkpoint is None
+
+
+def test_the_best_evaluation_is_remembered_with_the_last():
+    best = Best("held_out/accuracy/reward")
+    for step, value in ((10, 0.6), (20, 0.8), (30, 0.7)):
+        best.consider(step, {"held_out/accuracy/reward": value})
+        best.consider(step, {"other/accuracy/reward": 0.9})
+    assert (best.step, best.value) == (20, 0.8)
+    assert (best.latest_step, best.latest_value) == (30, 0.7)
