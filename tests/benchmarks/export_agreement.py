@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hafrm_ds import HybridRewardModel
-from tests.benchmarks.score_one_by_one import conversations_of
+from tests.benchmarks.scoring_speed import conversations_of
 
 BATCH = 8
 
