@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.layouts --config FILE.yaml [--section.key value ...]
 
-One process, no DeepSpeed. A step is forward and backward of batch.global_batch_size pairs in one micro-batch; best-of-8
-is one prompt of 400 random tokens with 8 answers of 60, rewards and log-probs without gradients, against the same 8
-texts scored as padded rows and one by one, as they would be without sharing. Contenders alternate; medians.
+One process, no DeepSpeed. A step is forward and backward of batch.global_batch_size pairs, cut into micro-batches of
+batch.max_tokens_per_micro_batch tokens as in training. Best-of-8 is one prompt of 400 random tokens with 8 answers of
+60, rewards and log-probs without gradients, against the same 8 texts scored as padded rows and one by one, as they would
+be without sharing. Contenders alternate; medians.
 """
 
 import os
@@ -15,8 +16,8 @@ import torch
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import PromptWithResponses, lay_out
-from hafrm_ds.data.planning import BatchPlan
+from hafrm_ds.data.packing import PromptWithResponses, budget_costs, lay_out, token_costs
+from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
 from hafrm_ds.options import load_config
@@ -41,11 +42,14 @@ def main() -> None:
     for number in range(1 + ROUNDS):
         for layout in LAYOUTS:
             model.use_layout(layout, config.model.attention, device)
-            micro_batch = make_micro_batch(pairs, plan.global_batch(number), layout)
-            took = seconds(device, joint_step, config, model, micro_batch, device)
+            index = plan.global_batch(number)
+            costs = budget_costs(token_costs(pairs.lengths, layout)[index], layout)
+            (parts,) = cut_into_micro_batches(costs, 1, config.batch.max_tokens_per_micro_batch)
+            micro_batches = [make_micro_batch(pairs, index[part], layout) for part in parts]
+            took = sum(seconds(device, joint_step, config, model, each, device) for each in micro_batches)
             if number:
                 steps[layout].append(took)
-                positions[layout].append(micro_batch.batch.num_positions)
+                positions[layout].append(sum(each.batch.num_positions for each in micro_batches))
     print(f"joint step of {plan.global_batch_size} pairs, {ROUNDS} rounds\n")
     print("| layout | positions | seconds | times shared_prefix |\n|---|---|---|---|")
     ours = statistics.median(steps["shared_prefix"])
