@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from hafrm_ds.errors import DataError
-from hafrm_ds.model.loading import local_folder
 from hafrm_ds.model.reward_model import DEFAULT_MAX_TOKENS, HybridRewardModel
 from hafrm_ds.model.saved import SavedModel
 from hafrm_ds.scoring.rows import ScoredRow
@@ -134,10 +133,13 @@ def cut_into_parts(input: Path) -> list[Part]:
 
 def identity_of(options: ScoringOptions, saved: SavedModel) -> dict[str, Any]:
     """What the scores depend on: parts of another job never mix with these."""
-    model = local_folder(saved.config)
+    folders = dict.fromkeys([saved.folder, local_folder(saved.config)])  # an adapter's base lies elsewhere
+    files = [
+        file for folder in folders for kind in ("safetensors", "json") for file in sorted(folder.glob(f"*.{kind}"))
+    ]
     return {
         "input": stamp(options.input),
-        "model": [stamp(file) for file in sorted(model.glob("*.safetensors")) + sorted(model.glob("*.json"))],
+        "model": [stamp(file) for file in files],
         "dtype": saved.config.dtype,
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }
