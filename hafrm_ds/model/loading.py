@@ -88,7 +88,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
             **origin(config), config=model_config, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
     # transformers only warns, and goes on with random values.
     if missing := sorted(report["missing_keys"]):

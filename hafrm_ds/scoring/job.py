@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hafrm_ds.errors import DataError
+from hafrm_ds.model.loading import local_folder
 from hafrm_ds.model.reward_model import DEFAULT_MAX_TOKENS, HybridRewardModel
 from hafrm_ds.model.saved import SavedModel
 from hafrm_ds.scoring.rows import ScoredRow

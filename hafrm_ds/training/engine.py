@@ -156,15 +156,23 @@ class TrainingEngine(Engine):
         engine.checkpoint_engine = writer
         # Scripts that DeepSpeed copies beside a checkpoint: outside of the writer, and a full disk would raise there.
         engine._copy_recovery_script = lambda path: None
+        engine.module_state_dict = self.trained_state
         try:
-            # Frozen weights are those that the model was loaded with.
+            # Frozen weights, and buffers, are those that the model was loaded with.
             engine.save_checkpoint(folder.parent, tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
         finally:
             engine.checkpoint_engine = usual
-            del engine._copy_recovery_script
+            del engine._copy_recovery_script, engine.module_state_dict
         if writer.error is not None:
             raise writer.error
         return {str(path.relative_to(folder.parent)): facts for path, facts in writer.files.items()}
+
+    def trained_state(self, **options) -> dict[str, Tensor]:
+        """What DeepSpeed saves of the module, and of that only what is trained: it leaves in the second names of frozen
+        tied weights, and the scales of quantised ones."""
+        state = type(self.deepspeed).module_state_dict(self.deepspeed, **options)
+        trained = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return {name: tensor for name, tensor in state.items() if name in trained}
 
     def load(self, folder: Path, zero_stage: int, world_size: int) -> None:
         """Take over what `save` has written under a stage and number of ranks. All ranks call this together.
