@@ -96,7 +96,7 @@ def namespace_of(config: TrainConfig) -> Namespace:
     the same base has the same; a quantised base is another one."""
     dtype, quantize = config.model.dtype, config.model.lora.quantize
     if quantize != "none":
-        dtype += f", linear layers in {quantize}"
+        dtype += f"-{quantize}"
     return Namespace(fingerprint_weights(config.model), dtype, LOGPROB_VERSION)
 
 

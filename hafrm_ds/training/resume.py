@@ -80,8 +80,8 @@ class ResumePoint:
                 differences[option] = f"{option}: the pairs of {name!r} have changed{known}"
         if self.state.reference != reference:
             differences["reference.store"] = (
-                f"reference.store: the start weights, which are the reference, are {reference} here, "
-                f"{self.state.reference} there: other weights, dtype or version"
+                f"reference.store: the start weights are those of {reference} here, of {self.state.reference} there: "
+                "other weights, dtype or version"
             )
         self.refuse(differences, "does not fit this run")
 
@@ -108,7 +108,7 @@ def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Dotted option name -> value, for the options of all sections; data sources are values, whatever they hold."""
     for name, value in tree.items():
         if isinstance(value, dict) and prefix != "data.":
-            yield from options_of(value, f"{name}.")
+            yield from options_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
