@@ -223,8 +223,8 @@ def stock_scores(folder: Path, trust_remote_code: bool) -> list[float]:
 
 
 def export_adapter(live: HybridRewardModel, saved: SavedModel, output_dir: Path) -> Exported:
-    """The adapter of a LoRA training with the reward head, without the base. Its scores are those of the merged model,
-    as both are merged alike."""
+    """The adapter of a LoRA training with the reward head, without the base. Reopened it is merged as the model was, so
+    its scores are compared in their own dtype."""
     source = saved.folder / ADAPTER_FOLDER
     if not source.is_dir():
         raise ModelError(f"{saved.folder} has no {ADAPTER_FOLDER}/: it was not trained with adapters (model.lora.rank)")

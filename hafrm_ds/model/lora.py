@@ -6,8 +6,9 @@ linear layers are adapted; neither the LM head nor an embedding ever is.
     final/            W + alpha / rank * B A, an ordinary model
     final/adapter/    B and A, as peft saves them
 
-Both come from `merged`, in fp32, rounded once to the dtype of W. So the adapter on its base is the merged model, bit
-for bit; the live model adds two rounded products instead of rounding one sum, which moves the last bits of a score.
+Merging is one sum in fp32, rounded once to the dtype of W, when final/ is written as when an adapter is loaded: on the
+same kind of device both give the same weights, bit for bit. The live model adds two rounded products instead, which
+moves the last bits of a score.
 
 Legend: O outputs and I inputs of a layer, R rank.
 """
@@ -125,7 +126,7 @@ def adapted_layers(causal_lm: nn.Module) -> dict[str, Any]:
 def adapters_off(causal_lm: nn.Module) -> Iterator[None]:
     """Inside, the model computes what its base computes.
 
-    Adapters are scaled by 0 instead of passed over: the same modules run in the same order, as ZeRO-3 likes it.
+    Adapters are scaled by 0 instead of passed over: ZeRO-3 fetches ahead by the order in which modules ran before.
     """
     layers = adapted_layers(causal_lm).values()
     for layer in layers:
@@ -229,15 +230,19 @@ def save_adapter(causal_lm: nn.Module, folder: Path, *, gathered: Gather, is_wri
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Content of an adapter's config. Raises ModelError when it cannot be read or lacks what is needed of it."""
     file = folder / ADAPTER_CONFIG
     try:
-        return json.loads(file.read_text())
+        config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"the adapter's {file} cannot be read: {error}") from error
+    if missing := [key for key in ("base_model_name_or_path", "lora_alpha", "r") if not config.get(key)]:
+        raise ModelError(f"the adapter's {file} lacks {', '.join(missing)}")
+    return config
 
 
 def merge_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
-    """Merge a saved adapter into its base: the weights of the merged model, bit for bit. peft is not needed.
+    """Merge a saved adapter into its base, which then has the weights of the merged model. peft is not needed.
 
     Raises:
         ModelError: the files cannot be read, or the adapter does not belong to this model.
@@ -254,11 +259,10 @@ def merge_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
             continue
         lora_a, lora_b = tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
         layer = layers.get(owner)
-        fits = layer is not None and set(full_shape(layer.weight)) == {len(lora_b), lora_a.shape[1]}
-        if not fits:
+        if layer is None or set(full_shape(layer.weight)) != {len(lora_b), lora_a.shape[1]}:
             raise ModelError(
                 f"{folder}: the adapter of {owner} does not fit {type(causal_lm).__name__} from "
-                f"{config.get('base_model_name_or_path')}: it was made for another model"
+                f"{config['base_model_name_or_path']}: it was made for another model"
             )
         if layer.weight.shape != full_shape(layer.weight):
             raise ModelError(f"{folder} is an adapter, which cannot be merged into sharded weights: export the policy")

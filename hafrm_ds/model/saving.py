@@ -44,7 +44,7 @@ def save_hybrid_model(
 ) -> None:
     """Write the policy as a causal-LM folder, with reward_head.safetensors, hafrm.json and a model card beside it.
 
-    Of a model with adapters the policy is written with them merged in, and they themselves into adapter/.
+    Adapters are merged into the policy, and written into adapter/ besides.
 
     The folder appears whole or not at all: it is written under another name and renamed.
 

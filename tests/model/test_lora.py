@@ -18,7 +18,7 @@ from hafrm_ds.model.export import CONVERSATIONS, export_model
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
 from hafrm_ds.model.lora import ADAPTER, adapted_layers, adapters_off, add_adapters, check_packages, merged_tensors
 from hafrm_ds.model.saving import save_hybrid_model
-from tests.tiny_models import FAMILIES, random_items, save_tiny_model, tiny_hybrid, use_layout
+from tests.tiny_models import FAMILIES, random_items, save_tiny_final, save_tiny_model, tiny_hybrid, use_layout
 from tests.tiny_tokenizers import byte_level_tokenizer
 
 LAYOUTS = {"opt": "padded"}
@@ -205,14 +205,15 @@ def test_adapters_that_do_not_belong_to_their_base_are_refused(tmp_path):
     config_file.write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
     with pytest.raises(ModelError, match=r"the adapter of .* does not fit PhiForCausalLM .* made for another model"):
         HybridRewardModel.from_pretrained(tmp_path / "adapter")
+    config_file.write_text(json.dumps({key: value for key, value in config.items() if key != "r"}))
+    with pytest.raises(ModelError, match=r"adapter_config.json lacks r"):
+        HybridRewardModel.from_pretrained(tmp_path / "adapter")
     config_file.write_text("{")
     with pytest.raises(ModelError, match=r"adapter_config.json cannot be read"):
         HybridRewardModel.from_pretrained(tmp_path / "adapter")
 
 
 def test_a_model_without_adapters_has_no_such_export(tmp_path):
-    from tests.tiny_models import save_tiny_final
-
     with pytest.raises(ModelError, match="has no adapter/: it was not trained with adapters"):
         export_model(save_tiny_final(tmp_path / "final"), "adapter", tmp_path / "adapter")
 
