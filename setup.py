@@ -41,7 +41,8 @@ setup(
     extras_require={
         "cuda": ["flash-attn-4>=4.0.0b1", "liger-kernel>=0.8"],
         "lora": ["peft>=0.18"],
+        "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
         "wandb": ["wandb"],
-        "test": ["pytest", "hypothesis", "ruff", "trl>=1.16"],
+        "test": ["pytest", "hypothesis", "ruff", "trl>=1.16", "peft>=0.18"],
     },
 )

@@ -21,15 +21,23 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Day = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, datetime.date) else value)]
 
 
-def in_one_message(value, validate):
-    """One message for both members of the union."""
-    try:
-        return validate(value)
-    except ValidationError as error:
-        raise ValueError("must be a whole number above 0, or auto") from error
+def in_one_message(message: str) -> WrapValidator:
+    """One message for all members of a union."""
+
+    def validator(value, validate):
+        try:
+            return validate(value)
+        except ValidationError as error:
+            raise ValueError(message) from error
+
+    return WrapValidator(validator)
 
 
-TokenBudget = Annotated[PositiveInt | Literal["auto"], WrapValidator(in_one_message)]
+TokenBudget = Annotated[PositiveInt | Literal["auto"], in_one_message("must be a whole number above 0, or auto")]
+LayerNames = Annotated[
+    Annotated[list[str], Field(min_length=1)] | Literal["all-linear"],
+    in_one_message("must be a list of layer names as [q_proj, v_proj], or all-linear"),
+]
 
 
 class Section(BaseModel):
@@ -38,6 +46,25 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+
+class LoraOptions(Section):
+    """Low-rank adapters (LoRA): the body and the LM head stay as they are, and a layer with the weight W computes with
+    W + alpha / rank * B A, of which A and B are trained. The reward head is trained in full all the same."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the adapters; 0: none, all weights are trained."""
+    alpha: Positive = 16.0
+    """Scale of the adapters, as a multiple of 1 / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped in training steps, and nowhere else. The masks depend on the number
+    of GPUs and on the token budget, unlike anything else in a run."""
+    targets: LayerNames = "all-linear"
+    """Which layers get adapters: the last parts of their names, as [q_proj, v_proj], or all-linear: all but the LM
+    head."""
+    quantize: Literal["none", "4bit", "8bit"] = "none"
+    """Keep the frozen weights in 4 bits (NF4) or 8 bits (QLoRA, pip install hafrm_ds[qlora]): for ZeRO 0 to 2. The
+    reference is then the quantised model, and so is what the saved model is merged from."""
 
 
 class ModelConfig(Section):
@@ -62,6 +89,7 @@ class ModelConfig(Section):
     """Give the reward head a bias. It cancels in every pair, so it only moves the zero of the score."""
     reward_head_init: Literal["normal", "zero"] = "normal"
     """normal: N(0, 1/(hidden size + 1)). zero: all rewards start at 0, as the paper's code intends."""
+    lora: LoraOptions = LoraOptions()
 
 
 class DataConfig(Section):
@@ -149,7 +177,7 @@ class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     learning_rate: Positive = 1e-5
-    """Peak learning rate of the body and the LM head."""
+    """Peak learning rate of the body and the LM head, or of their adapters."""
     reward_head_learning_rate: Positive | None = None
     """Peak learning rate of the reward head. Default: learning_rate."""
     weight_decay: NonNegative = 0.0
@@ -231,7 +259,7 @@ class TrainConfig(Section):
     """A DeepSpeed JSON file. Its "auto" values are filled from this configuration; a value that contradicts it is an
     error."""
     seed: int = 0
-    """Seed of the data order, of the mixing of sources and of the reward head."""
+    """Seed of the data order, of the mixing of sources, of the reward head and of adapters."""
     epochs: Positive = 1.0
     """Passes over the training pairs. Ignored when max_steps is given."""
     max_steps: PositiveInt | None = None
@@ -288,6 +316,11 @@ def contradictions(config: TrainConfig) -> list[str]:
     if best is not None and best.split("/")[0] not in config.data.eval:
         known = ", ".join(config.data.eval) or "none"
         problems.append(f"evaluation.best_metric {best!r} names no set of data.eval (known: {known})")
+    lora = config.model.lora
+    if lora.quantize != "none" and not lora.rank:
+        problems.append(
+            f"model.lora.quantize is {lora.quantize}, but model.lora.rank is 0: quantised weights cannot be trained"
+        )
     budget = config.batch.max_tokens_per_micro_batch
     known = option_names(TrainConfig)
     for name in config.checkpoint.allow_changed:

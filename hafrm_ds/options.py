@@ -176,8 +176,9 @@ def describe(fault: dict, schema: type[BaseModel]) -> str:
 def nearest_option(name: str, schema: type[BaseModel]) -> str:
     """The option that an unknown name may have meant: a sibling with a like name first, then any option or section."""
     section, _, leaf = name.rpartition(".")
-    # Reversed, so that of two options with the same last part the first counts.
-    everywhere = {option.split(".")[-1]: option for option in reversed([*schema.model_fields, *option_names(schema)])}
+    # Deepest first, so that of two options with the same last part the one with the shorter name counts.
+    options = sorted([*schema.model_fields, *option_names(schema)], key=lambda option: option.count("."))
+    everywhere = {option.split(".")[-1]: option for option in reversed(options)}
     siblings = {
         option.split(".")[-1]: option for option in option_names(schema) if option.rpartition(".")[0] == section
     }

@@ -2,9 +2,11 @@
 
     python launch/export.py --model RUN/final --format policy --output_dir DIR
     python launch/export.py --model RUN/final --format sequence-classification --output_dir DIR
+    python launch/export.py --model RUN/final --format adapter --output_dir DIR
 
 policy: the causal language model. sequence-classification: the reward model for AutoModelForSequenceClassification,
-with a pad token that never ends a text. The export is reopened by transformers and must give the scores of the model.
+with a pad token that never ends a text. adapter: the LoRA adapter and the reward head, without the base that they are
+put on. The export is reopened, the first two by transformers, and must give the scores of the model.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from hafrm_ds.errors import UserError
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="the final/ folder of a training")
-    parser.add_argument("--format", required=True, help="policy or sequence-classification")
+    parser.add_argument("--format", required=True, help="policy, sequence-classification or adapter")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the export; must not exist")
     parser.add_argument("--trust_remote_code", action="store_true", help="run modelling code that comes with the model")
     parser.add_argument("--trust_pickle", action="store_true", help="read weights that are not in safetensors")
@@ -36,7 +38,7 @@ def main() -> None:
     pad = exported.pad_token
     print(f"{exported.folder}: {f'pad token {pad.text!r} ({pad.id})' if pad else 'pad token left as it was'}")
     print(
-        f"reopened by transformers, in fp32: {exported.values} that differ from the model's by at most "
+        f"reopened: {exported.values} that differ from the model's by at most "
         f"{exported.largest_difference:.2g} of 1 + their size"
     )
 

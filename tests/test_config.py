@@ -122,6 +122,7 @@ def test_a_later_source_replaces_the_whole_earlier_one(tmp_path):
         ("evaluation.every_step", "did you mean evaluation.every_steps?"),  # not logging.every_steps
         ("logging.every_step", "did you mean logging.every_steps?"),
         ("batch.size", "batch has global_batch_size, max_tokens_per_micro_batch, layout"),
+        ("model.lora.rnk", "did you mean model.lora.rank?"),
         ("qqqq", "--help lists all options"),
     ],
 )
@@ -151,6 +152,9 @@ def test_an_unknown_field_of_a_source_is_answered_with_the_nearest():
         ("evaluation.at_start", "perhaps", "valid boolean"),
         ("model", "smollm", "valid dictionary"),
         ("seed.x", "1", "valid integer"),
+        ("model.lora.rank", "-1", "greater than or equal to 0"),
+        ("model.lora.targets", "q_proj", "must be a list of layer names as [q_proj, v_proj], or all-linear"),
+        ("model.lora.targets", "[]", "must be a list of layer names"),
     ],
 )
 def test_wrong_values_name_the_option_and_what_was_given(option, value, said):
@@ -196,6 +200,10 @@ def test_no_contradiction_with_the_default_of_a_faulty_option_is_named():
         ({"objective.use_margin": "true", "objective.rm_weight": "0"}, ["use_margin", "objective.rm_weight is 0"]),
         ({"evaluation.every_steps": "5"}, ["evaluation.every_steps is 5", "data.eval"]),
         ({"data.eval": "{hh: b.jsonl}", "evaluation.best_metric": "hx/accuracy/reward"}, ["hx/acc", "known: hh"]),
+        (
+            {"model.lora.quantize": "4bit", "deepspeed": "ds_configs/zero2.json"},
+            ["model.lora.quantize is 4bit", "lora.rank is 0"],
+        ),
         ({"data.max_length": "9000"}, ["data.max_length 9000", "batch.max_tokens_per_micro_batch 8192"]),
     ],
 )

@@ -26,4 +26,9 @@ def test_the_header_names_the_launch_command(recipe):
 
 
 def test_there_are_recipes():
-    assert {recipe.stem for recipe in RECIPES} >= {"quickstart", "smollm2_hh_harmless", "paper_phi2"}
+    assert {recipe.stem for recipe in RECIPES} >= {
+        "quickstart",
+        "smollm2_hh_harmless",
+        "paper_phi2",
+        "paper_mistral_lora",
+    }

@@ -18,6 +18,14 @@ USES = {
         "    model = HybridRewardModel.from_pretrained(FOLDER)\n"
         "    model.score(messages)\n"
     ),
+    "adapter": (
+        "A LoRA adapter of the policy, as peft saves them, and the reward head in `reward_head.safetensors`. Both are "
+        "put on the base model by\n\n"
+        "    from hafrm_ds import HybridRewardModel\n"
+        "    model = HybridRewardModel.from_pretrained(FOLDER)\n"
+        "    model.score(messages)\n\n"
+        "`peft.AutoPeftModelForCausalLM` loads the policy alone.\n"
+    ),
     "policy": "The policy of a hybrid reward model, a causal language model (`AutoModelForCausalLM`).\n",
     "sequence-classification": (
         "A reward model (`AutoModelForSequenceClassification`, one label). The score of a conversation is the logit of "
@@ -53,7 +61,7 @@ def model_card(metadata: dict[str, Any]) -> str:
         for key, value in {
             "base_model": name if is_hub_id(name) else None,  # the hub takes no local path here
             "license": base.get("license"),
-            "library_name": "transformers",
+            "library_name": "peft" if metadata["format"] == "adapter" else "transformers",
             "pipeline_tag": "text-classification" if metadata["format"] == "sequence-classification" else None,
             "tags": ["reward-model", "hafrm_ds"],
         }.items()

@@ -7,6 +7,7 @@ compute in fp32, into which bfloat16 weights go without loss: a difference is a 
 """
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,15 @@ from hafrm_ds.model.hybrid import HybridModel, tolerance_of
 from hafrm_ds.model.pad_token import PadToken, choose_pad_token
 from hafrm_ds.model.reward_model import Conversation, HybridRewardModel
 from hafrm_ds.model.saved import SavedModel
-from hafrm_ds.model.saving import generation_config_of, tensors_of, whole_or_not_at_all, write_beside_weights
-from hafrm_ds.model.tensor_files import TensorSource, write_sharded
+from hafrm_ds.model.saving import (
+    ADAPTER_FOLDER,
+    REWARD_HEAD_FILE,
+    generation_config_of,
+    whole_or_not_at_all,
+    write_beside_weights,
+    write_tokenizer_and_card,
+)
+from hafrm_ds.model.tensor_files import TensorSource, tensors_of, write_sharded
 
 CONVERSATIONS: list[Conversation] = [
     [user(question), assistant(answer)]
@@ -211,7 +219,36 @@ def stock_scores(folder: Path, trust_remote_code: bool) -> list[float]:
         return torch.cat([stock(**batch).logits[:, 0] for batch in batches]).tolist()
 
 
-# ---- what both share -----------------------------------------------------------------------------------------------
+# ---- the adapter ---------------------------------------------------------------------------------------------------
+
+
+def export_adapter(live: HybridRewardModel, saved: SavedModel, output_dir: Path) -> Exported:
+    """The adapter of a LoRA training with the reward head, without the base. Reopened it is merged as the model was, so
+    its scores are compared in their own dtype."""
+    source = saved.folder / ADAPTER_FOLDER
+    if not source.is_dir():
+        raise ModelError(f"{saved.folder} has no {ADAPTER_FOLDER}/: it was not trained with adapters (model.lora.rank)")
+    quantize = saved.metadata.get("config", {}).get("model", {}).get("lora", {}).get("quantize", "none")
+    if quantize != "none":
+        raise ModelError(
+            f"{source} was trained on weights in {quantize}, and on those of its base it would score otherwise: "
+            "export the policy, which is merged from the quantised weights"
+        )
+    with whole_or_not_at_all(output_dir) as draft:
+        for file in (*source.iterdir(), saved.folder / REWARD_HEAD_FILE):
+            shutil.copyfile(file, draft / file.name)
+        write_tokenizer_and_card(draft, live.formatter.tokenizer, saved.metadata | {"format": "adapter"})
+        expected = live.score(CONVERSATIONS)
+        tolerance = tolerance_of(live.model)
+        live.model.to("meta")
+        reopened = HybridRewardModel.from_pretrained(
+            draft, device="cpu", trust_remote_code=saved.config.trust_remote_code
+        )
+        difference = largest_difference(reopened.score(CONVERSATIONS), expected, "scores", tolerance)
+    return Exported(output_dir, None, "scores", difference)
+
+
+# ---- what they share -----------------------------------------------------------------------------------------------
 
 
 def padding_tokenizer(live: HybridRewardModel, pad: PadToken | None) -> PreTrainedTokenizerBase:
@@ -257,4 +294,5 @@ def largest_difference(actual: list[float], expected: list[float], values: str, 
 FORMATS: dict[str, Callable[[HybridRewardModel, SavedModel, Path], Exported]] = {
     "policy": export_policy,
     "sequence-classification": export_classifier,
+    "adapter": export_adapter,
 }

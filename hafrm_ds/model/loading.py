@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.model.lora import quantization
 
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tflite", "original/*"]
 """Files of a hub repository that no from_pretrained call reads."""
@@ -69,7 +70,8 @@ def local_folder(config: ModelConfig) -> Path:
 def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: torch.device) -> HybridModel:
     """The causal LM with a fresh reward head, in the dtype of the run, dropout off, in train mode.
 
-    It is loaded on the CPU; `device` is where it will run, which decides the attention kernel.
+    It is loaded on the CPU, unless its weights are quantised; `device` is where it will run, which decides the
+    attention kernel.
 
     Inside `training.engine.sharded_loading` the weights are partitioned while they are read.
     """
@@ -79,14 +81,14 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     head = make_reward_head(
         hidden_size, bias=config.reward_head_bias, init=config.reward_head_init, dtype=dtype, seed=seed
     )
+    options = {}
+    if (how := quantization(config.lora, dtype)) is not None:
+        options = {"quantization_config": how, "device_map": {"": device}}
     try:
         causal_lm, report = AutoModelForCausalLM.from_pretrained(
-            **origin(config),
-            config=model_config,
-            dtype=dtype,
-            output_loading_info=True,
+            **origin(config), config=model_config, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
     # transformers only warns, and goes on with random values.
     if missing := sorted(report["missing_keys"]):

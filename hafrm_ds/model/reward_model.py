@@ -51,7 +51,10 @@ class HybridRewardModel:
         trust_remote_code: bool = False,
         trust_pickle: bool = False,
     ) -> "HybridRewardModel":
-        """Load the final/ folder of a training, or a copy of one on the hub. DeepSpeed is not needed.
+        """Load the final/ folder of a training, an export of its adapter, or a copy of one of these on the hub.
+
+        An adapter is merged into its base, which is loaded from where adapter_config.json names it. Neither DeepSpeed
+        nor peft is needed.
 
         Args:
             revision: branch, tag or commit on the hub.

@@ -1,4 +1,5 @@
-"""A folder that `save_hybrid_model` has written, opened: its model and the formatter that it was trained with."""
+"""A folder that `save_hybrid_model` has written, or an export of its adapter, opened: its model and the formatter that
+it was trained with."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from hafrm_ds.config import ModelConfig
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.loading import first_line, load_hybrid_model, load_model_config, load_tokenizer, local_folder
+from hafrm_ds.model.loading import first_line, load_hybrid_model, load_tokenizer, local_folder
+from hafrm_ds.model.lora import merge_adapter, read_adapter_config
 from hafrm_ds.model.saving import METADATA_FILE, REWARD_HEAD_FILE
 
 ANY_DAY = "2024-07-26"
@@ -27,9 +29,11 @@ NEEDED = ("layout", "uses_stock_logits", "template")
 class SavedModel:
     """Build it with `open`.
 
-    config: how the causal LM is loaded. metadata: content of hafrm.json. head: tensors of the reward head.
+    folder: where it lies, tokenizer included. config: how the causal LM is loaded, which for an adapter is its base.
+    metadata: content of hafrm.json. head: tensors of the reward head.
     """
 
+    folder: Path
     config: ModelConfig
     metadata: dict[str, Any]
     head: dict[str, Tensor]
@@ -54,14 +58,17 @@ class SavedModel:
         options = {"name_or_path": str(name_or_path), "revision": revision, "trust_remote_code": trust_remote_code}
         folder = local_folder(ModelConfig(**options))
         metadata, head = read_metadata(folder), read_reward_head(folder)
-        refuse_pickles(folder, trust_pickle)
-        if dtype is None:
-            saved = load_model_config(ModelConfig(**options)).dtype
-            dtype = str(saved or "float32").removeprefix("torch.")
+        options["name_or_path"], weights = str(folder), folder
+        if metadata["format"] == "adapter":
+            base = read_adapter_config(folder)
+            options |= {"name_or_path": base["base_model_name_or_path"], "revision": base.get("revision")}
+            weights = local_folder(ModelConfig(**options))
+        refuse_pickles(weights, trust_pickle)
+        if dtype is None:  # the head has the dtype of the body
+            dtype = str(head["weight"].dtype).removeprefix("torch.")
         if dtype not in ("bfloat16", "float32"):
             raise ModelError(f"{folder}: the weights are {dtype}; give dtype bfloat16 or float32")
-        config = ModelConfig(**options | {"name_or_path": str(folder)}, dtype=dtype, reward_head_bias="bias" in head)
-        return cls(config, metadata, head)
+        return cls(folder, ModelConfig(**options, dtype=dtype, reward_head_bias="bias" in head), metadata, head)
 
     def formatter(self) -> ChatFormatter:
         """The formatter of the training.
@@ -69,11 +76,12 @@ class SavedModel:
         Raises:
             ModelError: the tokenizer or its template is another one by now: the scores would be other ones too.
         """
-        formatter = ChatFormatter.create(load_tokenizer(self.config), None, ANY_DAY)
+        tokenizer = load_tokenizer(self.config.model_copy(update={"name_or_path": str(self.folder), "revision": None}))
+        formatter = ChatFormatter.create(tokenizer, None, ANY_DAY)
         trained = self.metadata["template"]
         if formatter.template != trained["text"] or formatter.encode(PROBE) != trained["probe_ids"]:
             raise ModelError(
-                f"{self.config.name_or_path}: the tokenizer or its chat template is not the one that the model was "
+                f"{self.folder}: the tokenizer or its chat template is not the one that the model was "
                 f"trained with (recorded in {METADATA_FILE}), so it would score other tokens; restore them"
             )
         return formatter
@@ -87,9 +95,9 @@ class SavedModel:
         try:
             model.reward_head.load_state_dict(self.head)
         except RuntimeError as error:
-            raise ModelError(
-                f"{self.config.name_or_path}/{REWARD_HEAD_FILE} does not fit the model: {first_line(error)}"
-            ) from error
+            raise ModelError(f"{self.folder / REWARD_HEAD_FILE} does not fit the model: {first_line(error)}") from error
+        if self.metadata["format"] == "adapter":
+            merge_adapter(model.causal_lm, self.folder)
         model.uses_stock_logits = self.metadata["uses_stock_logits"]
         return model.eval().requires_grad_(False)
 
@@ -104,7 +112,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
-    if metadata.get("format") != "hybrid":
+    if metadata.get("format") not in ("hybrid", "adapter"):
         raise ModelError(
             f"{folder} is an export ({metadata.get('format')}), which transformers loads by itself; "
             "give the final/ folder it was made from"

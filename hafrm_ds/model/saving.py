@@ -7,31 +7,30 @@ and under ZeRO-3 a rank may not even have room for the first. (`hafrm_ds.model.e
 does reopen what it writes and compares scores.)
 """
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import hafrm_ds
-from hafrm_ds.capacity import full_shape
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
 from hafrm_ds.data.report import TemplateFacts
 from hafrm_ds.model.card import model_card
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.tensor_files import TensorSource, write_sharded, write_tensors
+from hafrm_ds.model.lora import adapted_layers, merged_tensors, save_adapter
+from hafrm_ds.model.tensor_files import Gather, tensors_of, write_sharded, write_tensors
 
 REWARD_HEAD_FILE = "reward_head.safetensors"
 METADATA_FILE = "hafrm.json"
 CARD_FILE = "README.md"
-
-Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager]
+ADAPTER_FOLDER = "adapter"
 
 
 def save_hybrid_model(
@@ -44,6 +43,8 @@ def save_hybrid_model(
     metadata: dict[str, Any],
 ) -> None:
     """Write the policy as a causal-LM folder, with reward_head.safetensors, hafrm.json and a model card beside it.
+
+    Adapters are merged into the policy, and written into adapter/ besides.
 
     The folder appears whole or not at all: it is written under another name and renamed.
 
@@ -59,8 +60,12 @@ def save_hybrid_model(
         ModelError: what is read back from the disk is not what was written.
     """
     with whole_or_not_at_all(folder) if is_writer else nullcontext(folder) as draft:
-        write_sharded(tensors_of(model.causal_lm, gathered), draft, is_writer)
+        write_sharded(merged_tensors(model.causal_lm, gathered), draft, is_writer)
         write_tensors(tensors_of(model.reward_head, gathered), draft / REWARD_HEAD_FILE, is_writer)
+        if adapted_layers(model.causal_lm):
+            if is_writer:
+                (draft / ADAPTER_FOLDER).mkdir()
+            save_adapter(model.causal_lm, draft / ADAPTER_FOLDER, gathered=gathered, is_writer=is_writer)
         if is_writer:
             metadata = {
                 "hafrm_ds": hafrm_ds.__version__,
@@ -70,7 +75,9 @@ def save_hybrid_model(
                 "template": template_facts(formatter),
                 **metadata,
             }
-            config = model.causal_lm.config
+            config = copy.deepcopy(model.causal_lm.config)
+            if hasattr(config, "quantization_config"):  # what is written is not quantised
+                del config.quantization_config
             config.architectures = [type(model.causal_lm).__name__]
             config.dtype = model.reward_head.weight.dtype
             write_beside_weights(draft, config, generation_config_of(model.causal_lm), formatter.tokenizer, metadata)
@@ -87,33 +94,11 @@ def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    for file in draft.iterdir():
+    for file in filter(Path.is_file, draft.rglob("*")):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
-
-
-def tensors_of(module: nn.Module, gathered: Gather = lambda parameters: nullcontext()) -> dict[str, TensorSource]:
-    """What a folder holds of a module: its parameters, each gathered when it is opened, and its persistent buffers.
-
-    named_parameters leaves out the second name of tied weights, as the format wants it.
-    """
-
-    def whole(parameter: nn.Parameter) -> Callable[[], AbstractContextManager[Tensor]]:
-        @contextmanager
-        def opened() -> Iterator[Tensor]:
-            with gathered([parameter]):
-                yield parameter.detach()
-
-        return opened
-
-    tensors = {
-        name: TensorSource(full_shape(parameter), parameter.dtype, whole(parameter))
-        for name, parameter in module.named_parameters()
-    }
-    saved = module.state_dict(keep_vars=True).keys()
-    return tensors | {name: TensorSource.of(buffer) for name, buffer in module.named_buffers() if name in saved}
 
 
 def template_facts(formatter: ChatFormatter) -> dict[str, Any]:
@@ -134,10 +119,15 @@ def write_beside_weights(
 ) -> None:
     """Write everything of a model folder but its tensors."""
     config.save_pretrained(folder)
+    rewrite_json(folder / "config.json", readable_by_transformers_4)
     if generation_config is not None:
         generation_config.save_pretrained(folder)
+    write_tokenizer_and_card(folder, tokenizer, metadata)
+
+
+def write_tokenizer_and_card(folder: Path, tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any]) -> None:
+    """Write the tokenizer, template included, hafrm.json and the card."""
     tokenizer.save_pretrained(folder)
-    rewrite_json(folder / "config.json", readable_by_transformers_4)
     rewrite_json(folder / "tokenizer_config.json", tokenizer_of_transformers_4)
     (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
     (folder / CARD_FILE).write_text(model_card(metadata))

@@ -7,16 +7,17 @@ bytes lie) and the raw bytes. Shapes are known before any value is at hand, so n
 import json
 import os
 import zlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from hafrm_ds.capacity import full_shape
 from hafrm_ds.errors import ModelError
 
 MAX_SHARD_BYTES = 2 * 2**30
@@ -34,6 +35,9 @@ DTYPE_NAMES = {
 }
 READ_CHUNK = 2**22
 
+Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager]
+"""Context in which the given parameters are whole on every rank; all ranks enter it together."""
+
 
 @dataclass(frozen=True)
 class TensorSource:
@@ -50,6 +54,32 @@ class TensorSource:
     @property
     def num_bytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def tensors_of(
+    module: nn.Module, gathered: Gather = lambda parameters: nullcontext(), prefix: str = ""
+) -> dict[str, TensorSource]:
+    """What a folder holds of a module: its parameters, each gathered when it is opened, and its persistent buffers.
+
+    named_parameters leaves out the second name of tied weights, as the format wants it.
+    """
+
+    def whole(parameter: nn.Parameter) -> Callable[[], AbstractContextManager[Tensor]]:
+        @contextmanager
+        def opened() -> Iterator[Tensor]:
+            with gathered([parameter]):
+                yield parameter.detach()
+
+        return opened
+
+    tensors = {
+        prefix + name: TensorSource(full_shape(parameter), parameter.dtype, whole(parameter))
+        for name, parameter in module.named_parameters()
+    }
+    saved = module.state_dict(keep_vars=True).keys()
+    return tensors | {
+        prefix + name: TensorSource.of(buffer) for name, buffer in module.named_buffers() if name in saved
+    }
 
 
 def write_sharded(tensors: dict[str, TensorSource], folder: Path, is_writer: bool = True) -> None:

@@ -12,6 +12,7 @@ from hafrm_ds.config import BatchConfig, TrainConfig
 from hafrm_ds.data.packing import token_costs
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
+from hafrm_ds.model.lora import adapters_off
 from hafrm_ds.model.token_logprobs import LOGPROB_VERSION
 from hafrm_ds.reference.compute import ReferenceLogprobs, Responses, Work, compute_missing, stored_values
 from hafrm_ds.reference.fingerprint import fingerprint_weights
@@ -39,13 +40,13 @@ class ReferenceSource:
     namespace: Namespace
 
     @classmethod
-    def open(cls, config: TrainConfig, processes: Processes, log: RunLog) -> "ReferenceSource":
-        """Fingerprint the weights and open the store, on rank 0; all ranks learn the namespace.
+    def open(cls, config: TrainConfig, namespace: Namespace, processes: Processes, log: RunLog) -> "ReferenceSource":
+        """Open the store, on rank 0.
 
-        Called before the process group is started: hashing a large model takes longer than a collective waits.
+        Args:
+            namespace: as `shared_namespace` gives it.
         """
-        text = processes.from_first("namespace", lambda: json.dumps(asdict(namespace_of(config))))
-        namespace, store = Namespace(**json.loads(text)), None
+        store = None
         if processes.is_first:
             notes = {"model": config.model.name_or_path, "revision": config.model.revision}
             store = ReferenceStore(config.reference.store, namespace, notes, warn=log.warn)
@@ -91,7 +92,21 @@ class ReferenceSource:
 
 
 def namespace_of(config: TrainConfig) -> Namespace:
-    return Namespace(fingerprint_weights(config.model), config.model.dtype, LOGPROB_VERSION)
+    """What the log-probs of a run's start weights belong to. Adapters are no part of them, and training all weights of
+    the same base has the same; a quantised base is another one."""
+    dtype, quantize = config.model.dtype, config.model.lora.quantize
+    if quantize != "none":
+        dtype += f"-{quantize}"
+    return Namespace(fingerprint_weights(config.model), dtype, LOGPROB_VERSION)
+
+
+def shared_namespace(config: TrainConfig, processes: Processes) -> Namespace:
+    """`namespace_of`, found by rank 0, which fingerprints the weights, and learned by all.
+
+    Called before the process group is started: hashing a large model takes longer than a collective waits.
+    """
+    text = processes.from_first("namespace", lambda: json.dumps(asdict(namespace_of(config))))
+    return Namespace(**json.loads(text))
 
 
 def provenance(engine: Engine) -> dict:
@@ -145,7 +160,9 @@ def provide_reference(
             )
         log.print(f"{explanation}: computing them now")
         work = Work.missing(responses, values)
-        values = np.where(np.isnan(values), source.compute(engine, work, batch, log), values)
+        with adapters_off(engine.model.causal_lm):
+            computed = source.compute(engine, work, batch, log)
+        values = np.where(np.isnan(values), computed, values)
     else:
         log.print(f"all {len(values):,} reference log-probs found in {source.config.reference.store}")
     reference = responses.by_set(values)

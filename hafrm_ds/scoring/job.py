@@ -134,10 +134,13 @@ def cut_into_parts(input: Path) -> list[Part]:
 
 def identity_of(options: ScoringOptions, saved: SavedModel) -> dict[str, Any]:
     """What the scores depend on: parts of another job never mix with these."""
-    model = local_folder(saved.config)
+    folders = dict.fromkeys([saved.folder, local_folder(saved.config)])  # an adapter's base lies elsewhere
+    files = [
+        file for folder in folders for kind in ("safetensors", "json") for file in sorted(folder.glob(f"*.{kind}"))
+    ]
     return {
         "input": stamp(options.input),
-        "model": [stamp(file) for file in sorted(model.glob("*.safetensors")) + sorted(model.glob("*.json"))],
+        "model": [stamp(file) for file in files],
         "dtype": saved.config.dtype,
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }

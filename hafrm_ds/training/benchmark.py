@@ -9,6 +9,7 @@ from rich.table import Table
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import token_costs
 from hafrm_ds.errors import ConfigError
+from hafrm_ds.model.lora import check_packages
 from hafrm_ds.reference.compute import ReferenceLogprobs
 from hafrm_ds.training.engine import check_build_tools, load_training_engine
 from hafrm_ds.training.logging import RunLog
@@ -34,12 +35,13 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
     if num_steps < 1:
         raise ConfigError([f"--steps is {num_steps}; it must be at least 1"])
     check_build_tools(processes.device)
+    check_packages(config.model.lora)
     log = RunLog(config, processes, files=False)
     _, pairs, _ = prepare_data(config, processes, log)
     processes.start_group()
     engine = load_training_engine(config, processes)
     config = settle_batch(engine, [pairs], config, log)
-    saver = CheckpointSaver(config, engine, processes, log, data={}, reference=None, resume_point=None)
+    saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
     trainer = Trainer(config, engine, pairs, {}, None, saver, log)
     if config.objective.uses_reference:
         trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))

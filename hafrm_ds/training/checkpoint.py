@@ -56,7 +56,7 @@ class TrainingState:
     world_size, zero_stage: of the processes that saved.
     config: the resolved configuration, with the layout and token budget in use.
     data: name of each set -> fingerprint of its pairs.
-    reference: name of the namespace of the reference log-probs, None when the objective uses none.
+    reference: name of the namespace of the start weights, on which reference log-probs and frozen weights rest.
     metric: value of the best metric at this step, None where it was not evaluated.
     best_step, best_value: the best evaluation so far.
     evaluation_is_due: the evaluation after this step was not made.
@@ -67,7 +67,7 @@ class TrainingState:
     zero_stage: int
     config: dict
     data: dict[str, str]
-    reference: str | None
+    reference: str
     metric: float | None
     best_step: int | None
     best_value: float | None

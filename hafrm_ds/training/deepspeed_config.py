@@ -100,6 +100,11 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
         problems.append(
             f"deepspeed: {file} names ZeRO stage {content['zero_optimization']['stage']}; it is 0, 1, 2 or 3"
         )
+    if content.get("zero_optimization", {}).get("stage", 0) == 3 and config.model.lora.quantize != "none":
+        problems.append(
+            f"deepspeed: {file} names ZeRO stage 3, which cannot split quantised weights, but model.lora.quantize is "
+            f"{config.model.lora.quantize}; take a file of stage 0, 1 or 2"
+        )
     micro = content.get("train_micro_batch_size_per_gpu", "auto")
     if micro not in ("auto", 1):
         problems.append(

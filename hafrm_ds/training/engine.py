@@ -17,6 +17,7 @@ from hafrm_ds.capacity import full_numel
 from hafrm_ds.config import OptimizerConfig, TrainConfig
 from hafrm_ds.errors import UserError
 from hafrm_ds.model.hybrid import HybridModel
+from hafrm_ds.model.lora import add_adapters
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training.checkpoint import FileFacts
 from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
@@ -140,7 +141,7 @@ class TrainingEngine(Engine):
         self.gradient_norm = float(norm if norm is not None else own_norm)
 
     def save(self, folder: Path) -> dict[str, FileFacts]:
-        """Write weights and optimizer into `folder`, which is there. All ranks call this together.
+        """Write trained weights and optimizer into `folder`, which is there. All ranks call this together.
 
         Returns:
             What this rank has written: name relative to folder.parent -> facts.
@@ -155,14 +156,23 @@ class TrainingEngine(Engine):
         engine.checkpoint_engine = writer
         # Scripts that DeepSpeed copies beside a checkpoint: outside of the writer, and a full disk would raise there.
         engine._copy_recovery_script = lambda path: None
+        engine.module_state_dict = self.trained_state
         try:
-            engine.save_checkpoint(folder.parent, tag=folder.name, save_latest=False)
+            # Frozen weights, and buffers, are those that the model was loaded with.
+            engine.save_checkpoint(folder.parent, tag=folder.name, save_latest=False, exclude_frozen_parameters=True)
         finally:
             engine.checkpoint_engine = usual
-            del engine._copy_recovery_script
+            del engine._copy_recovery_script, engine.module_state_dict
         if writer.error is not None:
             raise writer.error
         return {str(path.relative_to(folder.parent)): facts for path, facts in writer.files.items()}
+
+    def trained_state(self, **options) -> dict[str, Tensor]:
+        """What DeepSpeed saves of the module, and of that only what is trained: it leaves in the second names of frozen
+        tied weights, and the scales of quantised ones."""
+        state = type(self.deepspeed).module_state_dict(self.deepspeed, **options)
+        trained = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return {name: tensor for name, tensor in state.items() if name in trained}
 
     def load(self, folder: Path, zero_stage: int, world_size: int) -> None:
         """Take over what `save` has written under a stage and number of ranks. All ranks call this together.
@@ -171,7 +181,8 @@ class TrainingEngine(Engine):
         """
         options = [dict(group, params=None) for group in self.deepspeed.optimizer.param_groups]
         if (zero_stage, world_size) == (self.stage, dist.get_world_size()) or self.stage == 0:
-            self.deepspeed.load_checkpoint(folder.parent, tag=folder.name)
+            # Not strict: what is frozen is not there.
+            self.deepspeed.load_checkpoint(folder.parent, tag=folder.name, load_module_strict=False)
         else:
             shards = Shards(folder, zero_stage, world_size)
             deal_out(shards, self.model, self.deepspeed.optimizer, self.stage, dist.get_rank())
@@ -179,8 +190,8 @@ class TrainingEngine(Engine):
             group.update({name: value for name, value in own.items() if name != "params"})
 
     def expected_checkpoint_bytes(self) -> int:
-        """About what `save` writes over all ranks: weights, fp32 copies and two moments."""
-        return sum(full_numel(p) * (p.element_size() + 12) for p in self.model.parameters())
+        """About what `save` writes over all ranks: trained weights, their fp32 copies and two moments."""
+        return sum(full_numel(p) * (p.element_size() + 12) for p in self.model.parameters() if p.requires_grad)
 
     def full_gradient_norm(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -197,7 +208,7 @@ def freeze_unused_heads(model: HybridModel, config: TrainConfig) -> None:
 
 
 def parameter_groups(model: HybridModel, config: OptimizerConfig) -> list[dict]:
-    """Trainable parameters in groups: matrices of the body, its vectors (never decayed), the reward head.
+    """Trainable parameters in groups: matrices (of the body or its adapters), vectors (never decayed), the reward head.
 
     A parameter's number of dimensions is read from ds_shape where ZeRO-3 has emptied its own shape.
     """
@@ -231,9 +242,11 @@ def make_optimizer(
 
 
 def load_training_engine(config: TrainConfig, processes: Processes) -> TrainingEngine:
-    """Load the model of a run and put it under DeepSpeed. The process group has been started."""
+    """Load the model of a run, with its adapters, and put it under DeepSpeed. The process group has been started."""
     deepspeed_config = resolve_deepspeed_config(config, processes.world_size)
     model = load_under(deepspeed_config, fresh_model(config, processes.device))
+    if config.model.lora.rank:
+        add_adapters(model.causal_lm, config.model, config.seed)
     return TrainingEngine(model, config, deepspeed_config)
 
 
@@ -260,7 +273,7 @@ def without_optimizer(deepspeed_config: dict) -> dict:
 
 
 def fresh_model(config: TrainConfig, device: torch.device) -> Callable[[], HybridModel]:
-    """Loads the model that a run starts from."""
+    """Loads the model that a run starts from, without adapters: they change nothing at the start."""
     from hafrm_ds.model.loading import load_hybrid_model
 
     return lambda: load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed, device=device)

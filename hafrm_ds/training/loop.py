@@ -104,6 +104,8 @@ class Trainer:
 
     def run(self) -> None:
         """From where the saver says to the last step. Raises Stopped when a signal has ended it and all is saved."""
+        # For the dropout of adapters, the one thing that draws random numbers here; each rank has its own.
+        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.rank]).generate_state(1)[0]))
         start = self.saver.restore(self.best)
         if self.saver.evaluation_is_due if start else self.config.evaluation.at_start:
             self.evaluate(start)
@@ -186,7 +188,7 @@ class Trainer:
         loss = configured_joint_loss(objective, step, scores, reference, micro_batch.margin.to(device))
         weight = micro_batch.weight.to(device)
         totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
-        totals.flops += 3 * self.cost.forward_flops(micro_batch.batch, objective.uses_policy)
+        totals.flops += self.cost.training_flops(micro_batch.batch, objective.uses_policy)
         return (loss.total * weight).sum() / self.plan.global_batch_size * self.world_size
 
     def reduce(self, totals: StepTotals) -> dict[str, float]:

@@ -64,12 +64,12 @@ class ResumePoint:
         }
         self.refuse(differences, "was written by a run with other options")
 
-    def check_content(self, data: Mapping[str, str], reference: str | None) -> None:
+    def check_content(self, data: Mapping[str, str], reference: str) -> None:
         """Raises CheckpointError when the pairs or the reference weights are not those of the checkpoint.
 
         Args:
             data: as `fingerprints_of` gives it.
-            reference: name of the namespace of the reference log-probs.
+            reference: name of the namespace of the start weights.
         """
         differences = {}
         for name in sorted(self.state.data.keys() | data.keys()):
@@ -80,8 +80,8 @@ class ResumePoint:
                 differences[option] = f"{option}: the pairs of {name!r} have changed{known}"
         if self.state.reference != reference:
             differences["reference.store"] = (
-                f"reference.store: the reference log-probs are those of {reference} here, of {self.state.reference} "
-                "there: other weights, dtype or version"
+                f"reference.store: the start weights are those of {reference} here, of {self.state.reference} there: "
+                "other weights, dtype or version"
             )
         self.refuse(differences, "does not fit this run")
 
@@ -105,10 +105,10 @@ class ResumePoint:
 
 
 def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted option name -> value, down to sections; a mapping inside data.eval stays a value."""
+    """Dotted option name -> value, for the options of all sections; data sources are values, whatever they hold."""
     for name, value in tree.items():
-        if isinstance(value, dict) and not prefix:
-            yield from options_of(value, f"{name}.")
+        if isinstance(value, dict) and prefix != "data.":
+            yield from options_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -10,8 +10,9 @@ from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 from hafrm_ds.errors import ConfigError, DataError, UserError
 from hafrm_ds.model.card import base_license
 from hafrm_ds.model.loading import fetch_model, local_folder
+from hafrm_ds.model.lora import check_packages, trained_share
 from hafrm_ds.model.saving import save_hybrid_model
-from hafrm_ds.reference.job import ReferenceSource, precompute
+from hafrm_ds.reference.job import ReferenceSource, precompute, shared_namespace
 from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.training.engine import (
     Engine,
@@ -56,6 +57,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
             ]
         )
     check_build_tools(processes.device)
+    check_packages(config.model.lora)
     summary_file = config.output_dir / SUMMARY_FILE
     if config.resume == "auto" and processes.from_first("finished", lambda: str(summary_file.exists())) == "True":
         log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to go on with")
@@ -73,19 +75,21 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
             "lower --batch.global_batch_size or give more pairs"
         )
 
-    reference_source = ReferenceSource.open(config, processes, log) if config.objective.uses_reference else None
-    reference = reference_source.namespace.name if reference_source is not None else None
+    start = shared_namespace(config, processes)
+    uses_reference = config.objective.uses_reference
+    reference_source = ReferenceSource.open(config, start, processes, log) if uses_reference else None
     sets = named_sets(train_pairs, eval_pairs)
     data = fingerprints_of(sets)
     if resume_point is not None:
-        resume_point.check_content(data, reference)
+        resume_point.check_content(data, start.name)
     log.write_json(
         config.output_dir / "data_report.json", {name: pairs.report.to_json() for name, pairs in sets.items()}
     )
     processes.start_group()
     engine = load_training_engine(config, processes)
+    log.print(trained_share(engine.model))
     config = settle_batch(engine, list(sets.values()), config, log)
-    saver = CheckpointSaver(config, engine, processes, log, data, reference, resume_point)
+    saver = CheckpointSaver(config, engine, processes, log, data, start.name, resume_point)
     trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log)
     trainer.load_reference()
     # What could be refused has been: from here on the run folder is written to.
@@ -142,10 +146,11 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
             ]
         )
     check_build_tools(processes.device)
+    check_packages(config.model.lora)
     log = RunLog(config, processes, files=False)
     _, train_pairs, eval_pairs = prepare_data(config, processes, log)
     sets = [train_pairs, *eval_pairs.values()]
-    source = ReferenceSource.open(config, processes, log)
+    source = ReferenceSource.open(config, shared_namespace(config, processes), processes, log)
     processes.start_group()
 
     def load_engine() -> tuple[Engine, BatchConfig]:

@@ -70,7 +70,7 @@ class CheckpointSaver:
         processes: Processes,
         log: RunLog,
         data: dict[str, str],
-        reference: str | None,
+        reference: str,
         resume_point: ResumePoint | None,
     ):
         self.config, self.options, self.engine, self.log = config, config.checkpoint, engine, log

@@ -17,7 +17,7 @@ from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.options import load_config
-from hafrm_ds.reference.job import ReferenceSource
+from hafrm_ds.reference.job import ReferenceSource, shared_namespace
 from hafrm_ds.training.engine import Engine, load_scoring_engine, load_training_engine
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
@@ -49,10 +49,12 @@ def main(arguments: list[str], processes: Processes) -> None:
     processes.start_group()
     steps = {}
     for name in ("online", "stored"):
-        source = ReferenceSource.open(config, processes, log) if name == "stored" else None
+        source = None
+        if name == "stored":
+            source = ReferenceSource.open(config, shared_namespace(config, processes), processes, log)
         engine = load_training_engine(config, processes)
         config = settle_batch(engine, [pairs], config, log)
-        saver = CheckpointSaver(config, engine, processes, log, data={}, reference=None, resume_point=None)
+        saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
         trainer = Trainer(config, engine, pairs, {}, source, saver, log)
         if name == "stored":
             trainer.load_reference()

@@ -80,7 +80,7 @@ def main() -> None:
         length = round(micro_batch.batch.num_positions / rows)
         input_ids = torch.randint(plain.config.vocab_size, (rows, length), device=device)
         peak = measure_matmul_peak(device, ours.causal_lm.dtype)
-        useful = 3 * cost.forward_flops(micro_batch.batch, config.objective.uses_policy)
+        useful = cost.training_flops(micro_batch.batch, config.objective.uses_policy)
         took = seconds(device, joint_step, config, ours, micro_batch, device)
         took_dense = seconds(device, dense_step, plain, input_ids)
         if number >= WARM_UP:

@@ -148,6 +148,13 @@ def test_a_contradiction_is_one_message_naming_both_sides(file, key, value, run_
     assert problem.endswith(f'set it to "auto" or to {remedy}')
 
 
+def test_quantised_weights_are_not_split_by_zero_3(file):
+    quantized = ("--model.lora.rank", "8", "--model.lora.quantize", "4bit")
+    (problem,) = problems(file, {"zero_optimization": {"stage": 3}}, *quantized)
+    assert "ZeRO stage 3, which cannot split quantised weights, but model.lora.quantize is 4bit" in problem
+    load(file, {"zero_optimization": {"stage": 2}}, *quantized)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -95,6 +95,15 @@ def test_options_that_differ_are_named(tmp_path):
     assert "--checkpoint.allow_changed '[data.max_length, optimizer.learning_rate, seed]'" in str(error.value)
 
 
+def test_options_of_a_section_inside_a_section_are_named_too(tmp_path):
+    point = point_of(config_of(tmp_path, model__lora__rank=8))
+    changed = config_of(tmp_path, model__lora__rank=8, model__lora__alpha=32)
+    with pytest.raises(CheckpointError, match=r"\n  - model.lora.alpha: 16.0 there, 32.0 here\n") as error:
+        point.check_config(changed)
+    assert "--checkpoint.allow_changed '[model.lora.alpha]'" in str(error.value)
+    replace(point, allow_changed=("model.lora.alpha",)).check_config(changed)
+
+
 def test_options_are_allowed_to_change_by_name(tmp_path):
     changed = config_of(tmp_path, seed=3, optimizer__learning_rate=1e-4)
     allowing = replace(point_of(config_of(tmp_path)), allow_changed=("seed", "optimizer.learning_rate"))

@@ -1,0 +1,270 @@
+"""Low-rank adapters (LoRA) on a causal LM, by peft: adding them, taking them out of the forward, and merging.
+
+peft puts its layers into the model and leaves its class alone, so all else sees the causal LM that it knows. Only plain
+linear layers are adapted; neither the LM head nor an embedding ever is.
+
+    final/            W + alpha / rank * B A, an ordinary model
+    final/adapter/    B and A, as peft saves them
+
+Merging is one sum in fp32, rounded once to the dtype of W, when final/ is written as when an adapter is loaded: on the
+same kind of device both give the same weights, bit for bit. The live model adds two rounded products instead, which
+moves the last bits of a score.
+
+Legend: O outputs and I inputs of a layer, R rank.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hafrm_ds.capacity import full_numel, full_shape
+from hafrm_ds.config import LoraOptions, ModelConfig
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.attention import is_installed
+from hafrm_ds.model.tensor_files import Gather, TensorSource, tensors_of, write_tensors
+
+ADAPTER = "default"
+"""peft's name of an adapter that has none."""
+LINEAR = (nn.Linear, Conv1D)
+"""GPT-2's Conv1D is a linear layer whose weight lies transposed."""
+QUANTIZED = ("Params4bit", "Int8Params")
+"""Classes of bitsandbytes' weights."""
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+"""What names in ADAPTER_WEIGHTS begin with: peft's own wrapper around a causal LM."""
+
+
+class TrainingDropout(nn.Dropout):
+    """Dropout where gradients are computed. The reference, evaluations and checks run without them, in train mode."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.dropout(inputs, self.p, training=torch.is_grad_enabled())
+
+
+def check_packages(options: LoraOptions) -> None:
+    """Raise ModelError, before anything is loaded, for a package that the options need and that is not there."""
+    if options.rank and not is_installed("peft"):
+        raise ModelError(f"model.lora.rank {options.rank} needs the package peft: pip install 'hafrm_ds[lora]'")
+    if options.quantize != "none" and not is_installed("bitsandbytes"):
+        raise ModelError(
+            f"model.lora.quantize {options.quantize} needs the package bitsandbytes: pip install 'hafrm_ds[qlora]'"
+        )
+
+
+# ---- adding --------------------------------------------------------------------------------------------------------
+
+
+def add_adapters(causal_lm: PreTrainedModel, model: ModelConfig, seed: int) -> None:
+    """Freeze a causal LM and give it adapters, which change nothing yet: B is 0.
+
+    They are made before the model is put under DeepSpeed, whole, and are the same on every rank that gives the same
+    seed.
+
+    Args:
+        model: what the causal LM was loaded by.
+
+    Raises:
+        ModelError: peft is missing, or a target names no linear layer of the body.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    options = model.lora
+    check_targets(causal_lm, options.targets)
+    is_local = Path(model.name_or_path).is_dir()
+    dtype = causal_lm.get_input_embeddings().weight.dtype
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(Path(model.name_or_path).resolve()) if is_local else model.name_or_path,
+        revision=model.revision,
+    )
+    causal_lm.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, causal_lm)
+    for layer in adapted_layers(causal_lm).values():
+        for adapter in (layer.lora_A, layer.lora_B):
+            adapter.to(dtype).requires_grad_(True)
+        if options.dropout:
+            layer.lora_dropout[ADAPTER] = TrainingDropout(options.dropout)
+
+
+def check_targets(causal_lm: PreTrainedModel, targets: list[str] | str) -> None:
+    """Raise ModelError unless every target names linear layers of the body, and nothing else."""
+    if targets == "all-linear":
+        return
+    modules = dict(causal_lm.named_modules())
+    head = causal_lm.get_output_embeddings()
+    linear = {name for name, module in modules.items() if isinstance(module, LINEAR) and module is not head}
+    for target in targets:
+        named = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not named or not linear.issuperset(named):
+            known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+            found = f"names {named[0]}, which is no linear layer of the body" if named else "names no layer"
+            raise ModelError(f"model.lora.targets: {target!r} {found} of {type(causal_lm).__name__}; it has {known}")
+
+
+def adapted_layers(causal_lm: nn.Module) -> dict[str, Any]:
+    """Name -> peft's layer, for each layer that has an adapter; empty without peft or without adapters."""
+    return {name: module for name, module in causal_lm.named_modules() if hasattr(module, "lora_A")}
+
+
+@contextmanager
+def adapters_off(causal_lm: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base computes.
+
+    Adapters are scaled by 0 instead of passed over: ZeRO-3 fetches ahead by the order in which modules ran before.
+    """
+    layers = adapted_layers(causal_lm).values()
+    for layer in layers:
+        layer.set_scale(ADAPTER, 0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(ADAPTER, 1)
+
+
+def trained_share(model: nn.Module) -> str:
+    """How much of a model is trained, in words."""
+    parameters = list(model.parameters())
+    trained, total = (sum(map(full_numel, part)) for part in ([p for p in parameters if p.requires_grad], parameters))
+    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+
+
+# ---- quantised weights ---------------------------------------------------------------------------------------------
+
+
+def quantization(options: LoraOptions, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How from_pretrained stores the weights of linear layers; None: as they are."""
+    if options.quantize == "none":
+        return None
+    if options.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def dequantized_tensors(causal_lm: nn.Module) -> dict[str, TensorSource]:
+    """The weights that bitsandbytes has packed, unpacked one by one as they are opened."""
+    dtype = causal_lm.get_input_embeddings().weight.dtype
+
+    def unpacking(module: nn.Linear) -> Callable[[], AbstractContextManager[Tensor]]:
+        from peft.utils.integrations import dequantize_module_weight
+
+        return lambda: nullcontext(dequantize_module_weight(module).detach().to(dtype))
+
+    return {
+        f"{name}.weight": TensorSource((module.out_features, module.in_features), dtype, unpacking(module))
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear) and type(module.weight).__name__ in QUANTIZED
+    }
+
+
+# ---- merging and saving --------------------------------------------------------------------------------------------
+
+
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, is_transposed: bool = False) -> Tensor:
+    """W [O, I] + scale * B [O, R] @ A [R, I], in fp32, in the dtype of W. is_transposed: W is [I, O]."""
+    update = lora_b.float() @ lora_a.float()
+    return (weight.float() + scale * (update.T if is_transposed else update)).to(weight.dtype)
+
+
+def merged_tensors(causal_lm: nn.Module, gathered: Gather) -> dict[str, TensorSource]:
+    """What a folder holds of a causal LM, adapters merged into their layers one by one as they are opened.
+
+    Args:
+        gathered: context in which given parameters are whole on every rank.
+    """
+    layers = adapted_layers(causal_lm)
+
+    def merging(layer, source: TensorSource) -> Callable[[], AbstractContextManager[Tensor]]:
+        lora_a, lora_b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+        @contextmanager
+        def opened() -> Iterator[Tensor]:
+            with source.open() as weight, gathered([lora_a, lora_b]):
+                is_transposed = isinstance(layer.base_layer, Conv1D)
+                yield merged(weight, lora_a.detach(), lora_b.detach(), layer.scaling[ADAPTER], is_transposed)
+
+        return opened
+
+    tensors = {}
+    for name, source in (tensors_of(causal_lm, gathered) | dequantized_tensors(causal_lm)).items():
+        owner, is_inside, leaf = name.partition(".base_layer.")
+        if owner.partition(".lora_")[0] in layers and not is_inside:
+            continue
+        if is_inside and leaf == "weight":
+            source = TensorSource(source.shape, source.dtype, merging(layers[owner], source))
+        tensors[f"{owner}.{leaf}" if is_inside else name] = source
+    return tensors
+
+
+def save_adapter(causal_lm: nn.Module, folder: Path, *, gathered: Gather, is_writer: bool) -> None:
+    """Write the adapters as peft saves them. All ranks call this together; `folder` is there.
+
+    Raises:
+        ModelError: what is read back from the disk is not what was written.
+    """
+    tensors = {
+        f"{PEFT_PREFIX}{owner}.{name.replace(f'.{ADAPTER}', '')}": source
+        for owner, layer in adapted_layers(causal_lm).items()
+        for name, source in tensors_of(layer, gathered).items()
+        if name.startswith("lora_")
+    }
+    write_tensors(tensors, folder / ADAPTER_WEIGHTS, is_writer)
+    if is_writer:
+        causal_lm.peft_config[ADAPTER].save_pretrained(folder)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Content of an adapter's config. Raises ModelError when it cannot be read or lacks what is needed of it."""
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the adapter's {file} cannot be read: {error}") from error
+    if missing := [key for key in ("base_model_name_or_path", "lora_alpha", "r") if not config.get(key)]:
+        raise ModelError(f"the adapter's {file} lacks {', '.join(missing)}")
+    return config
+
+
+def merge_adapter(causal_lm: PreTrainedModel, folder: Path) -> None:
+    """Merge a saved adapter into its base, which then has the weights of the merged model. peft is not needed.
+
+    Raises:
+        ModelError: the files cannot be read, or the adapter does not belong to this model.
+    """
+    config = read_adapter_config(folder)
+    try:
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the adapter {folder / ADAPTER_WEIGHTS} cannot be read: {error}") from error
+    layers = dict(causal_lm.named_modules())
+    for name in sorted(tensors):
+        owner, is_a, _ = name.removeprefix(PEFT_PREFIX).partition(".lora_A.")
+        if not is_a:
+            continue
+        lora_a, lora_b = tensors[name], tensors[name.replace(".lora_A.", ".lora_B.")]
+        layer = layers.get(owner)
+        if layer is None or set(full_shape(layer.weight)) != {len(lora_b), lora_a.shape[1]}:
+            raise ModelError(
+                f"{folder}: the adapter of {owner} does not fit {type(causal_lm).__name__} from "
+                f"{config['base_model_name_or_path']}: it was made for another model"
+            )
+        if layer.weight.shape != full_shape(layer.weight):
+            raise ModelError(f"{folder} is an adapter, which cannot be merged into sharded weights: export the policy")
+        weight, scale = layer.weight.data, config["lora_alpha"] / config["r"]
+        weight.copy_(merged(weight, lora_a, lora_b, scale, isinstance(layer, Conv1D)))

@@ -1,0 +1,140 @@
+"""LoRA through the launcher: every ZeRO stage, stopped and gone on with, on the reference of full training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hafrm_ds.model.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, merged
+from tests.distributed.launching import as_options, rows, write_pairs
+from tests.distributed.test_resume import compared_rows, run_cases
+from tests.distributed.test_training import final_weights, largest_difference
+from tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.distributed
+
+STEPS, STOP = 6, 4
+RANK, ALPHA = 4, 32.0
+LORA = {"model.lora.rank": RANK, "model.lora.alpha": ALPHA}
+DROPOUT = {"model.lora.dropout": 0.3, "model.dtype": "bfloat16"}
+BASELINE = {"objective.alpha": 0, "model.lora.targets": "[q_proj, up_proj]", "model.gradient_checkpointing": True}
+# Name -> (stage before, stage after being stopped, options).
+RESUMED = {
+    **{f"stage {stage}": (stage, stage, {}) for stage in range(4)},
+    "stage 3 to 2": (3, 2, {}),
+    **{f"dropout, stage {stage}": (stage, stage, DROPOUT) for stage in (1, 3)},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    model = save_tiny_model(folder / "model")
+    train_file, test_file = write_pairs(folder / "train.jsonl", 40), write_pairs(folder / "test.jsonl", 10, seed=1)
+    for stage in range(4):
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+
+    def options(name: str, stage: int, changes: dict) -> list[str]:
+        chosen = {
+            "output_dir": folder / name,
+            "deepspeed": folder / f"zero{stage}.json",
+            "max_steps": STEPS,
+            "model.name_or_path": model,
+            "model.dtype": "float32",
+            "data.train": train_file,
+            "data.eval": f"{{held_out: {test_file}}}",
+            "data.max_length": 120,
+            "batch.global_batch_size": 8,
+            "batch.max_tokens_per_micro_batch": 150,
+            "optimizer.learning_rate": 1e-2,
+            "evaluation.every_steps": 3,
+            "reference.store": folder / "store",
+            "logging.tensorboard": "false",
+            "resume": "auto",
+        }
+        return as_options(chosen | changes)
+
+    cases = [[options("full", 3, {}), None]]
+    for name, (before, after, changes) in RESUMED.items():
+        straight = options(f"straight {name}", before, LORA | changes)
+        if before == after:
+            cases.append([straight, None])
+        cases.append([options(name, before, LORA | changes), [STOP, 1, "SIGTERM"]])
+        cases.append([options(name, after, LORA | changes), None])
+    checkpointed = {"model.gradient_checkpointing": True}
+    cases.append([options("checkpointed", 3, LORA | checkpointed), None])
+    cases.append([options("baseline", 3, LORA | BASELINE), None])
+    run_cases(2, cases)
+    return folder
+
+
+def losses(run: Path) -> torch.Tensor:
+    return torch.tensor([row["loss/total"] for row in rows(run, "train")])
+
+
+@pytest.mark.parametrize("name", [name for name, (before, after, _) in RESUMED.items() if before == after])
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, name):
+    straight, resumed = runs / f"straight {name}", runs / name
+    assert len(rows(straight, "train")) == STEPS
+    assert compared_rows(resumed) == compared_rows(straight)
+    expected, actual = final_weights(straight), final_weights(resumed)
+    assert all(torch.equal(actual[tensor], expected[tensor]) for tensor in expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["straight stage 0", "straight stage 1", "straight stage 2", "stage 3 to 2", "checkpointed"]
+)
+def test_stages_and_gradient_checkpointing_train_the_same_adapters(runs, name):
+    torch.testing.assert_close(losses(runs / name), losses(runs / "straight stage 3"), rtol=1e-4, atol=0)
+    assert largest_difference(final_weights(runs / name), final_weights(runs / "straight stage 3")) < 1e-4
+
+
+def test_the_reference_of_full_training_is_found_and_no_other_is_made(runs):
+    """The first run computed it; those in bfloat16 have one of their own."""
+    assert len(list((runs / "store").iterdir())) == 2
+    assert "check" not in {row["kind"] for row in rows_of_all_kinds(runs / "full")}
+    (check,) = rows(runs / "straight stage 3", "check")
+    assert check["reference/largest_difference"] < 1e-3
+    start = rows(runs / "straight stage 3", "eval")[0]
+    assert (start["margin/implicit"], start["ties/implicit"]) == (0, start["pairs"])
+    assert start["accuracy/reward"] == rows(runs / "full", "eval")[0]["accuracy/reward"]
+
+
+def rows_of_all_kinds(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns(runs):
+    values = losses(runs / "straight stage 3")
+    assert values[-1] < 0.9 * values[0]
+
+
+@pytest.mark.parametrize(("name", "adapted"), [("straight stage 3", 7 * 2), ("baseline", 2 * 2)])
+def test_final_is_the_base_with_the_adapter_merged_in(runs, name, adapted):
+    base, final = load_file(runs / "model/model.safetensors"), final_weights(runs / name)
+    adapter = load_file(runs / name / "final/adapter" / ADAPTER_WEIGHTS)
+    assert len(adapter) == 2 * adapted
+    changed = {tensor for tensor in base if not torch.equal(base[tensor], final[tensor])}
+    assert len(changed) == adapted
+    for tensor in changed:
+        a, b = (adapter[f"{PEFT_PREFIX}{tensor.removesuffix('weight')}lora_{side}.weight"] for side in "AB")
+        assert torch.equal(final[tensor], merged(base[tensor], a, b, ALPHA / RANK)), tensor
+
+
+def test_checkpoints_hold_nothing_frozen(runs):
+    for stage in range(4):
+        latest = runs / f"straight stage {stage}"
+        stopped = runs / f"stage {stage}/checkpoints/latest/deepspeed"
+        assert not (latest / "checkpoints").exists()
+        for file in stopped.glob("*model_states.pt"):
+            module = torch.load(file, weights_only=False)["module"]
+            assert module.keys() and all(".lora_" in name or name.startswith("reward_head") for name in module), stage
+
+
+def test_frozen_weights_cost_no_gradient_in_the_utilisation(runs):
+    full, lora = (rows(runs / name, "train")[0] for name in ("full", "straight stage 3"))
+    operations = [row["mfu"] * row["seconds"] for row in (full, lora)]
+    assert operations[1] < operations[0]
