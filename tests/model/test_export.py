@@ -142,7 +142,7 @@ def test_the_launch_file(tmp_path, monkeypatch, capsys):
     options = {"model": final, "format": "sequence-classification", "output_dir": tmp_path / "export"}
     launch(monkeypatch, **options)
     printed = capsys.readouterr().out
-    assert f"{tmp_path / 'export'}: pad token '<|im_start|>'" in printed and "reopened by transformers" in printed
+    assert f"{tmp_path / 'export'}: pad token '<|im_start|>'" in printed and "reopened: scores that differ" in printed
     for changes, message in (({}, "is already there"), ({"format": "onnx"}, "it is one of policy, sequence-class")):
         with pytest.raises(SystemExit) as stopped:
             launch(monkeypatch, **options | changes)
