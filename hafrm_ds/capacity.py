@@ -125,8 +125,10 @@ def free_memory_bytes(device: torch.device, num_sharing: int) -> int:
     left = read_kib(Path("/proc/meminfo"), "MemAvailable")
     try:  # a container may be allowed less
         group = Path("/sys/fs/cgroup")
-        left = min(left, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no limit, or no cgroup of version 2
+        allowed, held = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        left = min(left, allowed - held + int(statistics["inactive_file"]))  # the page cache makes room
+    except (OSError, ValueError, KeyError):  # no limit, or no cgroup of version 2
         pass
     return left // num_sharing
 

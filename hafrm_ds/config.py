@@ -166,7 +166,8 @@ class BatchConfig(Section):
     """Pairs in one optimizer step, over all GPUs."""
     max_tokens_per_micro_batch: TokenBudget = 8192
     """Token budget of one forward and backward on one GPU. More is faster until memory runs out. auto: found at the
-    start from what two micro-batches need, the same on all GPUs, and written into the run's config.yaml."""
+    start from what two micro-batches need, the same on all GPUs, and written into the run's config.yaml; a resumed run
+    keeps it."""
     layout: Literal["auto", "shared_prefix", "packed", "padded"] = "auto"
     """shared_prefix: a prompt stands once for both answers, no padding. packed: no padding, the prompt repeated.
     padded: the model's stock attention on padded rows. auto: shared_prefix, or padded, with a warning, for a model that
@@ -321,12 +322,12 @@ def contradictions(config: TrainConfig) -> list[str]:
         problems.append(
             f"model.lora.quantize is {lora.quantize}, but model.lora.rank is 0: quantised weights cannot be trained"
         )
-    budget = config.batch.max_tokens_per_micro_batch
     known = option_names(TrainConfig)
     for name in config.checkpoint.allow_changed:
         if name not in known:
             near = "".join(f"; did you mean {option}?" for option in difflib.get_close_matches(name, known, n=1))
             problems.append(f"checkpoint.allow_changed names the unknown option {name!r}{near}")
+    budget = config.batch.max_tokens_per_micro_batch
     if budget != "auto" and config.data.max_length > budget:
         problems.append(
             f"data.max_length {config.data.max_length} exceeds batch.max_tokens_per_micro_batch "

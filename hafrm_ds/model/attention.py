@@ -9,7 +9,7 @@ Which kernel runs is part of the registered name (`hafrm_fa2`, `hafrm_varlen`, .
 Legend: T tokens (queries), K keys, Q and G query and key-value heads, D head dimension.
 """
 
-import importlib.util
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +26,10 @@ from hafrm_ds.errors import ModelError
 HARMLESS = ("position_ids", "cache_position")
 """Tensors that some models pass to their attention function and that change nothing in it."""
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class UnsupportedAttention(ModelError):
+    """A model asks something of its attention that segments or a kernel cannot give."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,11 @@ class Kernel:
 
     def obstacle(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str | None:
         """Why it cannot run a model on a device; None when it can."""
-        if not is_installed(self.package):
-            return f"the package {self.package} is not installed"
         if self.capabilities:
             if device.type != "cuda":
                 return f"it needs an NVIDIA GPU, not {device.type}"
+            if problem := import_problem(self.package):
+                return problem
             if (major := torch.cuda.get_device_capability(device)[0]) not in self.capabilities:
                 return f"it is not made for GPUs of compute capability {major}"
             if dtype not in FLASH_DTYPES:
@@ -81,11 +85,15 @@ class Kernel:
         return None
 
 
-def is_installed(package: str) -> bool:
+def import_problem(package: str) -> str | None:
+    """Why a package cannot be imported; None when it can. A build for another torch is found by trying alone."""
     try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # a parent package is missing
-        return False
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        return f"the package {package} is not installed"
+    except ImportError as error:
+        return f"the package {package} cannot be imported: {error}"
+    return None
 
 
 def head_dimension(config: PretrainedConfig) -> int:
@@ -116,18 +124,18 @@ def segment_attention(
         ([1, T, Q, D], None)
 
     Raises:
-        ModelError: the model passes a tensor that is not known here, as attention sinks or position biases, or a soft
-            cap that the kernel has not: either would change the scores, so it is not ignored.
+        UnsupportedAttention: the model passes a tensor that is not known here, as attention sinks or position biases,
+            or a soft cap that the kernel has not: either would change the scores, so it is not ignored.
     """
     if attention_mask is not None:
         raise ValueError("segment attention takes no mask; transformers passed one")
     if unknown := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS]:
-        raise ModelError(
+        raise UnsupportedAttention(
             f"{type(module).__name__} gives {', '.join(unknown)} to its attention, which the layouts shared_prefix and "
             "packed do not know; set --batch.layout padded"
         )
     if softcap and not kernel.has_softcap:
-        raise ModelError(
+        raise UnsupportedAttention(
             f"{type(module).__name__} caps its attention scores, which {kernel.name} cannot; "
             "set --model.attention segmented"
         )
@@ -227,6 +235,7 @@ def run_flash_package(
 ) -> Tensor:
     """flash_attn_varlen_func of one of the FlashAttention packages, which agree in these arguments."""
     function = importlib.import_module(module).flash_attn_varlen_func
+    window = {} if rule.window is None else {"window_size": flash_window(rule.window)}
     output = function(
         query,
         key,
@@ -237,8 +246,8 @@ def run_flash_package(
         max_seqlen_k=max(segments.k_lengths),
         softmax_scale=rule.scale,
         causal=True,
-        window_size=(-1, -1) if rule.window is None else flash_window(rule.window),
         softcap=rule.softcap or 0.0,
+        **window,
     )
     return output[0] if isinstance(output, tuple) else output  # some versions also return the log-sum-exp
 

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from hafrm_ds.capacity import full_numel, full_shape
 from hafrm_ds.config import LoraOptions, ModelConfig
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.attention import is_installed
+from hafrm_ds.model.attention import import_problem
 from hafrm_ds.model.tensor_files import Gather, TensorSource, tensors_of, write_tensors
 
 ADAPTER = "default"
@@ -53,9 +53,9 @@ class TrainingDropout(nn.Dropout):
 
 def check_packages(options: LoraOptions) -> None:
     """Raise ModelError, before anything is loaded, for a package that the options need and that is not there."""
-    if options.rank and not is_installed("peft"):
+    if options.rank and import_problem("peft"):
         raise ModelError(f"model.lora.rank {options.rank} needs the package peft: pip install 'hafrm_ds[lora]'")
-    if options.quantize != "none" and not is_installed("bitsandbytes"):
+    if options.quantize != "none" and import_problem("bitsandbytes"):
         raise ModelError(
             f"model.lora.quantize {options.quantize} needs the package bitsandbytes: pip install 'hafrm_ds[qlora]'"
         )

@@ -46,7 +46,6 @@ SCHEMA = pa.schema(
 )
 TOKEN_LOGPROBS = pa.field("token_logprobs", pa.list_(pa.float32()), nullable=False)
 FLUSH_VALUES = 1_000_000
-HASH_CHUNK = 2**22
 
 
 class StoreError(UserError):

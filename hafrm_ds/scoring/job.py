@@ -69,6 +69,8 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
         trust_remote_code=options.trust_remote_code,
         trust_pickle=options.trust_pickle,
     )
+    if options.max_tokens_per_micro_batch < 1:
+        raise DataError(f"--max_tokens_per_micro_batch is {options.max_tokens_per_micro_batch}; no row is so short")
     folder = options.output.with_name(f"{options.output.name}.parts")
     # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
     plan = json.loads(processes.from_first("plan", lambda: json.dumps(plan_job(options, saved, folder))))
@@ -136,7 +138,10 @@ def identity_of(options: ScoringOptions, saved: SavedModel) -> dict[str, Any]:
     """What the scores depend on: parts of another job never mix with these."""
     folders = dict.fromkeys([saved.folder, local_folder(saved.config)])  # an adapter's base lies elsewhere
     files = [
-        file for folder in folders for kind in ("safetensors", "json") for file in sorted(folder.glob(f"*.{kind}"))
+        file
+        for folder in folders
+        for kind in ("safetensors", "bin", "json")
+        for file in sorted(folder.glob(f"*.{kind}"))
     ]
     return {
         "input": stamp(options.input),
@@ -164,6 +169,7 @@ def score_parts(
 ) -> None:
     """Score the parts that are missing and write each as it is done."""
     if options.deepspeed is None:
+        processes.use_device()
         model = HybridRewardModel(
             saved.hybrid_model(processes.device).to(processes.device),
             saved.formatter(),

@@ -36,6 +36,7 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         raise ConfigError([f"--steps is {num_steps}; it must be at least 1"])
     check_build_tools(processes.device)
     check_packages(config.model.lora)
+    config = config.model_copy(update={"max_steps": WARM_UP_STEPS + num_steps})
     log = RunLog(config, processes, files=False)
     _, pairs, _ = prepare_data(config, processes, log)
     processes.start_group()

@@ -60,6 +60,7 @@ class TrainingState:
     metric: value of the best metric at this step, None where it was not evaluated.
     best_step, best_value: the best evaluation so far.
     evaluation_is_due: the evaluation after this step was not made.
+    last_evaluation: set -> its metrics at the last evaluation.
     """
 
     step: int
@@ -72,6 +73,7 @@ class TrainingState:
     best_step: int | None
     best_value: float | None
     evaluation_is_due: bool
+    last_evaluation: dict[str, dict[str, float]]
 
 
 def checkpoint_name(step: int) -> str:
@@ -165,7 +167,17 @@ def start_draft(root: Path, step: int, expected_bytes: int) -> Path:
 
 
 def publish(draft: Path, root: Path, state: TrainingState, files: dict[str, FileFacts]) -> Path:
-    """Complete a draft and give it its name."""
+    """Complete a draft and give it its name.
+
+    Raises:
+        CheckpointError: a file that another rank has written is not seen from here.
+    """
+    for name, facts in files.items():
+        if not (draft / name).is_file() or (draft / name).stat().st_size != facts.bytes:
+            raise CheckpointError(
+                f"{name}, which a rank has written, is not whole in {draft}: output_dir must be one folder that all "
+                "nodes see"
+            )
     files = files | {STATE: write_synced(draft / STATE, asdict(state))}
     content = {"format": FORMAT, "step": state.step, "files": {name: asdict(files[name]) for name in sorted(files)}}
     write_synced(draft / MANIFEST, content)
@@ -227,6 +239,9 @@ def set_aside(root: Path, after_step: int) -> list[Path]:
                 place = place.with_name(f"{folder.name}-{number}")
             place.parent.mkdir(exist_ok=True)
             places.append(folder.rename(place))
+    latest = root / LATEST
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
     return places
 
 

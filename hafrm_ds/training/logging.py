@@ -1,6 +1,7 @@
 """What a run writes down and shows: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -65,6 +66,8 @@ class RunLog:
                 f"--output_dir {folder} already holds a run (metrics.jsonl); choose another folder, or go on with it: "
                 "--resume auto"
             )
+        if self.config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise UserError("--logging.wandb_project needs wandb: pip install 'hafrm_ds[wandb]'")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").touch()
@@ -96,10 +99,8 @@ class RunLog:
             purge_step = (step if evaluation_is_due else step + 1) if step else None
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         if config.logging.wandb_project:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("--logging.wandb_project needs wandb: pip install 'hafrm_ds[wandb]'") from error
+            import wandb
+
             self.wandb = wandb.init(
                 project=config.logging.wandb_project, dir=folder, config=config.model_dump(mode="json")
             )

@@ -97,7 +97,6 @@ class Trainer:
             name: PairSet(pairs, token_costs(pairs.lengths, layout), chosen_for_evaluation(len(pairs), config))
             for name, pairs in eval_pairs.items()
         }
-        self.last_evaluation: dict[str, dict[str, float]] = {}
         self.best = Best(config.evaluation.best_metric or default_best_metric(config))
         self.cost = ForwardCost.of(engine.model.causal_lm)
         self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
@@ -135,7 +134,7 @@ class Trainer:
                 raise UserError(
                     f"step {step + 1}: {self.engine.device} has no room for a micro-batch of "
                     f"{micro_batch.batch.num_positions} tokens. Lower --batch.max_tokens_per_micro_batch (now "
-                    f"{self.config.batch.max_tokens_per_micro_batch}) or set it to auto, set "
+                    f"{self.config.batch.max_tokens_per_micro_batch}), set "
                     f"--model.gradient_checkpointing true, or shard more: {error}"
                 ) from error
         metrics = self.reduce(totals)
@@ -257,7 +256,7 @@ class Trainer:
             num_tokens = np.stack([lengths["chosen"], lengths["rejected"]], axis=1)[pair_set.index]
             reference = None if pair_set.reference is None else pair_set.reference.values[pair_set.index]
             metrics = set_metrics(scores, num_tokens, reference, objective)
-            self.last_evaluation[name] = metrics
+            self.saver.last_evaluation[name] = metrics
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")
             self.best.consider(step, {f"{name}/{metric}": value for metric, value in metrics.items()})

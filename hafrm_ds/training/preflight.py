@@ -11,6 +11,7 @@ from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out, toke
 from hafrm_ds.data.planning import BatchPlan, check_budget
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import ModelError
+from hafrm_ds.model.attention import UnsupportedAttention
 from hafrm_ds.model.hybrid import layout_difference, lm_head_difference, tolerance_of
 from hafrm_ds.training.engine import Engine, TrainingEngine
 from hafrm_ds.training.logging import RunLog
@@ -57,7 +58,8 @@ def settle_batch(engine: Engine, sets: list[PreparedPairs], config: TrainConfig,
             engine,
             pairs,
             model.layout,
-            largest_useful=largest_useful_budget(engine, pairs, config),
+            longest=max(int(token_costs(each.lengths, model.layout).max()) for each in sets if len(each)),
+            largest_useful=largest_useful_budget(engine, sets, config),
             with_reward=objective.uses_reward,
             with_logprob=objective.uses_policy,
         )
@@ -67,17 +69,16 @@ def settle_batch(engine: Engine, sets: list[PreparedPairs], config: TrainConfig,
     return config.model_copy(update={"batch": batch})
 
 
-def largest_useful_budget(engine: Engine, pairs: PreparedPairs, config: TrainConfig) -> int:
-    """Tokens of the largest part of a global batch that one rank gets; without steps, of a part of all pairs."""
-    costs = token_costs(pairs.lengths, engine.model.layout)
+def largest_useful_budget(engine: Engine, sets: list[PreparedPairs], config: TrainConfig) -> int:
+    """Tokens of the largest part of a global batch that one rank gets, or of a part of all pairs where that is more."""
+    costs = [token_costs(pairs.lengths, engine.model.layout) for pairs in sets]
+    whole = sum(int(each.sum()) for each in costs) // SCORING_BATCHES
     if isinstance(engine, TrainingEngine):
-        plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)
-        steps = min(PLANNED_STEPS, math.ceil(len(pairs) / plan.global_batch_size))
-        whole = max(int(costs[plan.global_batch(step)].sum()) for step in range(steps))
-    else:
-        whole = int(costs.sum()) // SCORING_BATCHES
+        plan = BatchPlan(len(sets[0]), config.batch.global_batch_size, config.seed)
+        steps = min(PLANNED_STEPS, math.ceil(len(sets[0]) / plan.global_batch_size))
+        whole = max(whole, *(int(costs[0][plan.global_batch(step)].sum()) for step in range(steps)))
     # Pairs are not divisible: a rank may get a little more than its part.
-    return math.ceil(whole / dist.get_world_size()) + int(costs.max())
+    return math.ceil(whole / dist.get_world_size()) + max(int(each.max()) for each in costs if len(each))
 
 
 def check_layout(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log: RunLog) -> None:
@@ -91,7 +92,14 @@ def check_layout(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log:
     """
     model, name, tolerance = engine.model, type(engine.model.causal_lm).__name__, tolerance_of(engine.model)
     items = shortest_items(pairs, model.layout)
-    own = layout_difference(model, engine, items, model.layout, config.objective.uses_policy)
+    try:
+        own = layout_difference(model, engine, items, model.layout, config.objective.uses_policy)
+    except UnsupportedAttention as error:
+        if config.batch.layout != "auto":
+            raise
+        log.warn(f"{error}. The layout is padded")
+        model.use_layout("padded", config.model.attention, engine.device)
+        return
     difference = over_all_ranks(dist.ReduceOp.MAX, engine.device, own)
     log.print(f"{model.layout} against padded, separate sequences: {difference:.2g} in a reward or a token's log-prob")
     if difference <= tolerance:

@@ -83,6 +83,11 @@ class Processes:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
+    def use_device(self) -> None:
+        """Make this process's GPU the one that kernels run on when they are not told."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def in_turns(self, name: str, work: Callable[[], T]) -> T:
         """Run cached `work` on rank 0, then on the first rank of each other node, then on all others.
 
@@ -145,14 +150,13 @@ class Processes:
 
     def start_group(self) -> None:
         """Start the process group of the collectives, on the store that is already there. Runs after one another in
-        these processes share it."""
+        these processes, each with a store of its own, share it."""
         # A rank that has met an error never arrives; the group would wait for it until the collectives time out.
         self.store.add("arrived", 1)
         self.wait(lambda: self.store.add("arrived", 0) == self.world_size)
         if dist.is_initialized():
             return
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.use_device()
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", self.store),
@@ -186,7 +190,11 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     # torch then asks for huge pages when it allocates on the CPU, where page faults otherwise take a quarter of a step.
     # It reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    processes = Processes.join()
+    try:
+        processes = Processes.join()
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr, flush=True)
+        sys.exit(STOPPED_STATUS)
     status, verdict = 1, f"rank {processes.rank} has met an error"
     try:
         main(sys.argv[1:], processes)

@@ -41,7 +41,9 @@ def train(config: TrainConfig, processes: Processes) -> None:
     try:
         train_to_the_end(config, processes, log)
     except Stopped as stop:
-        log.write_json(config.output_dir / STOPPED_FILE, stop.to_json())
+        file = config.output_dir / STOPPED_FILE
+        if stop.checkpoint or not file.exists():  # stopped while it was about to go on: what it says still holds
+            log.write_json(file, stop.to_json())
         raise
     finally:
         log.close()
@@ -82,9 +84,6 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     data = fingerprints_of(sets)
     if resume_point is not None:
         resume_point.check_content(data, start.name)
-    log.write_json(
-        config.output_dir / "data_report.json", {name: pairs.report.to_json() for name, pairs in sets.items()}
-    )
     processes.start_group()
     engine = load_training_engine(config, processes)
     log.print(trained_share(engine.model))
@@ -92,10 +91,14 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     saver = CheckpointSaver(config, engine, processes, log, data, start.name, resume_point)
     trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log)
     trainer.load_reference()
-    # What could be refused has been: from here on the run folder is written to.
+    # What could be refused has been: from here on the run folder is written to, and a signal waits for the next step.
+    processes.stopping.defer()
     if log.writes:
         leave_behind(config, saver.last_step, log)
     log.start(config, saver.last_step, saver.evaluation_is_due)
+    log.write_json(
+        config.output_dir / "data_report.json", {name: pairs.report.to_json() for name, pairs in sets.items()}
+    )
     trainer.run()
 
     final = config.output_dir / "final"
@@ -131,7 +134,7 @@ def run_metadata(
             }
             for name, total in counted.items()
         },
-        "evaluation": trainer.last_evaluation,
+        "evaluation": trainer.saver.last_evaluation,
         "config": config.model_dump(mode="json"),
     }
 

@@ -81,6 +81,8 @@ class CheckpointSaver:
         self.last_time = time.monotonic()
         self.stop_reason: str | None = None
         self.is_time = False
+        self.last_evaluation: dict[str, dict[str, float]] = resume_point.state.last_evaluation if resume_point else {}
+        """Set -> its metrics at the last evaluation."""
 
     @property
     def is_resuming(self) -> bool:
@@ -116,11 +118,7 @@ class CheckpointSaver:
     # ---- around the steps ----
 
     def restore(self, best: Best) -> int:
-        """Go on from the resume point: weights, optimizer, random numbers and the best evaluation. Returns the step.
-
-        From here on a signal stops the run between two steps only.
-        """
-        self.processes.stopping.defer()
+        """Go on from the resume point: weights, optimizer, random numbers and evaluations. Returns the step."""
         if self.resume_point is None:
             return 0
         folder, state = self.resume_point.folder, self.resume_point.state
@@ -166,6 +164,7 @@ class CheckpointSaver:
             best_step=best.step,
             best_value=best.value if best.step is not None else None,
             evaluation_is_due=evaluation_is_due,
+            last_evaluation=self.last_evaluation,
         )
 
         def finish() -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from hafrm_ds.capacity import free_memory_bytes, peak_growth_bytes
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import budget_costs, token_costs
+from hafrm_ds.data.packing import PackedBatch, budget_costs, token_costs
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.training.engine import Engine, TrainingEngine
@@ -23,7 +23,14 @@ ROUNDING = 64
 
 
 def find_token_budget(
-    engine: Engine, pairs: PreparedPairs, layout: str, *, largest_useful: int, with_reward: bool, with_logprob: bool
+    engine: Engine,
+    pairs: PreparedPairs,
+    layout: str,
+    *,
+    longest: int,
+    largest_useful: int,
+    with_reward: bool,
+    with_logprob: bool,
 ) -> int:
     """The largest token budget whose micro-batches fit into memory, the same on all ranks.
 
@@ -32,17 +39,17 @@ def find_token_budget(
     first step. An engine without optimizer is measured in forward alone. All ranks call this together.
 
     Args:
+        pairs: what the two micro-batches are made of.
+        longest: tokens of the longest pair that a micro-batch must hold.
         largest_useful: more tokens would change nothing.
 
     Raises:
         UserError: even the longest pair does not fit.
     """
     costs = token_costs(pairs.lengths, layout)
-    smallest = min(max(int(costs.max()), SMALLEST_PROBE), max(int(costs.max()), largest_useful))
+    smallest = max(longest, min(SMALLEST_PROBE, largest_useful))
 
-    def probe(num_tokens: int) -> Callable[[], None]:
-        batch = make_micro_batch(pairs, pairs_worth(costs, layout, num_tokens), layout).batch
-
+    def probe(batch: PackedBatch) -> Callable[[], None]:
         def work() -> None:
             with torch.set_grad_enabled(isinstance(engine, TrainingEngine)):
                 scores = engine(batch, with_reward=with_reward, with_logprob=with_logprob)
@@ -52,29 +59,34 @@ def find_token_budget(
 
         return work
 
-    def growth(num_tokens: int) -> float:
-        return over_all_ranks(dist.ReduceOp.MAX, engine.device, peak_growth_bytes(engine.device, probe(num_tokens)))
+    def growth(batch: PackedBatch) -> float:
+        return over_all_ranks(dist.ReduceOp.MAX, engine.device, peak_growth_bytes(engine.device, probe(batch)))
 
+    small_batch, large_batch = (
+        make_micro_batch(pairs, pairs_worth(costs, layout, num_tokens), layout).batch
+        for num_tokens in (smallest, PROBE_RATIO * smallest)
+    )
     try:
-        probe(smallest)()  # what is allocated once, as gradient buffers, belongs to neither size
+        probe(small_batch)()  # what is allocated once, as gradient buffers, belongs to neither size
         free = over_all_ranks(dist.ReduceOp.MIN, engine.device, free_memory_bytes(engine.device, ranks_of_this_node()))
         room = SAFE_SHARE * free - engine.bytes_of_first_step
-        small = growth(smallest)
+        small = growth(small_batch)
+        more_tokens = large_batch.num_positions - small_batch.num_positions
+        if largest_useful <= smallest or PROBE_RATIO * small > room or not more_tokens:
+            return smallest
+        bytes_per_token = max(growth(large_batch) - small, 1.0) / more_tokens
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the memory of {engine.device} does not hold a micro-batch of {smallest} tokens, which the longest pair "
-            f"needs: lower --data.max_length, set --model.gradient_checkpointing true, or shard more: {error}"
+            f"the memory of {engine.device} does not hold a micro-batch of {smallest} tokens (the longest pair has "
+            f"{longest}): lower --data.max_length, set --model.gradient_checkpointing true, or shard more: {error}"
         ) from error
-    if largest_useful <= smallest or PROBE_RATIO * small > room:
-        return smallest
-    large = growth(PROBE_RATIO * smallest)
-    bytes_per_token = max(large - small, 1.0) / ((PROBE_RATIO - 1) * smallest)
-    budget = smallest + max(0.0, room - small) / bytes_per_token
+    budget = small_batch.num_positions + max(0.0, room - small) / bytes_per_token
     return max(smallest, int(min(budget, largest_useful)) // ROUNDING * ROUNDING)
 
 
 def pairs_worth(costs: np.ndarray, layout: str, num_tokens: int) -> list[int]:
-    """Positions of pairs of about `num_tokens` tokens together, the longest first; repeated if there are too few."""
+    """Positions of pairs of at most `num_tokens` tokens together, or of the longest alone; repeated if there are too
+    few."""
     worth = budget_costs(costs, layout)
     order = np.random.default_rng(0).permutation(len(costs))
     order = np.concatenate([[costs.argmax()], np.tile(order, 1 + num_tokens // max(1, int(worth.sum())))])

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from hafrm_ds.model.attention import is_installed
+from hafrm_ds.model.attention import import_problem
 from hafrm_ds.model.token_logprobs import HeadTransform
 from tests.gpu.environment import IS_GPU
 
-IS_AVAILABLE = IS_GPU and is_installed("liger_kernel")
+IS_AVAILABLE = IS_GPU and import_problem("liger_kernel") is None
 
 
 def liger_logprobs(

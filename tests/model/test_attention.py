@@ -1,6 +1,5 @@
 """Kernels against naive attention in fp64, how they are chosen, and what is refused. Whole models: test_hybrid."""
 
-import importlib.machinery
 import sys
 import types
 
@@ -10,7 +9,8 @@ from transformers import Gemma2Config, LlamaConfig
 
 from hafrm_ds.data.packing import PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.attention import KERNELS, ScoreRule, choose_kernel, segment_attention, set_attention
+from hafrm_ds.model import attention
+from hafrm_ds.model.attention import KERNELS, ScoreRule, choose_kernel, import_problem, segment_attention, set_attention
 from tests.tiny_models import tiny_causal_lm, tiny_hybrid, use_layout
 
 SEGMENTS = lay_out([PromptWithResponses([5, 6], ([7], [8, 9]))], "shared_prefix").segments
@@ -124,7 +124,18 @@ def test_what_the_flash_packages_are_told(monkeypatch, kernel, module, layout, r
     counts the keys beside a query's own, -1 is no limit. The packages themselves need a GPU: tests/gpu."""
 
     def stand_in(
-        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap
+        q,
+        k,
+        v,
+        *,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        softcap,
+        window_size=(-1, -1),
     ):
         lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
         assert causal and (max_seqlen_q, max_seqlen_k) == tuple(map(max, lengths))
@@ -180,9 +191,8 @@ def test_what_varlen_attention_is_told(monkeypatch, layout, name, is_grouped):
 def hopper(monkeypatch):
     """An H100 with the packages of FlashAttention 2 and 4."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    spec = importlib.machinery.ModuleSpec("installed", None)
-    installed = {"flash_attn_2_cuda", "flash_attn.cute", "torch", "torch.nn.attention.varlen"}
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec if name in installed else None)
+    problems = {"flash_attn_interface": "the package flash_attn_interface is not installed"}
+    monkeypatch.setattr(attention, "import_problem", problems.get)
     return torch.device("cuda", 0)
 
 
@@ -206,6 +216,15 @@ def test_auto_takes_the_first_that_can(hopper):
 def test_a_kernel_that_cannot_is_refused_with_those_that_can(hopper, name, config, reason):
     with pytest.raises(ModelError, match=f"--model.attention {name} cannot be used: .*{reason}"):
         choose_kernel(name, hopper, torch.bfloat16, config)
+
+
+def test_a_package_that_cannot_be_imported_is_named_with_the_reason(tmp_path, monkeypatch):
+    """As one that was built for another torch."""
+    (tmp_path / "broken_kernel.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_problem("broken_kernel") == "the package broken_kernel cannot be imported: undefined symbol"
+    assert import_problem("no_such.kernel") == "the package no_such.kernel is not installed"
+    assert import_problem("torch") is None
 
 
 def test_a_gpu_kernel_is_refused_on_the_cpu():

@@ -120,7 +120,7 @@ def test_targets_that_are_no_linear_layers_of_the_body_are_refused(targets, mess
 @pytest.mark.parametrize(("quantize", "missing"), [("none", "peft"), ("4bit", "bitsandbytes")])
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, quantize, missing):
     check_packages(LoraOptions())
-    monkeypatch.setattr(lora, "is_installed", lambda package: package != missing)
+    monkeypatch.setattr(lora, "import_problem", lambda package: "is missing" if package == missing else None)
     extra = "lora" if missing == "peft" else "qlora"
     with pytest.raises(ModelError, match=rf"needs the package {missing}: pip install 'hafrm_ds\[{extra}\]'"):
         check_packages(LoraOptions(rank=4, quantize=quantize))

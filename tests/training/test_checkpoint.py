@@ -43,6 +43,7 @@ def state_at(step: int, metric: float | None = None) -> TrainingState:
         metric=metric,
         best_step=None,
         best_value=None,
+        last_evaluation={"held_out": {"accuracy/reward": 0.5}},
         evaluation_is_due=False,
     )
 
@@ -220,3 +221,12 @@ def test_random_numbers_go_on_where_they_were():
     draw()
     restore_random_state(state)
     assert [draw(), draw(), random.gauss(0, 1)] == expected
+
+
+def test_a_part_that_cannot_be_seen_makes_no_checkpoint(tmp_path):
+    """As when nodes write to disks of their own: each would think that all is well."""
+    draft = start_draft(tmp_path, 5, 0)
+    elsewhere = {"deepspeed/part.pt": FileFacts(3, "0" * 32)}
+    with pytest.raises(CheckpointError, match=r"part.pt, which a rank has written, .* one folder that all nodes see"):
+        publish(draft, tmp_path, state_at(5), elsewhere)
+    assert not saved_steps(tmp_path)
