@@ -16,6 +16,7 @@ from hafrm_ds.training.checkpoint import (
     DEEPSPEED_FOLDER,
     MANIFEST,
     CheckpointError,
+    FileFacts,
     TrainingState,
     checkpoint_name,
     damaged_file,
