@@ -84,6 +84,9 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     data = fingerprints_of(sets)
     if resume_point is not None:
         resume_point.check_content(data, start.name)
+    log.write_json(
+        config.output_dir / "data_report.json", {name: pairs.report.to_json() for name, pairs in sets.items()}
+    )
     processes.start_group()
     engine = load_training_engine(config, processes)
     log.print(trained_share(engine.model))
@@ -91,14 +94,11 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     saver = CheckpointSaver(config, engine, processes, log, data, start.name, resume_point)
     trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log)
     trainer.load_reference()
-    # What could be refused has been: from here on the run folder is written to, and a signal waits for the next step.
+    # What could be refused has been: from here on what an earlier start has left is touched, and a signal waits.
     processes.stopping.defer()
     if log.writes:
         leave_behind(config, saver.last_step, log)
     log.start(config, saver.last_step, saver.evaluation_is_due)
-    log.write_json(
-        config.output_dir / "data_report.json", {name: pairs.report.to_json() for name, pairs in sets.items()}
-    )
     trainer.run()
 
     final = config.output_dir / "final"
