@@ -135,6 +135,8 @@ def test_checkpoints_hold_nothing_frozen(runs, stage):
 
 
 def test_frozen_weights_cost_no_gradient_in_the_utilisation(runs):
-    full, lora = (rows(runs / name, "train")[0] for name in ("full", "straight stage 3"))
-    operations = [row["mfu"] * row["seconds"] for row in (full, lora)]
-    assert operations[1] < operations[0]
+    operations = []
+    for name in ("full", "straight stage 3"):
+        row, peak = rows(runs / name, "train")[0], json.loads((runs / name / "summary.json").read_text())
+        operations.append(row["mfu"] * row["seconds"] * peak["peak_flops_per_process"])
+    assert operations[1] < 0.9 * operations[0]
