@@ -37,6 +37,8 @@ def run_jobs(num_ranks: int, jobs: list[tuple[str, list[str]]], timeout: float =
     """Run jobs ("train" or "precompute", options) one after another in one launch; returns what was printed."""
     result = launch(num_ranks, "tests/distributed/job_cases.py", json.dumps(jobs), timeout=timeout)
     assert result.returncode == 0, result.stdout[-6000:]
+    port = result.args[result.args.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "buffers of 66 MiB a rank are left in memory"
     return result.stdout
 
 
