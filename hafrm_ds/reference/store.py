@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from hafrm_ds.data.content_keys import KEY_BYTES, KEY_DTYPE
+from hafrm_ds.durability import sync_folder
 from hafrm_ds.errors import UserError
 
 SHARD_NAME = re.compile(r"[0-9a-f]{64}\.arrow")
@@ -156,15 +157,6 @@ def sync_and_hash(file: Path) -> str:
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

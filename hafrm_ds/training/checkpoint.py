@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import xxhash
 
+from hafrm_ds.durability import sync_folder
 from hafrm_ds.errors import UserError
 
 MANIFEST, STATE, LATEST, SET_ASIDE = "manifest.json", "state.json", "latest", "set_aside"
@@ -201,14 +202,6 @@ def write_synced(path: Path, content: dict) -> FileFacts:
         file.flush()
         os.fsync(file.fileno())
     return FileFacts(len(data), xxhash.xxh3_128_hexdigest(data))
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(root: Path, keep_last: int) -> None:
