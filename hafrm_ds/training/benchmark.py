@@ -38,12 +38,12 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
     check_packages(config.model.lora)
     config = config.model_copy(update={"max_steps": WARM_UP_STEPS + num_steps})
     log = RunLog(config, processes, files=False)
-    _, pairs, _ = prepare_data(config, processes, log)
+    formatter, pairs, _ = prepare_data(config, processes, log)
     processes.start_group()
     engine = load_training_engine(config, processes)
     config = settle_batch(engine, [pairs], config, log)
     saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
-    trainer = Trainer(config, engine, pairs, {}, None, saver, log)
+    trainer = Trainer(config, engine, pairs, {}, None, saver, log, formatter.tokenizer)
     if config.objective.uses_reference:
         trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
     steps = [trainer.train_step(step) for step in range(WARM_UP_STEPS + num_steps)][WARM_UP_STEPS:]

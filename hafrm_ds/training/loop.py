@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.config import TrainConfig
@@ -18,6 +19,7 @@ from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches, imb
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
+from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores
 from hafrm_ds.objective import JointLoss, ResponseScores, preference_metrics
 from hafrm_ds.reference.compute import ReferenceLogprobs
 from hafrm_ds.reference.job import ReferenceSource, provide_reference
@@ -72,6 +74,7 @@ class Trainer:
         eval_pairs: prepared pairs of each evaluation set.
         reference_source: where reference log-probs come from; None when the objective uses none.
         saver: knows where the run goes on, saves it and stops it.
+        tokenizer: turns the most confident mistakes of an evaluation back into text.
     """
 
     def __init__(
@@ -83,8 +86,9 @@ class Trainer:
         reference_source: ReferenceSource | None,
         saver: CheckpointSaver,
         log: RunLog,
+        tokenizer: PreTrainedTokenizerBase,
     ):
-        self.config, self.engine, self.saver, self.log = config, engine, saver, log
+        self.config, self.engine, self.saver, self.log, self.tokenizer = config, engine, saver, log, tokenizer
         self.reference_source = reference_source
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.plan = BatchPlan(len(train_pairs), config.batch.global_batch_size, config.seed)
@@ -252,10 +256,14 @@ class Trainer:
                 )
             if scores is None:
                 return False
-            lengths = pair_set.pairs.lengths
-            num_tokens = np.stack([lengths["chosen"], lengths["rejected"]], axis=1)[pair_set.index]
             reference = None if pair_set.reference is None else pair_set.reference.values[pair_set.index]
-            metrics = set_metrics(scores, num_tokens, reference, objective)
+            pair_scores = PairScores.of(
+                name, pair_set.pairs, pair_set.index, scores, reference, beta=objective.beta, step=step
+            )
+            metrics = set_metrics(pair_scores, objective)
+            if self.log.writes:
+                pair_scores.keep_texts(pair_set.pairs, pair_set.index, self.tokenizer)
+                pair_scores.save(self.config.output_dir / SCORES_FOLDER)
             self.saver.last_evaluation[name] = metrics
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")

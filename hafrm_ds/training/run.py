@@ -92,7 +92,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     log.print(trained_share(engine.model))
     config = settle_batch(engine, list(sets.values()), config, log)
     saver = CheckpointSaver(config, engine, processes, log, data, start.name, resume_point)
-    trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log)
+    trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log, formatter.tokenizer)
     trainer.load_reference()
     # What could be refused has been: from here on what an earlier start has left is touched, and a signal waits.
     processes.stopping.defer()

@@ -29,12 +29,12 @@ REPEATS = 3
 def main(arguments: list[str], processes: Processes) -> None:
     config = load_config(arguments)
     log = RunLog(config, processes)
-    _, train_pairs, _ = prepare_data(config, processes, log)
+    formatter, train_pairs, _ = prepare_data(config, processes, log)
     processes.start_group()
     engine = load_training_engine(config, processes)
     config = settle_batch(engine, [train_pairs], config, log)
     saver = CheckpointSaver(config, engine, processes, log, {}, None, None)
-    trainer = Trainer(config, engine, train_pairs, {}, None, saver, log)
+    trainer = Trainer(config, engine, train_pairs, {}, None, saver, log, formatter.tokenizer)
     log.start(config, 0)
     trainer.train_step(0)
 

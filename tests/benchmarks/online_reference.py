@@ -45,7 +45,7 @@ class OnlineReference:
 def main(arguments: list[str], processes: Processes) -> None:
     config = load_config(arguments)
     log = RunLog(config, processes, files=False)
-    _, pairs, _ = prepare_data(config, processes, log)
+    formatter, pairs, _ = prepare_data(config, processes, log)
     processes.start_group()
     steps = {}
     for name in ("online", "stored"):
@@ -55,7 +55,7 @@ def main(arguments: list[str], processes: Processes) -> None:
         engine = load_training_engine(config, processes)
         config = settle_batch(engine, [pairs], config, log)
         saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
-        trainer = Trainer(config, engine, pairs, {}, source, saver, log)
+        trainer = Trainer(config, engine, pairs, {}, source, saver, log, formatter.tokenizer)
         if name == "stored":
             trainer.load_reference()
         else:

@@ -7,10 +7,16 @@ import pytest
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.evaluation.accuracy import set_metrics
+from hafrm_ds.evaluation.pair_scores import PairScores
 
 REWARD = np.array([[2.0, 1.0], [0.5, 0.5], [-1.0, 0.0], [3.0, 3.0]], dtype=np.float32)  # right, tie, wrong, tie
 LOGPROB = np.array([[-8.0, -9.0], [-7.0, -5.0], [-6.0, -6.0], [-1.0, -2.0]], dtype=np.float32)
 LENGTHS = np.array([[3, 4], [5, 6], [7, 8], [1, 2]])
+
+
+def scored(**scores: np.ndarray) -> PairScores:
+    names = [str(place) for place in range(4)]
+    return PairScores("set", None, 0.1, names, ["source"] * 4, names, LENGTHS, **scores)
 
 
 def log_sigmoid(x: float) -> float:
@@ -18,7 +24,7 @@ def log_sigmoid(x: float) -> float:
 
 
 def test_ties_count_half_and_are_counted():
-    metrics = set_metrics({"reward": REWARD, "logprob": LOGPROB}, LENGTHS, LOGPROB, ObjectiveConfig())
+    metrics = set_metrics(scored(reward=REWARD, logprob=LOGPROB, reference=LOGPROB), ObjectiveConfig())
     assert (metrics["pairs"], metrics["ties/reward"], metrics["accuracy/reward"]) == (4, 2, 0.5)
     assert (metrics["ties/logprob"], metrics["accuracy/logprob"]) == (1, 0.625)
     # The policy is its own reference: every pair is a tie, and the loss is ln 2.
@@ -27,7 +33,8 @@ def test_ties_count_half_and_are_counted():
 
 
 def test_losses_and_margins_are_means_over_pairs():
-    metrics = set_metrics({"reward": REWARD, "logprob": LOGPROB}, LENGTHS, LOGPROB - [1.0, 0.0], ObjectiveConfig())
+    reference = LOGPROB - np.float32([1.0, 0.0])
+    metrics = set_metrics(scored(reward=REWARD, logprob=LOGPROB, reference=reference), ObjectiveConfig())
     assert metrics["loss/reward"] == pytest.approx(-np.mean([log_sigmoid(h) for h in (1.0, 0.0, -1.0, 0.0)]))
     assert metrics["margin/reward"] == 0.0
     assert metrics["loss/policy"] == pytest.approx(-log_sigmoid(0.1))
@@ -58,4 +65,4 @@ def test_losses_and_margins_are_means_over_pairs():
     ],
 )
 def test_what_was_not_scored_has_no_metric(scores, objective, names):
-    assert set_metrics(scores, LENGTHS, None, ObjectiveConfig(**objective)).keys() == names
+    assert set_metrics(scored(**scores), ObjectiveConfig(**objective)).keys() == names

@@ -1,0 +1,60 @@
+"""What an evaluation keeps of every pair."""
+
+import numpy as np
+import pytest
+
+from hafrm_ds.data.report import Example
+from hafrm_ds.errors import DataError
+from hafrm_ds.evaluation.pair_scores import PairScores, load_all
+
+REWARD = np.array([[2.0, 1.0], [-1.0, 0.0], [0.5, 0.5], [-4.0, 3.0]], dtype=np.float32)
+LOGPROB = np.array([[-8.0, -9.0], [-7.0, -5.0], [-6.0, -6.0], [-1.0, -2.0]], dtype=np.float32)
+
+
+def scored(name: str = "a set", **scores) -> PairScores:
+    return PairScores(
+        set=name,
+        step=3,
+        beta=0.5,
+        ids=[f"file:{n}" for n in range(4)],
+        sources=["one", "one", "two", "two"],
+        prompts=["x", "x", "y", "z"],
+        num_tokens=np.array([[3, 4], [5, 6], [7, 8], [1, 2]]),
+        **scores,
+    )
+
+
+def test_the_judges_are_what_was_scored():
+    assert scored(reward=REWARD).judges.keys() == {"reward"}
+    assert scored(logprob=LOGPROB).judges.keys() == {"logprob"}
+    scores = scored(reward=REWARD, logprob=LOGPROB, reference=LOGPROB - np.float32([2.0, 0.0]))
+    assert list(scores.judges) == ["reward", "implicit", "logprob"]
+    np.testing.assert_array_equal(scores.judges["implicit"], [[1.0, 0.0]] * 4)
+    np.testing.assert_array_equal(scores.margins("reward"), [1.0, -1.0, 0.0, -7.0])
+
+
+def test_mistakes_are_the_wrong_pairs_the_most_confident_first_and_no_ties():
+    assert scored(reward=REWARD).mistakes() == [3, 1]
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    scores = scored("a/b: ä", reward=REWARD, logprob=LOGPROB, reference=LOGPROB)
+    scores.texts = {3: Example("file:3", "two", "Why?", "Because.", "\x00 <b>")}
+    scores.save(tmp_path)
+    only_reward = scored("other", reward=REWARD)
+    only_reward.save(tmp_path)
+    loaded = load_all(tmp_path)
+    assert loaded.keys() == {"a/b: ä", "other"}
+    assert loaded["other"].logprob is None and loaded["other"].texts == {}
+    again = loaded["a/b: ä"]
+    assert (again.step, again.beta, again.ids, again.sources, again.prompts, again.texts) == (
+        (3, 0.5, scores.ids, scores.sources, scores.prompts, scores.texts)
+    )
+    for name in ("num_tokens", "reward", "logprob", "reference"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(scores, name))
+
+
+def test_another_file_is_refused_by_name(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"nothing of that kind")
+    with pytest.raises(DataError, match=r"x\.parquet holds no scores of an evaluation"):
+        load_all(tmp_path)
