@@ -1,6 +1,6 @@
 """Scoring a file of conversations on any number of processes, a part at a time (`scoring.parts`).
 
-    IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> OUT.jsonl
+IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> OUT.jsonl
 """
 
 import json
