@@ -11,6 +11,7 @@ from hafrm_ds.data.packing import token_costs
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.model.lora import check_packages
 from hafrm_ds.reference.compute import ReferenceLogprobs
+from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.training.engine import check_build_tools, load_training_engine
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
@@ -34,7 +35,7 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
     """
     if num_steps < 1:
         raise ConfigError([f"--steps is {num_steps}; it must be at least 1"])
-    check_build_tools(processes.device)
+    check_build_tools(processes.device, resolve_deepspeed_config(config, processes.world_size, processes.machine_size))
     check_packages(config.model.lora)
     config = config.model_copy(update={"max_steps": WARM_UP_STEPS + num_steps})
     log = RunLog(config, processes, files=False)

@@ -57,6 +57,8 @@ LEFT_TO_DEEPSPEED = (
     "wall_clock_breakdown",
 )
 
+SECONDARY_SHARDS = "zero_optimization.zero_hpz_partition_size"
+
 # Sections that are read here, so they must be objects.
 SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")
 
@@ -88,8 +90,8 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
                 )
         elif key.startswith("scheduler.") or key == "zero_optimization.stage":
             pass  # each has its own message below
-        elif value == "auto" and key not in LEFT_TO_DEEPSPEED:
-            known = ", ".join([*decided, *LEFT_TO_DEEPSPEED])
+        elif value == "auto" and key not in (SECONDARY_SHARDS, *LEFT_TO_DEEPSPEED):
+            known = ", ".join([*decided, SECONDARY_SHARDS, *LEFT_TO_DEEPSPEED])
             problems.append(f'deepspeed: {file} leaves {key} "auto", which nothing in a run decides (known: {known})')
     if any(value != "auto" for _, value in walk(content.get("scheduler", {}))):
         problems.append(
@@ -105,6 +107,13 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
             f"deepspeed: {file} names ZeRO stage 3, which cannot split quantised weights, but model.lora.quantize is "
             f"{config.model.lora.quantize}; take a file of stage 0, 1 or 2"
         )
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    for section, lowest, what in (("offload_optimizer", 1, "the optimizer"), ("offload_param", 3, "parameters")):
+        if is_offloaded(content, section) and stage in range(lowest):
+            problems.append(
+                f"deepspeed: {file} offloads {what} ({section}) under ZeRO stage {stage}, where DeepSpeed cannot; take "
+                f"stage {lowest if lowest == 3 else f'{lowest} to 3'} or remove {section}"
+            )
     micro = content.get("train_micro_batch_size_per_gpu", "auto")
     if micro not in ("auto", 1):
         problems.append(
@@ -114,10 +123,20 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
     return problems
 
 
-def resolve_deepspeed_config(config: "TrainConfig", world_size: int) -> dict:
+def is_offloaded(deepspeed_config: dict, section: str) -> bool:
+    """Whether a DeepSpeed configuration moves the optimizer ("offload_optimizer") or the parameters ("offload_param")
+    out of the GPU."""
+    section = (deepspeed_config.get("zero_optimization") or {}).get(section)
+    return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
+def resolve_deepspeed_config(config: "TrainConfig", world_size: int, machine_size: int = 1) -> dict:
     """The dictionary that DeepSpeed gets: the JSON with "auto" filled. `config` has passed `deepspeed_contradictions`.
 
     DeepSpeed's own batch sizes count calls of its engine, not pairs: one call a rank and step boundary.
+
+    Args:
+        machine_size: processes of one machine, which a secondary copy of the weights (hpZ) is split over.
     """
     content, _ = read_deepspeed_json(config.deepspeed)
 
@@ -131,6 +150,8 @@ def resolve_deepspeed_config(config: "TrainConfig", world_size: int) -> dict:
                 result[key] = value
             elif name in decided:
                 result[key] = decided[name][0]
+            elif name == SECONDARY_SHARDS:
+                result[key] = machine_size
         return result
 
     decided = run_values(config)

@@ -20,17 +20,25 @@ from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.lora import add_adapters
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training.checkpoint import FileFacts
-from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
+from hafrm_ds.training.deepspeed_config import is_offloaded, resolve_deepspeed_config
 from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.resharding import Shards, deal_out
 
 
-def check_build_tools(device: torch.device) -> None:
-    """DeepSpeed compiles its communication op for CPU at the first run; name what is missing before it tries.
+def check_build_tools(device: torch.device, deepspeed_config: dict | None = None) -> None:
+    """DeepSpeed compiles at the first run: its communication op for CPU, and for GPUs whose optimizer is offloaded its
+    Adam for CPU. Name what is missing before it tries.
 
     A virtual environment's ninja is found although the environment was not activated.
+
+    Args:
+        deepspeed_config: of a training; scoring has no optimizer.
+
+    Raises:
+        UserError: a tool is missing.
     """
-    if device.type != "cpu":
+    offloads = is_offloaded(deepspeed_config or {}, "offload_optimizer")
+    if device.type != "cpu" and not offloads:
         return
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     missing = []
@@ -40,8 +48,18 @@ def check_build_tools(device: torch.device) -> None:
         missing.append("ninja (pip install ninja)")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         missing.append("Python.h (Debian: python3-dev)")
+    if device.type != "cpu" and cuda_toolkit() is None:
+        missing.append("the CUDA toolkit that torch was built for (nvcc on PATH, or CUDA_HOME)")
     if missing:
-        raise UserError(f"DeepSpeed compiles a communication op on CPU and needs {', '.join(missing)}")
+        what = "a communication op on CPU" if device.type == "cpu" else "its Adam for an offloaded optimizer"
+        raise UserError(f"DeepSpeed compiles {what} and needs {', '.join(missing)}")
+
+
+def cuda_toolkit() -> str | None:
+    """Where the CUDA toolkit lies."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME
 
 
 def zero_stage(deepspeed_config: dict) -> int:
@@ -233,17 +251,19 @@ def make_optimizer(
         return deepspeed_config, None
     deepspeed_config = {key: value for key, value in deepspeed_config.items() if key != "optimizer"}
     options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
-    offload = (deepspeed_config.get("zero_optimization", {}).get("offload_optimizer") or {}).get("device", "none")
-    if offload != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    if is_offloaded(deepspeed_config, "offload_optimizer"):
+        if torch.cuda.is_available():
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return deepspeed_config, DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+            return deepspeed_config, DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+        # All memory is the host's here. torch's Adam runs there as well, and nothing has to be compiled.
+        deepspeed_config = deepspeed_config | {"zero_force_ds_cpu_optimizer": False}
     return deepspeed_config, torch.optim.AdamW(groups, fused=True, **options)
 
 
 def load_training_engine(config: TrainConfig, processes: Processes) -> TrainingEngine:
     """Load the model of a run, with its adapters, and put it under DeepSpeed. The process group has been started."""
-    deepspeed_config = resolve_deepspeed_config(config, processes.world_size)
+    deepspeed_config = resolve_deepspeed_config(config, processes.world_size, processes.machine_size)
     model = load_under(deepspeed_config, fresh_model(config, processes.device))
     if config.model.lora.rank:
         add_adapters(model.causal_lm, config.model, config.seed)
@@ -258,7 +278,7 @@ def load_scoring_engine(
     Args:
         load: gives the model; by default that of a run that starts.
     """
-    deepspeed_config = without_optimizer(resolve_deepspeed_config(config, processes.world_size))
+    deepspeed_config = without_optimizer(resolve_deepspeed_config(config, processes.world_size, processes.machine_size))
     return Engine(load_under(deepspeed_config, load or fresh_model(config, processes.device)), deepspeed_config)
 
 

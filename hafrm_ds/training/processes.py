@@ -83,6 +83,11 @@ class Processes:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
+    @property
+    def machine_size(self) -> int:
+        """Processes on this machine. torchrun and the deepspeed launcher name the variable differently."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
     def use_device(self) -> None:
         """Make this process's GPU the one that kernels run on when they are not told."""
         if self.device.type == "cuda":

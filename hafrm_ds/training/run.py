@@ -58,7 +58,8 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
                 f"{processes.world_size} processes of this run; every process needs a pair in each step"
             ]
         )
-    check_build_tools(processes.device)
+    deepspeed_config = resolve_deepspeed_config(config, processes.world_size, processes.machine_size)
+    check_build_tools(processes.device, deepspeed_config)
     check_packages(config.model.lora)
     summary_file = config.output_dir / SUMMARY_FILE
     if config.resume == "auto" and processes.from_first("finished", lambda: str(summary_file.exists())) == "True":
@@ -67,7 +68,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     resume_point = find_resume_point(config, processes, log)
     if resume_point is not None:
         config = resume_point.settle(config)
-        resume_point.check_stage(zero_stage(resolve_deepspeed_config(config, processes.world_size)))
+        resume_point.check_stage(zero_stage(deepspeed_config))
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
     base_licence = base_license(local_folder(config.model))  # now: the folder may be gone after days of training
     if len(train_pairs) < config.batch.global_batch_size:

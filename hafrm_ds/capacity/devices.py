@@ -1,0 +1,50 @@
+"""Devices that are rented by the hour, by their vendor's data sheets."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, and the links of a machine that holds several.
+
+    peak_flops: dense bfloat16 products with fp32 sums, a second (data sheets often print twice that, for sparse ones).
+    memory_gib: of its own. memory_bandwidth, link_bandwidth, host_bandwidth, network_bandwidth: bytes a second of its
+        own memory; to another GPU of the machine and to the machine's memory, in one direction; and to another machine,
+        for each GPU, as such machines are usually built.
+    """
+
+    name: str
+    peak_flops: float
+    memory_gib: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    host_bandwidth: float
+    network_bandwidth: float
+
+
+GIGA, TERA = 1e9, 1e12
+PCIE_4, PCIE_5 = 32 * GIGA, 64 * GIGA
+"""16 lanes, one direction (PCI-SIG: 16 and 32 GT/s a lane)."""
+HDR, NDR = 25 * GIGA, 50 * GIGA
+"""InfiniBand of 200 and 400 Gbit/s, one adapter for each GPU (NVIDIA's DGX A100 and DGX H100 user guides)."""
+ETHERNET_100 = 12.5 * GIGA
+"""100 Gbit/s for each GPU: what servers with PCIe cards come with varies most; give --network_gbs."""
+
+DEVICES = {
+    device.name: device
+    for device in (
+        # NVIDIA A100 Tensor Core GPU data sheet: 312 TFLOPS, 1,555 and 2,039 GB/s, NVLink 600 GB/s in both directions.
+        Device("a100-40", 312 * TERA, 40, 1555 * GIGA, 300 * GIGA, PCIE_4, HDR),
+        Device("a100-80", 312 * TERA, 80, 2039 * GIGA, 300 * GIGA, PCIE_4, HDR),
+        # NVIDIA H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s.
+        Device("h100", 989.5 * TERA, 80, 3350 * GIGA, 450 * GIGA, PCIE_5, NDR),
+        # NVIDIA H200 Tensor Core GPU data sheet, SXM: as H100, with 141 GB at 4.8 TB/s.
+        Device("h200", 989.5 * TERA, 141, 4800 * GIGA, 450 * GIGA, PCIE_5, NDR),
+        # NVIDIA HGX B200 data sheet: 36 PFLOPS sparse and 1.44 TB for eight, 8 TB/s, NVLink 1.8 TB/s.
+        Device("b200", 2250 * TERA, 180, 8000 * GIGA, 900 * GIGA, PCIE_5, NDR),
+        # NVIDIA L40S data sheet: 362.05 TFLOPS, 864 GB/s, PCIe 4. Error correction takes about 3 of the 48 GB.
+        Device("l40s", 362.05 * TERA, 45, 864 * GIGA, PCIE_4, PCIE_4, ETHERNET_100),
+        # NVIDIA Ada GPU architecture white paper, GeForce RTX 4090: 165.2 TFLOPS with fp32 sums, 1,008 GB/s, PCIe 4.
+        Device("rtx4090", 165.2 * TERA, 24, 1008 * GIGA, PCIE_4, PCIE_4, ETHERNET_100),
+    )
+}

@@ -1,0 +1,261 @@
+"""The plan of a run before it is paid for: what fits, how long it takes, what it costs, and what to choose."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from hafrm_ds.capacity.devices import Device
+from hafrm_ds.capacity.flops import ForwardCost
+from hafrm_ds.capacity.shapes import count_parameters
+from hafrm_ds.capacity.traffic import Traffic, step_traffic
+from hafrm_ds.capacity.working_memory import Pass, WorkingMemory
+from hafrm_ds.capacity.workload import Cut, Operations, Workload
+from hafrm_ds.capacity.zero import FP32, Parameters, StateBytes, ZeroSettings, state_bytes
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.data.content_keys import KEY_BYTES
+from hafrm_ds.data.packing import PromptWithResponses
+from hafrm_ds.model.hybrid import HybridModel
+from hafrm_ds.training.deepspeed_config import REPOSITORY, resolve_deepspeed_config
+
+USABLE_SHARE = 0.9
+"""Of a device's memory: the rest is left to its driver, the libraries of communication, and fragments."""
+ADAM_BYTES = 7 * FP32
+"""Read and written a parameter by Adam: gradient, weight and two moments in, the last three out."""
+STORE_ROW_BYTES = KEY_BYTES + 4 + 4
+"""Of a value in the reference store: key, log-prob, number of tokens."""
+ROUNDING = 64
+ABOUT_EQUAL = 1.02
+"""Times of a step that differ by less than the plan can know."""
+SIMPLEST_FIRST = ("zero1", "zero2", "zero3", "zero3_hpz", "zero0", "zero3_offload_optimizer", "zero3_offload")
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What is rented. mfu: share of the peak that forward and backward are expected to reach, without recomputation.
+    price: of a GPU for an hour."""
+
+    device: Device
+    gpus: int
+    nodes: int
+    mfu: float
+    price: float | None = None
+    device_type: str = "cuda"
+
+    @property
+    def num_processes(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def flops(self) -> float:
+        """A second, of all."""
+        return self.num_processes * self.device.peak_flops * self.mfu
+
+    @property
+    def usable_bytes(self) -> float:
+        return USABLE_SHARE * self.device.memory_gib * 2**30
+
+    def cost(self, seconds: float) -> float | None:
+        return None if self.price is None else self.price * self.num_processes * seconds / 3600
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run: a DeepSpeed file, with or without gradient checkpointing.
+
+    budget: tokens of a micro-batch that it is planned with; largest_budget: that fit; 0: not even the longest pair.
+    usable_bytes: of a device. states, working_bytes: of a process. cut: of a step under `budget`. traffic,
+    compute_seconds, optimizer_seconds, traffic_seconds: of a step.
+    """
+
+    deepspeed: Path
+    zero: ZeroSettings
+    checkpointing: bool
+    budget: int
+    largest_budget: int
+    usable_bytes: float
+    states: StateBytes
+    working_bytes: float
+    cut: Cut
+    traffic: Traffic
+    compute_seconds: float
+    optimizer_seconds: float
+    traffic_seconds: float
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the device: in forward and backward, or in the optimizer step."""
+        return max(self.states.held + self.working_bytes, self.states.in_optimizer_step)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.usable_bytes
+
+    @property
+    def step_seconds(self) -> float:
+        """Stage 3 sends while it computes; the others when they have computed."""
+        if self.zero.overlaps:
+            return max(self.compute_seconds, self.traffic_seconds) + self.optimizer_seconds
+        return self.compute_seconds + self.traffic_seconds + self.optimizer_seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on given machines. The model is one of `model_of_shapes`."""
+
+    config: TrainConfig
+    model: HybridModel
+    workload: Workload
+    machines: Machines
+
+    @cached_property
+    def cost(self) -> ForwardCost:
+        return ForwardCost.of(self.model.causal_lm)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        return count_parameters(self.model, self.config.model.lora.quantize)
+
+    @cached_property
+    def operations(self) -> Operations:
+        return self.workload.operations(self.cost, self.config.objective.uses_policy)
+
+    @property
+    def reference_operations(self) -> float:
+        """Of the reference pass; 0 for an objective without reference."""
+        return self.workload.reference_operations(self.cost) if self.config.objective.uses_reference else 0.0
+
+    @property
+    def reference_seconds(self) -> float:
+        return self.reference_operations / self.machines.flops
+
+    def training_seconds(self, option: Option) -> float:
+        """Of all steps; evaluations and checkpoints come on top."""
+        return self.workload.num_steps * option.step_seconds
+
+    @property
+    def final_bytes(self) -> int:
+        """Of the model in final/, in the dtype of the run; adapters are merged into it, and stand beside it."""
+        merged = self.parameters.frozen if self.config.model.lora.rank else self.parameters.all
+        return self.parameters.weight_bytes * (merged + (self.parameters.trained if self.config.model.lora.rank else 0))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint, as `TrainingEngine.expected_checkpoint_bytes`."""
+        return self.parameters.trained * (self.parameters.weight_bytes + 3 * FP32)
+
+    @property
+    def store_bytes(self) -> int:
+        """Of the reference store at most: answers that stand in several pairs are kept once."""
+        if not self.config.objective.uses_reference:
+            return 0
+        used = len(self.workload.batch_plan.pairs_until(self.workload.num_steps))
+        return 2 * STORE_ROW_BYTES * (used + len(self.workload.eval_lengths["prompt"]))
+
+    @cached_property
+    def options(self) -> list[Option]:
+        """Every DeepSpeed file that comes along, and the run's own, each without and with gradient checkpointing, under
+        the run's token budget; under the largest that fits if that is to be found."""
+        own = self.config.batch.max_tokens_per_micro_batch
+        return [self.option(file, ways, own) for ways in (False, True) for file in self.settings]
+
+    @cached_property
+    def configured(self) -> Option:
+        """The run as it stands."""
+        config = self.config
+        budget = config.batch.max_tokens_per_micro_batch
+        return self.option(config.deepspeed, config.model.gradient_checkpointing, budget)
+
+    @cached_property
+    def recommended(self) -> Option | None:
+        """The fastest of those that fit, the simpler one where two are about equal; None: nothing fits.
+
+        Offload is taken where nothing else fits, as a step of the host's own processor is not among the times. So is
+        stage 0 with bfloat16 weights on several GPUs: it sums the gradients of micro-batches in bfloat16.
+        """
+        fitting = [option for option in self.options if option.largest_budget]
+        preferred = [option for option in fitting if not self.is_last_resort(option)] or fitting
+        best = [self.option(option.deepspeed, option.checkpointing, "auto") for option in preferred]
+        fastest = min((option.step_seconds for option in best), default=0.0)
+        return next((option for option in best if option.step_seconds <= ABOUT_EQUAL * fastest), None)
+
+    def is_last_resort(self, option: Option) -> bool:
+        loses_bits = option.zero.stage == 0 and self.parameters.weight_bytes < FP32
+        return option.zero.offloads_optimizer or option.zero.offloads_parameters or loses_bits
+
+    def recipe(self, option: Option) -> TrainConfig:
+        """The configuration of the run with what an option decides."""
+        model = self.config.model.model_copy(update={"gradient_checkpointing": option.checkpointing})
+        batch = self.config.batch.model_copy(update={"max_tokens_per_micro_batch": option.budget})
+        return self.config.model_copy(update={"deepspeed": option.deepspeed, "model": model, "batch": batch})
+
+    @cached_property
+    def settings(self) -> dict[Path, ZeroSettings]:
+        """The DeepSpeed files, the simplest first. Stage 3 cannot split quantised weights."""
+        files = {Path("ds_configs") / file.name for file in (REPOSITORY / "ds_configs").glob("*.json")}
+        order = {name: place for place, name in enumerate(SIMPLEST_FIRST)}
+        found = {}
+        for file in sorted({*files, self.config.deepspeed}, key=lambda file: (order.get(file.stem, len(order)), file)):
+            config = self.config.model_copy(update={"deepspeed": file})
+            resolved = resolve_deepspeed_config(config, self.machines.num_processes, self.machines.gpus)
+            zero = ZeroSettings.of(resolved)
+            if zero.stage < 3 or config.model.lora.quantize == "none":
+                found[file] = zero
+        return found
+
+    @cached_property
+    def working_memory(self) -> dict[bool, WorkingMemory]:
+        """Without and with gradient checkpointing."""
+        objective, causal_lm = self.config.objective, self.model.causal_lm
+        how = Pass(self.workload.layout, self.machines.device_type, objective.uses_reward, objective.uses_policy)
+        whole = WorkingMemory.of(self.model, [self.usual_item], how)
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        recomputed = WorkingMemory.of(self.model, [self.usual_item], how)
+        causal_lm.gradient_checkpointing_disable()
+        return {False: whole, True: recomputed}
+
+    @property
+    def usual_item(self) -> PromptWithResponses:
+        """A pair of mean lengths."""
+        prompt, *answers = (
+            max(1, round(self.workload.lengths[name].mean())) for name in ("prompt", "chosen", "rejected")
+        )
+        return PromptWithResponses([0] * prompt, tuple([0] * length for length in answers))
+
+    def option(self, file: Path, checkpointing: bool, budget: int | str) -> Option:
+        """One way to run, under a token budget or with "auto" the largest that fits."""
+        machines, workload, parameters = self.machines, self.workload, self.parameters
+        n, zero, line = machines.num_processes, self.settings[file], self.working_memory[checkpointing]
+
+        def states_of(micro_batches: float) -> StateBytes:
+            return state_bytes(
+                parameters, zero, n, accumulates=micro_batches > 1, touched_only=machines.device_type == "cpu"
+            )
+
+        states = states_of(micro_batches=2)
+        room = machines.usable_bytes - states.held
+        largest = min(line.largest_budget(room), workload.largest_useful_budget(n)) // ROUNDING * ROUNDING
+        if largest < workload.longest or states.in_optimizer_step > machines.usable_bytes:
+            largest = 0
+        budget = budget if budget != "auto" else max(largest, workload.longest)
+        cut = workload.cut(n, max(budget, workload.longest))
+        traffic = step_traffic(parameters, zero, n, machines.gpus, cut.micro_batches)
+        work = self.operations.training + (self.operations.recomputed if checkpointing else 0.0)
+        # The padded layout computes its padding, too, though it is not among the operations that are needed.
+        needed = workload.separate_tokens if workload.layout == "padded" else workload.tokens
+        work *= workload.tokens / needed
+        adam = ADAM_BYTES * parameters.trained / (n if zero.stage else 1) / machines.device.memory_bandwidth
+        return Option(
+            deepspeed=file,
+            zero=zero,
+            checkpointing=checkpointing,
+            budget=budget,
+            largest_budget=largest,
+            usable_bytes=machines.usable_bytes,
+            states=states_of(cut.micro_batches),
+            working_bytes=line.fixed + line.per_token * cut.heaviest,
+            cut=cut,
+            traffic=traffic,
+            compute_seconds=work / workload.num_steps / machines.flops / (1 - cut.waiting),
+            optimizer_seconds=0.0 if zero.offloads_optimizer else adam,
+            traffic_seconds=traffic.seconds(machines.device, machines.gpus, machines.nodes),
+        )

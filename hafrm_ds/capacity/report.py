@@ -1,0 +1,138 @@
+"""A plan as tables for a terminal."""
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from hafrm_ds.capacity.plan import USABLE_SHARE, Option, Plan
+
+GIB = 2**30
+
+
+def render(plan: Plan) -> Group:
+    """The run, what fits, and what to take."""
+    return Group(run_table(plan), memory_table(plan), time_table(plan), *map(Text, conclusion(plan)))
+
+
+def run_table(plan: Plan) -> Table:
+    workload, machines, parameters = plan.workload, plan.machines, plan.parameters
+    device, operations, configured = machines.device, plan.operations, plan.configured
+    saved = 1 - workload.tokens / workload.separate_tokens
+    rows = {
+        "model": f"{parameters.all / 1e9:,.3f} billion parameters, {parameters.trained / parameters.all:.2%} trained, "
+        f"{plan.config.model.dtype}",
+        "machines": f"{machines.nodes} x {machines.gpus} {device.name}: {device.peak_flops / 1e12:,.4g} TFLOP/s and "
+        f"{device.memory_gib:g} GiB each, of which {USABLE_SHARE:.0%} is planned with",
+        "data": f"{workload.num_pairs:,} pairs; {workload.num_steps:,} steps of {workload.global_batch_size}",
+        "tokens": f"{workload.tokens:,.0f} in training, layout {workload.layout}"
+        + (f" ({saved:.1%} saved by shared prompts)" if saved > 0 else ""),
+        "operations": f"{operations.training:.3g} in training, {operations.recomputed:.3g} more where layers are "
+        f"recomputed; {plan.reference_operations:.3g} in the reference pass",
+        "reference pass": priced(plan, plan.reference_seconds),
+        "training as configured": f"{priced(plan, plan.training_seconds(configured))} at {machines.mfu:.0%} MFU"
+        + ("" if configured.fits else "; it does not fit"),
+        "on disk": f"final/ {size(plan.final_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}, the reference store "
+        f"at most {size(plan.store_bytes)}",
+    }
+    table = Table(box=box.SIMPLE, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """GiB of one process."""
+    table = table_of_options(
+        "GiB of a GPU (* as configured; recompute: gradient checkpointing)",
+        ("weights", "grads", "Adam", "gathered, buckets", "micro-batch", "peak", "fits", "largest micro-batch", "host"),
+    )
+    for option in plan.options:
+        states = option.states
+        cells = (
+            states.weights,
+            states.gradients,
+            states.optimizer,
+            states.gathered + states.buckets,
+            option.working_bytes,
+            option.peak_bytes,
+        )
+        table.add_row(
+            *names_of(plan, option),
+            *(f"{value / GIB:,.1f}" for value in cells),
+            "yes" if option.fits else "no",
+            f"{option.largest_budget:,}" if option.largest_budget else "none",
+            f"{states.host / GIB:,.1f}" if states.host else "",
+            style="" if option.fits else "dim",
+        )
+    return table
+
+
+def time_table(plan: Plan) -> Table:
+    """Seconds of a step."""
+    table = table_of_options(
+        "Seconds of a step",
+        ("micro-batches", "compute", "Adam", "GB sent by a GPU", "sending", "a step", "training"),
+    )
+    for option in plan.options:
+        seconds = (option.compute_seconds, option.optimizer_seconds)
+        table.add_row(
+            *names_of(plan, option),
+            f"{option.cut.micro_batches:.1f}",
+            *(f"{value:.3g}" for value in seconds),
+            f"{option.traffic.total / 1e9:,.1f}",
+            f"{option.traffic_seconds:.3g}",
+            f"{option.step_seconds:.3g}",
+            duration(plan.training_seconds(option)),
+            style="" if option.fits else "dim",
+        )
+    return table
+
+
+def table_of_options(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table("ds_configs/", "recompute", box=box.SIMPLE, title=title, title_justify="left", padding=(0, 0))
+    table.columns[0].no_wrap = True
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def names_of(plan: Plan, option: Option) -> tuple[Text, str]:
+    own = (plan.config.deepspeed, plan.config.model.gradient_checkpointing)
+    mark = " *" if (option.deepspeed, option.checkpointing) == own else ""
+    return Text(option.deepspeed.stem + mark), "yes" if option.checkpointing else ""
+
+
+def conclusion(plan: Plan) -> list[str]:
+    best = plan.recommended
+    if best is None:
+        return [
+            f"Nothing fits; the longest pair has {plan.workload.longest:,} tokens. Take more or larger GPUs, "
+            "--model.lora.rank, a smaller --data.max_length, or a smaller model."
+        ]
+    training = plan.training_seconds(best)
+    return [
+        f"Recommended: --deepspeed {best.deepspeed} --model.gradient_checkpointing "
+        f"{str(best.checkpointing).lower()} --batch.max_tokens_per_micro_batch {best.budget}",
+        f"{best.peak_bytes / GIB:.1f} GiB of a GPU, {best.step_seconds:.3g} s a step, training {duration(training)}, "
+        f"with the reference pass {priced(plan, training + plan.reference_seconds)}",
+    ]
+
+
+def priced(plan: Plan, seconds: float) -> str:
+    cost = plan.machines.cost(seconds)
+    return duration(seconds) + ("" if cost is None else f" (costs {cost:,.2f})")
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def size(num_bytes: float) -> str:
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= length:
+            return f"{num_bytes / length:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"

@@ -1,0 +1,212 @@
+"""What a micro-batch takes beyond weights and optimizer: activations, temporaries, logits in chunks.
+
+It is traced, not derived: the model runs forward and backward on torch's meta device, where tensors have shapes and no
+content, and the storages that are alive are added up. So it holds for every architecture and layout, for frozen weights
+and adapters, and counts what autograd really keeps. Korthikanti et al. 2022 (arXiv 2205.05198, equation 1) derive 34
+bytes times the hidden size for a token and layer, dropout's masks among them, and attention scores, which
+FlashAttention never holds; gated MLPs and norms in fp32 make it more.
+
+Layers are alike, so two depths give the line for any, and two sizes of a micro-batch that for any number of tokens.
+
+Legend: T tokens, Q and G query and key-value heads, D head dimension, K keys.
+"""
+
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+
+from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.attention import Kernel, segment_attention
+from hafrm_ds.model.hybrid import HybridModel
+from hafrm_ds.model.loading import first_line
+from hafrm_ds.model.token_logprobs import CHUNK_BYTES
+
+DEPTHS = (2, 4)
+"""Layers of the two traced models. Families alternate two kinds of layers at most."""
+META = torch.device("meta")
+FP32 = 4
+
+
+class PeakOfStorages(TorchDispatchMode):
+    """Inside, adds up the storages of all tensors that operations give, as long as each lives.
+
+    Attributes:
+        peak: most bytes that lived at a time.
+    """
+
+    def __init__(self, known: Sequence[Tensor]):
+        """known: tensors that do not count, as weights."""
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def forget(self, identity: int, num_bytes: int) -> None:
+        self.known.discard(identity)
+        self.live -= num_bytes
+
+
+class TracedAttention(torch.autograd.Function):
+    """Shapes of a FlashAttention call: kept for backward are its inputs, its output and a number a query and head."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [T, Q, D], key and value [K, G, D] -> [T, Q, D]"""
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:2], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def run_traced(query: Tensor, key: Tensor, value: Tensor, segments, rule) -> Tensor:
+    """As the kernels for GPUs: in the dtype of the model."""
+    return TracedAttention.apply(query, key, value)
+
+
+def run_traced_on_cpu(query: Tensor, key: Tensor, value: Tensor, segments, rule) -> Tensor:
+    """As `segmented` on the CPU, which computes in fp32."""
+    return TracedAttention.apply(query.float(), key.float(), value.float()).to(query.dtype)
+
+
+TRACED = {
+    device: Kernel(f"traced_{device}", run, "torch", (), True)
+    for device, run in (("cuda", run_traced), ("cpu", run_traced_on_cpu))
+}
+for kernel in TRACED.values():
+    AttentionInterface.register(
+        kernel.implementation,
+        lambda *arguments, kernel=kernel, **options: segment_attention(kernel, *arguments, **options),
+    )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How micro-batches go through a model: the arguments of its forward, and whether backward follows.
+
+    device_type: "cuda", or "cpu", where attention computes in fp32.
+    """
+
+    layout: str
+    device_type: str
+    with_reward: bool
+    with_logprob: bool
+    with_gradients: bool = True
+
+
+@dataclass(frozen=True)
+class WorkingMemory:
+    """Bytes of a micro-batch as a line: fixed + per_token * tokens that the body computes."""
+
+    fixed: float
+    per_token: float
+
+    @classmethod
+    def of(cls, model: HybridModel, items: Sequence[PromptWithResponses], how: Pass) -> "WorkingMemory":
+        """From two micro-batches of such items, large enough to fill a chunk of logits.
+
+        Args:
+            model, how: as `working_bytes` takes them.
+        """
+        chunk = CHUNK_BYTES // (FP32 * model.lm_head.weight.shape[0])
+        answers = sum(len(response) for item in items for response in item.responses)
+        times = max(1, math.ceil(chunk / answers))
+        sizes = [sum(len(item.prompt) + sum(map(len, item.responses)) for item in items) * times * k for k in (1, 2)]
+        small, large = (working_bytes(model, [*items] * times * k, how) for k in (1, 2))
+        per_token = (large - small) / (sizes[1] - sizes[0])
+        return cls(fixed=small - per_token * sizes[0], per_token=per_token)
+
+    def largest_budget(self, room: float) -> int:
+        """Tokens of the largest micro-batch that fits into `room` bytes; 0 or less: none."""
+        return int((room - self.fixed) // self.per_token)
+
+
+def working_bytes(model: HybridModel, items: Sequence[PromptWithResponses], how: Pass) -> float:
+    """Bytes that a micro-batch takes at its highest, beyond weights and their gradients.
+
+    Args:
+        model: on the meta device, gradient checkpointing and trained weights set as in the run. Its attention is
+            changed.
+
+    Raises:
+        ModelError: the model's code asks for values, which the meta device has not.
+    """
+    causal_lm = model.causal_lm
+    # Padding is computed like any token, and the stock attention of padded rows keeps what a kernel keeps.
+    batch = lay_out(items, "packed" if how.layout == "padded" else how.layout).to(META)
+    depth = causal_lm.config.get_text_config().num_hidden_layers
+    depths = DEPTHS if depth > max(DEPTHS) else (depth,)
+    try:
+        causal_lm.set_attn_implementation(TRACED[how.device_type].implementation)
+        peaks = []
+        for each in depths:
+            with first_layers(causal_lm, each):
+                peaks.append(peak_of(model, batch, how))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ModelError(
+            f"{type(causal_lm).__name__} cannot be planned, as its code asks for more than shapes: {first_line(error)}"
+        ) from error
+    slope = (peaks[-1] - peaks[0]) / max(1, depths[-1] - depths[0])
+    return peaks[0] + slope * (depth - depths[0])
+
+
+def peak_of(model: HybridModel, batch: PackedBatch, how: Pass) -> int:
+    """Most bytes that live at a time in forward and backward, where a weight's gradient is dropped as soon as it is
+    whole: what becomes of it is a matter of the ZeRO stage."""
+    known = [*model.parameters(), *model.buffers()]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda trained: setattr(trained, "grad", None))
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        with PeakOfStorages(known) as storages, torch.set_grad_enabled(how.with_gradients):
+            scores = model(batch, with_reward=how.with_reward, with_logprob=how.with_logprob)
+            if how.with_gradients:
+                sum(part.sum() for part in (scores.reward, scores.logprob) if part is not None).backward()
+        return storages.peak
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def first_layers(causal_lm: nn.Module, depth: int) -> Iterator[None]:
+    """Inside, the body has its first `depth` layers alone."""
+    layers = causal_lm.config.get_text_config().num_hidden_layers
+    found = [
+        (module, name)
+        for module in causal_lm.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == layers
+    ]
+    if len(found) != 1:
+        raise ModelError(f"{type(causal_lm).__name__} cannot be planned: it has no single list of {layers} layers")
+    ((owner, name),) = found
+    whole = getattr(owner, name)
+    setattr(owner, name, whole[:depth])
+    try:
+        yield
+    finally:
+        setattr(owner, name, whole)

@@ -1,0 +1,149 @@
+"""What a run computes: pairs, tokens and floating-point operations of its data, as the batch plan cuts it.
+
+Legend: P pairs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from hafrm_ds.capacity.flops import ForwardCost
+from hafrm_ds.data.packing import budget_costs, token_costs
+from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches, imbalance
+
+SAMPLED_STEPS = 32
+"""Steps of the plan that are really cut into micro-batches; the others are like them."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of a pass over some pairs. Forward and backward count as `ForwardCost` does; recomputed is what gradient
+    checkpointing adds, the forward pass of the body."""
+
+    forward: float
+    training: float
+    recomputed: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The pairs of a run, and how often it goes through them.
+
+    lengths: prompt, chosen, rejected -> [P] tokens of the training pairs.
+    num_steps, global_batch_size, seed, layout: as in the run.
+    eval_lengths: of all evaluation pairs, whose reference is computed too.
+    """
+
+    lengths: dict[str, np.ndarray]
+    eval_lengths: dict[str, np.ndarray]
+    num_steps: int
+    global_batch_size: int
+    seed: int
+    layout: str
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.lengths["prompt"])
+
+    @property
+    def costs(self) -> np.ndarray:
+        """[P] tokens that each pair occupies."""
+        return token_costs(self.lengths, self.layout)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a micro-batch must hold."""
+        evaluated = token_costs(self.eval_lengths, self.layout)
+        return int(max(self.costs.max(), evaluated.max(initial=0)))
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        return BatchPlan(self.num_pairs, self.global_batch_size, self.seed)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that the body computes in training, prompts that two answers share once."""
+        return float(self.costs.mean() * self.global_batch_size * self.num_steps)
+
+    @property
+    def separate_tokens(self) -> float:
+        """What it would compute if every answer had its prompt to itself."""
+        return float(token_costs(self.lengths, "packed").mean() * self.global_batch_size * self.num_steps)
+
+    def operations(self, cost: ForwardCost, with_logprob: bool) -> Operations:
+        """Of all training steps: those of a pair on average, for each pair of each step."""
+        body, head, attention = cost.parts_of(*counts(self.lengths, self.layout, with_logprob))
+        times = self.global_batch_size * self.num_steps / self.num_pairs
+        return Operations(
+            forward=times * (body + head + attention),
+            training=times * ((2 + cost.trained_share) * body + (2 + cost.trained_head_share) * head + 3 * attention),
+            recomputed=times * (body + attention),
+        )
+
+    def reference_operations(self, cost: ForwardCost) -> float:
+        """Of one forward pass over every training pair that a step uses, and over all evaluation pairs."""
+        used = self.batch_plan.pairs_until(self.num_steps)
+        sets = ({name: values[used] for name, values in self.lengths.items()}, self.eval_lengths)
+        return sum(sum(cost.parts_of(*counts(lengths, self.layout, with_logprob=True))) for lengths in sets)
+
+    def largest_useful_budget(self, num_processes: int) -> int:
+        """Tokens of a micro-batch above which no step has fewer of them."""
+        costs, plan = self.costs, self.batch_plan
+        largest = max(int(costs[plan.global_batch(step)].sum()) for step in self.sampled_steps)
+        return math.ceil(largest / num_processes) + self.longest
+
+    @property
+    def sampled_steps(self) -> range:
+        return range(min(self.num_steps, SAMPLED_STEPS))
+
+    def cut(self, num_processes: int, budget: int) -> "Cut":
+        """How steps come apart under a token budget, the mean of a sample of them."""
+        costs, plan = self.costs, self.batch_plan
+        numbers, waiting, heaviest = [], [], 0
+        for step in self.sampled_steps:
+            index = plan.global_batch(step)
+            of_step = budget_costs(costs[index], self.layout)
+            ranks = cut_into_micro_batches(of_step, num_processes, budget)
+            numbers.append(len(ranks[0]))
+            waiting.append(imbalance(of_step, ranks))
+            loads = [sum(of_step[place] for place in part if place >= 0) for own in ranks for part in own]
+            heaviest = max(heaviest, int(max(loads)))
+        return Cut(float(np.mean(numbers)), float(np.mean(waiting)), heaviest)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """micro_batches: of a process in a step. waiting: share of their time that processes wait for the slowest.
+    heaviest: tokens of the largest micro-batch."""
+
+    micro_batches: float
+    waiting: float
+    heaviest: int
+
+
+def counts(lengths: dict[str, np.ndarray], layout: str, with_logprob: bool) -> tuple[float, float, float]:
+    """(tokens of the body without padding, predicted tokens, visible keys) of one pass over pairs."""
+    prompt, chosen, rejected = (lengths[name].astype(np.float64) for name in ("prompt", "chosen", "rejected"))
+    answers = (chosen + rejected).sum()
+    if layout == "shared_prefix":
+        visible = triangle(prompt + chosen) + triangle(prompt + rejected) - triangle(prompt)
+        tokens = prompt.sum() + answers
+    else:
+        visible = triangle(prompt + chosen) + triangle(prompt + rejected)
+        tokens = 2 * prompt.sum() + answers
+    return float(tokens), float(answers) if with_logprob else 0.0, float(visible.sum())
+
+
+def triangle(length: np.ndarray) -> np.ndarray:
+    """Keys that the tokens of a causal sequence see."""
+    return length * (length + 1) / 2
+
+
+def uniform_lengths(num_pairs: int, prompt: int, answer: int) -> dict[str, np.ndarray]:
+    """Pairs of one length, for data that is not there yet."""
+    return {
+        "prompt": np.full(num_pairs, prompt),
+        "chosen": np.full(num_pairs, answer),
+        "rejected": np.full(num_pairs, answer),
+    }
