@@ -63,8 +63,9 @@ class Option:
     """One way to run: a DeepSpeed file, with or without gradient checkpointing.
 
     budget: tokens of a micro-batch that it is planned with; largest_budget: that fit; 0: not even the longest pair.
-    usable_bytes: of a device. states, working_bytes: of a process. cut: of a step under `budget`. traffic,
-    compute_seconds, optimizer_seconds, traffic_seconds: of a step.
+    usable_bytes: of a device. states, working_bytes: of a process. kept_bytes: of activations that the allocator has
+    not given back when the optimizer steps. cut: of a step under `budget`. traffic, compute_seconds,
+    optimizer_seconds, traffic_seconds: of a step.
     """
 
     deepspeed: Path
@@ -75,6 +76,7 @@ class Option:
     usable_bytes: float
     states: StateBytes
     working_bytes: float
+    kept_bytes: float
     cut: Cut
     traffic: Traffic
     compute_seconds: float
@@ -84,7 +86,7 @@ class Option:
     @property
     def peak_bytes(self) -> float:
         """Of the device: in forward and backward, or in the optimizer step."""
-        return max(self.states.held + self.working_bytes, self.states.in_optimizer_step)
+        return max(self.states.held + self.working_bytes, self.states.in_optimizer_step + self.kept_bytes)
 
     @property
     def fits(self) -> bool:
@@ -253,6 +255,9 @@ class Plan:
             usable_bytes=machines.usable_bytes,
             states=states_of(cut.micro_batches),
             working_bytes=line.fixed + line.per_token * cut.heaviest,
+            # malloc unmaps blocks of 32 MiB and more, as logits and weights, and holds on to smaller ones; torch uses
+            # the freed memory of a GPU again.
+            kept_bytes=line.per_token * cut.heaviest if machines.device_type == "cpu" else 0.0,
             cut=cut,
             traffic=traffic,
             compute_seconds=work / workload.num_steps / machines.flops / (1 - cut.waiting),

@@ -134,15 +134,16 @@ def state_bytes(
             + max(FP32 * trained if is_mixed else 0, b * min(ALLREDUCE_BUCKET, trained)),
         )
     if zero.stage == 1 and is_mixed and not zero.offloads_optimizer:
-        # BF16_Optimizer: every process sums all gradients in fp32, and keeps those of the last micro-batch; they are
-        # reduced in the dtype of the weights.
+        # BF16_Optimizer: every process sums all gradients in fp32, beside those of the last micro-batch. They are
+        # reduced in the dtype of the weights, by way of a copy in one piece where a bucket holds them all.
+        flattened = FP32 * trained if trained <= ALLREDUCE_BUCKET else 0.0
         return StateBytes(
             weights=whole_weights,
-            gradients=(b + FP32) * trained,
+            gradients=(FP32 + (b if accumulates else 0)) * trained,
             optimizer=masters + MOMENTS * share,
             gathered=0.0,
             buckets=0.0,
-            in_step=b * trained,
+            in_step=(0 if accumulates else b) * trained + b * trained + flattened,
         )
 
     # DeepSpeedZeroOptimizer and its Stage3 keep fp32 weights of their own even beside fp32 ones. A bucket that is full
