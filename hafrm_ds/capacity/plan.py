@@ -8,7 +8,7 @@ from hafrm_ds.capacity.devices import Device
 from hafrm_ds.capacity.flops import ForwardCost
 from hafrm_ds.capacity.shapes import count_parameters
 from hafrm_ds.capacity.traffic import Traffic, step_traffic
-from hafrm_ds.capacity.working_memory import Pass, WorkingMemory
+from hafrm_ds.capacity.working_memory import Pass, WorkingMemory, recomputing, working_bytes
 from hafrm_ds.capacity.workload import Cut, Operations, Workload
 from hafrm_ds.capacity.zero import FP32, Parameters, StateBytes, ZeroSettings, state_bytes
 from hafrm_ds.config import TrainConfig
@@ -204,16 +204,35 @@ class Plan:
                 found[file] = zero
         return found
 
+    @property
+    def micro_batch_pass(self) -> Pass:
+        objective = self.config.objective
+        return Pass(self.workload.layout, self.machines.device_type, objective.uses_reward, objective.uses_policy)
+
     @cached_property
     def working_memory(self) -> dict[bool, WorkingMemory]:
-        """Without and with gradient checkpointing."""
-        objective, causal_lm = self.config.objective, self.model.causal_lm
-        how = Pass(self.workload.layout, self.machines.device_type, objective.uses_reward, objective.uses_policy)
-        whole = WorkingMemory.of(self.model, [self.usual_item], how)
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        recomputed = WorkingMemory.of(self.model, [self.usual_item], how)
-        causal_lm.gradient_checkpointing_disable()
-        return {False: whole, True: recomputed}
+        """Without and with gradient checkpointing: what any large number of tokens takes."""
+        found = {}
+        for checkpointing in (False, True):
+            with recomputing(self.model, checkpointing):
+                found[checkpointing] = WorkingMemory.of(self.model, [self.usual_item], self.micro_batch_pass)
+        return found
+
+    @cached_property
+    def traced(self) -> dict[tuple[bool, int], float]:
+        """What has been traced so far: (gradient checkpointing, number of usual pairs) -> bytes."""
+        return {}
+
+    def working_bytes(self, checkpointing: bool, num_tokens: int) -> float:
+        """Of one micro-batch, small ones included, whose logits are no whole chunk."""
+        tokens_of_pair = len(self.usual_item.prompt) + sum(map(len, self.usual_item.responses))
+        num_pairs = max(1, num_tokens // tokens_of_pair)
+        if (checkpointing, num_pairs) not in self.traced:
+            with recomputing(self.model, checkpointing):
+                items = [self.usual_item] * num_pairs
+                self.traced[checkpointing, num_pairs] = working_bytes(self.model, items, self.micro_batch_pass)
+        rest = num_tokens - num_pairs * tokens_of_pair
+        return self.traced[checkpointing, num_pairs] + rest * self.working_memory[checkpointing].per_token
 
     @property
     def usual_item(self) -> PromptWithResponses:
@@ -254,7 +273,7 @@ class Plan:
             largest_budget=largest,
             usable_bytes=machines.usable_bytes,
             states=states_of(cut.micro_batches),
-            working_bytes=line.fixed + line.per_token * cut.heaviest,
+            working_bytes=self.working_bytes(checkpointing, cut.heaviest),
             # malloc unmaps blocks of 32 MiB and more, as logits and weights, and holds on to smaller ones; torch uses
             # the freed memory of a GPU again.
             kept_bytes=line.per_token * cut.heaviest if machines.device_type == "cpu" else 0.0,

@@ -124,14 +124,14 @@ class WorkingMemory:
 
     @classmethod
     def of(cls, model: HybridModel, items: Sequence[PromptWithResponses], how: Pass) -> "WorkingMemory":
-        """From two micro-batches of such items, large enough to fill a chunk of logits.
+        """From two micro-batches of such items, large enough for two chunks of logits, as many as live at a time.
 
         Args:
             model, how: as `working_bytes` takes them.
         """
         chunk = CHUNK_BYTES // (FP32 * model.lm_head.weight.shape[0])
         answers = sum(len(response) for item in items for response in item.responses)
-        times = max(1, math.ceil(chunk / answers))
+        times = math.ceil(2 * chunk / answers)
         sizes = [sum(len(item.prompt) + sum(map(len, item.responses)) for item in items) * times * k for k in (1, 2)]
         small, large = (working_bytes(model, [*items] * times * k, how) for k in (1, 2))
         per_token = (large - small) / (sizes[1] - sizes[0])
@@ -189,6 +189,17 @@ def peak_of(model: HybridModel, batch: PackedBatch, how: Pass) -> int:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def recomputing(model: HybridModel, checkpointing: bool) -> Iterator[None]:
+    """Inside, a model has gradient checkpointing, or has it not."""
+    if checkpointing:
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.causal_lm.gradient_checkpointing_disable()
 
 
 @contextmanager

@@ -164,11 +164,14 @@ def state_bytes(
     else:
         weights, gradients = whole_weights / n, FP32 * share
         bucket = b * (min(zero.reduce_bucket, trained) if touched_only else zero.reduce_bucket)
-        buckets = bucket + copied_in_backward
+        # What is left of a bucket for this process becomes fp32.
+        scattered = FP32 * min(zero.reduce_bucket, trained) / n if is_mixed else 0.0
+        buckets = bucket + (copied_in_backward + scattered if copied_in_backward else 0.0)
         live = min(parameters.all, zero.max_live + zero.prefetch_bucket + parameters.largest)
-        gathered = b * max(live - live / n, parameters.persistent(zero.persistence_threshold))
+        # They come into buffers of their own; a single process uses its weights as they are.
+        gathered = b * max(live, parameters.persistent(zero.persistence_threshold)) if n > 1 else 0.0
         # The step flattens the gradients of a sub-group.
-        in_step = bucket + max(copy, FP32 * min(share, zero.sub_group))
+        in_step = bucket + max(copy + scattered, FP32 * min(share, zero.sub_group))
         if zero.secondary_shards > 1:
             weights += b * parameters.all / zero.secondary_shards
         if zero.offloads_parameters:

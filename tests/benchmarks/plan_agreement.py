@@ -5,8 +5,8 @@
 
 A few steps of the real trainer, and a row of a Markdown table: what the plan says without the framework's own memory,
 what was measured with it, and processor time, which other work on the machine disturbs least. Run it once with a tiny
-model of the same tokenizer (`--tiny DIR` makes one from model.name_or_path and leaves): what is measured then beyond the
-plan is the framework.
+model of the same tokenizer (`--tiny DIR` makes one from model.name_or_path and leaves): what is measured then beyond
+the plan is the framework.
 """
 
 import statistics

@@ -1,0 +1,86 @@
+"""What a micro-batch is said to take, against the tensors of a real one."""
+
+import pytest
+import torch
+
+from hafrm_ds.capacity.working_memory import META, TRACED, Pass, WorkingMemory, peak_of, working_bytes
+from hafrm_ds.data.packing import lay_out
+from hafrm_ds.model.hybrid import HybridModel, make_reward_head
+from tests.tiny_models import FAMILIES, random_items, tiny_hybrid, use_layout
+
+# Long answers, so that activations outweigh what a small vocabulary takes.
+ITEMS = random_items(0, num_items=3, prompt_lengths=(30, 60), response_lengths=(20, 50))
+
+
+def on_meta(model: HybridModel) -> HybridModel:
+    return model.to(META)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+@pytest.mark.parametrize("family", ["llama-tied", "phi"])
+def test_shapes_alone_give_the_peak_of_real_tensors(family, layout):
+    how = Pass(layout, "cpu", with_reward=True, with_logprob=True)
+    model, batch = tiny_hybrid(family), lay_out(ITEMS, layout)
+    use_layout(model, layout)
+    real = peak_of(model, batch, how)
+    traced = on_meta(model)
+    traced.causal_lm.set_attn_implementation(TRACED["cpu"].implementation)
+    # Real attention holds a mask besides for an answer that continues another segment's prompt.
+    assert peak_of(traced, batch.to(META), how) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_can_be_traced(family):
+    how = Pass("shared_prefix", "cuda", with_reward=True, with_logprob=True)
+    assert working_bytes(on_meta(tiny_hybrid(family)), ITEMS, how) > 0
+
+
+def llama_of(layers: int, vocabulary: int = 500) -> HybridModel:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4
+    )
+    with torch.device(META):
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return HybridModel(
+        causal_lm.train(), make_reward_head(64, bias=False, init="zero", dtype=torch.bfloat16, seed=0).to(META)
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_depths_give_the_peak_of_any(checkpointing):
+    how = Pass("shared_prefix", "cuda", with_reward=True, with_logprob=True)
+    model = llama_of(layers=9)
+    if checkpointing:
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    extrapolated = working_bytes(model, ITEMS, how)
+    whole = peak_of(model, lay_out(ITEMS, "shared_prefix").to(META), how)
+    assert extrapolated == pytest.approx(whole, rel=1e-3)
+    assert len(model.causal_lm.model.layers) == 9
+
+
+def test_recomputing_keeps_little_more_than_the_input_of_each_layer():
+    """bfloat16 states of 64: 128 bytes a token and layer; all activations are many times that."""
+    how, peaks = Pass("packed", "cuda", with_reward=True, with_logprob=False), {}
+    for layers in (8, 16):
+        model = llama_of(layers)
+        whole = working_bytes(model, ITEMS, how)
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        peaks[layers] = (whole, working_bytes(model, ITEMS, how))
+    tokens = lay_out(ITEMS, "packed").num_positions
+    whole, recomputed = ((peaks[16][way] - peaks[8][way]) / 8 / tokens for way in (0, 1))
+    assert recomputed == pytest.approx(2 * 64, rel=0.05)
+    assert whole > 15 * recomputed
+
+
+def test_a_line_gives_the_bytes_of_any_micro_batch_and_the_largest_that_fits():
+    how = Pass("shared_prefix", "cuda", with_reward=True, with_logprob=True)
+    model = llama_of(layers=6, vocabulary=50_000)
+    line = WorkingMemory.of(model, ITEMS, how)
+    # More answers than fill a chunk of logits, whose size then stays.
+    items = ITEMS * 100
+    tokens = lay_out(items, "shared_prefix").num_positions
+    assert line.fixed + line.per_token * tokens == pytest.approx(working_bytes(model, items, how), rel=0.03)
+    assert line.largest_budget(line.fixed + 1000.5 * line.per_token) == 1000
+    assert line.largest_budget(0.0) <= 0
