@@ -63,9 +63,9 @@ class Option:
     """One way to run: a DeepSpeed file, with or without gradient checkpointing.
 
     budget: tokens of a micro-batch that it is planned with; largest_budget: that fit; 0: not even the longest pair.
-    usable_bytes: of a device. states, working_bytes: of a process. kept_bytes: of activations that the allocator has
-    not given back when the optimizer steps. cut: of a step under `budget`. traffic, compute_seconds,
-    optimizer_seconds, traffic_seconds: of a step.
+    usable_bytes: of a device. states, working_bytes: of a process. kept_bytes: of what forward and backward have
+    freed that the allocator has not given back when the optimizer steps. cut: of a step under `budget`. traffic,
+    compute_seconds, optimizer_seconds, traffic_seconds: of a step.
     """
 
     deepspeed: Path
@@ -259,6 +259,7 @@ class Plan:
             largest = 0
         budget = budget if budget != "auto" else max(largest, workload.longest)
         cut = workload.cut(n, max(budget, workload.longest))
+        held = states_of(cut.micro_batches)
         traffic = step_traffic(parameters, zero, n, machines.gpus, cut.micro_batches)
         work = self.operations.training + (self.operations.recomputed if checkpointing else 0.0)
         # The padded layout computes its padding, too, though it is not among the operations that are needed.
@@ -272,11 +273,11 @@ class Plan:
             budget=budget,
             largest_budget=largest,
             usable_bytes=machines.usable_bytes,
-            states=states_of(cut.micro_batches),
+            states=held,
             working_bytes=self.working_bytes(checkpointing, cut.heaviest),
-            # malloc unmaps blocks of 32 MiB and more, as logits and weights, and holds on to smaller ones; torch uses
-            # the freed memory of a GPU again.
-            kept_bytes=line.per_token * cut.heaviest if machines.device_type == "cpu" else 0.0,
+            # malloc unmaps blocks of 32 MiB and more, as logits, and holds on to smaller ones; torch uses the freed
+            # memory of a GPU again.
+            kept_bytes=line.per_token * cut.heaviest + held.gathered if machines.device_type == "cpu" else 0.0,
             cut=cut,
             traffic=traffic,
             compute_seconds=work / workload.num_steps / machines.flops / (1 - cut.waiting),
