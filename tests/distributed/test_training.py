@@ -3,18 +3,21 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from hafrm_ds import HybridRewardModel
-from tests.distributed.launching import as_options, rows, run_jobs, write_pairs
+from tests.distributed.launching import REPOSITORY, as_options, rows, run_jobs, write_pairs
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 20
+FIELDS = ("key", "logprob")
+ZERO_3_FILES = ("zero3_offload_optimizer", "zero3_offload", "zero3_hpz")
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -27,6 +30,12 @@ def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torc
     return max(((actual[n] - expected[n]).abs().max() / expected[n].abs().max()).item() for n in expected)
 
 
+def stored_values(store: Path) -> dict[bytes, float]:
+    """Content key -> log-prob, of a reference store with one namespace."""
+    tables = [pa.ipc.open_file(file).read_all() for file in store.glob("*/*.arrow")]
+    return {key: value for table in tables for key, value in zip(*(table[name].to_pylist() for name in FIELDS))}
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
@@ -36,6 +45,10 @@ def setting(tmp_path_factory):
     # Parameters of fewer than 100,000 elements are never split unless told so, and these models have no others.
     gather_all = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (folder / "gather_all.json").write_text(json.dumps(gather_all))
+    for name in ZERO_3_FILES:
+        content = json.loads((REPOSITORY / f"ds_configs/{name}.json").read_text())
+        content["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+        (folder / f"{name}.json").write_text(json.dumps(content))
     train_file, test_file = write_pairs(folder / "train.jsonl", 60), write_pairs(folder / "test.jsonl", 15, seed=1)
 
     def job(name: str, stage: int, **changes) -> tuple[str, list[str]]:
@@ -89,6 +102,8 @@ def runs(setting):
             *(job(f"auto-budget-zero{stage}", stage, batch__max_tokens_per_micro_batch="auto") for stage in (2, 3)),
             job("state-space", 0, model__name_or_path=folder / "state-space", data__max_length=60, max_steps=2),
             *(job(f"bfloat16-zero{stage}", stage, model__dtype="bfloat16") for stage in range(4)),
+            *(job(name, 3, deepspeed=folder / f"{name}.json") for name in ZERO_3_FILES),
+            ("precompute", job("offloaded-reference", 3, deepspeed=folder / "zero3_offload.json")[1]),
         ],
     )
     return folder
@@ -113,6 +128,26 @@ def test_cut_layout_checkpointing_and_gathering_change_only_the_cost(runs, varia
     assert largest_difference(final_weights(runs / variant), final_weights(runs / "ranks2-zero3")) < 1e-4
     norms = [[row["grad_norm"] for row in rows(runs / name, "train")] for name in (variant, "ranks2-zero3")]
     torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ZERO_3_FILES)
+def test_offload_and_a_secondary_copy_of_the_weights_change_no_loss(runs, name):
+    """Training, and the evaluations before and after it; the reference pass went through the same engine."""
+    expected, actual = runs / "gathered", runs / name
+    for kind, column in (("train", "loss/total"), ("train", "grad_norm"), ("eval", "loss/reward")):
+        columns = [torch.tensor([row[column] for row in rows(run, kind)]) for run in (actual, expected)]
+        torch.testing.assert_close(*columns, rtol=1e-4, atol=0)
+    assert largest_difference(final_weights(actual), final_weights(expected)) < 1e-4
+
+
+def test_the_reference_pass_alone_runs_on_offloaded_parameters(runs):
+    """Without an optimizer, so without its offload; the values are those of the training engine."""
+    stores = [stored_values(runs / f"store-{name}") for name in ("offloaded-reference", "gathered")]
+    assert stores[0].keys() == stores[1].keys()
+    assert len(stores[0]) > 100
+    torch.testing.assert_close(
+        *(torch.tensor([store[key] for key in sorted(stores[0])]) for store in stores), rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("stage", [2, 3])

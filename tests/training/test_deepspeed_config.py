@@ -118,6 +118,23 @@ def test_the_files_that_come_along_suit_the_defaults(name, file, tmp_path, monke
     assert resolve_deepspeed_config(config, world_size=1)["bf16"] == {"enabled": True}
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "ds_configs").glob("*.json")))
+def test_deepspeed_takes_the_files_that_come_along(name, file):
+    """By its own classes, which refuse unknown keys and wrong types; a secondary copy is split over one machine."""
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    resolved = resolve_deepspeed_config(load(file, {}, "--deepspeed", f"ds_configs/{name}"), 16, machine_size=8)
+    zero = get_zero_config(resolved)
+    assert zero.zero_hpz_partition_size == (8 if "hpz" in name else 1)
+    offload = [section and section.device for section in (zero.offload_optimizer, zero.offload_param)]
+    assert offload == [
+        "cpu" if "offload" in name else None,
+        "cpu" if name == "zero3_offload.json" else None,
+    ]
+    assert not (zero.zero_quantized_weights or zero.zero_quantized_gradients)
+    assert name.startswith(f"zero{int(zero.stage)}")
+
+
 # ---- contradictions ------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +163,21 @@ def test_a_contradiction_is_one_message_naming_both_sides(file, key, value, run_
     assert problem.startswith(f"deepspeed: {file} says {key} = {json.dumps(value)}, but ")
     assert run_says in problem
     assert problem.endswith(f'set it to "auto" or to {remedy}')
+
+
+@pytest.mark.parametrize(
+    ("section", "stage", "remedy"),
+    [
+        ("offload_optimizer", 0, "take stage 1 to 3 or remove offload_optimizer"),
+        ("offload_param", 2, "take stage 3 or remove offload_param"),
+    ],
+)
+def test_offload_needs_a_stage_that_has_it(file, section, stage, remedy):
+    (problem,) = problems(file, {"zero_optimization": {"stage": stage, section: {"device": "cpu"}}})
+    assert f"({section}) under ZeRO stage {stage}" in problem
+    assert problem.endswith(remedy)
+    load(file, {"zero_optimization": {"stage": stage, section: {"device": "none"}}})
+    load(file, {"zero_optimization": {"stage": 3, section: {"device": "cpu"}}})
 
 
 def test_quantised_weights_are_not_split_by_zero_3(file):

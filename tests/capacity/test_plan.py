@@ -1,0 +1,210 @@
+"""The plan of a run, from shapes alone."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from hafrm_ds.capacity.devices import DEVICES
+from hafrm_ds.capacity.flops import ForwardCost
+from hafrm_ds.capacity.job import lengths_of_sets, uniform_sets, workload_of
+from hafrm_ds.capacity.plan import Machines, Plan
+from hafrm_ds.capacity.shapes import count_parameters, model_of_shapes
+from hafrm_ds.capacity.workload import counts
+from hafrm_ds.data.packing import lay_out
+from hafrm_ds.options import load_config
+from tests.distributed.launching import write_pairs
+from tests.tiny_models import random_items, save_tiny_model, tiny_hybrid
+
+sys.path.append(str(Path(__file__).parents[2] / "launch"))
+import plan as command  # launch/plan.py
+
+LLAMA_405B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_hidden_layers": 126,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = LLAMA_405B | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+
+
+def folder_of(tmp_path: Path, shape: dict) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    return tmp_path
+
+
+def planned(
+    folder: Path, *options: str, device: str = "h100", gpus: int = 8, nodes: int = 1, pairs: int = 10_000
+) -> Plan:
+    arguments = ["--output_dir", "o", "--model.name_or_path", str(folder), "--data.train", "none", *options]
+    config = load_config(arguments)
+    model = model_of_shapes(config)
+    machines = Machines(DEVICES[device], gpus, nodes, mfu=0.35, price=2.0)
+    return Plan(config, model, workload_of(config, model, *uniform_sets(pairs, 300, 200)), machines)
+
+
+def test_405_billion_parameters_are_planned_in_seconds(tmp_path):
+    started = time.process_time()
+    plan = planned(folder_of(tmp_path, LLAMA_405B), "--batch.global_batch_size", "512", gpus=8, nodes=64)
+    assert plan.parameters.all == pytest.approx(405.85e9, rel=1e-4)
+    best = plan.recommended
+    assert best.zero.stage == 3
+    assert best.fits
+    # 16 bytes a parameter over 512 GPUs, and 2 for what is not split by then.
+    held = best.states.weights + best.states.gradients + best.states.optimizer
+    assert held == pytest.approx((2 + 4 + 12) * 405.85e9 / 512, rel=1e-3)
+    assert time.process_time() - started < 30
+
+
+def test_what_fits_and_what_is_recommended(tmp_path):
+    plan = planned(folder_of(tmp_path, LLAMA_8B))
+    fits = {(option.deepspeed.stem, option.checkpointing): option.largest_budget > 0 for option in plan.options}
+    # 14 bytes a parameter and more on each of 8 GPUs under stage 0: 128 GB.
+    assert not fits["zero0", True]
+    assert fits["zero3", False]
+    assert plan.recommended.deepspeed.stem in ("zero2", "zero3", "zero3_hpz")
+    assert not plan.recommended.zero.offloads_optimizer
+    alone = planned(tmp_path, gpus=1)
+    assert alone.recommended.zero.offloads_optimizer, "160 GB of states do not fit on one GPU"
+    assert alone.recommended.states.host > 12 * 8.03e9
+    tiny = planned(tmp_path, "--model.lora.rank", "8", device="rtx4090", gpus=1)
+    assert tiny.recommended is not None
+    assert tiny.parameters.trained < 0.01 * tiny.parameters.all
+
+
+def test_nothing_fits(tmp_path):
+    plan = planned(folder_of(tmp_path, LLAMA_405B), device="rtx4090", gpus=1)
+    assert plan.recommended is None
+
+
+def test_operations_time_and_money_by_hand(tmp_path):
+    plan = planned(folder_of(tmp_path, LLAMA_8B), "--batch.global_batch_size", "100", pairs=1000)
+    # Products of the body: all parameters but embedding, head, norms and reward head; 300 + 2 * 200 tokens a pair.
+    body, head = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 128256 * 4096
+    visible = 2 * (500 * 501 / 2) - 300 * 301 / 2
+    pair = 2 * body * 700 + 2 * head * 400 + 4 * 32 * 4096 * visible
+    assert plan.operations.forward == pytest.approx(1000 * pair)
+    assert plan.operations.training == pytest.approx(3000 * pair)
+    assert plan.operations.recomputed == pytest.approx(1000 * (pair - 2 * head * 400))
+    assert plan.reference_operations == pytest.approx(1000 * pair)
+    assert plan.reference_seconds == pytest.approx(1000 * pair / (8 * 989.5e12 * 0.35))
+    assert plan.machines.cost(3600) == 16
+    assert plan.workload.num_steps == 10
+    option = plan.configured
+    assert option.compute_seconds == pytest.approx(
+        plan.operations.training / 10 / plan.machines.flops / (1 - option.cut.waiting)
+    )
+    assert plan.checkpoint_bytes == pytest.approx(14 * 8.03e9, rel=1e-3)
+    assert plan.final_bytes == pytest.approx(16.06e9, rel=1e-3)
+    assert plan.store_bytes == 1000 * 2 * 24
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+def test_counts_of_lengths_are_those_of_laid_out_batches(layout):
+    items = random_items(1)
+    lengths = {
+        "prompt": np.array([len(item.prompt) for item in items]),
+        "chosen": np.array([len(item.responses[0]) for item in items]),
+        "rejected": np.array([len(item.responses[1]) for item in items]),
+    }
+    cost = ForwardCost.of(tiny_hybrid("llama").causal_lm)
+    expected = cost.parts(lay_out(items, layout), with_logprob=True)
+    assert cost.parts_of(*counts(lengths, layout, with_logprob=True)) == pytest.approx(expected)
+
+
+def test_quantised_weights_take_fewer_bytes_and_no_stage_3(tmp_path):
+    options = ("--model.lora.rank", "8", "--model.lora.quantize", "4bit", "--deepspeed", "ds_configs/zero2.json")
+    config = load_config(
+        [
+            "--output_dir",
+            "o",
+            "--model.name_or_path",
+            str(folder_of(tmp_path, LLAMA_8B)),
+            "--data.train",
+            "none",
+            *options,
+        ]
+    )
+    from hafrm_ds.model import lora
+
+    with pytest.MonkeyPatch.context() as patch:  # bitsandbytes is not needed for shapes
+        patch.setattr(lora, "import_problem", lambda package: None)
+        model = model_of_shapes(config)
+    parameters = count_parameters(model, "4bit")
+    embeddings = 2 * 128256 * 4096
+    assert parameters.frozen_bytes == pytest.approx(2 * embeddings + 0.5625 * (8.03e9 - embeddings), rel=1e-3)
+    machines = Machines(DEVICES["h100"], 8, 1, 0.35)
+    plan = Plan(config, model, workload_of(config, model, *uniform_sets(1000, 300, 200)), machines)
+    assert {zero.stage for zero in plan.settings.values()} == {0, 1, 2}
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "140")
+    status = command.main()
+    return status, *capsys.readouterr()
+
+
+def test_a_recipe_is_written_that_training_takes(tmp_path, monkeypatch, capsys):
+    model, data = save_tiny_model(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 40)
+    recipe = tmp_path / "planned.yaml"
+    status, printed, _ = run(
+        monkeypatch, capsys, "--model", model, "--data", data, "--gpus", 2, "--device", "l40s", "--price", 1,
+        "--batch.global_batch_size", 8, "--data.max_length", 120, "--batch.max_tokens_per_micro_batch", "auto",
+        "--data.cache_dir", tmp_path / "cache", "--write", recipe,
+    )  # fmt: skip
+    assert status == 0
+    assert "Recommended: --deepspeed ds_configs/" in printed
+    written = load_config(["--config", str(recipe)])
+    assert isinstance(written.batch.max_tokens_per_micro_batch, int)
+    assert yaml.safe_load(recipe.read_text())["model"]["name_or_path"] == str(model)
+    lengths, no_lengths = lengths_of_sets(written)
+    assert len(lengths["prompt"]) == 40
+    assert len(no_lengths["prompt"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--pairs", 10), "--pairs and --mean_tokens belong together"),
+        (("--pairs", 100, "--mean_tokens", 30, 20, "--device", "tpu"), "--device tpu is not known (a100-40, "),
+        (("--pairs", 100, "--mean_tokens", 30, 20, "--nodes", 100), "fewer than the 800 GPUs"),
+        (("--pairs", 100, "--mean_tokens", 30, 20, "--write", "x.yaml"), "--write needs the data of the run"),
+        (("--pairs", 100, "--mean_tokens", 30, 20, "--model.name_or_path", "/nowhere"), "/nowhere"),
+    ],
+)
+def test_faults_are_named(tmp_path, monkeypatch, capsys, arguments, said):
+    folder = folder_of(tmp_path, LLAMA_8B)
+    model = () if "--model.name_or_path" in arguments else ("--model", folder)
+    status, _, error = run(monkeypatch, capsys, *model, *arguments)
+    assert status == 1
+    assert said in error
+
+
+def test_a_device_may_be_given_by_numbers(tmp_path, monkeypatch, capsys):
+    numbers = ("--peak_tflops", 100, "--memory_gib", 64, "--memory_gbs", 1000, "--link_gbs", 50, "--host_gbs", 20,
+               "--network_gbs", 10)  # fmt: skip
+    status, printed, _ = run(
+        monkeypatch, capsys, "--model", folder_of(tmp_path, LLAMA_8B), "--pairs", 1000, "--mean_tokens", 30, 20,
+        "--device", "mine", *numbers,
+    )  # fmt: skip
+    assert status == 0
+    assert "1 x 8 mine: 100 TFLOP/s and 64 GiB each" in printed
