@@ -14,25 +14,17 @@ of the peak that forward and backward reach without recomputation. --write keeps
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from hafrm_ds.capacity.devices import DEVICES, Device
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import ConfigError, UserError
 from hafrm_ds.options import load_config
 
-OVERRIDES = {
-    "peak_tflops": ("peak_flops", 1e12),
-    "memory_gib": ("memory_gib", 1),
-    "memory_gbs": ("memory_bandwidth", 1e9),
-    "link_gbs": ("link_bandwidth", 1e9),
-    "host_gbs": ("host_bandwidth", 1e9),
-    "network_gbs": ("network_bandwidth", 1e9),
-}
-"""Option -> (field of Device, its unit)."""
+DEVICE_NUMBERS = ("peak_tflops", "memory_gib", "memory_gbs", "link_gbs", "host_gbs", "network_gbs")
 
 
 def read_command_line(arguments: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
@@ -47,38 +39,40 @@ def read_command_line(arguments: list[str]) -> tuple[argparse.Namespace, TrainCo
     parser.add_argument("--mfu", type=float, default=0.35)
     parser.add_argument("--price", type=float)
     parser.add_argument("--write", type=Path)
-    for name in OVERRIDES:
+    for name in DEVICE_NUMBERS:
         parser.add_argument(f"--{name}", type=float)
     own, rest = parser.parse_known_args(arguments)
     if {"--help", "-h"} & set(rest):
         print(__doc__)
+    numbers = {name: getattr(own, name) for name in ("gpus", "nodes", "pairs", "mfu", "price", *DEVICE_NUMBERS)}
+    problems = [
+        f"--{name} is {value}; it must be above 0"
+        for name, value in numbers.items()
+        if value is not None and value <= 0
+    ]
+    if own.mfu > 1:
+        problems.append(f"--mfu is {own.mfu}; it is a share of the peak, so at most 1")
     if bool(own.pairs) != bool(own.mean_tokens):
-        raise ConfigError(["--pairs and --mean_tokens belong together"])
+        problems.append("--pairs and --mean_tokens belong together")
+    if problems:
+        raise ConfigError(problems)
     if "--config" not in rest:
         rest = ["--output_dir", "runs/planned", *rest]
     if own.model:
         rest += ["--model.name_or_path", own.model]
     if own.data or own.pairs:
-        rest += ["--data.train", f"[{', '.join(map(repr, own.data or ['pairs that are not there yet']))}]"]
+        rest += ["--data.train", json.dumps(own.data or ["pairs that are not there yet"])]
     return own, load_config(rest)
-
-
-def device_of(own: argparse.Namespace) -> Device:
-    given = {field: getattr(own, name) * unit for name, (field, unit) in OVERRIDES.items() if getattr(own, name)}
-    known = {} if own.device not in DEVICES else vars(DEVICES[own.device])
-    if missing := [name for name, (field, _) in OVERRIDES.items() if field not in known | given]:
-        named = ", ".join(f"--{name}" for name in missing)
-        raise ConfigError([f"--device {own.device} is not known ({', '.join(DEVICES)}), so it needs {named}"])
-    return Device(**known | {"name": own.device} | given)
 
 
 def main() -> int:
     try:
         own, config = read_command_line(sys.argv[1:])
-        device = device_of(own)
-        from hafrm_ds.capacity.job import plan_run  # after the options are known to be right
+        from hafrm_ds.capacity.devices import find_device  # after the options are known to be right
+        from hafrm_ds.capacity.job import plan_run
         from hafrm_ds.capacity.plan import Machines
 
+        device = find_device(own.device, {name: getattr(own, name) for name in DEVICE_NUMBERS})
         machines = Machines(device, own.gpus, own.nodes, own.mfu, own.price)
         plan_run(config, machines, (own.pairs, *own.mean_tokens) if own.pairs else None, own.write, Console())
     except UserError as error:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hafrm_ds.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -48,3 +50,30 @@ DEVICES = {
         Device("rtx4090", 165.2 * TERA, 24, 1008 * GIGA, PCIE_4, PCIE_4, ETHERNET_100),
     )
 }
+
+NUMBERS = {
+    "peak_tflops": ("peak_flops", TERA),
+    "memory_gib": ("memory_gib", 1),
+    "memory_gbs": ("memory_bandwidth", GIGA),
+    "link_gbs": ("link_bandwidth", GIGA),
+    "host_gbs": ("host_bandwidth", GIGA),
+    "network_gbs": ("network_bandwidth", GIGA),
+}
+"""Option -> (field of Device, its unit)."""
+
+
+def find_device(name: str, numbers: dict[str, float | None]) -> Device:
+    """A known device, or one by its numbers, which also correct those of a known one.
+
+    Args:
+        numbers: options of NUMBERS; None: not given.
+
+    Raises:
+        ConfigError: it is not known, and not all of its numbers are given.
+    """
+    given = {field: numbers[option] * unit for option, (field, unit) in NUMBERS.items() if numbers.get(option)}
+    known = vars(DEVICES[name]) if name in DEVICES else {}
+    if missing := [f"--{option}" for option, (field, _) in NUMBERS.items() if field not in known | given]:
+        known_names = ", ".join(DEVICES)
+        raise ConfigError([f"--device {name} is not known ({known_names}), so it needs {', '.join(missing)}"])
+    return Device(**known | {"name": name} | given)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import yaml
 
-from hafrm_ds.capacity.devices import DEVICES, Device
+from hafrm_ds.capacity.devices import DEVICES, Device, find_device
 from hafrm_ds.capacity.flops import ForwardCost
 from hafrm_ds.capacity.job import lengths_of_sets, uniform_sets, workload_of
 from hafrm_ds.capacity.plan import Machines, Plan
 from hafrm_ds.capacity.shapes import count_parameters, model_of_shapes
 from hafrm_ds.capacity.workload import counts
 from hafrm_ds.data.packing import lay_out
+from hafrm_ds.errors import ConfigError
 from hafrm_ds.options import load_config
 from tests.distributed.launching import write_pairs
 from tests.tiny_models import random_items, save_tiny_model, tiny_hybrid
@@ -181,6 +182,7 @@ def test_a_recipe_is_written_that_training_takes(tmp_path, monkeypatch, capsys):
     ("arguments", "said"),
     [
         (("--pairs", 10), "--pairs and --mean_tokens belong together"),
+        (("--gpus", 0, "--mfu", 40), "2 problems"),
         (("--pairs", 100, "--mean_tokens", 30, 20, "--device", "tpu"), "--device tpu is not known (a100-40, "),
         (("--pairs", 100, "--mean_tokens", 30, 20, "--nodes", 100), "fewer than the 800 GPUs"),
         (("--pairs", 100, "--mean_tokens", 30, 20, "--write", "x.yaml"), "--write needs the data of the run"),
@@ -195,11 +197,9 @@ def test_faults_are_named(tmp_path, monkeypatch, capsys, arguments, said):
     assert said in error
 
 
-def test_a_device_may_be_given_by_numbers(tmp_path):
-    numbers = ["--peak_tflops", "100", "--memory_gib", "64", "--memory_gbs", "1000", "--link_gbs", "50", "--host_gbs",
-               "20", "--network_gbs", "10"]  # fmt: skip
-    model = ["--model", str(folder_of(tmp_path, LLAMA_8B)), "--pairs", "10", "--mean_tokens", "3", "2"]
-    own, _ = command.read_command_line([*model, "--device", "mine", *numbers])
-    assert command.device_of(own) == Device("mine", 100e12, 64, 1000e9, 50e9, 20e9, 10e9)
-    own, _ = command.read_command_line([*model, "--device", "h200", "--network_gbs", "25"])
-    assert command.device_of(own) == replace(DEVICES["h200"], network_bandwidth=25e9)
+def test_a_device_may_be_given_by_numbers():
+    numbers = dict(zip(command.DEVICE_NUMBERS, (100, 64, 1000, 50, 20, 10), strict=True))
+    assert find_device("mine", numbers) == Device("mine", 100e12, 64, 1000e9, 50e9, 20e9, 10e9)
+    assert find_device("h200", {"network_gbs": 25}) == replace(DEVICES["h200"], network_bandwidth=25e9)
+    with pytest.raises(ConfigError, match="so it needs --link_gbs$"):
+        find_device("mine", numbers | {"link_gbs": None})

@@ -36,6 +36,16 @@ def ranks() -> list[Processes]:
     return [Processes(rank, rank, WORLD_SIZE, store) for rank in range(WORLD_SIZE)]
 
 
+@pytest.mark.parametrize(("variable", "number"), [("LOCAL_WORLD_SIZE", 8), ("LOCAL_SIZE", 4), (None, 1)])
+def test_processes_of_this_machine(ranks, monkeypatch, variable, number):
+    """As torchrun says it, as the deepspeed launcher does, and without a launcher."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, str(number))
+    assert ranks[0].machine_size == number
+
+
 def at_once(ranks: list[Processes], action) -> list:
     """What `action(processes)` returned on each rank, or the error it raised."""
 
