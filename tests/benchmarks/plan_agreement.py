@@ -1,14 +1,16 @@
 """The plan of a run against the run: memory of a process, and operations against the time they take.
 
     OMP_NUM_THREADS=1 deepspeed --num_gpus N tests/benchmarks/plan_agreement.py --config FILE.yaml \
-        --deepspeed ds_configs/zeroK.json [--section.key value ...]
+        --deepspeed ds_configs/zeroK.json [--section.key value ...] [--framework_gib X]
+    python tests/benchmarks/plan_agreement.py --tiny DIR --config FILE.yaml [--section.key value ...]
 
-A few steps of the real trainer, and a row of a Markdown table: what the plan says without the framework's own memory,
-what was measured with it, and processor time, which other work on the machine disturbs least. Run it once with a tiny
-model of the same tokenizer (`--tiny DIR` makes one from model.name_or_path and leaves): what is measured then beyond
-the plan is the framework.
+A few steps of the real trainer, and a row of a Markdown table: what the plan says, what was measured, and processor
+time, which other work on the machine disturbs least. --framework_gib is the memory of the framework itself, on the CPU:
+what is measured beyond the plan in a run of a model of one narrow layer, with the tokenizer of the run's, which --tiny
+makes.
 """
 
+import argparse
 import statistics
 import sys
 import time
@@ -51,7 +53,10 @@ def main(arguments: list[str], processes: Processes) -> None:
     if arguments[0] == "--tiny":
         make_tiny(load_config(arguments[2:]), Path(arguments[1]))
         return
-    config = load_config(arguments).model_copy(update={"max_steps": WARM_UP + STEPS})
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--framework_gib", type=float, default=0.0)
+    own, rest = parser.parse_known_args(arguments)
+    config = load_config(rest).model_copy(update={"max_steps": WARM_UP + STEPS})
     check_build_tools(processes.device)
     log = RunLog(config, processes, files=False)
     formatter, pairs, _ = prepare_data(config, processes, log)
@@ -84,10 +89,11 @@ def main(arguments: list[str], processes: Processes) -> None:
         for micro_batch in trainer.micro_batches(step)[0]
     )
     seconds = sum(processor[WARM_UP:])
+    planned, measured = option.peak_bytes / 2**30 + own.framework_gib, measured / 2**30
     print(
         f"| {processes.world_size} | {config.deepspeed.stem} | {option.cut.micro_batches:.1f} | "
-        f"{option.states.held / 2**30:.2f} | {option.working_bytes / 2**30:.2f} | {option.peak_bytes / 2**30:.2f} | "
-        f"{measured / 2**30:.2f} | {operations / STEPS / 1e9:.0f} | {seconds / STEPS:.1f} | "
+        f"{option.states.held / 2**30:.2f} | {option.working_bytes / 2**30:.2f} | {planned:.2f} | {measured:.2f} | "
+        f"{planned / measured - 1:+.1%} | {operations / STEPS / 1e9:.0f} | {seconds / STEPS:.1f} | "
         f"{operations / seconds / 1e9:.1f} | {statistics.median(walls[WARM_UP:]):.1f} |",
         file=sys.stderr,
     )
