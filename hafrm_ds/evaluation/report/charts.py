@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from hafrm_ds.data.report import printable
 
@@ -32,11 +32,12 @@ MAX_BINS = 40
 LOG_SCALE_RATIO = 50
 """A curve whose largest value is this many times its median is drawn on a logarithmic axis, where that is allowed."""
 LABEL_LENGTH = 46
+TICK_STEPS = (1, 2, 2.5, 5, 10)
 MINUS = "\N{MINUS SIGN}"
 
 # Colours that stand for the page's variables; they occur nowhere else.
-TEXT, MUTED, GRID = "#5e51ea", "#5e51eb", "#5e51ec"
-VARIABLES = {TEXT: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)"}
+TEXT, MUTED, GRID, CARD = "#5e51ea", "#5e51eb", "#5e51ec", "#5e51ed"
+VARIABLES = {TEXT: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)", CARD: "var(--card)"}
 SERIES = re.compile(r"#5e51e([0-9])\b")
 STYLE = {
     "svg.fonttype": "none",
@@ -185,25 +186,27 @@ def curves_chart(
     noisy: bool = False,
     may_be_logarithmic: bool = False,
     marks: bool = False,
-    legend: bool = True,
+    overlaid: bool = False,
 ) -> Chart | None:
     """Curves over steps; None if none has a value.
 
     Args:
         unit: what stands above the axis.
-        noisy: draw the running mean, and behind it, if there are few curves, what it is the mean of.
+        noisy: draw the running mean, and behind it what it is the mean of.
+        may_be_logarithmic: see LOG_SCALE_RATIO.
         marks: a dot at each point, for curves of few points.
+        overlaid: of several runs: the page names them once for all charts, and nothing is drawn behind the curves.
     """
     curves = [known for curve in curves if len((known := curve.known()).values)]
     if not curves:
         return None
     figure, axes = new_figure()
-    show_rows = noisy and len(curves) <= 3
+    show_rows = noisy and not overlaid
     for curve in curves:
         points = Condensed.of(curve)
         colour, dash = series_colour(curve.series), DASHES[curve.series // NUM_COLOURS % len(DASHES)]
         if show_rows and points.group > 1:
-            axes.fill_between(points.steps, points.low, points.high, color=colour, alpha=0.16, linewidth=0)
+            axes.fill_between(points.steps, points.low, points.high, color=colour, alpha=0.18, linewidth=0.7)
         elif show_rows and points.window > 1:
             axes.plot(points.steps, points.mean, color=colour, alpha=0.3, linewidth=1)
         marker = "o" if marks or len(points.mean) == 1 else ""
@@ -218,10 +221,15 @@ def curves_chart(
     everything = np.concatenate([curve.values for curve in curves])
     form = share_text if is_share else short
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
     axes.set_title(unit)
+    if is_share and everything.min() >= 0:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(0, low), high if everything.any() else 0.05)
     if may_be_logarithmic and everything.min() > 0 and everything.max() > LOG_SCALE_RATIO * np.median(everything):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{unit} (logarithmic)")
     over_steps(axes)
     described = "; ".join(
@@ -229,7 +237,7 @@ def curves_chart(
         f"to {form(curve.values[-1])} at step {curve.steps[-1]:,}".strip()
         for curve in curves
     )
-    keys = tuple(Key(curve.label, curve.series) for curve in curves if curve.label) if legend else ()
+    keys = tuple(Key(curve.label, curve.series) for curve in curves if curve.label and not overlaid)
     return Chart(title, to_svg(figure, f"{title}: {described}"), keys)
 
 
@@ -248,8 +256,11 @@ def histogram_chart(title: str, unit: str, values: dict[str, np.ndarray]) -> Cha
         axes.axvline(each.mean(), color=colour, linewidth=1.2, linestyle=(0, (3, 2)))
     axes.set_title("responses")
     axes.set_xlabel(unit)
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    keys = tuple(Key(f"{name}, mean {short(each.mean())}", n, "band") for n, (name, each) in enumerate(values.items()))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICK_STEPS))
+    keys = tuple(
+        Key(f"{name}, mean {short(float(f'{each.mean():.3g}'))}", n, "band")
+        for n, (name, each) in enumerate(values.items())
+    )
     described = "; ".join(
         f"{name}: mean {each.mean():.3g}, deviation {each.std():.3g}" for name, each in values.items()
     )
@@ -268,14 +279,14 @@ def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str
         sizes = np.array([each["pairs"] for each in bins], dtype=float)
         colour = series_colour(series[judge])
         axes.plot(confidence, accuracy, color=colour, linewidth=1.4)
-        axes.scatter(confidence, accuracy, s=12 + 110 * sizes / sizes.sum(), color=colour, linewidth=0)
+        axes.scatter(confidence, accuracy, s=8 + 90 * sizes / sizes.max(), color=colour, linewidth=0)
         lowest = min(lowest, *accuracy)
         described.append(f"{judge}: expected calibration error {facts['ece']:.1%} in {len(bins)} bins")
     axes.set_xlim(0.49, 1.01)
     axes.set_ylim(lowest - 0.04, 1.04)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
     axes.set_title("accuracy")
     axes.set_xlabel("confidence")
     keys = tuple(Key(f"{judge}, ECE {facts['ece']:.1%}", series[judge]) for judge, facts in calibration.items())
@@ -290,9 +301,10 @@ def intervals_chart(title: str, groups: dict[str, dict[str, Interval]], series: 
     figure, axes = new_figure(height=int(48 + 15 * rows))
     y, lowest, described = 0.0, 0.5, []
     for group, intervals in groups.items():
-        label = printable(group).replace("\n", " ")
+        label = in_one_line(printable(group))
         label = label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
-        axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", color=TEXT)
+        box = {"facecolor": CARD, "edgecolor": "none", "pad": 1.5}  # over the lines of the grid
+        axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", bbox=box)
         y += 1
         for name, each in intervals.items():
             colour = series_colour(series[name])
@@ -307,7 +319,7 @@ def intervals_chart(title: str, groups: dict[str, dict[str, Interval]], series: 
     axes.set_ylim(y - 0.5, -0.6)
     axes.set_xlim(max(0, lowest - 0.03), 1.0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("accuracy")
@@ -330,28 +342,35 @@ def length_chart(title: str, bins: list[dict], series: dict[str, int]) -> Chart:
         axes.vlines(places + shift, low, high, color=colour, linewidth=2.2)
         axes.plot(places + shift, value, color=colour, marker="o", markersize=5.5, linestyle="none")
     axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_xticks(places, [f"{bin_label(each)}\n{each['pairs']}" for each in bins], fontsize=9.5)
+    axes.set_xticks(places, [f"{bin_label(each)}\n{each['pairs']}" for each in bins], fontsize=10)
     axes.set_xlim(-0.6, len(bins) - 0.4)
     axes.grid(axis="x", visible=False)
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
     axes.set_title("accuracy")
-    axes.set_xlabel("tokens of chosen less rejected, and pairs")
+    axes.set_xlabel("tokens of chosen less rejected; number of pairs")
     described = "; ".join(
-        f"{bin_label(each)} tokens: " + ", ".join(f"{judge} {each['accuracy'][judge]['value']:.1%}" for judge in judges)
+        f"{in_one_line(bin_label(each))} tokens: "
+        + ", ".join(f"{judge} {each['accuracy'][judge]['value']:.1%}" for judge in judges)
         for each in bins
-    ).replace("\n", " ")
+    )
     keys = tuple(Key(judge, series[judge], "dot") for judge in judges)
-    return Chart(title, to_svg(figure, f"{title}: {described}"), keys, "Bars: 95% intervals.")
+    return Chart(
+        title,
+        to_svg(figure, f"{title}: {described}"),
+        keys,
+        "Bars: 95% intervals. On the left the chosen answer is the shorter one.",
+    )
 
 
 def bin_label(each: dict) -> str:
+    """A bin of length differences in two lines."""
     low, high = (None if each[end] is None else f"{each[end]:+d}".replace("-", MINUS) for end in ("low", "high"))
-    if low == high:
-        return "0\n" if each["low"] == 0 else f"{low}\n"
     if low is None:
         return f"{high}\nor less"
-    return f"{low}\nor more" if high is None else f"{low}\nto {high}"
+    if high is None:
+        return f"{low}\nor more"
+    return f"{each['low']}\n" if low == high else f"{low}\nto {high}"
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -369,12 +388,16 @@ def series_colour(series: int) -> str:
 
 def over_steps(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=TICK_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
+def in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def share_text(value: float) -> str:
-    return f"{value:.0%}"
+    return f"{100 * value:.3g}%".replace("-", MINUS)
 
 
 def short(value: float) -> str:

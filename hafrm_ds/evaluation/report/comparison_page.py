@@ -7,7 +7,7 @@ import numpy as np
 from hafrm_ds.evaluation.report.charts import Chart, Key, intervals_chart
 from hafrm_ds.evaluation.report.curves import comparison_charts
 from hafrm_ds.evaluation.report.reading import JUDGES, Results, differences
-from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, JUDGE_NAMES, intervals
+from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, JUDGE_NAMES, intervals, objective_in_words
 from hafrm_ds.evaluation.report.tables import Cell, Folded, Table, count, number, share_estimate, value_of_option
 
 OF_THE_PLACE = ("output_dir", "resume")
@@ -60,6 +60,7 @@ def overview(results: list[Results]) -> Table:
             (
                 each.name,
                 [
+                    Cell(objective_in_words(each)),
                     count(int(each.training.steps[-1]) if len(each.training) else None),
                     number(float(f"{np.median(seconds):.3g}") if len(seconds) else None),
                     count(float(np.median(speed)) if len(speed) else None),
@@ -68,7 +69,7 @@ def overview(results: list[Results]) -> Table:
                 ],
             )
         )
-    return Table(rows, ("", "steps", "seconds a step", "tokens/s", "peak GiB", "state"))
+    return Table(rows, ("", "objective", "steps", "seconds a step", "tokens/s", "peak GiB", "state"))
 
 
 def judge_table(judge: str, results: list[Results]) -> Table | None:

@@ -28,6 +28,11 @@ def of_judges(kind: str, *judges: str) -> dict[str, tuple[str, int]]:
 
 
 LOSS_PARTS = {"loss/reward": ("reward", 0), "loss/policy": ("policy", 1)}
+EFFICIENCY = {
+    "mfu": ("of the peak FLOPs (MFU)", 0),
+    "padding_share": ("padding", 1),
+    "imbalance": ("waiting for the slowest process", 2),
+}
 TRAINING_PANELS = (
     Panel("Loss", "nats", {"loss/total": ("total", 7)} | LOSS_PARTS, noisy=True),
     Panel("Accuracy on training pairs", "accuracy", of_judges("accuracy", *JUDGES), is_share=True, noisy=True),
@@ -37,14 +42,7 @@ TRAINING_PANELS = (
     Panel("Gradient norm", "before clipping", {"grad_norm": ("", 0)}, noisy=True, may_be_logarithmic=True),
     Panel("Throughput", "tokens a second", {"tokens_per_second": ("", 0)}, noisy=True),
     Panel("Peak memory", "GiB, of the fullest process", {"memory_gib": ("", 0)}),
-    Panel("Model FLOPs utilisation", "of the measured peak", {"mfu": ("", 0)}, is_share=True, noisy=True),
-    Panel(
-        "Lost work",
-        "share",
-        {"padding_share": ("padding", 0), "imbalance": ("waiting for the slowest process", 1)},
-        is_share=True,
-        noisy=True,
-    ),
+    Panel("Efficiency", "share", EFFICIENCY, is_share=True, noisy=True),
 )
 EVALUATION_PANELS = (
     Panel("Accuracy over the steps", "accuracy", of_judges("accuracy", *JUDGES), is_share=True),
@@ -73,20 +71,22 @@ def comparison_charts(results: list[Results]) -> list[Chart]:
     for panel in TRAINING_PANELS:
         for column, (label, _) in panel.columns.items():
             title = f"{panel.title}: {label}" if label else panel.title
-            charts.append(draw(panel, overlaid([each.training for each in results], column), title, legend=False))
+            curves = curves_of_runs([each.training for each in results], column)
+            if any(curve.values.any() for curve in curves):
+                charts.append(draw(panel, curves, title, overlaid=True))
     for name in dict.fromkeys(name for each in results for name in each.sets):
         over_steps = [each.sets[name].over_steps if name in each.sets else Rows.of([]) for each in results]
         if max(map(len, over_steps)) < 2:
             continue
         for panel in EVALUATION_PANELS:
             for column, (label, _) in panel.columns.items():
-                curves = overlaid(over_steps, column)
+                curves = curves_of_runs(over_steps, column)
                 kind = panel.title.removesuffix(" over the steps")
-                charts.append(draw(panel, curves, f"{name}: {kind}, {label}", is_dotted=True, legend=False))
+                charts.append(draw(panel, curves, f"{name}: {kind}, {label}", is_dotted=True, overlaid=True))
     return [chart for chart in charts if chart is not None]
 
 
-def overlaid(rows: list[Rows], column: str) -> list[Curve]:
+def curves_of_runs(rows: list[Rows], column: str) -> list[Curve]:
     """A curve for each run that has the column; its colour is its place."""
     return [
         Curve(str(place + 1), place, each.steps, each.columns[column])
@@ -96,7 +96,7 @@ def overlaid(rows: list[Rows], column: str) -> list[Curve]:
 
 
 def draw(
-    panel: Panel, curves: list[Curve], title: str = "", *, is_dotted: bool = False, legend: bool = True
+    panel: Panel, curves: list[Curve], title: str = "", *, is_dotted: bool = False, overlaid: bool = False
 ) -> Chart | None:
     return curves_chart(
         title or panel.title,
@@ -106,7 +106,7 @@ def draw(
         noisy=panel.noisy,
         may_be_logarithmic=panel.may_be_logarithmic,
         marks=is_dotted,
-        legend=legend,
+        overlaid=overlaid,
     )
 
 

@@ -15,7 +15,9 @@ from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
     Chart,
     Interval,
+    bin_label,
     histogram_chart,
+    in_one_line,
     intervals_chart,
     length_chart,
     reliability_chart,
@@ -76,7 +78,7 @@ class SetSection:
     facts: str
     problem: str
     charts: list[Chart]
-    tables: list[Folded]
+    tables: list[Table]
     mistakes: list[Mistake]
 
 
@@ -108,8 +110,13 @@ class ResultsPage:
 
 def results_page(results: Results) -> ResultsPage:
     kind = "Run" if results.is_run else "Evaluation"
-    started = results.environment.get("started")
-    subtitle = [f"{results.state}", *([f"started at {started}"] if started else []), str(results.folder.resolve())]
+    subtitle = [results.state]
+    if results.best and results.best.get("value") is not None:
+        best = results.best
+        subtitle.append(f"best {best['metric']} {short(best['value'])} at step {best['step']:,}")
+    if started := results.environment.get("started"):
+        subtitle.append(f"started {str(started)[:16].replace('T', ' ')} UTC")
+    subtitle.append(str(results.folder.resolve()))
     return ResultsPage(
         title=f"{kind} {results.name}",
         subtitle=" · ".join(subtitle),
@@ -139,14 +146,10 @@ def tiles(results: Results) -> Iterator[Tile]:
         for judge, estimate in result.accuracy.items():
             if judge in HISTOGRAMS:
                 cell = share_estimate(estimate)
-                yield Tile(f"{JUDGE_NAMES[judge]}, {name}", cell.text, cell.detail or "accuracy")
-    if results.best and results.best.get("value") is not None:
-        yield Tile(f"best {results.best['metric']}", short(results.best["value"]), f"at step {results.best['step']:,}")
+                yield Tile(f"accuracy, {judge}", cell.text, f"{name}{f', {cell.detail}' if cell.detail else ''}")
     if "objective.alpha" in options:
-        parts = [("objective.rm_weight", "reward"), ("objective.alpha", str(options.get("objective.policy_loss")))]
-        terms = [f"{options[weight]:g} {name}" for weight, name in parts if options.get(weight)]
-        rates = f"learning rate {short(options['optimizer.learning_rate'])}, beta {options['objective.beta']:g}"
-        yield Tile("objective", " + ".join(terms), rates)
+        rates = f"learning rate {options['optimizer.learning_rate']:g}, beta {options['objective.beta']:g}"
+        yield Tile("objective", objective_in_words(results), rates)
     if len(training):
         seconds = training.known("seconds")
         each = f"{short(float(f'{np.median(seconds):.3g}'))} s each" if len(seconds) else ""
@@ -163,6 +166,13 @@ def tiles(results: Results) -> Iterator[Tile]:
     if name := options.get("model.name_or_path"):
         rank = options.get("model.lora.rank")
         yield Tile("model", Path(name).name, f"{options.get('model.dtype')}{f', LoRA rank {rank}' if rank else ''}")
+
+
+def objective_in_words(results: Results) -> str:
+    """For example: reward + 0.2 dpo."""
+    objective = results.config.get("objective", {})
+    parts = {"reward": objective.get("rm_weight"), objective.get("policy_loss"): objective.get("alpha")}
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items() if weight)
 
 
 def accuracy_table(sets: dict[str, SetResult]) -> Table:
@@ -195,7 +205,7 @@ def set_section(name: str, result: SetResult) -> SetSection:
         facts=" · ".join(facts),
         problem=result.problem,
         charts=charts,
-        tables=analysis_tables(name, analysis) if analysis is not None else [],
+        tables=analysis_tables(analysis) if analysis is not None else [],
         mistakes=mistakes(scores) if scores is not None and scores.texts else [],
     )
 
@@ -232,7 +242,7 @@ def intervals(accuracy: dict[str, dict[str, float]]) -> dict[str, Interval]:
     return {judge: Interval(**estimate) for judge, estimate in accuracy.items()}
 
 
-def analysis_tables(name: str, analysis: dict[str, Any]) -> list[Folded]:
+def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
     """Everything that the charts of a set show, in figures."""
     judges = [judge for judge in JUDGES if judge in analysis["accuracy"]]
     calibration = analysis["calibration"]
@@ -256,7 +266,7 @@ def analysis_tables(name: str, analysis: dict[str, Any]) -> list[Folded]:
     ]
     by_length = [
         (
-            length_range(part["low"], part["high"]),
+            in_one_line(bin_label(part)),
             [count(part["pairs"]), *(share_estimate(part["accuracy"].get(judge)) for judge in judges)],
         )
         for part in analysis["by_length_difference"]
@@ -269,23 +279,15 @@ def analysis_tables(name: str, analysis: dict[str, Any]) -> list[Folded]:
         (f"the {kind} answer", [share_estimate(analysis["yardsticks"][kind])]) for kind in ("longer", "shorter")
     ]
     return [
-        Folded(f"{name} in figures: calibration, margins, agreement", Table(rows, ("", *judges))),
-        Folded(f"{name} by length difference", Table(by_length, ("tokens of chosen less rejected", "pairs", *judges))),
-        Folded(f"{name} by source", Table(by_source, ("source", "pairs", *judges))),
-        Folded(f"{name}: yardsticks", Table(yardsticks, ("whoever always takes", "accuracy"))),
+        Table(rows, ("", *judges)),
+        Table(by_length, ("accuracy by tokens of chosen less rejected", "pairs", *judges)),
+        Table(by_source, ("accuracy by source", "pairs", *judges)),
+        Table(yardsticks, ("whoever always takes", "accuracy")),
     ]
 
 
 def agreement_of(agreement: dict[str, float], one: str, other: str) -> float | None:
     return agreement.get(f"{one}/{other}", agreement.get(f"{other}/{one}"))
-
-
-def length_range(low: int | None, high: int | None) -> str:
-    if low is None:
-        return f"{high:+d} or less"
-    if high is None:
-        return f"{low:+d} or more"
-    return f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
 
 
 def mistakes(scores: PairScores) -> list[Mistake]:
