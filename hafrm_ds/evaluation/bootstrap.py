@@ -6,7 +6,7 @@ Legend: P pairs, C different prompts, S seeds, B resamples.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,11 +18,12 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the ends of its 95% interval."""
+    """A mean with the ends of its 95% interval. clusters: different prompts behind it."""
 
     value: float
     low: float
     high: float
+    clusters: int
 
     def to_json(self) -> dict[str, float]:
         return {"value": self.value, "low": self.low, "high": self.high}
@@ -67,7 +68,22 @@ def estimates(columns: dict[str, np.ndarray], prompts: Sequence[str], seed: int 
         means.append(np.einsum("bks,bs->bk", per_seed, seeds) / num_seeds)
     low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     center = values.mean(axis=(1, 2))
-    return {name: Estimate(float(center[k]), float(low[k]), float(high[k])) for k, name in enumerate(columns)}
+    return {
+        name: Estimate(float(center[k]), float(low[k]), float(high[k]), len(sizes)) for k, name in enumerate(columns)
+    }
+
+
+def exact_at_the_ends(share: Estimate) -> Estimate:
+    """A share of 0 or 1 with the exact interval of Clopper & Pearson (1934): resampling equal values says nothing.
+
+    All pairs of a prompt being right, the prompts are the trials.
+    """
+    reach = 1 - ((1 - LEVEL) / 2) ** (1 / share.clusters)
+    if share.value == 0:
+        return replace(share, high=reach)
+    if share.value == 1:
+        return replace(share, low=1 - reach)
+    return share
 
 
 def resampled_counts(num_clusters: int, generator: np.random.Generator) -> Iterator[np.ndarray]:

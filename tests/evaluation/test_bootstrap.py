@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm_ds.evaluation.bootstrap import estimate, estimates
+from hafrm_ds.evaluation.bootstrap import estimate, estimates, exact_at_the_ends
 
 
 def naive(values: np.ndarray, prompts: list[str], resamples: int = 4000) -> tuple[float, float]:
@@ -55,7 +55,18 @@ def test_several_values_are_estimated_as_each_alone():
     source = np.random.default_rng(4)
     prompts = [str(k) for k in source.integers(30, size=80)]
     columns = {"one": source.normal(size=80), "two": source.normal(size=80)}
-    assert estimates(columns, prompts) == {name: estimate(values, prompts) for name, values in columns.items()}
+    for name, found in estimates(columns, prompts).items():
+        alone = estimate(columns[name], prompts)
+        assert (found.value, found.low, found.high) == pytest.approx((alone.value, alone.low, alone.high))
+
+
+def test_a_share_that_never_fails_has_an_exact_interval():
+    found = exact_at_the_ends(estimate(np.ones(30), [str(k // 2) for k in range(30)]))
+    assert (found.value, found.high, found.clusters) == (1, 1, 15)
+    assert found.low**15 == pytest.approx(0.025)  # so many right in a row have this probability at the lower end
+    assert exact_at_the_ends(estimate(np.zeros(15), [str(k) for k in range(15)])).high == pytest.approx(1 - found.low)
+    mixed = estimate(np.array([1.0, 0.0]), ["a", "b"])
+    assert exact_at_the_ends(mixed) == mixed
 
 
 def test_no_pairs_have_no_mean():
