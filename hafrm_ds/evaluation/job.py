@@ -18,7 +18,7 @@ from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import ConversationIds
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.analysis import analyse
-from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
+from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.scoring import Group, ModelForGroups, score_groups
 from hafrm_ds.evaluation.tables import render_evaluation
 from hafrm_ds.model.opening import Saved, open_model
@@ -30,7 +30,6 @@ from hafrm_ds.training.logging import RunLog, environment
 from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.resume import fingerprint
 
-EVALUATION_FILE = "evaluation.json"
 PARTS_FOLDER = "parts"
 BASE = "base"
 """As --reference: the weights that the training started from, as hafrm.json names them."""

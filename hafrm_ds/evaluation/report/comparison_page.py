@@ -6,9 +6,10 @@ import numpy as np
 
 from hafrm_ds.evaluation.report.charts import Chart, Key, intervals_chart
 from hafrm_ds.evaluation.report.curves import comparison_charts
-from hafrm_ds.evaluation.report.reading import JUDGES, Results, differences
-from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, JUDGE_NAMES, intervals, objective_in_words
+from hafrm_ds.evaluation.report.reading import Results, differences
+from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, intervals, objective_in_words
 from hafrm_ds.evaluation.report.tables import Cell, Folded, Table, count, number, share_estimate, value_of_option
+from hafrm_ds.evaluation.tables import JUDGES
 
 OF_THE_PLACE = ("output_dir", "resume")
 """Options that differ between any two runs."""
@@ -34,18 +35,15 @@ class ComparisonPage:
 def comparison_page(results: list[Results]) -> ComparisonPage:
     """Args: results: with names that tell them apart."""
     names = [each.name for each in results]
-    options = differences([each.config for each in results])
-    environments = differences([each.environment for each in results])
+    environments = differences_table({each.name: each.environment for each in results})
     return ComparisonPage(
         title=f"{len(results)} {'runs' if all(each.is_run for each in results) else 'models'} side by side",
         subtitle=" · ".join(names),
         overview=overview(results),
-        accuracies=list(filter(None, (judge_table(judge, results) for judge in JUDGES))),
-        accuracy_charts=list(filter(None, (judge_chart(judge, results) for judge in JUDGES))),
-        differences=side_by_side({name: row for name, row in options.items() if name not in OF_THE_PLACE}, names),
-        environments=Folded("Versions, hardware and commands that differ", side_by_side(environments, names))
-        if environments
-        else None,
+        accuracies=accuracy_tables(results),
+        accuracy_charts=[chart for judge in JUDGES if (chart := judge_chart(judge, results)) is not None],
+        differences=differences_table({each.name: each.config for each in results}, left_out=OF_THE_PLACE),
+        environments=environments and Folded("Versions, hardware and commands that differ", environments),
         curves=comparison_charts(results),
         legend=tuple(Key(name, place) for place, name in enumerate(names)),
     )
@@ -65,22 +63,42 @@ def overview(results: list[Results]) -> Table:
                     number(float(f"{np.median(seconds):.3g}") if len(seconds) else None),
                     count(float(np.median(speed)) if len(speed) else None),
                     number(float(f"{memory.max():.3g}") if len(memory) else None),
-                    Cell(each.state),
+                    Cell(each.state, words=True),
                 ],
             )
         )
     return Table(rows, ("", "objective", "steps", "seconds a step", "tokens/s", "peak GiB", "state"))
 
 
-def judge_table(judge: str, results: list[Results]) -> Table | None:
-    """Runs x sets; None if no run has this judge."""
-    sets = [name for name in all_sets(results) if any(judge in accuracy_of(each, name) for each in results)]
-    if not sets:
-        return None
-    rows = [(each.name, [share_estimate(accuracy_of(each, name).get(judge)) for name in sets]) for each in results]
-    longer = {name: each.sets[name].analysis for name in sets for each in results if name in each.sets}
-    cells = [share_estimate(longer[name]["yardsticks"]["longer"] if longer[name] else None) for name in sets]
-    return Table([*rows, ("the longer answer", cells)], ("", *sets), caption=f"Accuracy, {JUDGE_NAMES[judge]}")
+def accuracy_tables(results: list[Results]) -> list[Table]:
+    """Accuracies of every run by every judge on every set: a table for each judge, or for each set if these are
+    fewer."""
+    sets = all_sets(results)
+    judges = [judge for judge in JUDGES if any(judge in accuracy_of(each, name) for each in results for name in sets)]
+    if len(sets) < len(judges):
+        return [
+            accuracy_table(f"Accuracy on {name}", results, {judge: (name, judge) for judge in judges}) for name in sets
+        ]
+    return [
+        accuracy_table(f"Accuracy, {JUDGES[judge]}", results, {name: (name, judge) for name in sets})
+        for judge in judges
+    ]
+
+
+def accuracy_table(caption: str, results: list[Results], columns: dict[str, tuple[str, str]]) -> Table:
+    """A row for each run and the yardstick. columns: title -> (set, judge)."""
+    rows = [
+        (each.name, [share_estimate(accuracy_of(each, name).get(judge)) for name, judge in columns.values()])
+        for each in results
+    ]
+    rows.append(("the longer answer", [share_estimate(longer_answer(results, name)) for name, _ in columns.values()]))
+    return Table(rows, ("", *columns), caption=caption)
+
+
+def longer_answer(results: list[Results], name: str) -> dict[str, float] | None:
+    """Accuracy of always taking the longer answer; the first run that knows it."""
+    analyses = [each.sets[name].analysis for each in results if name in each.sets]
+    return next((analysis["yardsticks"]["longer"] for analysis in analyses if analysis), None)
 
 
 def judge_chart(judge: str, results: list[Results]) -> Chart | None:
@@ -94,7 +112,7 @@ def judge_chart(judge: str, results: list[Results]) -> Chart | None:
     if not groups:
         return None
     series = {each.name: place for place, each in enumerate(results)}
-    return intervals_chart(f"Accuracy, {JUDGE_NAMES[judge]}", groups, series, legend=False)
+    return intervals_chart(f"Accuracy, {JUDGES[judge]}", groups, series, legend=False)
 
 
 def all_sets(results: list[Results]) -> list[str]:
@@ -105,7 +123,9 @@ def accuracy_of(results: Results, name: str) -> dict[str, dict[str, float]]:
     return results.sets[name].accuracy if name in results.sets else {}
 
 
-def side_by_side(values: dict[str, list], names: list[str]) -> Table | None:
-    if not values:
-        return None
-    return Table([(name, list(map(value_of_option, row))) for name, row in values.items()], ("", *names), words=True)
+def differences_table(trees: dict[str, dict], left_out: tuple[str, ...] = ()) -> Table | None:
+    """What differs between nested mappings, by the names of their runs; those that know nothing are left out."""
+    known = {name: tree for name, tree in trees.items() if tree}
+    found = differences(list(known.values()))
+    rows = [(name, list(map(value_of_option, values))) for name, values in found.items() if name not in left_out]
+    return Table(rows, ("", *known), words=True) if rows else None

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hafrm_ds.evaluation.report.charts import Chart, Condensed, Curve, curves_chart
-from hafrm_ds.evaluation.report.reading import JUDGES, Results, Rows
+from hafrm_ds.evaluation.report.reading import Results, Rows
+from hafrm_ds.evaluation.tables import JUDGES
 
 JUDGE_SERIES = {judge: series for series, judge in enumerate(JUDGES)}
 """The colour of a judge is the same in all charts."""
@@ -58,7 +59,8 @@ def panel_charts(panels: tuple[Panel, ...], rows: Rows) -> list[Chart]:
 
 
 def curves_of(panel: Panel, rows: Rows) -> list[Curve]:
-    found = {name: rows.columns[name] for name in panel.columns if name in rows.columns}
+    """Of the columns that are there. One that is 0 throughout has nothing to show."""
+    found = {name: rows.columns[name] for name in panel.columns if name in rows.columns and rows.columns[name].any()}
     total = found.get("loss/total")
     if any(np.array_equal(total, values, equal_nan=True) for name, values in found.items() if name != "loss/total"):
         del found["loss/total"]  # of one part alone
@@ -72,8 +74,7 @@ def comparison_charts(results: list[Results]) -> list[Chart]:
         for column, (label, _) in panel.columns.items():
             title = f"{panel.title}: {label}" if label else panel.title
             curves = curves_of_runs([each.training for each in results], column)
-            if any(curve.values.any() for curve in curves):
-                charts.append(draw(panel, curves, title, overlaid=True))
+            charts.append(draw(panel, curves, title, overlaid=True))
     for name in dict.fromkeys(name for each in results for name in each.sets):
         over_steps = [each.sets[name].over_steps if name in each.sets else Rows.of([]) for each in results]
         if max(map(len, over_steps)) < 2:
@@ -91,7 +92,7 @@ def curves_of_runs(rows: list[Rows], column: str) -> list[Curve]:
     return [
         Curve(str(place + 1), place, each.steps, each.columns[column])
         for place, each in enumerate(rows)
-        if column in each.columns
+        if column in each.columns and each.columns[column].any()
     ]
 
 

@@ -16,14 +16,13 @@ import yaml
 from hafrm_ds.data.report import DataReport
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
-from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, load_all
+from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, load_all
+from hafrm_ds.evaluation.tables import JUDGES
 from hafrm_ds.options import options_of
 from hafrm_ds.training.logging import STOPPED_FILE, SUMMARY_FILE
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
-EVALUATION_FILE = "evaluation.json"
-JUDGES = ("reward", "implicit", "logprob")
 ANALYSIS_KEYS = {
     "pairs",
     "prompts",
@@ -151,7 +150,7 @@ def read_run(folder: Path) -> Results:
         state=state_of_run(folder, summary, rows),
         config=read_mapping(folder / CONFIG_FILE),
         environment=read_mapping(folder / "environment.json"),
-        data=read_data_report(folder / "data_report.json"),
+        data=data_reports(read_mapping(data_file := folder / "data_report.json"), data_file),
         training=Rows.of(kinds["train"]),
         checks=Rows.of(kinds["check"]),
         checkpoints=Rows.of(kinds["checkpoint"]),
@@ -168,7 +167,7 @@ def read_evaluation(folder: Path) -> Results:
     file = folder / EVALUATION_FILE
     content = read_mapping(file)
     scores = load_all(folder / SCORES_FOLDER)
-    for key in ("sets", "benchmarks", "environment"):
+    for key in ("sets", "data", "benchmarks", "environment"):
         if not isinstance(content.get(key, {}), dict):
             raise DataError(f"{file}: {key} is no mapping")
     for name, analysis in content.get("sets", {}).items():
@@ -178,7 +177,8 @@ def read_evaluation(folder: Path) -> Results:
         folder=folder,
         name=folder.resolve().name,
         is_run=False,
-        state=f"evaluation of {content.get('model', 'an unnamed model')}",
+        state=state_of_evaluation(content),
+        data=data_reports(content.get("data", {}), file),
         environment=content.get("environment", {}),
         sets={
             name: SetResult(Rows.of([]), scores.get(name), analysis)
@@ -208,6 +208,12 @@ def state_of_run(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any
         return "has written no row yet"
     written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime, UTC)
     return f"has not ended: step {rows[-1]['step']} was written at {written:%Y-%m-%d %H:%M} UTC"
+
+
+def state_of_evaluation(content: dict[str, Any]) -> str:
+    reference = content.get("reference")
+    beside = f" beside the reference {reference}, beta {content.get('beta')}" if reference else ""
+    return f"{content.get('model', 'an unnamed model')}{beside}"
 
 
 def distinct_names(folders: list[Path]) -> list[str]:
@@ -248,7 +254,8 @@ def read_mapping(file: Path) -> dict[str, Any]:
         return {}
     text = read_text(file)
     try:
-        content = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+        # A run that is about to start has made an empty config.yaml, to see that it can write.
+        content = yaml.safe_load(text) or {} if file.suffix == ".yaml" else json.loads(text)
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -256,9 +263,10 @@ def read_mapping(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_data_report(file: Path) -> dict[str, DataReport]:
+def data_reports(sets: dict[str, Any], file: Path) -> dict[str, DataReport]:
+    """Args: file: where `sets` stands."""
     try:
-        return {name: DataReport.from_json(content) for name, content in read_mapping(file).items()}
+        return {name: DataReport.from_json(content) for name, content in sets.items()}
     except (KeyError, TypeError) as error:
         raise DataError(f"{file} is no data report of this version: {error!r}") from error
 

@@ -15,9 +15,7 @@ from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
     Chart,
     Interval,
-    bin_label,
     histogram_chart,
-    in_one_line,
     intervals_chart,
     length_chart,
     reliability_chart,
@@ -30,7 +28,7 @@ from hafrm_ds.evaluation.report.curves import (
     how_rows_are_drawn,
     panel_charts,
 )
-from hafrm_ds.evaluation.report.reading import JUDGES, Results, SetResult
+from hafrm_ds.evaluation.report.reading import Results, SetResult
 from hafrm_ds.evaluation.report.tables import (
     Cell,
     Folded,
@@ -44,6 +42,7 @@ from hafrm_ds.evaluation.report.tables import (
     share,
     share_estimate,
 )
+from hafrm_ds.evaluation.tables import JUDGES, length_range
 from hafrm_ds.options import options_of
 
 ACCURACY_NOTE = (
@@ -51,7 +50,6 @@ ACCURACY_NOTE = (
     "bootstrapped over prompts. reward: the reward head; implicit: beta * (log pi - log pi_ref), from the policy; "
     "logprob: the summed log-prob; longer: whoever always takes the longer answer, a yardstick."
 )
-JUDGE_NAMES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
 HISTOGRAMS = {"reward": "score of the reward head", "implicit": "beta * (log pi - log pi_ref)"}
 MAX_LISTED_SOURCES = 40
 
@@ -216,7 +214,7 @@ def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iter
         if scores is not None and judge in scores.judges:
             values = scores.judges[judge]
             yield histogram_chart(
-                f"Distribution of the {JUDGE_NAMES[judge]}", unit, {side: values[:, k] for k, side in enumerate(SIDES)}
+                f"Distribution of the {JUDGES[judge]}", unit, {side: values[:, k] for k, side in enumerate(SIDES)}
             )
     if analysis["calibration"]:
         yield reliability_chart("Reliability", analysis["calibration"], series)
@@ -266,7 +264,7 @@ def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
     ]
     by_length = [
         (
-            in_one_line(bin_label(part)),
+            length_range(part["low"], part["high"]),
             [count(part["pairs"]), *(share_estimate(part["accuracy"].get(judge)) for judge in judges)],
         )
         for part in analysis["by_length_difference"]
@@ -280,7 +278,7 @@ def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
     ]
     return [
         Table(rows, ("", *judges)),
-        Table(by_length, ("accuracy by tokens of chosen less rejected", "pairs", *judges)),
+        Table(by_length, ("accuracy, chosen longer by", "pairs", *judges)),
         Table(by_source, ("accuracy by source", "pairs", *judges)),
         Table(yardsticks, ("whoever always takes", "accuracy")),
     ]
@@ -304,7 +302,7 @@ def mistakes(scores: PairScores) -> list[Mistake]:
             for judge, values in judges.items()
         ]
         rows.append(("tokens", [*map(count, scores.num_tokens[place]), Cell("")]))
-        title = f"margin {short(float(f'{margin:.3g}'))} of {JUDGE_NAMES[first]}{sure}"
+        title = f"margin {short(float(f'{margin:.3g}'))} of {JUDGES[first]}{sure}"
         found.append(Mistake(title, scores.texts[place], Table(rows, ("", *SIDES, "margin"))))
     return found
 

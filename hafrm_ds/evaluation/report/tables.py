@@ -13,10 +13,11 @@ NOTHING = "-"
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a cell, and smaller below it."""
+    """What stands in a cell, and smaller below it. words: a text that may take several lines."""
 
     text: str
     detail: str = ""
+    words: bool = False
 
 
 @dataclass(frozen=True)
