@@ -73,16 +73,21 @@ def overview(results: list[Results]) -> Table:
 def accuracy_tables(results: list[Results]) -> list[Table]:
     """Accuracies of every run by every judge on every set: a table for each judge, or for each set if these are
     fewer."""
-    sets = all_sets(results)
-    judges = [judge for judge in JUDGES if any(judge in accuracy_of(each, name) for each in results for name in sets)]
+    sets = {name: judges_of(results, name) for name in all_sets(results)}
+    judges = [judge for judge in JUDGES if any(judge in known for known in sets.values())]
     if len(sets) < len(judges):
-        return [
-            accuracy_table(f"Accuracy on {name}", results, {judge: (name, judge) for judge in judges}) for name in sets
-        ]
-    return [
-        accuracy_table(f"Accuracy, {JUDGES[judge]}", results, {name: (name, judge) for name in sets})
-        for judge in judges
-    ]
+        columns = {f"Accuracy on {name}": {judge: (name, judge) for judge in known} for name, known in sets.items()}
+    else:
+        columns = {
+            f"Accuracy, {JUDGES[judge]}": {name: (name, judge) for name, known in sets.items() if judge in known}
+            for judge in judges
+        }
+    return [accuracy_table(caption, results, each) for caption, each in columns.items()]
+
+
+def judges_of(results: list[Results], name: str) -> list[str]:
+    """The judges that any of the runs has on a set."""
+    return [judge for judge in JUDGES if any(judge in accuracy_of(each, name) for each in results)]
 
 
 def accuracy_table(caption: str, results: list[Results], columns: dict[str, tuple[str, str]]) -> Table:

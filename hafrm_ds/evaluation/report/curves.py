@@ -68,32 +68,28 @@ def curves_of(panel: Panel, rows: Rows) -> list[Curve]:
 
 
 def comparison_charts(results: list[Results]) -> list[Chart]:
-    """One chart of each figure, with a curve for each run."""
+    """One chart of each figure, with a curve for each run; its colour is its place."""
+    colours = {each.name: place for place, each in enumerate(results)}
     charts = []
-    for panel in TRAINING_PANELS:
+
+    def add(panel: Panel, rows: dict[str, Rows], kind: str, is_dotted: bool) -> None:
         for column, (label, _) in panel.columns.items():
-            title = f"{panel.title}: {label}" if label else panel.title
-            curves = curves_of_runs([each.training for each in results], column)
-            charts.append(draw(panel, curves, title, overlaid=True))
+            curves = [
+                Curve(run, colours[run], each.steps, each.columns[column])
+                for run, each in rows.items()
+                if column in each.columns and each.columns[column].any()
+            ]
+            title = f"{kind}: {label}" if label else kind
+            charts.append(draw(panel, curves, title, is_dotted=is_dotted, overlaid=True))
+
+    for panel in TRAINING_PANELS:
+        add(panel, {each.name: each.training for each in results}, panel.title, is_dotted=False)
     for name in dict.fromkeys(name for each in results for name in each.sets):
-        over_steps = [each.sets[name].over_steps if name in each.sets else Rows.of([]) for each in results]
-        if max(map(len, over_steps)) < 2:
-            continue
-        for panel in EVALUATION_PANELS:
-            for column, (label, _) in panel.columns.items():
-                curves = curves_of_runs(over_steps, column)
-                kind = panel.title.removesuffix(" over the steps")
-                charts.append(draw(panel, curves, f"{name}: {kind}, {label}", is_dotted=True, overlaid=True))
+        over_steps = {each.name: each.sets[name].over_steps for each in results if name in each.sets}
+        if max(map(len, over_steps.values())) > 1:
+            for panel in EVALUATION_PANELS:
+                add(panel, over_steps, f"{panel.title.removesuffix(' over the steps')} on {name}", is_dotted=True)
     return [chart for chart in charts if chart is not None]
-
-
-def curves_of_runs(rows: list[Rows], column: str) -> list[Curve]:
-    """A curve for each run that has the column; its colour is its place."""
-    return [
-        Curve(str(place + 1), place, each.steps, each.columns[column])
-        for place, each in enumerate(rows)
-        if column in each.columns and each.columns[column].any()
-    ]
 
 
 def draw(
