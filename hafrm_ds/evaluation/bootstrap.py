@@ -2,7 +2,7 @@
 
 Pairs with the same prompt are not independent, so prompts are resampled, each with all of its pairs.
 
-Legend: P pairs, C different prompts, S seeds, B resamples.
+Legend: P pairs, C different prompts, S trainings, B resamples, K kinds of values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+TRAININGS_SEED = 1_000_003
 CHUNK = 2**24
 """Numbers of one chunk of resamples: bounds the memory."""
 
@@ -36,9 +37,9 @@ def estimate(values: np.ndarray, prompts: Sequence[str], seed: int = 0) -> Estim
     bootstrap.
 
     Args:
-        values: [P], or [S, P] for S models that differ in their seed alone. Seeds are then resampled too, independently
-            of the prompts. Few seeds say little of their spread: it is underestimated by about the factor
-            sqrt((S - 1) / S).
+        values: [P], or [S, P] for S trainings that differ in their seed alone. The trainings are then resampled too,
+            independently of the prompts. Few of them say little of their spread: it is underestimated by about the
+            factor sqrt((S - 1) / S).
         prompts: [P] the prompt of each pair, by any name.
         seed: of the resamples.
 
@@ -50,27 +51,50 @@ def estimate(values: np.ndarray, prompts: Sequence[str], seed: int = 0) -> Estim
 
 def estimates(columns: dict[str, np.ndarray], prompts: Sequence[str], seed: int = 0) -> dict[str, Estimate]:
     """`estimate` of several values of the same pairs, of equal shapes, from the same resamples."""
-    if not len(prompts):
-        raise ValueError("a mean over no pairs")
     if not columns:
         return {}
+    if not len(prompts):
+        raise ValueError("a mean over no pairs")
     values = np.stack([np.atleast_2d(np.asarray(column, dtype=np.float64)) for column in columns.values()])
-    num_columns, num_seeds, _ = values.shape
+    center, means = values.mean(axis=(1, 2)), resampled_means(values, prompts, seed)
+    clusters = len(set(prompts))
+    return {name: from_resamples(center[k], means[:, k], clusters) for k, name in enumerate(columns)}
+
+
+def mean_of_sets(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]]) -> Estimate:
+    """The mean over several sets, each of which counts alike, of the means of their pairs.
+
+    Args:
+        values: for each set [S, P]; the same S trainings, which are resampled alike in all of them.
+        prompts: for each set [P].
+    """
+    center = np.mean([np.mean(each) for each in values])
+    means = [
+        resampled_means(np.asarray(each)[None], names, seed) for seed, (each, names) in enumerate(zip(values, prompts))
+    ]
+    return from_resamples(center, np.mean(means, axis=0)[:, 0], sum(len(set(names)) for names in prompts))
+
+
+def from_resamples(center: float, means: np.ndarray, clusters: int) -> Estimate:
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(center), float(low), float(high), clusters)
+
+
+def resampled_means(values: np.ndarray, prompts: Sequence[str], seed: int) -> np.ndarray:
+    """Means of values [K, S, P] in each resample of prompts and trainings: [B, K]."""
+    num_columns, num_trainings, num_pairs = values.shape
     _, cluster = np.unique(np.asarray(prompts), return_inverse=True)
     sizes = np.bincount(cluster)
-    sums = np.stack([np.bincount(cluster, weights=row) for row in values.reshape(num_columns * num_seeds, -1)], axis=1)
-    generator = np.random.default_rng(seed)
-    means = []
-    for counts in resampled_counts(len(sizes), generator):
-        per_seed = ((counts @ sums) / (counts @ sizes)[:, None]).reshape(len(counts), num_columns, num_seeds)
-        seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=len(counts))
-        # b resamples, k columns, s seeds
-        means.append(np.einsum("bks,bs->bk", per_seed, seeds) / num_seeds)
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    center = values.mean(axis=(1, 2))
-    return {
-        name: Estimate(float(center[k]), float(low[k]), float(high[k]), len(sizes)) for k, name in enumerate(columns)
-    }
+    rows = values.reshape(num_columns * num_trainings, num_pairs)
+    sums = np.stack([np.bincount(cluster, weights=row) for row in rows], axis=1)  # [C, K * S]
+    counts = resampled_counts(len(sizes), np.random.default_rng(seed))
+    means = np.concatenate([(chunk @ sums) / (chunk @ sizes)[:, None] for chunk in counts])
+    # The same for every set, as a training is drawn with all of its results.
+    trainings = np.random.default_rng(TRAININGS_SEED).multinomial(
+        num_trainings, np.full(num_trainings, 1 / num_trainings), size=NUM_RESAMPLES
+    )
+    means = means.reshape(NUM_RESAMPLES, num_columns, num_trainings)
+    return np.einsum("bks,bs->bk", means, trainings) / num_trainings
 
 
 def exact_at_the_ends(share: Estimate) -> Estimate:

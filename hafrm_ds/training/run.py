@@ -121,7 +121,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
 
 def leave_report(config: TrainConfig, log: RunLog) -> None:
     """Draw report.html of what the run has written. What can go wrong in it must not cost the run: it is a warning."""
-    if log.metrics_file is None:
+    if log.metrics_file is None or not config.logging.report:
         return
     try:
         from hafrm_ds.evaluation.report.writing import write_run_report  # matplotlib, which nothing else needs
