@@ -86,7 +86,7 @@ class Benchmark:
         source = Source(**source_from_string(path))
         row_filter = RowFilter(source.where)
         questions = []
-        for table in self.find_files(source, cache_dir):
+        for table in self.open_tables(source, cache_dir):
             for number, content in table.rows():
                 row = Row(content, f"{table.name}:{number}", self.name)
                 try:
@@ -99,7 +99,8 @@ class Benchmark:
         row_filter.check_some_passed(source.path)
         return questions
 
-    def find_files(self, source: Source, cache_dir: Path | None) -> list[Table]:
+    def open_tables(self, source: Source, cache_dir: Path | None) -> list[Table]:
+        """The tables of the benchmark's split; of files that are not named after splits, all."""
         folder = Path(source.path)
         if source.split is None and (is_hub_id(source.path) or has_splits(folder)):
             return find_tables(source.model_copy(update={"split": self.split}), cache_dir)

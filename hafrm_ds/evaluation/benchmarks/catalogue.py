@@ -34,6 +34,7 @@ def render(result: dict[str, Any]) -> Table:
     table.add_section()
     add("overall", result, "")
     if result["missing"]:
-        gaps = [", ".join(result["categories"][name]["missing"]) or name for name in result["missing"]]
-        table.caption = f"no score for the whole: nothing of {', '.join(gaps)}"
+        absent = {name: result["categories"][name] for name in result["missing"]}
+        names = [", ".join(part["missing"]) if part["questions"] else name for name, part in absent.items()]
+        table.caption = as_text(f"no overall score without all of {', '.join(names)}")
     return table

@@ -32,7 +32,7 @@ def test_a_table_of_a_whole_benchmark(tmp_path):
     assert cells(lines, "Safety") == ["66.7%", "2", "0"]
     assert cells(lines, "safety-refuse") == ["66.7%", "1", "0"]
     assert cells(lines, "overall") == ["66.7%", "5", "0"]
-    assert not any("nothing of" in line for line in lines)
+    assert not any("no overall score" in line for line in lines)
 
 
 def test_a_table_says_what_is_missing_and_reads_no_markup(tmp_path):
@@ -40,4 +40,4 @@ def test_a_table_says_what_is_missing_and_reads_no_markup(tmp_path):
     lines = shown(summary("judgebench", tmp_path, rows, [[1, 0], [1, 0]]))
     assert cells(lines, "livecodebench-[red]x") == ["100.0%", "1", "0"]
     assert cells(lines, "overall") == ["none", "2", "0"]
-    assert "no score for the whole: nothing of Knowledge, Reasoning, Math" in lines
+    assert "no overall score without all of Knowledge, Reasoning, Math" in " ".join(" ".join(lines).split())
