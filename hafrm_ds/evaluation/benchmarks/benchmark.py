@@ -24,7 +24,7 @@ from hafrm_ds.data.places import has_splits, is_hub_id
 from hafrm_ds.data.row_filter import RowFilter
 from hafrm_ds.data.sources import Source, source_from_string, suggestion
 from hafrm_ds.data.tables import Table, find_tables
-from hafrm_ds.errors import DataError
+from hafrm_ds.errors import DataError, ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,8 @@ class Benchmark:
         """Rewards of all responses, by the order of `questions` and their responses -> result.
 
         Raises:
-            ValueError: for rewards that do not fit the questions or are not finite.
+            ValueError: for rewards that are not those of the questions.
+            ModelError: for a reward that is not finite.
         """
         judged = []
         for question, values in zip(questions, rewards, strict=True):
@@ -122,7 +123,7 @@ class Benchmark:
                 raise ValueError(f"{question.id}: {len(values)} rewards for {len(question.responses)} responses")
             values = [float(value) for value in values]
             if not all(map(math.isfinite, values)):
-                raise ValueError(f"{question.id}: a reward is not finite: {values}")
+                raise ModelError(f"{question.id}: the model gave a reward that is not finite: {values}")
             judged.append(Judged(question, values[: question.num_correct], values[question.num_correct :]))
         return {"benchmark": self.name, "title": self.title} | self.judge(judged)
 

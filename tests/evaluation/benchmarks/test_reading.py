@@ -3,6 +3,7 @@
 import datasets
 import pytest
 
+from hafrm_ds.errors import ModelError
 from hafrm_ds.evaluation.benchmarks.benchmark import Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from tests.data.row_files import error_of, write_lines, write_rows
@@ -139,8 +140,11 @@ def test_what_is_no_data_is_refused():
     assert error_of(REWARDBENCH.read, "empty.jsonl", None) == "empty.jsonl: holds no rows"
 
 
-@pytest.mark.parametrize("rewards", [[], [[1.0, 2.0, 3.0]], [[1.0, float("nan")]]])
-def test_rewards_that_are_not_those_of_the_questions_are_refused(rewards):
+def test_rewards_that_are_not_those_of_the_questions_are_refused():
     write_lines("x.jsonl", [rewardbench_row("hep-go")])
-    with pytest.raises(ValueError):
-        REWARDBENCH.summarize(REWARDBENCH.read("x.jsonl", None), rewards)
+    questions = REWARDBENCH.read("x.jsonl", None)
+    for rewards in ([], [[1.0, 2.0, 3.0]]):
+        with pytest.raises(ValueError):
+            REWARDBENCH.summarize(questions, rewards)
+    with pytest.raises(ModelError, match=r"x\.jsonl:1: the model gave a reward that is not finite"):
+        REWARDBENCH.summarize(questions, [[1.0, float("nan")]])
