@@ -35,6 +35,7 @@ ANALYSIS_KEYS = {
     "by_length_difference",
     "agreement",
 }
+BENCHMARK_KEYS = {"title", "score", "questions", "ties", "details", "categories"}
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,9 @@ def read_evaluation(folder: Path) -> Results:
     for name, analysis in content.get("sets", {}).items():
         if missing := ANALYSIS_KEYS - set(analysis):
             raise DataError(f"{file}: the set {name} has no {', '.join(sorted(missing))}")
+    for name, result in content.get("benchmarks", {}).items():
+        if missing := BENCHMARK_KEYS - set(result):
+            raise DataError(f"{file}: the benchmark {name} has no {', '.join(sorted(missing))}")
     return Results(
         folder=folder,
         name=folder.resolve().name,

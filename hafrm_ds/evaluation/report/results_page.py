@@ -121,7 +121,7 @@ def results_page(results: Results) -> ResultsPage:
         tiles=list(tiles(results)),
         accuracies=accuracy_table(results.sets) if results.sets else None,
         sets=[set_section(name, result) for name, result in results.sets.items()],
-        benchmarks=[benchmark_table(name, content) for name, content in results.benchmarks.items()],
+        benchmarks=[benchmark_table(result) for result in results.benchmarks.values()],
         training=panel_charts(TRAINING_PANELS, results.training),
         training_note=how_rows_are_drawn(results.training),
         data={
@@ -310,23 +310,21 @@ def mistakes(scores: PairScores) -> list[Mistake]:
 # ---- the rest -------------------------------------------------------------------------------------------------------
 
 
-def benchmark_table(name: str, content: Any) -> Table:
-    """Results of a benchmark, whatever it names them."""
-    return Table(list(benchmark_rows(content)), ("", "result"), caption=name)
+def benchmark_table(result: dict[str, Any]) -> Table:
+    """A result of `Benchmark.summarize`: categories with their subsets and details, then the whole."""
+    rows = []
 
+    def add(name: str, part: dict[str, Any], details: dict[str, float]) -> None:
+        rows.append((name, [share(part["score"]), count(part["questions"]), count(part["ties"])]))
+        rows.extend((f"{name}, {detail}", [share(value), Cell(""), Cell("")]) for detail, value in details.items())
 
-def benchmark_rows(content: Any, prefix: str = "") -> Iterator[tuple[str, list[Cell]]]:
-    if not isinstance(content, dict):
-        is_share = isinstance(content, float) and 0 <= content <= 1
-        yield (
-            prefix,
-            [share(content) if is_share else Cell(f"{content:,}" if isinstance(content, int) else str(content))],
-        )
-    elif "value" in content:
-        yield prefix, [share_estimate(content)]
-    else:
-        for key, value in content.items():
-            yield from benchmark_rows(value, f"{prefix} / {key}" if prefix else str(key))
+    for name, category in result["categories"].items():
+        add(name, category, category["details"])
+        if len(category["subsets"]) > 1:
+            for subset, part in category["subsets"].items():
+                add(f"{name} / {subset}", part, {})
+    add("overall", result, result["details"])
+    return Table(rows, ("", "score", "questions", "ties"), caption=result["title"])
 
 
 def appendix(results: Results) -> Iterator[Folded]:

@@ -10,12 +10,15 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.report import Counts, DataReport, Example, TemplateFacts
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
+from tests.evaluation.benchmarks.rows import rm_bench_row, summary
 
 EVIL = "</pre></details><script>alert('&amp;')</script>\x00\x1b[31m\u202e"
 EVIL_AS_SHOWN = (
     "&lt;/pre&gt;&lt;/details&gt;&lt;script&gt;alert(&#39;&amp;amp;&#39;)&lt;/script&gt;\\x00\\x1b[31m\\u202e"
 )
 NUM_PAIRS = 60
+CHAT_REWARDS = [[4, 5, 6, 1, 2, 3], [1, 3, 5, 0, 2, 4]]
+"""Of two questions of RM-Bench: all is won, and all but what is hard."""
 
 
 def pair_scores(name: str = "held out", *, policy: bool = True, seed: int = 0) -> PairScores:
@@ -111,7 +114,7 @@ def write_evaluation(folder: Path) -> Path:
     content = {
         "model": "org/scorer",
         "sets": {"arena": analyse(scores)},
-        "benchmarks": {"RewardBench": {"score": {"value": 0.625, "low": 0.5, "high": 0.75}, "Chat": 0.8125}},
+        "benchmarks": {"rm-bench": summary("rm-bench", folder, [rm_bench_row("chat")] * 2, CHAT_REWARDS)},
         "environment": {"python": "3.99"},
     }
     (folder / EVALUATION_FILE).write_text(json.dumps(content))
