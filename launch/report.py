@@ -3,7 +3,7 @@
     python launch/report.py FOLDER                            writes FOLDER/report.html
     python launch/report.py FOLDER FOLDER ... --output FILE   writes one page that compares them
 
-A run may still be going on. Training, evaluations and comparisons write their reports by themselves when they end.
+A run may still be going on. Training draws its report when it ends.
 """
 
 import argparse

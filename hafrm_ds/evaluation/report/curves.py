@@ -52,18 +52,17 @@ EVALUATION_PANELS = (
 )
 
 
-def panel_charts(panels: tuple[Panel, ...], rows: Rows) -> list[Chart]:
-    """One chart of each panel that has something to show."""
-    charts = [draw(panel, curves_of(panel, rows), is_dotted=not panel.noisy and len(rows) < 60) for panel in panels]
+def panel_charts(panels: tuple[Panel, ...], rows: Rows, *, is_dotted: bool = False) -> list[Chart]:
+    """One chart of each panel that has something to show. is_dotted: mark each row."""
+    charts = [draw(panel, curves_of(panel, rows), is_dotted=is_dotted) for panel in panels]
     return [chart for chart in charts if chart is not None]
 
 
 def curves_of(panel: Panel, rows: Rows) -> list[Curve]:
-    """Of the columns that are there. One that is 0 throughout has nothing to show."""
+    """Of the columns that are there. One that is 0 throughout has nothing to show, nor a total of one part."""
     found = {name: rows.columns[name] for name in panel.columns if name in rows.columns and rows.columns[name].any()}
-    total = found.get("loss/total")
-    if any(np.array_equal(total, values, equal_nan=True) for name, values in found.items() if name != "loss/total"):
-        del found["loss/total"]  # of one part alone
+    if not LOSS_PARTS.keys() <= found.keys():
+        found.pop("loss/total", None)
     return [Curve(*panel.columns[name], rows.steps, values) for name, values in found.items()]
 
 

@@ -189,7 +189,7 @@ def accuracy_table(sets: dict[str, SetResult]) -> Table:
 
 def set_section(name: str, result: SetResult) -> SetSection:
     scores, analysis = result.scores, result.analysis
-    charts = panel_charts(EVALUATION_PANELS, result.over_steps) if len(result.over_steps) > 1 else []
+    charts = panel_charts(EVALUATION_PANELS, result.over_steps, is_dotted=True) if len(result.over_steps) > 1 else []
     facts = []
     if scores is not None and scores.step is not None:
         facts.append(f"after step {scores.step:,}")

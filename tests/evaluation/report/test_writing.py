@@ -151,7 +151,7 @@ def test_a_baseline_shows_one_judge_and_one_loss(tmp_path):
     page = Page(html)
     assert page.row("accuracy")[:3] == ["pairs", "reward", "longer"]
     assert "Distribution of the implicit reward" not in page.titles
-    assert re.search(r'aria-label="Loss: reward from [^;]*"', html)  # the total, which is the same, is not drawn
+    assert re.search(r'aria-label="Loss: reward from [^;]*"', html)  # and no total of one part
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
