@@ -145,7 +145,7 @@ def tiles(results: Results) -> Iterator[Tile]:
             if judge in HISTOGRAMS:
                 cell = share_estimate(estimate)
                 yield Tile(f"accuracy, {judge}", cell.text, f"{name}{f', {cell.detail}' if cell.detail else ''}")
-    if "objective.alpha" in options:
+    if {"objective.alpha", "objective.beta", "optimizer.learning_rate"} <= options.keys():
         rates = f"learning rate {options['optimizer.learning_rate']:g}, beta {options['objective.beta']:g}"
         yield Tile("objective", objective_in_words(results), rates)
     if len(training):
