@@ -96,7 +96,7 @@ class EvaluatedBenchmark:
 def evaluate(options: EvaluationOptions, processes: Processes) -> None:
     """Evaluate a model on sets of pairs and on benchmarks. All processes call this together.
 
-    Leaves in output_dir: evaluation.json, evaluation/SET.parquet with the scores of every pair.
+    Leaves in output_dir: evaluation.json, evaluation/SET.parquet with the scores of every pair, report.html.
 
     Raises:
         DataError, ModelError: what was asked for cannot be evaluated.
@@ -159,7 +159,9 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
         write_whole(options.output_dir / EVALUATION_FILE, text.encode())
         shutil.rmtree(folder)
         log.print(render_evaluation(results))
-        log.print(f"the results are in {options.output_dir}")
+        from hafrm_ds.evaluation.report.writing import write_evaluation_report  # matplotlib loads for long
+
+        log.print(f"the results are in {options.output_dir}; report: {write_evaluation_report(options.output_dir)}")
     leave_together(processes)
 
 

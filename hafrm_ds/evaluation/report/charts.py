@@ -296,11 +296,24 @@ def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str
 
 
 @matplotlib.rc_context(STYLE)
-def intervals_chart(title: str, groups: dict[str, dict[str, Interval]], series: dict[str, int], legend=True) -> Chart:
-    """Accuracies with intervals: group (a set or source) -> name -> interval. Groups stand below one another."""
+def intervals_chart(
+    title: str,
+    groups: dict[str, dict[str, Interval]],
+    series: dict[str, int],
+    *,
+    legend: bool = True,
+    neutral: float = 0.5,
+    unit: str = "accuracy",
+) -> Chart:
+    """Shares with intervals: group (a set or source) -> name -> interval. Groups stand below one another.
+
+    Args:
+        neutral: where the dashed line stands: the accuracy of a coin, or 0 for differences.
+    """
     rows = sum(1.3 + len(intervals) for intervals in groups.values())
     figure, axes = new_figure(height=int(44 + 15 * rows), left=8, top=4)
-    y, lowest, described = 0.0, 0.5, []
+    y, described = 0.0, []
+    ends = [neutral]
     for group, intervals in groups.items():
         label = in_one_line(printable(group))
         label = label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
@@ -312,18 +325,21 @@ def intervals_chart(title: str, groups: dict[str, dict[str, Interval]], series: 
             low, high = (each.value if end is None else end for end in (each.low, each.high))
             axes.plot([low, high], [y, y], color=colour, linewidth=2.2)
             axes.plot([each.value], [y], color=colour, marker="o", markersize=6)
-            lowest = min(lowest, low)
+            ends += [low, high]
             y += 1
         described.append(f"{label}: {', '.join(f'{name} {each.value:.1%}' for name, each in intervals.items())}")
         y += 0.3
-    axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(neutral, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_ylim(y - 0.5, -0.6)
-    axes.set_xlim(max(0, lowest - 0.03), 1.0)
+    if neutral:
+        axes.set_xlim(max(0, min(ends) - 0.03), 1.0)
+    else:
+        axes.set_xlim(min(ends) - 0.03, max(ends) + 0.03)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("accuracy")
+    axes.set_xlabel(unit)
     keys = tuple(Key(name, number, "dot") for name, number in series.items()) if legend else ()
     return Chart(title, to_svg(figure, f"{title}: {'; '.join(described)}"), keys, "Bars: 95% intervals.")
 

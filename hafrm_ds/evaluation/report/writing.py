@@ -12,7 +12,8 @@ from hafrm_ds import __version__
 from hafrm_ds.data.report import printable
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.report.comparison_page import comparison_page
-from hafrm_ds.evaluation.report.reading import distinct_names, read_evaluation, read_results, read_run
+from hafrm_ds.evaluation.report.methods_page import methods_page
+from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_evaluation, read_results, read_run
 from hafrm_ds.evaluation.report.results_page import results_page
 
 REPORT_FILE = "report.html"
@@ -46,9 +47,23 @@ def write_comparison_report(run_folders: list[Path], file: Path) -> Path:
 
     Raises as `write_run_report` does.
     """
-    names = distinct_names(run_folders)
-    results = [replace(read_results(folder), name=name) for folder, name in zip(run_folders, names, strict=True)]
-    return write(file, "comparison.html", comparison_page(results))
+    return write(file, "comparison.html", comparison_page(named_results(run_folders)))
+
+
+def write_methods_report(comparison: dict[str, Any], run_folders: list[Path], file: Path) -> Path:
+    """The page of a comparison of methods, with all of its runs side by side; returns the file.
+
+    Args: comparison: as comparison.json has it.
+
+    Raises as `write_run_report` does.
+    """
+    return write(file, "comparison.html", methods_page(comparison, named_results(run_folders)))
+
+
+def named_results(folders: list[Path]) -> list[Results]:
+    """Runs or evaluations with names that tell them apart."""
+    names = distinct_names(folders)
+    return [replace(read_results(folder), name=name) for folder, name in zip(folders, names, strict=True)]
 
 
 def write(file: Path, template: str, page: Any) -> Path:
