@@ -35,7 +35,7 @@ ANALYSIS_KEYS = {
     "by_length_difference",
     "agreement",
 }
-BENCHMARK_KEYS = {"title", "score", "questions", "ties", "details", "categories"}
+BENCHMARK_KEYS = {"cut", "judges"}
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def read_evaluation(folder: Path) -> Results:
     for name, analysis in content.get("sets", {}).items():
         if missing := ANALYSIS_KEYS - set(analysis):
             raise DataError(f"{file}: the set {name} has no {', '.join(sorted(missing))}")
-    for name, result in content.get("benchmarks", {}).items():
-        if missing := BENCHMARK_KEYS - set(result):
+    for name, found in content.get("benchmarks", {}).items():
+        if missing := BENCHMARK_KEYS - set(found):
             raise DataError(f"{file}: the benchmark {name} has no {', '.join(sorted(missing))}")
     return Results(
         folder=folder,

@@ -121,7 +121,7 @@ def results_page(results: Results) -> ResultsPage:
         tiles=list(tiles(results)),
         accuracies=accuracy_table(results.sets) if results.sets else None,
         sets=[set_section(name, result) for name, result in results.sets.items()],
-        benchmarks=[benchmark_table(result) for result in results.benchmarks.values()],
+        benchmarks=[benchmark_table(found) for found in results.benchmarks.values()],
         training=panel_charts(TRAINING_PANELS, results.training),
         training_note=how_rows_are_drawn(results.training),
         data={
@@ -310,21 +310,31 @@ def mistakes(scores: PairScores) -> list[Mistake]:
 # ---- the rest -------------------------------------------------------------------------------------------------------
 
 
-def benchmark_table(result: dict[str, Any]) -> Table:
-    """A result of `Benchmark.summarize`: categories with their subsets and details, then the whole."""
+def benchmark_table(found: dict[str, Any]) -> Table:
+    """Scores of each judge on a benchmark: categories with their subsets and details, then the whole.
+
+    Args:
+        found: cut (questions whose prompt was cut), and judges: judge -> as `Benchmark.summarize` gives it.
+    """
+    results = {judge: found["judges"][judge] for judge in JUDGES if judge in found["judges"]}
+    first = next(iter(results.values()))
     rows = []
 
-    def add(name: str, part: dict[str, Any], details: dict[str, float]) -> None:
-        rows.append((name, [share(part["score"]), count(part["questions"]), count(part["ties"])]))
-        rows.extend((f"{name}, {detail}", [share(value), Cell(""), Cell("")]) for detail, value in details.items())
+    def add(name: str, parts: list[dict[str, Any]], with_details: bool = True) -> None:
+        """parts: the same part of each judge's result."""
+        scores = [Cell(share(part["score"]).text, f"{part['ties']:,} ties" if part["ties"] else "") for part in parts]
+        rows.append((name, [count(parts[0]["questions"]), *scores]))
+        for detail in parts[0]["details"] if with_details else ():
+            rows.append((f"{name}, {detail}", [Cell(""), *(share(part["details"].get(detail)) for part in parts)]))
 
-    for name, category in result["categories"].items():
-        add(name, category, category["details"])
-        if len(category["subsets"]) > 1:
-            for subset, part in category["subsets"].items():
-                add(f"{name} / {subset}", part, {})
-    add("overall", result, result["details"])
-    return Table(rows, ("", "score", "questions", "ties"), caption=result["title"])
+    for name, category in first["categories"].items():
+        categories = [result["categories"][name] for result in results.values()]
+        add(name, categories)
+        for subset in category["subsets"] if len(category["subsets"]) > 1 else ():
+            add(f"{name} / {subset}", [each["subsets"][subset] for each in categories], with_details=False)
+    add("overall", list(results.values()))
+    cut = f" ({found['cut']:,} questions with a cut prompt)" if found["cut"] else ""
+    return Table(rows, ("", "questions", *results), caption=f"{first['title']}{cut}")
 
 
 def appendix(results: Results) -> Iterator[Folded]:

@@ -111,10 +111,11 @@ def write_run(folder: Path, *, steps: int = 40, policy: bool = True) -> Path:
 def write_evaluation(folder: Path) -> Path:
     scores = pair_scores("arena")
     scores.save(folder / SCORES_FOLDER)
+    chat = summary("rm-bench", folder, [rm_bench_row("chat")] * 2, CHAT_REWARDS)
     content = {
         "model": "org/scorer",
         "sets": {"arena": analyse(scores)},
-        "benchmarks": {"rm-bench": summary("rm-bench", folder, [rm_bench_row("chat")] * 2, CHAT_REWARDS)},
+        "benchmarks": {"rm-bench": {"cut": 1, "judges": {"reward": chat}}},
         "environment": {"python": "3.99"},
     }
     (folder / EVALUATION_FILE).write_text(json.dumps(content))

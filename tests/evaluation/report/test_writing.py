@@ -175,8 +175,9 @@ def test_an_evaluation_has_its_accuracies_and_benchmarks(tmp_path):
     html = write_evaluation_report(write_evaluation(tmp_path)).read_text()
     page = Page(html)
     assert f"<h1>Evaluation {tmp_path.name}</h1>" in html and "org/scorer" in html
-    assert page.row("Chat")[:3] == ["83.3%", "2", "0"] and page.row("Chat, hard")[0] == "50.0%"
-    assert page.row("overall")[:2] == ["-", "2"]  # three of the four domains have no questions
+    assert page.row("Chat")[:3] == ["2", "83.3%", "Chat, hard"] and page.row("Chat, hard")[1] == "50.0%"
+    assert page.row("overall")[:2] == ["2", "-"]  # three of the four domains have no questions
+    assert "RM-Bench (1 questions with a cut prompt)" in html
     assert "Reliability" in page.titles and "Why 0?" in html and page.row("python")[0] == "3.99"
 
 
