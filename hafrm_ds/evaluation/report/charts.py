@@ -324,7 +324,7 @@ def intervals_chart(
             colour = series_colour(series[name])
             low, high = (each.value if end is None else end for end in (each.low, each.high))
             axes.plot([low, high], [y, y], color=colour, linewidth=2.2)
-            axes.plot([each.value], [y], color=colour, marker="o", markersize=6)
+            axes.plot([each.value], [y], color=colour, marker="o", markersize=6, clip_on=False)
             ends += [low, high]
             y += 1
         described.append(f"{label}: {', '.join(f'{name} {each.value:.1%}' for name, each in intervals.items())}")
