@@ -96,12 +96,13 @@ class Sampler(Protocol):
 class SamplingJob:
     """What is to be sampled. Build it with `open`.
 
-    sampler: "transformers" or "vllm". rows: of the prompts.
+    sampler: "transformers" or "vllm". formatter: of the policy. rows: of the prompts.
     """
 
     options: SamplingOptions
     sampler: str
     policy: SavedModel | SavedPolicy
+    formatter: ChatFormatter
     rows: list[Row]
 
     @classmethod
@@ -126,7 +127,7 @@ class SamplingJob:
             if not isinstance(row.fields, dict):
                 raise row.fault("the row", row.fields, "an object with a prompt")
             prompt_of(row)
-        return cls(options, sampler, policy, rows)
+        return cls(options, sampler, policy, policy.formatter(), rows)
 
     def identity(self) -> dict[str, Any]:
         """What the candidates depend on."""
@@ -162,20 +163,19 @@ class SamplingJob:
         processes.from_first("joined", lambda: self.join(list(parts), output, log))
 
     def sample_parts(self, todo: dict[Path, range], processes: Processes, log: RunLog) -> None:
-        formatter = self.policy.formatter()
         kind = VllmSampler if self.sampler == "vllm" else TransformersSampler
-        sampler = kind(self.policy, formatter, self.options, processes)
+        sampler = kind(self.policy, self.formatter, self.options, processes)
         work_through(
             "sampling",
             {file: len(part) for file, part in todo.items()},
-            lambda file: self.sample_part(todo[file], formatter, sampler),
+            lambda file: self.sample_part(todo[file], sampler),
             processes,
             log,
             unit="prompts",
             together=False,
         )
 
-    def sample_part(self, part: range, formatter: ChatFormatter, sampler: Sampler) -> bytes:
+    def sample_part(self, part: range, sampler: Sampler) -> bytes:
         """The lines of a part: of a prompt that is dropped, the reason in `dropped`."""
         options, longest = self.options, longest_prompt(self.policy, self.options.max_new_tokens)
         written = [{"id": self.rows[k].fields.get("id", self.rows[k].id)} for k in part]
@@ -183,7 +183,7 @@ class SamplingJob:
         for place, k in enumerate(part):
             written[place]["prompt"] = self.rows[k].fields["prompt"]
             try:
-                ids = formatter.encode_prompt(prompt_of(self.rows[k]))
+                ids = self.formatter.encode_prompt(prompt_of(self.rows[k]))
             except jinja2.TemplateError:
                 written[place]["dropped"] = REFUSED
                 continue

@@ -221,7 +221,7 @@ def test_prompts_without_n_answers_are_dropped_after_2n_draws(folder, tmp_path, 
             return [[Answer("a", True), Answer("b", False), Answer("" if k == 0 else third, True)]
                     for k, _ in enumerate(requests)]  # fmt: skip
 
-    rows = [json.loads(line) for line in job.sample_part(range(3), job.policy.formatter(), Stingy()).splitlines()]
+    rows = [json.loads(line) for line in job.sample_part(range(3), Stingy()).splitlines()]
     assert asked == [3, 3]
     assert rows[0]["dropped"] == sampling.TOO_FEW and "responses" not in rows[0]
     assert [row["responses"] for row in rows[1:]] == [["a", "b", "c"]] * 2
@@ -329,6 +329,9 @@ def test_files_and_models_that_are_not_there_are_named(folder, tmp_path):
     ):
         changed = dataclasses.replace(options.sampling, **changes)
         assert message in refusal(dataclasses.replace(options, sampling=changed))
+    save_tiny_model(tmp_path / "bare", chat_template=None)
+    changed = dataclasses.replace(options.sampling, policy=str(tmp_path / "bare"))
+    assert "no chat template" in refusal(dataclasses.replace(options, sampling=changed))
     assert "--gold" in refusal(dataclasses.replace(options, gold=str(folder / "policy")))
     assert not (tmp_path / "out").exists()
 
