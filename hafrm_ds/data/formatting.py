@@ -142,7 +142,7 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> tuple[str, str]:
     """-> (template text, its origin); raises ModelError naming the choices when there is none."""
-    choices = f"chat_template takes a name ({', '.join(NAMED_TEMPLATES)}) or a .jinja file"
+    choices = f"--data.chat_template takes a name ({', '.join(NAMED_TEMPLATES)}) or a .jinja file"
     if chat_template in NAMED_TEMPLATES:
         return NAMED_TEMPLATES[chat_template], chat_template
     if chat_template is not None:

@@ -119,6 +119,10 @@ class SamplingJob:
         if "logprob" not in policy.heads:
             raise ModelError(f"--policy {options.policy} has no LM head: it cannot answer")
         sampler = choose_sampler(options.sampler, policy)
+        try:
+            formatter = policy.formatter()
+        except ModelError as error:  # it names the option of a training
+            raise ModelError(str(error).replace("--data.chat_template", "--policy_chat_template")) from error
         name = str(options.prompts)
         rows = [Row(fields, f"{name}:{number}", "") for number, fields in file_table(options.prompts, name).rows()]
         if not rows:
@@ -127,7 +131,7 @@ class SamplingJob:
             if not isinstance(row.fields, dict):
                 raise row.fault("the row", row.fields, "an object with a prompt")
             prompt_of(row)
-        return cls(options, sampler, policy, policy.formatter(), rows)
+        return cls(options, sampler, policy, formatter, rows)
 
     def identity(self) -> dict[str, Any]:
         """What the candidates depend on."""

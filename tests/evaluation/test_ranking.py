@@ -331,7 +331,7 @@ def test_files_and_models_that_are_not_there_are_named(folder, tmp_path):
         assert message in refusal(dataclasses.replace(options, sampling=changed))
     save_tiny_model(tmp_path / "bare", chat_template=None)
     changed = dataclasses.replace(options.sampling, policy=str(tmp_path / "bare"))
-    assert "no chat template" in refusal(dataclasses.replace(options, sampling=changed))
+    assert "--policy_chat_template takes a name" in refusal(dataclasses.replace(options, sampling=changed))
     assert "--gold" in refusal(dataclasses.replace(options, gold=str(folder / "policy")))
     assert not (tmp_path / "out").exists()
 
