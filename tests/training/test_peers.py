@@ -18,7 +18,8 @@ def watches(monkeypatch):
     monkeypatch.setattr(module, "TICK_SECONDS", 0.05)
     store, ended = dist.HashStore(), []
     ranks = [
-        PeerWatch(rank, 3, store, "127.0.0.1", end=lambda status, rank=rank: ended.append(rank)) for rank in range(3)
+        PeerWatch(rank, 3, store, "127.0.0.1", f"rank {rank}", end=lambda status, rank=rank: ended.append(rank))
+        for rank in range(3)
     ]
     wait_for(lambda: len(ranks[0].peers) == 2)
     return ranks, ended
@@ -98,5 +99,5 @@ def test_a_stranger_at_the_port_is_nobody(watches):
 
 def test_what_else_is_watched_is_looked_at_again_and_again():
     calls = []
-    PeerWatch(0, 1, dist.HashStore(), "127.0.0.1", on_tick=lambda: calls.append(1))
+    PeerWatch(0, 1, dist.HashStore(), "127.0.0.1", "rank 0", on_tick=lambda: calls.append(1))
     wait_for(lambda: len(calls) > 1)
