@@ -21,13 +21,19 @@ ROWS_NOT_SCORED = 3
 
 def read_command_line(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="the final/ folder of a training")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="the final/ folder of a training, or another reward model: AutoModelForSequenceClassification, one label",
+    )
     parser.add_argument("--input", type=Path, required=True, help="JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; must not exist")
     parser.add_argument(
         "--max_tokens_per_micro_batch", type=int, default=8192, help="token budget of one forward pass (%(default)s)"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: that of the saved weights")
+    parser.add_argument("--chat_template", help="name or file of a template, for a tokenizer without one")
     parser.add_argument("--deepspeed", type=Path, help="a DeepSpeed JSON: shard the model over the processes")
     parser.add_argument("--trust_remote_code", action="store_true", help="run modelling code that comes with the model")
     parser.add_argument("--trust_pickle", action="store_true", help="read weights that are not in safetensors")

@@ -239,8 +239,8 @@ def check_enough_left(report: DataReport, data: DataConfig) -> None:
             f"Longer conversation of a pair: {uncut['p90']} tokens at the 90th percentile, {uncut['p99']} at the 99th, "
             f"{uncut['max']} at most. data.max_length is {data.max_length}, data.truncation {data.truncation}."
         )
-    remedy = "Raise --data.max_length, choose another --data.truncation, or repair the data"
-    lines.append(remedy + (f"; --data.max_dropped_share {share} lets this set through." if total.kept else "."))
+    remedy = "Raise data.max_length, choose another data.truncation, or repair the data"
+    lines.append(remedy + (f"; data.max_dropped_share {share} lets this set through." if total.kept else "."))
     raise DataError("\n".join(lines))
 
 

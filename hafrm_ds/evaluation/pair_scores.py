@@ -160,3 +160,10 @@ def load_all(folder: Path) -> dict[str, PairScores]:
     """Every set in a folder of scores, by its name; empty if there is none."""
     found = [PairScores.load(file) for file in sorted(folder.glob("*.parquet"))]
     return {scores.set: scores for scores in found}
+
+
+def fixed_choice(num_pairs: int, limit: int | None) -> np.ndarray:
+    """Positions of the pairs of a set that are used: all, or a random choice of `limit` that is always the same."""
+    if limit is None or limit >= num_pairs:
+        return np.arange(num_pairs)
+    return np.sort(np.random.default_rng(0).choice(num_pairs, limit, replace=False))

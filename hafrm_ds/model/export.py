@@ -28,7 +28,7 @@ from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel, tolerance_of
 from hafrm_ds.model.pad_token import PadToken, choose_pad_token
-from hafrm_ds.model.reward_model import Conversation, HybridRewardModel
+from hafrm_ds.model.reward_model import HybridRewardModel
 from hafrm_ds.model.saved import SavedModel
 from hafrm_ds.model.saving import (
     ADAPTER_FOLDER,
@@ -38,6 +38,7 @@ from hafrm_ds.model.saving import (
     write_beside_weights,
     write_tokenizer_and_card,
 )
+from hafrm_ds.model.scorer import Conversation
 from hafrm_ds.model.tensor_files import TensorSource, tensors_of, write_sharded
 
 CONVERSATIONS: list[Conversation] = [
@@ -106,7 +107,7 @@ def export_policy(live: HybridRewardModel, saved: SavedModel, output_dir: Path) 
         write_sharded(tensors_of(causal_lm), draft)
         metadata = saved.metadata | {"format": "policy"}
         write_beside_weights(draft, config, generation_config, padding_tokenizer(live, pad), metadata)
-        expected = scores_in_fp32(live, lambda: live.log_prob_ids(map(live.encode, CONVERSATIONS)))
+        expected = scores_in_fp32(live, lambda: live.log_probs(CONVERSATIONS))
         actual = stock_log_probs(draft, live, saved.config.trust_remote_code)
         difference = largest_difference(actual, expected, "log-probs", tolerance_of(live.model))
     return Exported(output_dir, pad, "log-probs", difference)

@@ -62,7 +62,7 @@ def local_folder(config: ModelConfig) -> Path:
         return Path(snapshot_download(config.name_or_path, revision=config.revision, ignore_patterns=OTHER_FORMATS))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.name_or_path {config.name_or_path!r} is no local folder and cannot be fetched from the hub: "
+            f"the model {config.name_or_path!r} is no local folder and cannot be fetched from the hub: "
             f"{first_line(error)}"
         ) from error
 

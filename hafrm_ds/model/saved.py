@@ -15,7 +15,7 @@ from hafrm_ds.config import ModelConfig
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.loading import first_line, load_hybrid_model, load_tokenizer, local_folder
+from hafrm_ds.model.loading import DTYPES, first_line, load_hybrid_model, load_tokenizer, local_folder
 from hafrm_ds.model.lora import merge_adapter, read_adapter_config
 from hafrm_ds.model.saving import METADATA_FILE, REWARD_HEAD_FILE
 
@@ -37,6 +37,8 @@ class SavedModel:
     config: ModelConfig
     metadata: dict[str, Any]
     head: dict[str, Tensor]
+
+    heads = ("reward", "logprob")
 
     @classmethod
     def open(
@@ -64,10 +66,8 @@ class SavedModel:
             options |= {"name_or_path": base["base_model_name_or_path"], "revision": base.get("revision")}
             weights = local_folder(ModelConfig(**options))
         refuse_pickles(weights, trust_pickle)
-        if dtype is None:  # the head has the dtype of the body
-            dtype = str(head["weight"].dtype).removeprefix("torch.")
-        if dtype not in ("bfloat16", "float32"):
-            raise ModelError(f"{folder}: the weights are {dtype}; give dtype bfloat16 or float32")
+        # The head has the dtype of the body.
+        dtype = dtype_of_weights(folder, dtype or str(head["weight"].dtype).removeprefix("torch."))
         return cls(folder, ModelConfig(**options, dtype=dtype, reward_head_bias="bias" in head), metadata, head)
 
     def formatter(self) -> ChatFormatter:
@@ -120,6 +120,13 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if missing := [key for key in NEEDED if key not in metadata]:
         raise ModelError(f"{file} lacks {', '.join(missing)}")
     return metadata
+
+
+def dtype_of_weights(folder: Path, dtype: str) -> str:
+    """Raises ModelError for a type that nothing here computes in."""
+    if dtype not in DTYPES:
+        raise ModelError(f"{folder}: the weights are {dtype or 'of no stated type'}; give dtype {' or '.join(DTYPES)}")
+    return dtype
 
 
 def read_reward_head(folder: Path) -> dict[str, Tensor]:

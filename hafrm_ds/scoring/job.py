@@ -1,25 +1,20 @@
-"""Scoring a file of conversations on any number of processes, a part at a time.
+"""Scoring a file of conversations on any number of processes, a part at a time (`scoring.parts`).
 
-    IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> OUT.jsonl
-
-A part is written under another name, synced and renamed, so it exists whole or not at all; a job that was killed goes
-on with the parts that are missing. Which lines make a part depends on the input alone, and what is computed together
-lies within a part: the scores do not depend on kills, nor on the number of processes unless the model is sharded over
-them.
+IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> OUT.jsonl
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hafrm_ds.errors import DataError
-from hafrm_ds.model.loading import local_folder
-from hafrm_ds.model.reward_model import DEFAULT_MAX_TOKENS, HybridRewardModel
-from hafrm_ds.model.saved import SavedModel
+from hafrm_ds.errors import DataError, ModelError
+from hafrm_ds.model.opening import Saved, open_model
+from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS, Scorer
+from hafrm_ds.scoring.loading import load_for_job
+from hafrm_ds.scoring.parts import claim_folder, identity_of_model, leave_together, stamp, work_through
 from hafrm_ds.scoring.rows import ScoredRow
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.processes import Processes
@@ -41,6 +36,7 @@ class ScoringOptions:
     deepspeed: Path | None = None
     trust_remote_code: bool = False
     trust_pickle: bool = False
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,37 +59,46 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
         DataError: the files cannot be used. ModelError: the model cannot.
     """
     log = RunLog(None, processes, files=False)
-    saved = SavedModel.open(
+    saved = open_model(
         options.model,
         dtype=options.dtype,
+        chat_template=options.chat_template,
         trust_remote_code=options.trust_remote_code,
         trust_pickle=options.trust_pickle,
     )
+    if "reward" not in saved.heads:
+        raise ModelError(f"--model {options.model} is a causal LM without a reward head: it has no score")
     if options.max_tokens_per_micro_batch < 1:
         raise DataError(f"--max_tokens_per_micro_batch is {options.max_tokens_per_micro_batch}; no row is so short")
     folder = options.output.with_name(f"{options.output.name}.parts")
     # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
     plan = json.loads(processes.from_first("plan", lambda: json.dumps(plan_job(options, saved, folder))))
     parts = [Part(**part) for part in plan["parts"]]
-    todo = [parts[number] for number in plan["missing"]]
+    todo = {parts[number].file(folder): parts[number] for number in plan["missing"]}
     if len(todo) < len(parts):
         log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts are there already")
     if todo:
-        score_parts(options, saved, folder, todo, processes, log)
+        model = load_for_job(saved, options.deepspeed, options.max_tokens_per_micro_batch, processes)
+        work_through(
+            "scoring",
+            {file: part.num_lines for file, part in todo.items()},
+            lambda file: score_part(todo[file], options.input, model),
+            processes,
+            log,
+            unit="rows",
+            together=options.deepspeed is not None,
+        )
     num_bad = 0
     if processes.is_first:
         num_bad = join_parts(options.output, folder, parts, log)
-    # The first process keeps the store that the others still ask: it leaves last.
-    processes.store.add("left", 1)
-    if processes.is_first:
-        processes.wait(lambda: processes.store.add("left", 0) == processes.world_size)
+    leave_together(processes)
     return num_bad
 
 
 # ---- what is to be done --------------------------------------------------------------------------------------------
 
 
-def plan_job(options: ScoringOptions, saved: SavedModel, folder: Path) -> dict[str, Any]:
+def plan_job(options: ScoringOptions, saved: Saved, folder: Path) -> dict[str, Any]:
     """{"parts": all parts, "missing": numbers of those that are not there}; makes the folder of the parts.
 
     Raises:
@@ -102,17 +107,7 @@ def plan_job(options: ScoringOptions, saved: SavedModel, folder: Path) -> dict[s
     if options.output.exists() and not folder.exists():
         raise DataError(f"--output {options.output} is already there; choose another file")
     parts = cut_into_parts(options.input)
-    identity = json.dumps(identity_of(options, saved), indent=2)
-    file = folder / "job.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if file.exists() and file.read_text() != identity:
-            raise DataError(
-                f"{folder} holds parts of a job with another model, input or setting ({file}); remove it to start anew"
-            )
-        write_whole(file, identity.encode())
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror}") from error
+    claim_folder(folder, identity_of(options, saved))
     missing = [part.number for part in parts if not part.file(folder).exists()]
     return {"parts": [asdict(part) for part in parts], "missing": missing}
 
@@ -134,81 +129,20 @@ def cut_into_parts(input: Path) -> list[Part]:
     return [Part(k, starts[line], line + 1, min(length, num_lines - line)) for k, line in enumerate(firsts)]
 
 
-def identity_of(options: ScoringOptions, saved: SavedModel) -> dict[str, Any]:
+def identity_of(options: ScoringOptions, saved: Saved) -> dict[str, Any]:
     """What the scores depend on: parts of another job never mix with these."""
-    folders = dict.fromkeys([saved.folder, local_folder(saved.config)])  # an adapter's base lies elsewhere
-    files = [
-        file
-        for folder in folders
-        for kind in ("safetensors", "bin", "json")
-        for file in sorted(folder.glob(f"*.{kind}"))
-    ]
     return {
         "input": stamp(options.input),
-        "model": [stamp(file) for file in files],
-        "dtype": saved.config.dtype,
+        "model": identity_of_model(saved),
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
+        "chat_template": options.chat_template,
     }
-
-
-def stamp(file: Path) -> list[Any]:
-    facts = file.stat()
-    return [str(file.resolve()), facts.st_size, facts.st_mtime_ns]
 
 
 # ---- doing it ------------------------------------------------------------------------------------------------------
 
 
-def score_parts(
-    options: ScoringOptions,
-    saved: SavedModel,
-    folder: Path,
-    todo: list[Part],
-    processes: Processes,
-    log: RunLog,
-) -> None:
-    """Score the parts that are missing and write each as it is done."""
-    if options.deepspeed is None:
-        processes.use_device()
-        model = HybridRewardModel(
-            saved.hybrid_model(processes.device).to(processes.device),
-            saved.formatter(),
-            max_tokens=options.max_tokens_per_micro_batch,
-        )
-        mine, writes = claimed(todo, processes), True
-    else:
-        from hafrm_ds.training.engine import check_build_tools
-        from hafrm_ds.training.sharded_scoring import ShardedRewardModel
-
-        check_build_tools(processes.device)
-        processes.start_group()
-        model = ShardedRewardModel.load(saved, options.deepspeed, options.max_tokens_per_micro_batch, processes)
-        mine, writes = iter(todo), processes.is_first
-    num_lines = sum(part.num_lines for part in todo)
-    with log.progress("scoring", num_lines, "rows") as progress:
-
-        def lines_done(count: int) -> int:
-            total = processes.store.add("lines done", count)
-            if processes.is_first:
-                progress.advance(total - progress.done)
-            return total
-
-        for part in mine:
-            content = score_part(part, options.input, model)
-            if writes:
-                write_whole(part.file(folder), content)
-                lines_done(part.num_lines)
-        if processes.is_first:
-            processes.wait(lambda: lines_done(0) == num_lines)
-
-
-def claimed(todo: list[Part], processes: Processes) -> Iterator[Part]:
-    """The parts that this process takes: each the next that no other has taken."""
-    while (place := processes.store.add("parts taken", 1) - 1) < len(todo):
-        yield todo[place]
-
-
-def score_part(part: Part, input: Path, model: HybridRewardModel) -> bytes:
+def score_part(part: Part, input: Path, model: Scorer) -> bytes:
     """Content of a part's file: a line with the errors (a JSON list), then a line for each row. Empty lines are passed
     over, but counted."""
     with input.open("rb") as file:
@@ -224,20 +158,6 @@ def score_part(part: Part, input: Path, model: HybridRewardModel) -> bytes:
         if error:
             errors.append(error)
     return json.dumps(errors).encode() + b"\n" + b"".join(written)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Raises DataError if the disk is full or read-only; no half of the file is left."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        draft.rename(file)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise DataError(f"{file} cannot be written: {error.strerror}; start again to go on from there") from error
 
 
 def join_parts(output: Path, folder: Path, parts: list[Part], log: RunLog) -> int:

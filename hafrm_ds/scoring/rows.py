@@ -9,7 +9,7 @@ from hafrm_ds.data.pairs import Message, Row, assistant, prompt_from_text
 from hafrm_ds.data.tables import parse_json
 from hafrm_ds.data.tokenization import ConversationIds
 from hafrm_ds.errors import DataError
-from hafrm_ds.model.reward_model import HybridRewardModel
+from hafrm_ds.model.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ScoredRow:
     error: str = ""
 
     @classmethod
-    def read(cls, line: bytes, place: str, model: HybridRewardModel) -> "ScoredRow":
+    def read(cls, line: bytes, place: str, model: Scorer) -> "ScoredRow":
         """A line -> its row. What is wrong with it, named by `place` (FILE:LINE), is kept, not raised."""
         fields: Any = {}
         try:

@@ -19,7 +19,7 @@ from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches, imb
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
-from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores
+from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.objective import JointLoss, ResponseScores, preference_metrics
 from hafrm_ds.reference.compute import ReferenceLogprobs
 from hafrm_ds.reference.job import ReferenceSource, provide_reference
@@ -98,7 +98,9 @@ class Trainer:
             train_pairs, token_costs(train_pairs.lengths, layout), self.plan.pairs_until(self.num_steps)
         )
         self.eval_sets = {
-            name: PairSet(pairs, token_costs(pairs.lengths, layout), chosen_for_evaluation(len(pairs), config))
+            name: PairSet(
+                pairs, token_costs(pairs.lengths, layout), fixed_choice(len(pairs), config.evaluation.max_pairs)
+            )
             for name, pairs in eval_pairs.items()
         }
         self.best = Best(config.evaluation.best_metric or default_best_metric(config))
@@ -284,14 +286,6 @@ class Trainer:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         if step % self.config.logging.every_steps == 0 or step == self.num_steps:
             self.log.metrics("train", step, metrics)
-
-
-def chosen_for_evaluation(num_pairs: int, config: TrainConfig) -> np.ndarray:
-    """Positions of the pairs of an evaluation set that are used: all, or a fixed random choice of max_pairs."""
-    limit = config.evaluation.max_pairs
-    if limit is None or limit >= num_pairs:
-        return np.arange(num_pairs)
-    return np.sort(np.random.default_rng(0).choice(num_pairs, limit, replace=False))
 
 
 def default_best_metric(config: TrainConfig) -> str | None:

@@ -55,13 +55,7 @@ class ResumePoint:
 
     def check_config(self, config: TrainConfig) -> None:
         """Raises CheckpointError naming the options that differ from those of the checkpoint."""
-        trees = (self.state.config, self.settle(config).model_dump(mode="json"))
-        saved, current = (dict(options_of(tree)) for tree in trees)
-        differences = {
-            name: f"{name}: {json.dumps(saved.get(name))} there, {json.dumps(current.get(name))} here"
-            for name in sorted(saved.keys() | current.keys())
-            if saved.get(name) != current.get(name) and not name.startswith(FREE_TO_CHANGE)
-        }
+        differences = changed_options(self.state.config, self.settle(config).model_dump(mode="json"))
         self.refuse(differences, "was written by a run with other options")
 
     def check_content(self, data: Mapping[str, str], reference: str) -> None:
@@ -102,6 +96,16 @@ class ResumePoint:
                 f"{zero_stage}: stages 1, 2 and 3 may follow one another, stage 0 only itself. Set --deepspeed to a "
                 f"file of stage {self.state.zero_stage}"
             )
+
+
+def changed_options(saved: dict, current: dict, free: tuple[str, ...] = FREE_TO_CHANGE) -> dict[str, str]:
+    """Option -> in words how it differs, for those that change what a run computes. Of two configurations as JSON."""
+    there, here = dict(options_of(saved)), dict(options_of(current))
+    return {
+        name: f"{name}: {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and not name.startswith(free)
+    }
 
 
 def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -8,27 +8,31 @@ import torch.distributed as dist
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.errors import ConfigError
-from hafrm_ds.model.reward_model import HybridRewardModel
+from hafrm_ds.model.policy import SavedPolicy
 from hafrm_ds.model.saved import SavedModel
+from hafrm_ds.model.scorer import Scorer
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training.deepspeed_config import deepspeed_contradictions, read_deepspeed_json
 from hafrm_ds.training.engine import Engine, load_scoring_engine
 from hafrm_ds.training.processes import Processes
 
 
-class ShardedRewardModel(HybridRewardModel):
-    """A `HybridRewardModel` whose parameters lie on all ranks. They call its methods together, with equal arguments.
+class ShardedModel(Scorer):
+    """A model whose parameters lie on all ranks. They call its methods together, with equal arguments.
 
     Build it with `load`.
     """
 
-    def __init__(self, engine: Engine, saved: SavedModel, max_tokens: int):
-        super().__init__(engine.model, saved.formatter(), max_tokens=max_tokens)
-        self.engine = engine
+    def __init__(self, engine: Engine, saved: SavedModel | SavedPolicy, max_tokens: int):
+        model = engine.model
+        super().__init__(saved.formatter(), model.causal_lm.config, layout=model.layout, max_tokens=max_tokens)
+        self.engine, self.heads = engine, saved.heads
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
 
     @classmethod
-    def load(cls, saved: SavedModel, deepspeed: Path, max_tokens: int, processes: Processes) -> "ShardedRewardModel":
+    def load(
+        cls, saved: SavedModel | SavedPolicy, deepspeed: Path, max_tokens: int, processes: Processes
+    ) -> "ShardedModel":
         """Load a saved model under a DeepSpeed JSON. The process group has been started.
 
         Raises:

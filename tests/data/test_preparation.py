@@ -162,7 +162,7 @@ def test_dropped_share_is_an_error_that_says_what_to_do(prepare):
         "         1  empty answer (first: pairs.jsonl:21)",
     ]
     assert "618 at most. data.max_length is 120, data.truncation drop." in message
-    for option in ("--data.max_length", "--data.truncation", "--data.max_dropped_share 0.131"):
+    for option in ("data.max_length", "data.truncation", "data.max_dropped_share 0.131"):
         assert option in message
     assert len(prepare(rows, max_length=120, truncation="drop", max_dropped_share=0.131)) == 20
 

@@ -1,0 +1,110 @@
+"""What the scores of a set of pairs say about a model: accuracies with intervals, calibration, lengths, agreement.
+
+Legend: P pairs. Judges: see `PairScores.judges`.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from hafrm_ds.errors import DataError
+from hafrm_ds.evaluation.bootstrap import Estimate, estimates, exact_at_the_ends
+from hafrm_ds.evaluation.calibration import Calibration, correctness
+from hafrm_ds.evaluation.pair_scores import PairScores
+
+PROBABILISTIC = ("reward", "implicit")
+"""Judges whose margins are log-odds, by the loss that trains them. Those of log pi are not."""
+LENGTH_EDGES = (-100, -25, 0, 1, 26, 101)
+"""Bins of the length difference of a pair, chosen less rejected, in tokens: up to -101, -100 to -26, ..., 0, ..., from
+101."""
+
+
+def analyse(scores: PairScores) -> dict[str, Any]:
+    """Everything that evaluation.json says about one set.
+
+    Returns:
+        pairs, prompts (different ones); ties, accuracy and margin of each judge, the last two as value, low, high (95%
+        bootstrap intervals, clustered by prompt; a tie counts half in accuracy); yardsticks: accuracy of choosing the
+        longer and the shorter answer; calibration of the judges that give probabilities; by_source;
+        by_length_difference; agreement: share of pairs in which two judges prefer the same answer.
+
+    Raises:
+        DataError: there is no pair, or a score is not finite.
+    """
+    check(scores)
+    judges = list(scores.judges)
+    margins = {judge: scores.margins(judge) for judge in judges}
+    everything = np.ones(len(scores), dtype=bool)
+    longer = correctness(length_difference(scores))
+    yardsticks = {"longer": longer, "shorter": 1 - longer}
+    return {
+        "pairs": len(scores),
+        "prompts": len(set(scores.prompts)),
+        "ties": {judge: int((margins[judge] == 0).sum()) for judge in judges},
+        "accuracy": accuracies(scores, everything),
+        "margin": as_json(estimates(margins, scores.prompts)),
+        "yardsticks": as_json(estimates(yardsticks, scores.prompts)),
+        "calibration": {judge: Calibration.of(margins[judge]).to_json() for judge in judges if judge in PROBABILISTIC},
+        "by_source": {name: part(scores, inside) for name, inside in by_source(scores)},
+        "by_length_difference": [
+            {"low": low, "high": high} | part(scores, inside) | {"longer": float(longer[inside].mean())}
+            for low, high, inside in by_length_difference(scores)
+        ],
+        "agreement": {
+            f"{one}/{other}": agreement(margins[one], margins[other])
+            for one, other in itertools.combinations(judges, 2)
+        },
+    }
+
+
+def check(scores: PairScores) -> None:
+    if not len(scores):
+        raise DataError(f"{scores.set}: the set has no pairs")
+    for judge, values in scores.judges.items():
+        if not np.isfinite(values).all():
+            worst = scores.ids[int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])]
+            raise DataError(f"{scores.set}: the {judge} of pair {worst} is not finite; try --dtype float32")
+
+
+def part(scores: PairScores, inside: np.ndarray) -> dict[str, Any]:
+    return {"pairs": int(inside.sum()), "accuracy": accuracies(scores, inside)}
+
+
+def accuracies(scores: PairScores, inside: np.ndarray) -> dict[str, dict[str, float]]:
+    """Accuracy of each judge on the pairs `inside` [P] bool."""
+    right = {judge: correctness(scores.margins(judge)[inside]) for judge in scores.judges}
+    prompts = np.asarray(scores.prompts)[inside]
+    return as_json({judge: exact_at_the_ends(each) for judge, each in estimates(right, prompts).items()})
+
+
+def as_json(values: dict[str, Estimate]) -> dict[str, dict[str, float]]:
+    return {name: value.to_json() for name, value in values.items()}
+
+
+def agreement(one: np.ndarray, other: np.ndarray) -> float:
+    """Share of pairs in which two judges prefer the same answer; a tie of one of them counts half. [P], [P]."""
+    return float(np.mean(1 - np.abs(np.sign(one) - np.sign(other)) / 2))
+
+
+def length_difference(scores: PairScores) -> np.ndarray:
+    """Tokens of the chosen answer less those of the rejected one, [P]."""
+    return scores.num_tokens[:, 0] - scores.num_tokens[:, 1]
+
+
+def by_source(scores: PairScores) -> Iterator[tuple[str, np.ndarray]]:
+    """(source, its pairs [P] bool), in order of appearance."""
+    sources = np.asarray(scores.sources)
+    for name in dict.fromkeys(scores.sources):
+        yield name, sources == name
+
+
+def by_length_difference(scores: PairScores) -> Iterator[tuple[int | None, int | None, np.ndarray]]:
+    """(smallest, largest difference, the pairs between them [P] bool) of each bin that has pairs; None: no limit."""
+    difference = length_difference(scores)
+    place = np.searchsorted(LENGTH_EDGES, difference, side="right")
+    lows, highs = (None, *LENGTH_EDGES), (*(edge - 1 for edge in LENGTH_EDGES), None)
+    for number, (low, high) in enumerate(zip(lows, highs)):
+        if (inside := place == number).any():
+            yield low, high, inside

@@ -1,0 +1,121 @@
+"""Confidence intervals of means over pairs, by the percentile bootstrap (Efron & Tibshirani 1993, ch. 13).
+
+Pairs with the same prompt are not independent, so prompts are resampled, each with all of its pairs.
+
+Legend: P pairs, C different prompts, S trainings, B resamples, K kinds of values.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+NUM_RESAMPLES = 2000
+LEVEL = 0.95
+TRAININGS_SEED = 1_000_003
+CHUNK = 2**24
+"""Numbers of one chunk of resamples: bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with the ends of its 95% interval. clusters: different prompts behind it."""
+
+    value: float
+    low: float
+    high: float
+    clusters: int
+
+    def to_json(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def estimate(values: np.ndarray, prompts: Sequence[str], seed: int = 0) -> Estimate:
+    """Mean of `values` with its 95% interval.
+
+    The difference of two models on the same pairs is the estimate of their differences pair by pair: a paired
+    bootstrap.
+
+    Args:
+        values: [P], or [S, P] for S trainings that differ in their seed alone. The trainings are then resampled too,
+            independently of the prompts. Few of them say little of their spread: it is underestimated by about the
+            factor sqrt((S - 1) / S).
+        prompts: [P] the prompt of each pair, by any name.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    return estimates({"": values}, prompts, seed)[""]
+
+
+def estimates(columns: dict[str, np.ndarray], prompts: Sequence[str], seed: int = 0) -> dict[str, Estimate]:
+    """`estimate` of several values of the same pairs, of equal shapes, from the same resamples."""
+    if not columns:
+        return {}
+    if not len(prompts):
+        raise ValueError("a mean over no pairs")
+    values = np.stack([np.atleast_2d(np.asarray(column, dtype=np.float64)) for column in columns.values()])
+    center, means = values.mean(axis=(1, 2)), resampled_means(values, prompts, seed)
+    clusters = len(set(prompts))
+    return {name: from_resamples(center[k], means[:, k], clusters) for k, name in enumerate(columns)}
+
+
+def mean_of_sets(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]]) -> Estimate:
+    """The mean over several sets, each of which counts alike, of the means of their pairs.
+
+    Args:
+        values: for each set [S, P]; the same S trainings, which are resampled alike in all of them.
+        prompts: for each set [P].
+    """
+    center = np.mean([np.mean(each) for each in values])
+    means = [
+        resampled_means(np.asarray(each)[None], names, seed) for seed, (each, names) in enumerate(zip(values, prompts))
+    ]
+    return from_resamples(center, np.mean(means, axis=0)[:, 0], sum(len(set(names)) for names in prompts))
+
+
+def from_resamples(center: float, means: np.ndarray, clusters: int) -> Estimate:
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(center), float(low), float(high), clusters)
+
+
+def resampled_means(values: np.ndarray, prompts: Sequence[str], seed: int) -> np.ndarray:
+    """Means of values [K, S, P] in each resample of prompts and trainings: [B, K]."""
+    num_columns, num_trainings, num_pairs = values.shape
+    _, cluster = np.unique(np.asarray(prompts), return_inverse=True)
+    sizes = np.bincount(cluster)
+    rows = values.reshape(num_columns * num_trainings, num_pairs)
+    sums = np.stack([np.bincount(cluster, weights=row) for row in rows], axis=1)  # [C, K * S]
+    counts = resampled_counts(len(sizes), np.random.default_rng(seed))
+    means = np.concatenate([(chunk @ sums) / (chunk @ sizes)[:, None] for chunk in counts])
+    # The same for every set, as a training is drawn with all of its results.
+    trainings = np.random.default_rng(TRAININGS_SEED).multinomial(
+        num_trainings, np.full(num_trainings, 1 / num_trainings), size=NUM_RESAMPLES
+    )
+    means = means.reshape(NUM_RESAMPLES, num_columns, num_trainings)
+    return np.einsum("bks,bs->bk", means, trainings) / num_trainings
+
+
+def exact_at_the_ends(share: Estimate) -> Estimate:
+    """A share of 0 or 1 with the exact interval of Clopper & Pearson (1934): resampling equal values says nothing.
+
+    All pairs of a prompt being right, the prompts are the trials.
+    """
+    reach = 1 - ((1 - LEVEL) / 2) ** (1 / share.clusters)
+    if share.value == 0:
+        return replace(share, high=reach)
+    if share.value == 1:
+        return replace(share, low=1 - reach)
+    return share
+
+
+def resampled_counts(num_clusters: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """How often each cluster is drawn in each resample: [chunk, C] float64, NUM_RESAMPLES in all."""
+    left = NUM_RESAMPLES
+    while left:
+        chunk = min(left, max(1, CHUNK // num_clusters))
+        draws = generator.integers(num_clusters, size=(chunk, num_clusters))
+        draws += np.arange(chunk)[:, None] * num_clusters
+        yield np.bincount(draws.reshape(-1), minlength=chunk * num_clusters).reshape(chunk, -1).astype(np.float64)
+        left -= chunk

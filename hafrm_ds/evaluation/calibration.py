@@ -1,0 +1,128 @@
+"""Does a judge know how sure it is? Under Bradley-Terry it claims that the chosen answer is better with the probability
+sigmoid(margin); calibration asks how often it is.
+
+Legend: P pairs. A margin is the score of the chosen answer less that of the rejected one.
+"""
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+NUM_BINS = 10
+"""Of equal width between the confidences 0.5 (a coin) and 1."""
+LARGEST_INVERSE_TEMPERATURE = 1e6
+"""In units of 1 / the mean size of a margin: where the search for the temperature ends."""
+BISECTIONS = 80
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Pairs judged with a confidence between `low` and `high`: mean confidence, and share judged right.
+
+    Both are None for a bin without pairs.
+    """
+
+    low: float
+    high: float
+    pairs: int
+    confidence: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well a judge's confidence agrees with how often it is right.
+
+    bins: the reliability curve (DeGroot & Fienberg 1983). ece: expected calibration error, the mean distance between
+    the two over the pairs (Naeini et al. 2015). brier: mean of (1 - p)^2 with p the probability given to the chosen
+    answer. log_loss: mean of -log p; both are strictly proper.
+    temperature: T that minimises the log loss of sigmoid(margin / T) on these same pairs (Guo et al. 2017): above 1 for
+    a judge that is too sure. None if there is none: the judge is wrong more than right, or never wrong.
+    ece_at_temperature, brier_at_temperature: after the division by it.
+    """
+
+    bins: list[Bin]
+    ece: float
+    brier: float
+    log_loss: float
+    temperature: float | None
+    ece_at_temperature: float | None
+    brier_at_temperature: float | None
+
+    @classmethod
+    def of(cls, margins: np.ndarray) -> "Calibration":
+        """Args: margins [P] float64, finite, at least one."""
+        bins = reliability(margins)
+        temperature = fitted_temperature(margins)
+        at = None if temperature is None else margins / temperature
+        return cls(
+            bins=bins,
+            ece=expected_calibration_error(bins),
+            brier=brier_score(margins),
+            log_loss=log_loss(margins),
+            temperature=temperature,
+            ece_at_temperature=None if at is None else expected_calibration_error(reliability(at)),
+            brier_at_temperature=None if at is None else brier_score(at),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def correctness(margins: np.ndarray) -> np.ndarray:
+    """1 where the chosen answer scores higher, 0 where lower; a tie is 0.5. [P] -> [P]."""
+    return (np.sign(margins) + 1) / 2
+
+
+def reliability(margins: np.ndarray) -> list[Bin]:
+    """The pairs in NUM_BINS bins of confidence, sigmoid(|margin|)."""
+    confidence, right = sigmoid(np.abs(margins)), correctness(margins)
+    edges = np.linspace(0.5, 1.0, NUM_BINS + 1).round(9)
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, NUM_BINS - 1)
+    bins = []
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
+        inside = place == number
+        pairs = int(inside.sum())
+        means = (float(confidence[inside].mean()), float(right[inside].mean())) if pairs else (None, None)
+        bins.append(Bin(float(low), float(high), pairs, *means))
+    return bins
+
+
+def expected_calibration_error(bins: list[Bin]) -> float:
+    filled = [part for part in bins if part.pairs]
+    distances = sum(part.pairs * abs(part.accuracy - part.confidence) for part in filled)
+    return distances / sum(part.pairs for part in filled)
+
+
+def brier_score(margins: np.ndarray) -> float:
+    return float(np.mean(sigmoid(-margins) ** 2))
+
+
+def log_loss(margins: np.ndarray) -> float:
+    return float(np.mean(np.logaddexp(0.0, -margins)))
+
+
+def fitted_temperature(margins: np.ndarray) -> float | None:
+    """T > 0 where the mean log loss of margins / T is smallest, None where there is no such T.
+
+    The loss is convex in 1/T, so the zero of its slope is found by bisection.
+    """
+
+    def slope(inverse: float) -> float:
+        return -float(np.mean(margins * sigmoid(-margins * inverse)))
+
+    if margins.mean() <= 0 or margins.min() >= 0:  # best at 1/T <= 0, or the loss falls for ever
+        return None
+    low, high = 0.0, LARGEST_INVERSE_TEMPERATURE / float(np.abs(margins).mean())
+    if slope(high) <= 0:
+        return None
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return 1 / high

@@ -1,0 +1,95 @@
+"""What a saved model says of many groups of conversations, on any number of processes, kept in parts on disk.
+
+groups -> parts of SMALLEST_PART items -> FOLDER/NAME-GROUP-NNNNNN.npy -> scores of each group
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from hafrm_ds.data.tokenization import ConversationIds
+from hafrm_ds.model.opening import Saved
+from hafrm_ds.scoring.loading import load_for_job
+from hafrm_ds.scoring.parts import work_through
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.processes import Processes
+
+SMALLEST_PART = 64
+
+
+@dataclass(frozen=True)
+class Group:
+    """Items that are reported together: the pairs of a set, or the questions of a benchmark.
+
+    name: unique in the job. size: items. conversations: position of an item -> its conversations, one or more.
+    """
+
+    name: str
+    size: int
+    conversations: Callable[[int], list[ConversationIds]]
+
+    def parts(self) -> list[range]:
+        return [range(first, min(first + SMALLEST_PART, self.size)) for first in range(0, self.size, SMALLEST_PART)]
+
+
+@dataclass(frozen=True)
+class ModelForGroups:
+    """A saved model and how it is run. deepspeed: a DeepSpeed JSON to shard it by, or None."""
+
+    saved: Saved
+    deepspeed: Path | None
+    max_tokens: int
+
+
+def score_groups(
+    name: str,
+    model: ModelForGroups,
+    heads: tuple[str, ...],
+    groups: Sequence[Group],
+    folder: Path,
+    processes: Processes,
+    log: RunLog,
+) -> dict[str, list[np.ndarray]]:
+    """What the model says of every conversation. All processes call this together; what `folder` has is not done again.
+
+    Args:
+        name: of the model in this job.
+        heads: of "reward" and "logprob".
+
+    Returns:
+        Name of a group -> for each item [conversations, heads] fp32.
+    """
+    parts = {
+        folder / f"{name}-{quote(group.name, safe='')}-{number:06}.npy": (group, part)
+        for group in groups
+        for number, part in enumerate(group.parts())
+    }
+    # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
+    missing = processes.from_first(
+        f"{name}: missing", lambda: "\n".join(str(file) for file in parts if not file.exists())
+    )
+    todo = {Path(file): len(parts[Path(file)][1]) for file in missing.splitlines()}
+    if todo:
+        if len(todo) < len(parts):
+            log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts of {name} are there already")
+        scorer = load_for_job(model.saved, model.deepspeed, model.max_tokens, processes)
+
+        def make(file: Path) -> bytes:
+            group, part = parts[file]
+            conversations = [each for item in part for each in group.conversations(item)]
+            content = io.BytesIO()
+            np.save(content, scorer.values(conversations, heads))
+            return content.getvalue()
+
+        together = model.deepspeed is not None
+        work_through(name, todo, make, processes, log, unit="items", together=together)
+        processes.from_first(f"{name}: all there", lambda: "yes")
+    results: dict[str, list[np.ndarray]] = {group.name: [] for group in groups}
+    for file, (group, part) in parts.items():
+        sizes = [len(group.conversations(item)) for item in part]
+        results[group.name] += np.split(np.load(file), np.cumsum(sizes)[:-1])
+    return results

@@ -1,0 +1,77 @@
+"""The results of an evaluation as tables for the terminal."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from hafrm_ds.data.report import as_text, number_table
+
+JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
+"""Judge -> what people call it."""
+
+
+def render_evaluation(results: dict[str, Any]) -> RenderableType:
+    """Tables of what evaluation.json holds."""
+    sets = results["sets"]
+    parts = [accuracy_table(sets), calibration_table(sets)]
+    parts += [length_table(name, found) for name, found in sets.items()]
+    return Group(*parts)
+
+
+def accuracy_table(sets: dict[str, Any]) -> Table:
+    """Accuracy of every judge on every set, and on its sources where there are several, beside the yardsticks."""
+    judges = [judge for judge in JUDGES if any(judge in found["accuracy"] for found in sets.values())]
+    table = number_table("Accuracy [95%]", "pairs", *(JUDGES[judge] for judge in judges), "longer wins", "ties")
+    for name, found in sets.items():
+        ties = ", ".join(f"{found['ties'][judge]:,}" for judge in judges)
+        cells = [interval(found["accuracy"].get(judge)) for judge in judges]
+        table.add_row(as_text(name), f"{found['pairs']:,}", *cells, interval(found["yardsticks"]["longer"]), ties)
+        for source, part in found["by_source"].items() if len(found["by_source"]) > 1 else ():
+            cells = [interval(part["accuracy"].get(judge)) for judge in judges]
+            table.add_row(as_text(f"  {source}"), f"{part['pairs']:,}", *cells, "", "")
+    return table
+
+
+def calibration_table(sets: dict[str, Any]) -> Table:
+    """How well the confidence of a judge agrees with its accuracy."""
+    table = number_table("Calibration", "judge", "margin", "ECE", "Brier", "log loss", "temperature", "ECE at it")
+    for name, found in sets.items():
+        for judge, values in found["calibration"].items():
+            temperature, at = values["temperature"], values["ece_at_temperature"]
+            table.add_row(
+                as_text(name),
+                JUDGES[judge],
+                f"{found['margin'][judge]['value']:.3g}",
+                f"{values['ece']:.3f}",
+                f"{values['brier']:.3f}",
+                f"{values['log_loss']:.3f}",
+                "none" if temperature is None else f"{temperature:.2f}",
+                "" if at is None else f"{at:.3f}",
+            )
+    return table
+
+
+def length_table(name: str, found: dict[str, Any]) -> Table:
+    """Accuracy by how much longer the chosen answer is."""
+    judges = list(found["accuracy"])
+    table = number_table(f"{name}: chosen longer by", "pairs", *(JUDGES[judge] for judge in judges))
+    for part in found["by_length_difference"]:
+        cells = [interval(part["accuracy"][judge]) for judge in judges]
+        table.add_row(length_range(part["low"], part["high"]), f"{part['pairs']:,}", *cells)
+    return table
+
+
+def length_range(low: int | None, high: int | None) -> str:
+    """Bounds of a bin, in tokens, in words."""
+    if low is None:
+        return f"up to {high:,} tokens"
+    if high is None:
+        return f"from {low:,} tokens"
+    return f"{low:,} tokens" if low == high else f"{low:,} to {high:,} tokens"
+
+
+def interval(value: dict[str, float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value['value']:.1%} [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"

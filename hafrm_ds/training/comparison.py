@@ -1,0 +1,186 @@
+"""The three objectives of the paper from the same start on the same data: Baseline, DPO and HaF, a run for each seed.
+
+Every training is a run of launch/train.py in processes of its own, one after another: an engine that has ended keeps
+its weights in memory, and a run that fails or is stopped must not take the others with it.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import environ
+from pathlib import Path
+
+import yaml
+
+from hafrm_ds.config import ObjectiveConfig, TrainConfig
+from hafrm_ds.errors import ConfigError, UserError
+from hafrm_ds.evaluation.comparison import Method, compare, render_comparison
+from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, load_all
+from hafrm_ds.scoring.parts import leave_together, write_whole
+from hafrm_ds.training.logging import SUMMARY_FILE, RunLog
+from hafrm_ds.training.processes import FailedElsewhere, Processes
+from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
+from hafrm_ds.training.stopping import STOPPED_STATUS, Stopped
+
+COMPARISON_FILE = "comparison.json"
+RUNS_FOLDER = "runs"
+CONTENT = ("data.train", "data.eval")
+"""When a run goes on, the content of these is compared. Of a finished run it is not read again: their words count."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method: what it changes in the objective."""
+
+    name: str
+    objective: ObjectiveConfig
+
+    @property
+    def judge(self) -> str:
+        if self.objective.uses_reward:
+            return "reward"
+        return "implicit" if self.objective.uses_reference else "logprob"
+
+
+def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]) -> list[Arm]:
+    """baseline (alpha 0), dpo (rm_weight 0) for each beta, haf for each alpha and beta; those of the configuration
+    where none are given.
+
+    Raises:
+        ConfigError: the configuration does not have both losses, or names no evaluation set.
+    """
+    objective = config.objective
+    problems = []
+    if not (objective.uses_reward and objective.uses_policy):
+        problems.append(
+            f"a comparison turns the losses off one by one: objective.alpha (now {objective.alpha}) and "
+            f"objective.rm_weight (now {objective.rm_weight}) must be above 0"
+        )
+    if not config.data.eval:
+        problems.append("a comparison needs data.eval: first the set of the training distribution, then any others")
+    problems += [f"--{name} has a value of {value}; each must be above 0" for name, values in
+                 (("alphas", alphas), ("betas", betas)) for value in values if value <= 0]  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+
+    def changed(**changes: float) -> ObjectiveConfig:
+        return objective.model_copy(update=changes)
+
+    def label(name: str, values: Sequence[float], value: float) -> str:
+        return f"-{name}{value:g}" if len(values) > 1 else ""
+
+    alphas, betas = list(alphas) or [objective.alpha], list(betas) or [objective.beta]
+    arms = [Arm("baseline", changed(alpha=0.0))]
+    arms += [Arm(f"dpo{label('beta', betas, beta)}", changed(rm_weight=0.0, beta=beta)) for beta in betas]
+    arms += [
+        Arm(f"haf{label('alpha', alphas, alpha)}{label('beta', betas, beta)}", changed(alpha=alpha, beta=beta))
+        for alpha in alphas
+        for beta in betas
+    ]
+    return arms
+
+
+def train_and_compare(
+    config: TrainConfig,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    train_script: Path,
+    processes: Processes,
+) -> None:
+    """Train every arm with every seed, where that is not done yet, and compare them on every set of data.eval.
+
+    Leaves runs/ARM-seedN/ and comparison.json in config.output_dir. All processes call this together.
+
+    Args:
+        train_script: launch/train.py, which each training is a run of.
+
+    Raises:
+        Stopped: a signal has ended it; the same command goes on.
+    """
+    log = RunLog(None, processes, files=False)
+    # Seed by seed, so that what there is after a while compares all arms.
+    runs = [(arm, run_config(config, arm, seed)) for seed in seeds for arm in arms]
+    for number, (_, run) in enumerate(runs, start=1):
+        title = f"training {number} of {len(runs)}: {run.output_dir}"
+        if processes.from_first(f"finished {number}", lambda run=run: str(is_finished(run))) == "True":
+            log.print(f"{title} is finished")
+            continue
+        log.print(f"\n[bold]{title}[/bold]")
+        if processes.is_first:
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+            write_whole(options_file(run), run.to_yaml().encode())
+        port = processes.from_first(f"port {number}", free_port)
+        train_in_child(run, train_script, port, processes)
+    if processes.is_first:
+        scores = {run.output_dir: load_all(run.output_dir / SCORES_FOLDER) for _, run in runs}
+        methods = [
+            Method(arm.name, arm.judge, [scores[run.output_dir] for other, run in runs if other is arm]) for arm in arms
+        ]
+        results = compare(methods, list(config.data.eval), seeds)
+        file = config.output_dir / COMPARISON_FILE
+        write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
+        log.print(render_comparison(results))
+        log.print(f"the results are in {file}")
+    leave_together(processes)
+
+
+def run_config(config: TrainConfig, arm: Arm, seed: int) -> TrainConfig:
+    """The configuration of one training."""
+    folder = config.output_dir / RUNS_FOLDER / f"{arm.name}-seed{seed}"
+    return config.model_copy(update={"output_dir": folder, "seed": seed, "objective": arm.objective, "resume": "auto"})
+
+
+def options_file(run: TrainConfig) -> Path:
+    """What the training is started with: `--config` takes it to repeat it by hand."""
+    return run.output_dir.with_suffix(".yaml")
+
+
+def is_finished(run: TrainConfig) -> bool:
+    """Raises UserError if the folder holds a finished run with other options."""
+    if not (run.output_dir / SUMMARY_FILE).exists():
+        return False
+    saved = yaml.safe_load((run.output_dir / "config.yaml").read_text())
+    wanted = run.model_dump(mode="json")
+    for name, value in wanted["batch"].items():
+        if value == "auto":  # decided by the run
+            wanted["batch"][name] = saved["batch"][name]
+    free = tuple(name for name in FREE_TO_CHANGE if name not in CONTENT)
+    if changed := changed_options(saved, wanted, free):
+        lines = "".join(f"\n  - {text}" for text in changed.values())
+        raise UserError(
+            f"{run.output_dir} holds a finished run with other options:{lines}\nChoose another --output_dir, or remove "
+            "the run to train it anew"
+        )
+    return True
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+def train_in_child(run: TrainConfig, train_script: Path, port: str, processes: Processes) -> None:
+    """Run a training in a child of each process; they meet at a port of their own. A signal is handed on.
+
+    Raises:
+        Stopped: the training was stopped. FailedElsewhere: it has failed, and has said why.
+    """
+    command = [sys.executable, str(train_script), "--config", str(options_file(run))]
+    # A store of torchrun's agent still holds what an earlier training has written.
+    own = {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    child = subprocess.Popen(command, env=environ | own)
+    try:
+        status = child.wait()
+    except Stopped as stop:
+        processes.stopping.defer()
+        child.terminate()
+        child.wait()
+        raise Stopped(f"{stop.reason}; the same command goes on") from None
+    if status == STOPPED_STATUS:
+        raise Stopped(f"the training in {run.output_dir} was stopped; the same command goes on")
+    if status:
+        raise FailedElsewhere

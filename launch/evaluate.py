@@ -1,0 +1,77 @@
+"""Evaluate a model on preference pairs: accuracies with intervals, calibration, lengths, agreement of its heads.
+
+    deepspeed launch/evaluate.py --model RUN/final --data SOURCE [SOURCE ...] --output_dir DIR
+    deepspeed launch/evaluate.py ... --deepspeed ds_configs/zero3.json              one model, sharded over the GPUs
+
+The model is the final/ folder of a training, an export, another reward model (AutoModelForSequenceClassification with
+one label) or a causal LM. A source is written as for training (PATH, hub id or preset:NAME, with an optional row
+filter: 'pairs.jsonl?split=test'), or '{NAME: SOURCE, ...}' to name the sets. A job that was killed goes on when it is
+started again.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from hafrm_ds.data.sources import EvalSources, Source
+from hafrm_ds.errors import ConfigError
+from hafrm_ds.training.processes import Processes, run_entry
+
+
+def read_command_line(arguments: list[str]) -> dict[str, Any]:
+    """-> fields of EvaluationOptions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id")
+    add("--data", nargs="+", default=[], help="one or more sources; each is a set")
+    add("--output_dir", type=Path, required=True, help="where the results go")
+    add("--reference", help="policy that the implicit reward is measured against: a folder, a hub id, or base: what "
+        "the training started from")  # fmt: skip
+    add("--beta", type=float, help="scale of the implicit reward (default: that of the training, else 0.1)")
+    add("--max_pairs", type=int, help="use at most so many pairs of each set: a fixed random choice")
+    add("--max_length", type=int, help="longest conversation in tokens (default: that of the training, else 2048)")
+    add("--truncation", choices=("drop", "keep_prompt_end", "cut_response"),
+        help="what happens to longer ones (default: as in the training, else keep_prompt_end)")  # fmt: skip
+    add("--max_dropped_share", type=float, help="stop when a larger share of the pairs would be dropped (0.05)")
+    add("--chat_template", help="name or file of a template, for a tokenizer without one")
+    add("--dtype", choices=("bfloat16", "float32"), help="default: that of the saved weights")
+    add("--max_tokens_per_micro_batch", type=int, default=8192, help="token budget of one forward pass (%(default)s)")
+    add("--deepspeed", type=Path, help="a DeepSpeed JSON: shard the model over the processes")
+    add("--trust_remote_code", action="store_true", help="run modelling code that comes with the model")
+    add("--trust_pickle", action="store_true", help="read weights that are not in safetensors")
+    add("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    options = vars(parser.parse_args(arguments))
+    del options["local_rank"]
+    options["data"] = read_sets(options["data"])
+    return options
+
+
+def read_sets(words: list[str]) -> dict[str, list[Source]]:
+    """Words after --data -> sources of each set."""
+    named, plain = {}, []
+    for word in words:
+        if word.startswith("{"):
+            named |= yaml.safe_load(word)
+        else:
+            plain.append(word)
+    try:
+        adapter = TypeAdapter(EvalSources)
+        return adapter.validate_python(plain) | adapter.validate_python(named)
+    except ValidationError as error:
+        raise ConfigError(
+            [f"--data: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
+        ) from None
+
+
+def main(arguments: list[str], processes: Processes) -> None:
+    options = read_command_line(arguments)
+    from hafrm_ds.evaluation.job import EvaluationOptions, evaluate  # after the options are read: it loads for seconds
+
+    evaluate(EvaluationOptions(**options), processes)
+
+
+if __name__ == "__main__":
+    run_entry(main)

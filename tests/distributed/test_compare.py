@@ -1,0 +1,87 @@
+"""launch/compare.py as it is run: stopped by a signal, started again, and asked a third time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hafrm_ds.evaluation.pair_scores import load_all
+from hafrm_ds.training.stopping import STOPPED_STATUS
+from tests.distributed.launching import REPOSITORY, as_options, write_pairs
+from tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.distributed
+
+
+def start(folder, **changes) -> subprocess.Popen:
+    options = {
+        "output_dir": folder / "out",
+        "deepspeed": "ds_configs/zero1.json",
+        "max_steps": 20,
+        "model.name_or_path": folder / "model",
+        "model.dtype": "float32",
+        "data.train": folder / "train.jsonl",
+        "data.eval": f"{{near: {folder / 'near.jsonl'}, far: {folder / 'far.jsonl'}}}",
+        "data.max_length": 120,
+        "batch.global_batch_size": 8,
+        "batch.max_tokens_per_micro_batch": 200,
+        "optimizer.learning_rate": 1e-3,
+        "reference.store": folder / "store",
+        "evaluation.at_start": "false",
+        "logging.tensorboard": "false",
+        "seeds": 1,
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    return subprocess.Popen(
+        [sys.executable, "launch/compare.py", *as_options(options)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_comparison_is_stopped_goes_on_and_is_not_done_twice(tmp_path):
+    save_tiny_model(tmp_path / "model")
+    for seed, (name, size) in enumerate((("train", 64), ("near", 30), ("far", 20))):
+        write_pairs(tmp_path / f"{name}.jsonl", size, seed)
+    runs = tmp_path / "out" / "runs"
+
+    first = start(tmp_path)
+    metrics, deadline = runs / "dpo-seed0" / "metrics.jsonl", time.monotonic() + 240
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    printed = first.communicate(timeout=120)[0]
+    assert first.returncode == STOPPED_STATUS, printed[-4000:]
+    assert printed.rstrip().endswith("stopped: SIGTERM; the same command goes on")
+    assert (runs / "baseline-seed0" / "summary.json").exists() and not (runs / "dpo-seed0" / "summary.json").exists()
+
+    second = start(tmp_path)
+    printed = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, printed[-4000:]
+    assert "training 1 of 3" in printed and "baseline-seed0 is finished" in printed
+    results = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert results["sets"] == ["near", "far"] and list(results["methods"]) == ["baseline", "dpo", "haf"]
+    for name, judge, judges in (
+        ("baseline", "reward", {"reward"}),
+        ("dpo", "implicit", {"implicit", "logprob"}),
+        ("haf", "reward", {"reward", "implicit", "logprob"}),
+    ):
+        scores = load_all(runs / f"{name}-seed0" / "evaluation")
+        assert scores["far"].judges.keys() == judges and len(scores["far"]) == 20
+        margins = scores["far"].margins(judge)
+        accuracy = results["methods"][name]["accuracy"]["far"]["value"]
+        assert accuracy == pytest.approx(((margins > 0) + 0.5 * (margins == 0)).mean())
+
+    third = start(tmp_path)
+    printed = third.communicate(timeout=120)[0]
+    assert third.returncode == 0 and printed.count("is finished") == 3 and "haf - baseline" in printed
+    changed = start(tmp_path, optimizer__learning_rate=2e-3)
+    printed = changed.communicate(timeout=120)[0]
+    assert changed.returncode == 1 and "baseline-seed0 holds a finished run with other options" in printed
+    assert "optimizer.learning_rate: 0.001 there, 0.002 here" in printed
