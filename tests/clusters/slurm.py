@@ -7,6 +7,7 @@ that is removed at the end, or left and named when a case fails. It takes about 
 """
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -46,6 +47,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=5,bf_interval=5,batch_sched_delay=1
 SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/finished-jobs
 MailProg=/bin/true
@@ -110,9 +112,9 @@ def cluster(folder: Path):
             with (folder / "daemons.log").open("a") as log:
                 running.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
             time.sleep(1)
-        wait_for(
-            lambda: call("sinfo", "--noheader", "--Format=statelong").split() == ["idle"] * 2, 60, "two idle nodes"
-        )
+        states = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T")
+        idle = ["n1", "idle", "n2", "idle"]
+        wait_for(lambda: call(*states).split() == idle, 60, f"two idle nodes ({folder}/daemons.log)")
         yield
     finally:
         with suppress(OSError, subprocess.SubprocessError):
@@ -199,14 +201,18 @@ def launch(case: Case) -> None:
     assert steps(case.folder / "run") == 20
     assert len(list(case.folder.glob("hafrm-train-*/rank-*.log"))) == 2, "a log for each rank"
     assert case.show("the trained model is in", "*/rank-0000.log")
-    plain = [sys.executable, "-c", "from hafrm_ds.training.processes import Processes as P; print(P.join().world_size)"]
+    plain = [
+        sys.executable,
+        "-c",
+        "from hafrm_ds.training.processes import Processes as P; print('processes:', P.join().world_size)",
+    ]
     script = case.folder / "plain.sh"
-    script.write_text(f"#!/bin/bash\n{plain[0]} -c '{plain[2]}'\n")
+    script.write_text(f"#!/bin/bash\n{shlex.join(plain)}\n")
     for way in (["salloc", "--quiet", *SBATCH], ["srun", *SBATCH, "--nodes=1"]):
-        assert call(*way, *plain).split() == ["1"], way
+        assert call(*way, *plain) == "processes: 1", way
     say("alone in the shell of salloc and as the only task of srun: 1 process")
     case.wait(case.submit(script), 60)
-    assert case.show("1", "plain.sh-*.log") == ["1"], "in the shell of a batch script"
+    assert case.show("processes:", "plain.sh-*.log") == ["processes: 1"], "in the shell of a batch script"
     hosts = "n[2,7-9],gpu[003-004]-ib,x1"
     from hafrm_ds.training.launchers import first_host
 
