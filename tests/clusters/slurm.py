@@ -1,6 +1,6 @@
 """launch/slurm/ under a real Slurm: two nodes on this machine, in a network and file namespace of their own.
 
-    python tests/clusters/slurm.py [CASE ...]        cases: launch limit preempt cancel pipeline sweep; all by default
+    python -m tests.clusters.slurm [CASE ...]        cases: launch limit preempt cancel pipeline sweep; all by default
 
 Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2. Everything is kept in a temporary folder
 that is removed at the end, or left and named when a case fails. It takes about ten minutes on two cores.
@@ -19,10 +19,10 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
-from tests.clusters.tiny_run import options, say, show_equal, steps, wait_for, write_setting
+from tests.clusters.namespaces import call, enter_namespaces, say, wait_for
+from tests.clusters.tiny_run import options, show_equal, steps, write_setting
 from tests.distributed.launching import REPOSITORY
 
-NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "ip", "unshare")
 NODES = {"n1": "10.78.0.1", "n2": "10.78.0.2"}
 SBATCH = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
 """In place of what the scripts ask for."""
@@ -59,24 +59,6 @@ NodeName=n2 NodeAddr={second} NodeHostname={host} Port=16822 CPUs=2
 PartitionName=low Nodes=n[1-2] Default=YES State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=n[1-2] State=UP PriorityTier=2 PreemptMode=OFF
 """
-
-
-def call(*words) -> str:
-    """What a command prints; it must succeed."""
-    result = subprocess.run([str(word) for word in words], cwd=REPOSITORY, text=True, capture_output=True)
-    if result.returncode:
-        sys.exit(f"FAILED: {' '.join(map(str, words))}: status {result.returncode}\n{result.stdout}{result.stderr}")
-    return result.stdout.strip()
-
-
-def enter_namespaces() -> None:
-    """Start again in namespaces in which addresses can be given out and /etc/hosts be replaced."""
-    missing = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
-    if missing or os.geteuid() != 0:
-        sys.exit(f"needs root and Debian's slurmctld slurmd slurm-client munge iproute2 (missing: {missing})")
-    if "--inside" not in sys.argv:
-        command = ["unshare", "--mount", "--net", "--propagation", "private", sys.executable, "-m"]
-        os.execvp("unshare", [*command, "tests.clusters.slurm", *sys.argv[1:], "--inside"])
 
 
 @contextmanager
@@ -270,7 +252,7 @@ def pipeline(case: Case) -> None:
         os.environ["HAFRM_SBATCH"] = " ".join([*SBATCH, f"--output={case.folder}/{name}-%x.log"])
         words = options(case.setting, 20, reference__store=case.folder / f"store-{name}", **changes)
         run = case.folder / name
-        text = call("bash", "launch/slurm/pipeline.sh", run, case.setting / "test.jsonl", *words)
+        text = call("bash", "launch/slurm/pipeline.sh", run, case.setting / "test.jsonl", "--", *words)
         say(f"pipeline {name}: {'; '.join(text.splitlines())}")
         jobs = [line.split()[-1] for line in text.splitlines()]
         queue()
@@ -304,11 +286,10 @@ CASES = {case.__name__: case for case in (launch, limit, preempt, cancel, pipeli
 
 
 def main() -> None:
-    enter_namespaces()
+    enter_namespaces("tests.clusters.slurm", "slurmctld", "slurmd", "srun", "munged")
     chosen = [word for word in sys.argv[1:] if word != "--inside"] or list(CASES)
     folder = Path(tempfile.mkdtemp(prefix="hafrm-slurm-"))
     os.environ |= {"HF_HUB_OFFLINE": "1", "HAFRM_PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
-    os.environ["PATH"] += ":/usr/sbin:/sbin"
     say(f"everything is in {folder}")
     setting = folder / "setting"
     setting.mkdir()

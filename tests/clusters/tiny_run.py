@@ -1,13 +1,11 @@
 """A training of seconds for the clusters of these tests, and what a run that was cut short must equal."""
 
 import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from tests.clusters.namespaces import say
 from tests.distributed.launching import as_options, write_pairs
 from tests.distributed.test_resume import compared_rows
 from tests.distributed.test_training import final_weights
@@ -55,17 +53,3 @@ def show_equal(run: Path, straight: Path) -> None:
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected), f"{run} and {straight}: weights differ"
     say(f"{run.name} equals {straight.name}: {len(rows)} rows of metrics, {len(weights)} tensors, bit for bit")
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> float:
-    """Seconds that it took; fails after `seconds`."""
-    started = time.monotonic()
-    while not condition():
-        if time.monotonic() - started > seconds:
-            sys.exit(f"FAILED: after {seconds:.0f} s still waiting for {what}")
-        time.sleep(0.2)
-    return time.monotonic() - started
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
