@@ -16,9 +16,8 @@
 
 STOPPED_STATUS=75 # hafrm_ds/training/stopping.py: was asked to stop, has saved, can go on
 
-# What srun runs before ENTRY, one word a line; options of srun's own come first in srun_options.
 srun_options=()
-interpreter=()
+interpreter=() # what runs an entry file
 
 choose_interpreter() {
     local mounts="$PWD${HAFRM_CONTAINER_MOUNTS:+,$HAFRM_CONTAINER_MOUNTS}"

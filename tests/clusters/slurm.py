@@ -219,8 +219,10 @@ def preempt(case: Case) -> None:
     case.wait(straight, 240)
     job = case.train("preempted", 400)
     case.wait_for_steps("preempted", 20)
-    other = call("sbatch", "--parsable", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 5")
-    say(f"job {other}: sbatch --partition=high --wrap='sleep 5'")
+    other = call(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
+    )
+    say(f"job {other}: sbatch --partition=high --exclusive --wrap='sleep 5'")
     wait_for(lambda: facts_of(other)["JobState"] == "RUNNING", 120, "the job that takes the nodes")
     queue()
     case.wait(job, 400)
@@ -280,7 +282,7 @@ def sweep(case: Case) -> None:
     say(f"array {job}: {', '.join(sorted(path.name for path in case.folder.iterdir()))}")
 
 
-LONG = 1000
+LONG = 500
 """Steps that take longer than the time until the warning."""
 CASES = {case.__name__: case for case in (launch, limit, preempt, cancel, pipeline, sweep)}
 
