@@ -4,8 +4,10 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from hafrm_ds.data.report import as_text, number_table
+from hafrm_ds.evaluation.benchmarks.catalogue import render
 
 JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
 """Judge -> what people call it."""
@@ -14,8 +16,13 @@ JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "lo
 def render_evaluation(results: dict[str, Any]) -> RenderableType:
     """Tables of what evaluation.json holds."""
     sets = results["sets"]
-    parts = [accuracy_table(sets), calibration_table(sets)]
+    parts: list[RenderableType] = [accuracy_table(sets), calibration_table(sets)] if sets else []
     parts += [length_table(name, found) for name, found in sets.items()]
+    for found in results["benchmarks"].values():
+        for judge, result in found["judges"].items():
+            parts += [Text(f"\n{result['title']}, judged by the {JUDGES[judge]}"), render(result)]
+        if found["cut"]:
+            parts.append(Text(f"{found['cut']:,} questions lost the start of their prompt"))
     return Group(*parts)
 
 

@@ -168,7 +168,7 @@ class Processes:
         """Compare what this rank knows with what rank 0 does, before anything rests on its being the same.
 
         Args:
-            subject: what the facts are, for the message: "versions".
+            subject: what the facts are, for the message: "software".
             facts: name -> value, or a hash of it.
 
         Raises:
