@@ -35,7 +35,9 @@ class Host:
         self.name, self.link = name, f"to-{name}"
         holder = ["unshare", "--net", "--uts", "--mount", "--propagation", "private", "sleep", "infinity"]
         self.holder = subprocess.Popen(holder)
-        self.enter = ["nsenter", f"--target={self.holder.pid}", "--net", "--uts", "--mount", f"--wd={REPOSITORY}"]
+        # The folder is entered inside, or relative paths would see the files outside.
+        inside = ["--net", "--uts", "--mount", "env", f"--chdir={REPOSITORY}"]
+        self.enter = ["nsenter", f"--target={self.holder.pid}", *inside]
         own = Path("/proc/self/ns/uts").readlink()
         wait_for(lambda: Path(f"/proc/{self.holder.pid}/ns/uts").readlink() != own, 10, f"the namespaces of {name}")
         call("ip", "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.holder.pid)
