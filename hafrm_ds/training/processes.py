@@ -228,14 +228,14 @@ class Processes:
             return
         address = os.environ["MASTER_ADDR"]
         own = interface_towards(address)
-        first_host, first_address = json.loads(
-            self.from_first("interface", lambda: json.dumps([self.host, own.is_loopback and own.address]))
+        first_host, is_loopback = json.loads(
+            self.from_first("interface", lambda: json.dumps([self.host, own.is_loopback]))
         )
-        if first_address and first_host != self.host:
+        if is_loopback and first_host != self.host:
             raise UserError(
-                f"{address} is the loopback address {first_address} on {first_host} itself, where rank 0 runs (see "
-                f"/etc/hosts there), and {self.host} cannot answer to that. Set MASTER_ADDR to an address that all "
-                "hosts reach, or GLOO_SOCKET_IFNAME to the interface between them (NCCL_SOCKET_IFNAME is for GPUs)"
+                f"{address} is a loopback address on {first_host} itself, where rank 0 runs (see /etc/hosts there), and "
+                f"{self.host} cannot answer to that. Set MASTER_ADDR to an address that all hosts reach, or "
+                "GLOO_SOCKET_IFNAME to the interface between them"
             )
         if own.name is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = own.name

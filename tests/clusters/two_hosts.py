@@ -215,7 +215,7 @@ def disagreement(hosts: list[Host], folder: Path) -> None:
         ("options", REPOSITORY / "ds_configs/zero3.json", other / "zero3.json", "- hostb: the content of ds_configs"),
         ("data", setting / "train.jsonl", other / "train.jsonl", "- hostb: train is"),
         ("weights", weights, other / "model/model.safetensors", "- hostb: weights is"),
-        ("address", None, None, "is the loopback address 127.0.1.1 on hosta itself"),
+        ("address", None, None, "hosta is a loopback address on hosta itself"),
     ):
         if place is not None:
             hosts[1].put(file, place)
