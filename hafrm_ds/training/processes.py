@@ -233,8 +233,8 @@ class Processes:
         )
         if is_loopback and first_host != self.host:
             raise UserError(
-                f"{address} is a loopback address on {first_host} itself, where rank 0 runs (see /etc/hosts there), and "
-                f"{self.host} cannot answer to that. Set MASTER_ADDR to an address that all hosts reach, or "
+                f"{address} is a loopback address on {first_host} itself, where rank 0 runs (see /etc/hosts there), "
+                f"and {self.host} cannot answer to that. Set MASTER_ADDR to an address that all hosts reach, or "
                 "GLOO_SOCKET_IFNAME to the interface between them"
             )
         if own.name is not None:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
+from hafrm_ds.training.launchers import first_host
 from tests.clusters.namespaces import call, enter_namespaces, say, wait_for
 from tests.clusters.tiny_run import options, show_equal, steps, write_setting
 from tests.distributed.launching import REPOSITORY
@@ -195,10 +196,8 @@ def launch(case: Case) -> None:
     say("alone in the shell of salloc and as the only task of srun: 1 process")
     case.wait(case.submit(script), 60)
     assert case.show("processes:", "plain.sh-*.log") == ["processes: 1"], "in the shell of a batch script"
-    hosts = "n[2,7-9],gpu[003-004]-ib,x1"
-    from hafrm_ds.training.launchers import first_host
-
-    assert first_host(hosts) == call("scontrol", "show", "hostnames", hosts).split()[0]
+    for nodes in ("n[2,7-9],x1", "gpu[003-004,012],n1", "rack[2-3]node[04-11]", "a-1.example,n[1-2]"):
+        assert first_host(nodes) == call("scontrol", "show", "hostnames", nodes).split()[0], nodes
 
 
 def limit(case: Case) -> None:

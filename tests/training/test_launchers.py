@@ -109,7 +109,7 @@ def test_half_an_environment_is_refused_by_name(environment, message):
         ("n[1-2]", "n1"),
         ("gpu[007-009,12],login1", "gpu007"),
         ("gpu-a[3,5],gpu-b[1-9]", "gpu-a3"),
-        ("rack[2-3]node[04-11]-ib", "rack2node04-ib"),
+        ("rack[2-3]node[04-11]", "rack2node04"),
         ("ip-10-0-1-5.internal,n[1-2]", "ip-10-0-1-5.internal"),
     ],
 )
