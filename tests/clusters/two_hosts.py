@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from tests.clusters.namespaces import call, enter_namespaces, say, wait_for
 from tests.clusters.tiny_run import options, show_equal, steps, write_setting
 from tests.distributed.launching import LAUNCHER, REPOSITORY, write_pairs
@@ -210,8 +212,11 @@ def disagreement(hosts: list[Host], folder: Path) -> None:
     code = REPOSITORY / "hafrm_ds/objective.py"
     (other / "objective.py").write_text(code.read_text() + "\n# another version\n")
     weights = setting / "model/model.safetensors"
+    (package,) = Path(torch.__file__).parents[1].glob("torch-*.dist-info/METADATA")
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.0.1\n")
     for name, place, file, expected in (
-        ("software", code, other / "objective.py", "- hostb: code of hafrm_ds is"),
+        ("code", code, other / "objective.py", "- hostb: code of hafrm_ds is"),
+        ("version", package, other / "METADATA", "- hostb: torch is 2.0.1, and"),
         ("options", REPOSITORY / "ds_configs/zero3.json", other / "zero3.json", "- hostb: the content of ds_configs"),
         ("data", setting / "train.jsonl", other / "train.jsonl", "- hostb: train is"),
         ("weights", weights, other / "model/model.safetensors", "- hostb: weights is"),
