@@ -22,7 +22,7 @@ from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
-from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
+from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.questions import encode_question
 from hafrm_ds.evaluation.scoring import Group, ModelForGroups, score_groups
 from hafrm_ds.evaluation.tables import render_evaluation
@@ -36,7 +36,6 @@ from hafrm_ds.training.logging import RunLog, environment
 from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.resume import fingerprint
 
-EVALUATION_FILE = "evaluation.json"
 PARTS_FOLDER = "parts"
 BASE = "base"
 """As --reference: the weights that the training started from, as hafrm.json names them."""
@@ -97,7 +96,7 @@ class EvaluatedBenchmark:
 def evaluate(options: EvaluationOptions, processes: Processes) -> None:
     """Evaluate a model on sets of pairs and on benchmarks. All processes call this together.
 
-    Leaves in output_dir: evaluation.json, evaluation/SET.parquet with the scores of every pair.
+    Leaves in output_dir: evaluation.json, evaluation/SET.parquet with the scores of every pair, report.html.
 
     Raises:
         DataError, ModelError: what was asked for cannot be evaluated.
@@ -160,7 +159,9 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
         write_whole(options.output_dir / EVALUATION_FILE, text.encode())
         shutil.rmtree(folder)
         log.print(render_evaluation(results))
-        log.print(f"the results are in {options.output_dir}")
+        from hafrm_ds.evaluation.report.writing import write_evaluation_report  # matplotlib loads for long
+
+        log.print(f"the results are in {options.output_dir}; report: {write_evaluation_report(options.output_dir)}")
     leave_together(processes)
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -49,6 +49,7 @@ class Processes:
     host: name of this host.
     num_hosts: as far as the launcher tells; 1 if it does not.
     timeout: of each collective.
+    errors: the store in which ranks say that they have met an error; the same for all jobs of `for_job`.
     """
 
     rank: int
@@ -60,6 +61,15 @@ class Processes:
     host: str = field(default_factory=socket.gethostname)
     num_hosts: int = 1
     timeout: timedelta = field(default_factory=lambda: timeout_of(os.environ))
+    errors: dist.Store | None = None
+
+    def __post_init__(self):
+        if self.errors is None:
+            self.errors = self.store
+
+    def for_job(self, name: str) -> "Processes":
+        """These processes for one of several jobs one after another, with names of its own in the store."""
+        return replace(self, store=dist.PrefixStore(name, self.store))
 
     @classmethod
     def join(cls) -> "Processes":
@@ -191,7 +201,7 @@ class Processes:
         pause = POLL_SECONDS
         try:
             while not condition():
-                if self.store.check([ERRORS]):
+                if self.errors.check([ERRORS]):
                     raise FailedElsewhere
                 time.sleep(pause)
                 pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
@@ -251,7 +261,7 @@ class Processes:
     def speaks(self) -> bool:
         """True for the first rank that asks."""
         try:
-            return self.store.add(ERRORS, 1) == 1
+            return self.errors.add(ERRORS, 1) == 1
         except dist.DistError:  # rank 0, which keeps the store, has left: it has spoken
             return False
 

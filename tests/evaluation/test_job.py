@@ -186,7 +186,7 @@ def test_a_stopped_evaluation_goes_on_with_what_is_missing(folder, tmp_path, mon
     assert len(written) == 7 - 3  # parts of 8 pairs
     written.clear()
     assert run(options)["sets"] == whole["sets"] and not written  # it is finished
-    assert {path.name for path in options.output_dir.iterdir()} == {"evaluation", "evaluation.json"}
+    assert {path.name for path in options.output_dir.iterdir()} == {"evaluation", "evaluation.json", "report.html"}
 
 
 def test_results_of_two_evaluations_never_mix(folder, tmp_path):
