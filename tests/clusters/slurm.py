@@ -3,7 +3,7 @@
     python -m tests.clusters.slurm [CASE ...]        cases: launch limit preempt cancel pipeline sweep; all by default
 
 Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2. Everything is kept in a temporary folder
-that is removed at the end, or left and named when a case fails. It takes about ten minutes on two cores.
+that is removed at the end, or left and named when a case fails. It takes about a quarter of an hour on two cores.
 """
 
 import os
@@ -281,7 +281,7 @@ def sweep(case: Case) -> None:
     say(f"array {job}: {', '.join(sorted(path.name for path in case.folder.iterdir()))}")
 
 
-LONG = 500
+LONG = 800
 """Steps that take longer than the time until the warning."""
 CASES = {case.__name__: case for case in (launch, limit, preempt, cancel, pipeline, sweep)}
 
