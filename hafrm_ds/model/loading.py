@@ -62,8 +62,8 @@ def local_folder(config: ModelConfig) -> Path:
         return Path(snapshot_download(config.name_or_path, revision=config.revision, ignore_patterns=OTHER_FORMATS))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the model {config.name_or_path!r} is no local folder and cannot be fetched from the hub: "
-            f"{first_line(error)}"
+            f"the model {config.name_or_path!r} is no local folder and cannot be fetched from the hub "
+            f"(model.name_or_path, or --model): {first_line(error)}"
         ) from error
 
 

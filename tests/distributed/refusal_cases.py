@@ -21,7 +21,8 @@ def main() -> None:
     shared = Processes.join()
     outcomes = {}
     for name, options in json.loads(file.read_text()).items():
-        processes = dataclasses.replace(shared, store=dist.PrefixStore(name, shared.store))
+        store = dist.PrefixStore(name, shared.store)
+        processes = dataclasses.replace(shared, store=store, errors=store)
         try:
             train(load_config(options), processes)
             outcomes[name] = [None, False]

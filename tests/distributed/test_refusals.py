@@ -96,14 +96,17 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
             data("identical", *[GOOD] * 8, *[GOOD | {"rejected": "aaa"}] * 4),
             r"(?s)4 of 12.*identical answers.*max_dropped_share",
         ),
-        "all over-long": ({"data.max_length": 8, "data.truncation": "drop"}, r"(?s)longer than max_length.*--data"),
+        "all over-long": (
+            {"data.max_length": 8, "data.truncation": "drop"},
+            r"(?s)longer than max_length.*data.max_length",
+        ),
         "fewer pairs than a batch": (data("few", GOOD), r"1 usable pairs, fewer than one global batch"),
         "pair above the budget": (
             {"batch.max_tokens_per_micro_batch": 120, "batch.layout": "padded"},
             r"pairs.jsonl:\d+ \(\d+ tokens\).*--batch.max_tokens_per_micro_batch",
         ),
         # model
-        "no model there": ({"model.name_or_path": folder / "none"}, r"model.name_or_path.*none"),
+        "no model there": ({"model.name_or_path": folder / "none"}, r"none' is no local folder.*model.name_or_path"),
         "no chat template": (
             {"model.name_or_path": no_template},
             r"(?s)no chat template.*--data.chat_template.*chatml",
@@ -129,6 +132,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
         "max_steps": 1,
         "reference.store": folder / "store",
         "logging.tensorboard": "false",
+        "logging.report": "false",
     }
     return {
         name: ({"output_dir": folder / "runs" / name.replace(" ", "_")} | sound | changes, pattern)
