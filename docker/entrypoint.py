@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Entry point of the images: starts a file of launch/ and hands it the signals that the container gets.
 
     docker run [options of docker] IMAGE COMMAND [options of the command]

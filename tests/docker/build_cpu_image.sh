@@ -59,14 +59,14 @@ fi
 
 say "Build"
 mkdir -p "$work/pip"
+pip config list | sed -n "s/^global\.\([a-z-]*\)='\(.*\)'$/\1 = \2/p" >"$work/pip/settings"
+certificates="$(sed -n 's/^cert = //p' "$work/pip/settings")"
 {
     echo "[global]"
-    pip config list | sed -n "s/^global\.\([a-z-]*\)='\(.*\)'$/\1 = \2/p" | grep -v -e ^constraint -e ^cert
-    if certificates="$(pip config get global.cert 2>/dev/null)"; then
-        cp -L "$certificates" "$work/pip/certificates.crt"
-        echo "cert = /run/pip/certificates.crt"
-    fi
+    grep -v -e ^constraint -e ^cert "$work/pip/settings" || true
+    [[ -z "$certificates" ]] || echo "cert = /run/pip/certificates.crt"
 } >"$work/pip/pip.conf"
+[[ -z "$certificates" ]] || cp -L "$certificates" "$work/pip/certificates.crt"
 options=(
     --volume "$work/sources.list:/etc/apt/sources.list:ro"
     --volume "$work/pip:/run/pip:ro"
@@ -83,6 +83,7 @@ podman "${storage[@]}" images
 say "What is in it"
 rm -rf "$work/runs" "$work/cache"
 mkdir -m 1777 "$work/runs" "$work/cache"
+# shellcheck disable=SC2016  # for the shell in the container
 container --rm --entrypoint bash "$image" -c '
     id
     test "$(id -u)" != 0
@@ -91,3 +92,47 @@ container --rm --entrypoint bash "$image" -c '
     find / -xdev -newer /etc/debian_version \( -path "*/etc/pip*" -o -path "*/sources.list*" \) -ls
     du -sm /opt/venv /usr 2>/dev/null'
 container --rm "$image" --help
+
+say "The quickstart, as a user that the image does not know"
+time container --rm --user 4321:4321 "$image" quickstart /runs/quickstart >"$work/quickstart.log" 2>&1 ||
+    fail "the quickstart: $work/quickstart.log"
+tail -n 12 "$work/quickstart.log"
+
+say "The same training, stopped by 'podman stop' (SIGTERM to PID 1)"
+training=(
+    "$image" train --config launch/recipes/quickstart.yaml --output_dir /runs/stopped --resume auto
+    --model.name_or_path /runs/quickstart/model --reference.store /runs/quickstart/reference
+    --data.train /runs/quickstart/data/train.jsonl --data.eval '{held_out: /runs/quickstart/data/test.jsonl}'
+)
+rows() { grep -c '"kind": *"train"' "$work/runs/$1/metrics.jsonl" 2>/dev/null || true; }
+container --detach --name stopped --user 4321:4321 --env NUM_GPUS=2 --stop-timeout 120 "${training[@]}" >/dev/null
+until (($(rows stopped) >= 3)); do
+    [[ "$(podman "${storage[@]}" inspect --format '{{.State.Running}}' stopped)" == true ]] ||
+        fail "$(podman "${storage[@]}" logs --tail 20 stopped 2>&1)"
+    sleep 0.2
+done
+podman "${storage[@]}" top stopped pid args
+time podman "${storage[@]}" --runtime runc --cgroup-manager cgroupfs stop stopped
+status="$(podman "${storage[@]}" inspect --format '{{.State.ExitCode}}' stopped)"
+podman "${storage[@]}" logs --tail 4 stopped 2>&1
+echo "exit status $status after $(rows stopped) rows of training; stopped.json: $(cat "$work/runs/stopped/stopped.json")"
+[[ "$status" == 75 ]] || fail "the exit status is not 75"
+
+say "A new container goes on"
+container --rm --user 4321:4321 --env NUM_GPUS=2 "${training[@]}" >"$work/resumed.log" 2>&1 ||
+    fail "the resumed run: $work/resumed.log"
+python3 - "$work/runs/quickstart/run/metrics.jsonl" "$work/runs/stopped/metrics.jsonl" <<'PYTHON'
+import json
+import sys
+
+undisturbed, resumed = (
+    [
+        {name: value for name, value in row.items() if name.startswith(("step", "loss/", "accuracy/", "grad_norm"))}
+        for row in map(json.loads, open(path))
+        if row["kind"] in ("train", "eval")
+    ]
+    for path in sys.argv[1:]
+)
+assert len(undisturbed) > 10 and resumed == undisturbed, "the stopped run is not the undisturbed one"
+print(f"{len(resumed)} rows of training and evaluation, bit for bit those of the undisturbed run; the last: {resumed[-1]}")
+PYTHON
