@@ -84,13 +84,19 @@ say "What is in it"
 rm -rf "$work/runs" "$work/cache"
 mkdir -m 1777 "$work/runs" "$work/cache"
 # shellcheck disable=SC2016  # for the shell in the container
-container --rm --entrypoint bash "$image" -c '
+container --rm --entrypoint bash "$image" -ec '
     id
     test "$(id -u)" != 0
-    ! touch /opt/hafrm_ds/x 2>/dev/null
+    ! touch /opt/hafrm_ds/written 2>/dev/null
     pip check
-    find / -xdev -newer /etc/debian_version \( -path "*/etc/pip*" -o -path "*/sources.list*" \) -ls
-    du -sm /opt/venv /usr 2>/dev/null'
+    du -sm /opt/venv /usr/bin /usr/lib 2>/dev/null'
+mounted="$(podman "${storage[@]}" image mount "$image")"
+{ cat "$work/sources.list" && cut -d= -f2- "$work/pip/pip.conf"; } | grep -o '[a-z]*:/[^ ]*' | sort -u >"$work/traces"
+if grep -rIlFf "$work/traces" "$mounted"/{etc,home,opt/hafrm_ds,opt/venv/pyvenv.cfg,root,run,tmp,var} ||
+    podman "${storage[@]}" image inspect "$image" | grep -Ff "$work/traces"; then
+    fail "apt's or pip's configuration of this machine is in the image"
+fi
+echo "nothing of $(wc -l <"$work/traces") addresses of this machine's apt and pip"
 container --rm "$image" --help
 
 say "The quickstart, as a user that the image does not know"
@@ -104,14 +110,14 @@ training=(
     --model.name_or_path /runs/quickstart/model --reference.store /runs/quickstart/reference
     --data.train /runs/quickstart/data/train.jsonl --data.eval '{held_out: /runs/quickstart/data/test.jsonl}'
 )
-rows() { grep -c '"kind": *"train"' "$work/runs/$1/metrics.jsonl" 2>/dev/null || true; }
+rows() { cat "$work/runs/$1/metrics.jsonl" 2>/dev/null | grep -c '"kind": "train"' || true; }
 container --detach --name stopped --user 4321:4321 --env NUM_GPUS=2 --stop-timeout 120 "${training[@]}" >/dev/null
 until (($(rows stopped) >= 3)); do
     [[ "$(podman "${storage[@]}" inspect --format '{{.State.Running}}' stopped)" == true ]] ||
         fail "$(podman "${storage[@]}" logs --tail 20 stopped 2>&1)"
     sleep 0.2
 done
-podman "${storage[@]}" top stopped pid args
+podman "${storage[@]}" top stopped pid args | cut -c -100
 time podman "${storage[@]}" --runtime runc --cgroup-manager cgroupfs stop stopped
 status="$(podman "${storage[@]}" inspect --format '{{.State.ExitCode}}' stopped)"
 podman "${storage[@]}" logs --tail 4 stopped 2>&1
