@@ -17,6 +17,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["hafrm_ds", "hafrm_ds.*"]),
+    package_data={"hafrm_ds.evaluation.report": ["templates/*"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -31,6 +32,7 @@ setup(
         "safetensors",
         "numpy",
         "jinja2",
+        "matplotlib>=3.11",
         "pyyaml",
         "pydantic>=2.10",
         "psutil",

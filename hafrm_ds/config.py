@@ -247,6 +247,8 @@ class LoggingConfig(Section):
     """Write training metrics every N steps."""
     tensorboard: bool = True
     """Write TensorBoard files into OUTPUT_DIR/tensorboard."""
+    report: bool = True
+    """Draw OUTPUT_DIR/report.html at the end and when the run is stopped; takes about a second."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (pip install hafrm_ds[wandb])."""
 

@@ -6,6 +6,7 @@ arguments -> nested mapping -> TrainConfig (or one ConfigError), before any mode
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,15 @@ def nearest_option(name: str, schema: type[BaseModel]) -> str:
         if near := difflib.get_close_matches(leaf, known, n=1, cutoff=cutoff):
             return f"did you mean {known[near[0]]}?"
     return f"{section} has {', '.join(siblings)}" if section and siblings else "--help lists all options"
+
+
+def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted option name -> value, for the options of all sections; data sources are values, whatever they hold."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and prefix != "data.":
+            yield from options_of(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def help_text(schema: type[BaseModel]) -> str:

@@ -1,6 +1,8 @@
-"""Evaluate a model on preference pairs: accuracies with intervals, calibration, lengths, agreement of its heads.
+"""Evaluate a model on preference pairs: accuracies with intervals, calibration, lengths, agreement of its heads; and on
+public benchmarks by their own rules.
 
     deepspeed launch/evaluate.py --model RUN/final --data SOURCE [SOURCE ...] --output_dir DIR
+    deepspeed launch/evaluate.py --model RUN/final --benchmarks rewardbench2 rm-bench=PATH --output_dir DIR
     deepspeed launch/evaluate.py ... --deepspeed ds_configs/zero3.json              one model, sharded over the GPUs
 
 The model is the final/ folder of a training, an export, another reward model (AutoModelForSequenceClassification with
@@ -16,8 +18,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from hafrm_ds.data.sources import EvalSources, Source
+from hafrm_ds.data.sources import EvalSources, Source, suggestion
 from hafrm_ds.errors import ConfigError
+from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm_ds.training.processes import Processes, run_entry
 
 
@@ -27,6 +30,8 @@ def read_command_line(arguments: list[str]) -> dict[str, Any]:
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id")
     add("--data", nargs="+", default=[], help="one or more sources; each is a set")
+    known = ", ".join(BENCHMARKS)
+    add("--benchmarks", nargs="+", default=[], help=f"of {known}; NAME takes it from the hub, NAME=PATH from there")
     add("--output_dir", type=Path, required=True, help="where the results go")
     add("--reference", help="policy that the implicit reward is measured against: a folder, a hub id, or base: what "
         "the training started from")  # fmt: skip
@@ -35,7 +40,7 @@ def read_command_line(arguments: list[str]) -> dict[str, Any]:
     add("--max_length", type=int, help="longest conversation in tokens (default: that of the training, else 2048)")
     add("--truncation", choices=("drop", "keep_prompt_end", "cut_response"),
         help="what happens to longer ones (default: as in the training, else keep_prompt_end)")  # fmt: skip
-    add("--max_dropped_share", type=float, help="stop when a larger share of the pairs would be dropped (0.05)")
+    add("--max_dropped_share", type=float, help="stop when more of the pairs would be dropped (0.05)")
     add("--chat_template", help="name or file of a template, for a tokenizer without one")
     add("--dtype", choices=("bfloat16", "float32"), help="default: that of the saved weights")
     add("--max_tokens_per_micro_batch", type=int, default=8192, help="token budget of one forward pass (%(default)s)")
@@ -46,6 +51,9 @@ def read_command_line(arguments: list[str]) -> dict[str, Any]:
     options = vars(parser.parse_args(arguments))
     del options["local_rank"]
     options["data"] = read_sets(options["data"])
+    options["benchmarks"] = read_benchmark_names(options["benchmarks"])
+    if not options["data"] and not options["benchmarks"]:
+        raise ConfigError(["neither --data nor --benchmarks was given: there is nothing to evaluate on"])
     return options
 
 
@@ -64,6 +72,17 @@ def read_sets(words: list[str]) -> dict[str, list[Source]]:
         raise ConfigError(
             [f"--data: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
         ) from None
+
+
+def read_benchmark_names(words: list[str]) -> dict[str, str | None]:
+    """Words after --benchmarks -> where each lies; None: on the hub."""
+    found = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        if name not in BENCHMARKS:
+            raise ConfigError([f"--benchmarks {name}: not known{suggestion(name, BENCHMARKS)}"])
+        found[name] = path or None
+    return found
 
 
 def main(arguments: list[str], processes: Processes) -> None:

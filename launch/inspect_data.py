@@ -1,52 +1,65 @@
 """Show what training would see: the data report of the training set and of every evaluation set, and a few pairs token
 by token. Loads the tokenizer, never the model.
 
-    python launch/inspect_data.py --config launch/recipes/NAME.yaml [--section.key value ...] [--examples N]
+    python launch/inspect_data.py --config launch/recipes/NAME.yaml [--section.key value ...] [--examples N] [--health]
 
 Takes the options of training; --examples N (default 3) is the number of pairs shown token by token for each set.
+--health shows instead what no single row does: repeats, pairs in both orders, prompts that training and test sets
+share, length bias, and the share of pairs that each max_length would cut.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.rule import Rule
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import choose_examples, prepare_pairs
+from hafrm_ds.data.health import render_health
+from hafrm_ds.data.preparation import PreparedPairs, choose_examples, prepare_pairs
 from hafrm_ds.data.report import as_text, render_tokens
 from hafrm_ds.errors import UserError
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.options import load_config
 
 
-def read_command_line(arguments: list[str]) -> tuple[TrainConfig, int]:
-    """-> (configuration, pairs to show token by token)."""
+def read_command_line(arguments: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
+    """-> (configuration, options of this file)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--examples", type=int, default=3)
-    options, rest = parser.parse_known_args(arguments)
+    parser.add_argument("--health", action="store_true")
+    own, rest = parser.parse_known_args(arguments)
     if {"--help", "-h"} & set(rest):
         print(__doc__)
-    return load_config(rest), options.examples
+    return load_config(rest), own
 
 
-def inspect(config: TrainConfig, num_examples: int, console: Console) -> None:
-    formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
+def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str, PreparedPairs]]:
+    """(title, pairs) of every set, the training set first."""
     sets = {"train": ("train", config.data.train)}
     sets |= {f"eval: {name}": ("eval", sources) for name, sources in config.data.eval.items()}
     for title, (role, sources) in sets.items():
+        yield title, prepare_pairs(sources, formatter=formatter, data=config.data, role=role, seed=config.seed)
+
+
+def inspect(config: TrainConfig, own: argparse.Namespace, console: Console) -> None:
+    formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
+    if own.health:
+        console.print(render_health(dict(prepare(config, formatter))))
+        return
+    for title, prepared in prepare(config, formatter):
         console.print(Rule(as_text(title)))
-        prepared = prepare_pairs(sources, formatter=formatter, data=config.data, role=role, seed=config.seed)
         console.print(prepared.report.render())
-        for index in choose_examples(len(prepared), num_examples, config.seed):
+        for index in choose_examples(len(prepared), own.examples, config.seed):
             console.print(render_tokens(prepared[index], formatter.tokenizer))
 
 
 def main() -> int:
     try:
-        config, num_examples = read_command_line(sys.argv[1:])
-        inspect(config, num_examples, Console())
+        config, own = read_command_line(sys.argv[1:])
+        inspect(config, own, Console())
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

@@ -68,6 +68,9 @@ class PreparedPairs:
     """prompt, chosen, rejected -> [pairs] int64 tokens."""
     keys: np.ndarray
     """[pairs, 2] KEY_DTYPE, content keys of chosen and rejected response."""
+    uncut_lengths: np.ndarray
+    """int64 tokens of the longer conversation before any cut, for all pairs that could be rendered: also for those that
+    were dropped as too long."""
     report: DataReport
 
     def __len__(self) -> int:
@@ -101,9 +104,12 @@ def prepare_pairs(
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
     lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in ("prompt", "chosen", "rejected")}
     keys = np.stack([keys_of_column(table[name]) for name in ("chosen_key", "rejected_key")], axis=1)[kept]
-    report = summarize(table, lengths, keys, formatter, data, role)
+    uncut = table["uncut_length"].to_numpy()
+    uncut = uncut[uncut > 0]
+    report = summarize(table, lengths, keys, uncut, formatter, data, role)
     check_enough_left(report, data)
-    prepared = PreparedPairs(tokenized.select(kept).select_columns(list(PAIR_FEATURES)), lengths, keys, report)
+    pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
+    prepared = PreparedPairs(pairs, lengths, keys, uncut, report)
     for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
         report.examples.append(Example.of(prepared[index], formatter.tokenizer))
     return prepared
@@ -191,16 +197,16 @@ def summarize(
     table: pa.Table,
     lengths: dict[str, np.ndarray],
     keys: np.ndarray,
+    uncut_lengths: np.ndarray,
     formatter: ChatFormatter,
     data: DataConfig,
     role: str,
 ) -> DataReport:
-    """The report of a tokenised table, without examples. `lengths` and `keys` are those of the usable pairs."""
+    """The report of a tokenised table, without examples. The arrays are those of `PreparedPairs`."""
     total, by_source = count_outcomes(table)
     duplicates, both_orders = count_repeats(keys)
-    uncut = table["uncut_length"].to_numpy()
     conversation = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
-    tokens = lengths | {"conversation": conversation, "conversation_before_cut": uncut[uncut > 0]}
+    tokens = lengths | {"conversation": conversation, "conversation_before_cut": uncut_lengths}
     return DataReport(
         role=role,
         max_length=data.max_length,

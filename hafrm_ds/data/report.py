@@ -134,6 +134,18 @@ class DataReport:
         """Plain mapping for data_report.json."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "DataReport":
+        """The inverse of `to_json`. Raises KeyError or TypeError if `content` has other fields."""
+        template = content["template"]
+        parts = {
+            "total": Counts(**content["total"]),
+            "by_source": {name: Counts(**counts) for name, counts in content["by_source"].items()},
+            "template": TemplateFacts(**template | {"frozen_dates": tuple(template["frozen_dates"])}),
+            "examples": [Example(**example) for example in content["examples"]],
+        }
+        return cls(**content | parts)
+
     def render(self, with_examples: bool = True) -> RenderableType:
         """Tables and examples for a rich console. Data goes in as Text, never as rich markup."""
         parts: list[RenderableType] = [self._counts_table()]
@@ -220,7 +232,14 @@ def percentiles(lengths: np.ndarray) -> dict[str, int]:
 
 def as_text(value: str) -> Text:
     """Text of the data for the terminal: no markup is read in it, and control characters are shown as escapes."""
-    return Text("".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value))
+    return Text(printable(value))
+
+
+def printable(value: str) -> str:
+    """Text with control characters, and what else has no glyph but a newline, as escapes."""
+    if value.isprintable():
+        return value
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
 
 
 def number_table(first_column: str, *number_columns: str) -> Table:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from hafrm_ds.data.report import number_table
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.bootstrap import estimate, mean_of_sets
+from hafrm_ds.evaluation.bootstrap import estimate, exact_at_the_ends, mean_of_sets
 from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.pair_scores import PairScores
 from hafrm_ds.evaluation.tables import JUDGES, interval
@@ -56,8 +56,10 @@ def compare(methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence
     check_same_pairs(methods, set_names)
     prompts = {name: methods[0].scores[0][name].prompts for name in set_names}
 
-    def over_sets(values: dict[str, np.ndarray]) -> dict[str, Any]:
+    def over_sets(values: dict[str, np.ndarray], are_shares: bool = True) -> dict[str, Any]:
         found = {name: estimate(values[name], prompts[name]) for name in set_names}
+        if are_shares:
+            found = {name: exact_at_the_ends(each) for name, each in found.items()}
         by_seed = {name: values[name].mean(axis=1) for name in set_names}
         if others := set_names[1:]:
             found[OTHERS] = mean_of_sets([values[name] for name in others], [prompts[name] for name in others])
@@ -83,7 +85,7 @@ def compare(methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence
         },
         "differences": {
             f"{later.name} - {earlier.name}": over_sets(
-                {name: right[later.name][name] - right[earlier.name][name] for name in set_names}
+                {name: right[later.name][name] - right[earlier.name][name] for name in set_names}, are_shares=False
             )
             for earlier, later in itertools.combinations(methods, 2)
         },

@@ -3,9 +3,11 @@
 sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evaluation/SET.parquet -> evaluation.json
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import ConversationIds
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.analysis import analyse
-from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
+from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
+from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
+from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
+from hafrm_ds.evaluation.questions import encode_question
 from hafrm_ds.evaluation.scoring import Group, ModelForGroups, score_groups
 from hafrm_ds.evaluation.tables import render_evaluation
+from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.opening import Saved, open_model
 from hafrm_ds.model.policy import SavedPolicy
 from hafrm_ds.model.saved import SavedModel
@@ -30,7 +36,6 @@ from hafrm_ds.training.logging import RunLog, environment
 from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.resume import fingerprint
 
-EVALUATION_FILE = "evaluation.json"
 PARTS_FOLDER = "parts"
 BASE = "base"
 """As --reference: the weights that the training started from, as hafrm.json names them."""
@@ -46,6 +51,7 @@ class EvaluationOptions:
     model: str
     output_dir: Path
     data: dict[str, list[Source]] = field(default_factory=dict)
+    benchmarks: dict[str, str | None] = field(default_factory=dict)
     reference: str | None = None
     beta: float | None = None
     max_pairs: int | None = None
@@ -76,10 +82,21 @@ class EvaluatedSet:
         return [ConversationIds(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
 
 
-def evaluate(options: EvaluationOptions, processes: Processes) -> None:
-    """Evaluate a model on sets of pairs. All processes call this together.
+@dataclass(frozen=True)
+class EvaluatedBenchmark:
+    """Questions of a benchmark, and the token ids of each with all of its responses. num_cut: of these lost the start
+    of their prompt."""
 
-    Leaves in output_dir: evaluation.json, evaluation/SET.parquet with the scores of every pair.
+    benchmark: Benchmark
+    questions: list[Question]
+    ids: list[list[ConversationIds]]
+    num_cut: int
+
+
+def evaluate(options: EvaluationOptions, processes: Processes) -> None:
+    """Evaluate a model on sets of pairs and on benchmarks. All processes call this together.
+
+    Leaves in output_dir: evaluation.json, evaluation/SET.parquet with the scores of every pair, report.html.
 
     Raises:
         DataError, ModelError: what was asked for cannot be evaluated.
@@ -89,7 +106,8 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
     reference = open_reference(options, saved)
     formatter = saved.formatter()
     sets = prepare_sets(options, saved, formatter, processes, log)
-    identity = identity_of(options, saved, reference, sets)
+    benchmarks = read_benchmarks(options, saved, formatter, processes)
+    identity = identity_of(options, saved, reference, sets, benchmarks)
     folder = options.output_dir / PARTS_FOLDER
     if processes.from_first("state", lambda: claim_output(options.output_dir, folder, identity)) == "finished":
         log.print(f"{options.output_dir / EVALUATION_FILE} is there already, for this model and data")
@@ -98,7 +116,8 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
         leave_together(processes)
         return
 
-    groups = [Group(name, len(each.index), each.conversations) for name, each in sets.items()]
+    groups = [Group(f"set {name}", len(each.index), each.conversations) for name, each in sets.items()]
+    groups += [Group(f"benchmark {name}", len(each.ids), each.ids.__getitem__) for name, each in benchmarks.items()]
     how = (options.deepspeed, options.max_tokens_per_micro_batch)
     scores = score_groups("scoring", ModelForGroups(saved, *how), saved.heads, groups, folder, processes, log)
     references = {}
@@ -113,8 +132,8 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
                 name,
                 each.pairs,
                 each.index,
-                by_head(scores[name], saved.heads),
-                by_head(references[name], ("logprob",))["logprob"] if references else None,
+                dict(zip(saved.heads, np.moveaxis(np.stack(scores[f"set {name}"]), 2, 0))),
+                np.stack(references[f"set {name}"])[:, :, 0] if references else None,
                 beta=beta,
                 step=saved.metadata.get("training", {}).get("steps"),
             )
@@ -126,6 +145,12 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
             "reference": None if reference is None else str(reference.folder),
             "beta": beta,
             "sets": found,
+            "benchmarks": {
+                name: judge_benchmark(
+                    each, saved.heads, scores[f"benchmark {name}"], references.get(f"benchmark {name}"), beta
+                )
+                for name, each in benchmarks.items()
+            },
             "data": {name: each.pairs.report.to_json() for name, each in sets.items()},
             "environment": environment(processes.world_size, processes.device),
             "job": identity,
@@ -134,14 +159,31 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
         write_whole(options.output_dir / EVALUATION_FILE, text.encode())
         shutil.rmtree(folder)
         log.print(render_evaluation(results))
-        log.print(f"the results are in {options.output_dir}")
+        from hafrm_ds.evaluation.report.writing import write_evaluation_report  # matplotlib loads for long
+
+        log.print(f"the results are in {options.output_dir}; report: {write_evaluation_report(options.output_dir)}")
     leave_together(processes)
 
 
-def by_head(values: list[np.ndarray], heads: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """For each pair [2, heads] -> name of a head -> [P, 2]."""
-    stacked = np.stack(values)
-    return {head: stacked[:, :, k] for k, head in enumerate(heads)}
+def judge_benchmark(
+    evaluated: EvaluatedBenchmark,
+    heads: tuple[str, ...],
+    scores: list[np.ndarray],
+    references: list[np.ndarray] | None,
+    beta: float,
+) -> dict[str, Any]:
+    """{"cut": questions whose prompt was cut, "judges": judge -> result of the benchmark}.
+
+    Args:
+        scores: for each question [responses, heads]. references: for each [responses, 1] log-probs, or None.
+    """
+    judges = {head: [values[:, k] for values in scores] for k, head in enumerate(heads)}
+    if references is not None:
+        pairs = zip(judges["logprob"], references)
+        judges["implicit"] = [beta * (logprob - reference[:, 0]) for logprob, reference in pairs]
+    summarize = evaluated.benchmark.summarize
+    results = {judge: summarize(evaluated.questions, [row.tolist() for row in rows]) for judge, rows in judges.items()}
+    return {"cut": evaluated.num_cut, "judges": results}
 
 
 # ---- what is evaluated ---------------------------------------------------------------------------------------------
@@ -173,7 +215,7 @@ def prepare_sets(
     options: EvaluationOptions, saved: Saved, formatter: ChatFormatter, processes: Processes, log: RunLog
 ) -> dict[str, EvaluatedSet]:
     """Read and tokenise the pairs of every set, as the model was trained unless the options say otherwise."""
-    trained = trained_with(saved, "data")
+    trained = {"max_length": longest_conversation(options, saved)} | trained_with(saved, "data")
     given = {name: getattr(options, name) or trained.get(name, default) for name, default in DEFAULTS.items()}
     if options.max_dropped_share is not None:
         given["max_dropped_share"] = options.max_dropped_share
@@ -194,19 +236,49 @@ def prepare_sets(
     return {name: EvaluatedSet(pairs, fixed_choice(len(pairs), options.max_pairs)) for name, pairs in sets.items()}
 
 
+def longest_conversation(options: EvaluationOptions, saved: Saved) -> int:
+    """Tokens that the model knows and a micro-batch holds."""
+    config = load_model_config(saved.config).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    return min(options.max_tokens_per_micro_batch, positions or options.max_tokens_per_micro_batch)
+
+
+def read_benchmarks(
+    options: EvaluationOptions, saved: Saved, formatter: ChatFormatter, processes: Processes
+) -> dict[str, EvaluatedBenchmark]:
+    """Read and tokenise the questions of every benchmark that was asked for."""
+    max_length = options.max_length or longest_conversation(options, saved)
+    found = {}
+    for name, path in options.benchmarks.items():
+        benchmark = BENCHMARKS[name]
+        read = partial(benchmark.read, path or benchmark.default_path, None)
+        questions = processes.in_turns(f"benchmark {name}", read)
+        encoded = [encode_question(formatter, each.id, each.prompt, each.responses, max_length) for each in questions]
+        num_cut = sum(was_cut for _, was_cut in encoded)
+        found[name] = EvaluatedBenchmark(benchmark, questions, [ids for ids, _ in encoded], num_cut)
+    return found
+
+
 def trained_with(saved: Saved, section: str) -> dict[str, Any]:
     """A section of the configuration that the model was trained with; {} where it does not say."""
     return saved.metadata.get("config", {}).get(section, {})
 
 
 def identity_of(
-    options: EvaluationOptions, saved: Saved, reference: SavedPolicy | None, sets: dict[str, EvaluatedSet]
+    options: EvaluationOptions,
+    saved: Saved,
+    reference: SavedPolicy | None,
+    sets: dict[str, EvaluatedSet],
+    benchmarks: dict[str, EvaluatedBenchmark],
 ) -> dict[str, Any]:
     """What the results depend on: those of another job never mix with these."""
     return {
         "model": identity_of_model(saved),
         "reference": None if reference is None else identity_of_model(reference),
         "pairs": {name: [fingerprint(each.pairs), len(each.index)] for name, each in sets.items()},
+        "questions": {
+            name: hashlib.sha256(json.dumps(each.ids).encode()).hexdigest() for name, each in benchmarks.items()
+        },
         "beta": options.beta,
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }

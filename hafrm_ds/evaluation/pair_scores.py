@@ -20,6 +20,8 @@ from hafrm_ds.errors import DataError
 
 SCORES_FOLDER = "evaluation"
 """In the folder of a run or an evaluation: SCORES_FOLDER/SET.parquet for each set."""
+EVALUATION_FILE = "evaluation.json"
+"""In the folder of an evaluation: what is said about its sets."""
 NUM_MISTAKES = 10
 VALUES = ("reward", "logprob", "reference")
 SIDES = ("chosen", "rejected")

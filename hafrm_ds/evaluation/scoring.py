@@ -61,7 +61,7 @@ def score_groups(
         heads: of "reward" and "logprob".
 
     Returns:
-        Name of a group -> for each item [conversations, heads] fp32.
+        Name of a group -> for each item [conversations, heads] fp32. On the first process; {} on the others.
     """
     parts = {
         folder / f"{name}-{quote(group.name, safe='')}-{number:06}.npy": (group, part)
@@ -87,7 +87,8 @@ def score_groups(
 
         together = model.deepspeed is not None
         work_through(name, todo, make, processes, log, unit="items", together=together)
-        processes.from_first(f"{name}: all there", lambda: "yes")
+    if not processes.is_first:
+        return {}
     results: dict[str, list[np.ndarray]] = {group.name: [] for group in groups}
     for file, (group, part) in parts.items():
         sizes = [len(group.conversations(item)) for item in part]

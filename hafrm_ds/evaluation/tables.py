@@ -4,8 +4,10 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from hafrm_ds.data.report import as_text, number_table
+from hafrm_ds.evaluation.benchmarks.catalogue import render
 
 JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
 """Judge -> what people call it."""
@@ -14,8 +16,13 @@ JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "lo
 def render_evaluation(results: dict[str, Any]) -> RenderableType:
     """Tables of what evaluation.json holds."""
     sets = results["sets"]
-    parts = [accuracy_table(sets), calibration_table(sets)]
+    parts: list[RenderableType] = [accuracy_table(sets), calibration_table(sets)] if sets else []
     parts += [length_table(name, found) for name, found in sets.items()]
+    for found in results["benchmarks"].values():
+        for judge, result in found["judges"].items():
+            parts += [Text(f"\n{result['title']}, judged by the {JUDGES[judge]}"), render(result)]
+        if found["cut"]:
+            parts.append(Text(f"{found['cut']:,} questions lost the start of their prompt"))
     return Group(*parts)
 
 
@@ -69,6 +76,67 @@ def length_range(low: int | None, high: int | None) -> str:
     if high is None:
         return f"from {low:,} tokens"
     return f"{low:,} tokens" if low == high else f"{low:,} to {high:,} tokens"
+
+
+def render_best_of_n(results: dict[str, Any]) -> RenderableType:
+    """Tables of what best_of_n.json holds."""
+    sizes = results["candidates"]
+    most = f" to {sizes['most']:,}" if sizes["most"] > sizes["fewest"] else ""
+    title = f"{results['prompts']:,} prompts, best of {sizes['fewest']:,}{most}"
+    if results["gold"] is None:
+        return as_text(f"{title}; without gold scores there is nothing to compare the rankings with")
+    found = results["results"]
+    parts = [as_text(f"{title}, by the gold scores of {results['gold']}")]
+    parts += [pick_table(found), ranking_table(found), curve_table(found)]
+    return Group(*parts, *([pair_table(found["pairs"])] if found["pairs"] else []))
+
+
+def pick_table(found: dict[str, Any]) -> Table:
+    """What each model's picks are worth, beside the random choice and the ends."""
+    table = number_table("Pick [95%]", "gold score", "over random", "win rate")
+    for name, model in found["models"].items():
+        values = [number_interval(model[key]) for key in ("pick", "gain")]
+        table.add_row(as_text(name), *values, interval(model.get("win_rate")))
+    for name, key in (("random choice", "mean"), ("best candidate", "best"), ("worst candidate", "worst")):
+        table.add_row(f"({name})", number_interval(found["gold"][key]), "", "")
+    return table
+
+
+def ranking_table(found: dict[str, Any]) -> Table:
+    """How well each model ranks."""
+    ks = list(found["random"]["top_k_recall"])
+    table = number_table("Ranking [95%]", *(f"top-{k} recall" for k in ks), "Spearman", "Kendall")
+    for name, model in found["models"].items():
+        recalls = [interval(model["top_k_recall"][k]) for k in ks]
+        table.add_row(as_text(name), *recalls, *(number_interval(model[key]) for key in ("spearman", "kendall")))
+    table.add_row("(random choice)", *(f"{found['random']['top_k_recall'][k]['value']:.1%}" for k in ks), "", "")
+    return table
+
+
+def curve_table(found: dict[str, Any]) -> Table:
+    """Expected gold score of the pick among n random candidates, for n = 1, 2, 4, ... and all."""
+    most = len(found["best_curve"])
+    ns = [n for n in (2**power for power in range(most.bit_length())) if n < most] + [most]
+    table = number_table("Gold score of the best of", *map(str, ns))
+    curves = {name: model["curve"] for name, model in found["models"].items()}
+    for name, curve in (curves | {"(gold scorer)": found["best_curve"]}).items():
+        table.add_row(as_text(name), *(f"{curve[n - 1]['value']:.3g}" for n in ns))
+    return table
+
+
+def pair_table(pairs: list[dict[str, Any]]) -> Table:
+    """Whose pick has the higher gold score."""
+    table = number_table("Pick against pick", "wins", "ties", "losses")
+    for pair in pairs:
+        first, second = pair["models"]
+        table.add_row(
+            as_text(f"{first} against {second}"), *(interval(pair[key]) for key in ("wins", "ties", "losses"))
+        )
+    return table
+
+
+def number_interval(value: dict[str, float] | None) -> str:
+    return "" if value is None else f"{value['value']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
 
 
 def interval(value: dict[str, float] | None) -> str:

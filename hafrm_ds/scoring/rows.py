@@ -54,9 +54,13 @@ class ScoredRow:
             result = {self.field: None, "score_error": error}
         else:
             result = {self.field: scores if self.field == "scores" else scores[0]}
-        text = json.dumps(self.fields | result, ensure_ascii=False)
-        # Half of a surrogate pair is no text, but may stand in a field that is only handed on.
-        return text.encode("utf-8", errors="backslashreplace") + b"\n", error
+        return json_line(self.fields | result), error
+
+
+def json_line(fields: dict[str, Any]) -> bytes:
+    """A row as a line of a file."""
+    # Half of a surrogate pair is no text, but may stand in a field that is only handed on.
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n"
 
 
 def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
@@ -75,10 +79,7 @@ def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
             f"{row.id}: needs messages, or prompt with response or responses (fields: "
             f"{', '.join(row.fields) or 'none'})"
         )
-    if isinstance(row.value("prompt"), str):
-        prompt, _ = prompt_from_text(row.text("prompt"))
-    else:
-        prompt = row.messages("prompt")
+    prompt = prompt_of(row)
     if "responses" not in row.fields:
         return "score", [prompt + answer_of(row, "response")]
     responses = row.value("responses")
@@ -86,6 +87,13 @@ def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
         raise row.fault("field 'responses'", responses, "a list of answers")
     answers = [Row({f"responses[{n}]": response}, row.id, "") for n, response in enumerate(responses)]
     return "scores", [prompt + answer_of(answer, next(iter(answer.fields))) for answer in answers]
+
+
+def prompt_of(row: Row) -> list[Message]:
+    """Its `prompt`, a text or messages."""
+    if isinstance(row.value("prompt"), str):
+        return prompt_from_text(row.text("prompt"))[0]
+    return row.messages("prompt")
 
 
 def answer_of(row: Row, field: str) -> list[Message]:

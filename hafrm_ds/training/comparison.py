@@ -92,7 +92,7 @@ def train_and_compare(
 ) -> None:
     """Train every arm with every seed, where that is not done yet, and compare them on every set of data.eval.
 
-    Leaves runs/ARM-seedN/ and comparison.json in config.output_dir. All processes call this together.
+    Leaves runs/ARM-seedN/, comparison.json and report.html in config.output_dir. All processes call this together.
 
     Args:
         train_script: launch/train.py, which each training is a run of.
@@ -124,6 +124,10 @@ def train_and_compare(
         write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
         log.print(render_comparison(results))
         log.print(f"the results are in {file}")
+        from hafrm_ds.evaluation.report.writing import REPORT_FILE, write_methods_report  # matplotlib loads for long
+
+        page = config.output_dir / REPORT_FILE
+        log.print(f"report: {write_methods_report(results, [run.output_dir for _, run in runs], page)}")
     leave_together(processes)
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -40,6 +40,7 @@ class Processes:
 
     stopping: what has asked this process to stop, if anything has.
     watch: tells when another process has ended; None where nobody watches.
+    errors: the store in which ranks say that they have met an error; the same for all jobs of `for_job`.
     """
 
     rank: int
@@ -48,6 +49,15 @@ class Processes:
     store: dist.Store
     stopping: StopRequest = field(default_factory=StopRequest)
     watch: PeerWatch | None = None
+    errors: dist.Store | None = None
+
+    def __post_init__(self):
+        if self.errors is None:
+            self.errors = self.store
+
+    def for_job(self, name: str) -> "Processes":
+        """These processes for one of several jobs one after another, with names of its own in the store."""
+        return replace(self, store=dist.PrefixStore(name, self.store))
 
     @classmethod
     def join(cls) -> "Processes":
@@ -141,7 +151,7 @@ class Processes:
         pause = POLL_SECONDS
         try:
             while not condition():
-                if self.store.check([ERRORS]):
+                if self.errors.check([ERRORS]):
                     raise FailedElsewhere
                 time.sleep(pause)
                 pause = min(1.2 * pause, LONGEST_POLL_SECONDS)
@@ -175,7 +185,7 @@ class Processes:
     def speaks(self) -> bool:
         """True for the first rank that asks."""
         try:
-            return self.store.add(ERRORS, 1) == 1
+            return self.errors.add(ERRORS, 1) == 1
         except dist.DistError:  # rank 0, which keeps the store, has left: it has spoken
             return False
 

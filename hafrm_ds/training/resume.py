@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.options import options_of
 from hafrm_ds.training.checkpoint import (
     CheckpointError,
     TrainingState,
@@ -106,15 +107,6 @@ def changed_options(saved: dict, current: dict, free: tuple[str, ...] = FREE_TO_
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name) and not name.startswith(free)
     }
-
-
-def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted option name -> value, for the options of all sections; data sources are values, whatever they hold."""
-    for name, value in tree.items():
-        if isinstance(value, dict) and prefix != "data.":
-            yield from options_of(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) -> ResumePoint | None:

@@ -32,7 +32,7 @@ from hafrm_ds.training.stopping import Stopped
 
 def train(config: TrainConfig, processes: Processes) -> None:
     """Train one model and leave a run folder: config.yaml, environment.json, data_report.json, metrics.jsonl,
-    tensorboard/, checkpoints/, summary.json, final/.
+    tensorboard/, checkpoints/, summary.json, final/, report.html.
 
     Raises:
         Stopped: a signal has ended the run; stopped.json says where it can go on.
@@ -44,6 +44,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
         file = config.output_dir / STOPPED_FILE
         if stop.checkpoint or not file.exists():  # stopped while it was about to go on: what it says still holds
             log.write_json(file, stop.to_json())
+        leave_report(config, log)
         raise
     finally:
         log.close()
@@ -115,6 +116,19 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
         raise UserError(f"the trained model cannot be written to {final}: {error.strerror}") from error
     log.write_json(summary_file, trainer.summary())
     log.print(f"\nthe trained model is in {final}")
+    leave_report(config, log)
+
+
+def leave_report(config: TrainConfig, log: RunLog) -> None:
+    """Draw report.html of what the run has written. What can go wrong in it must not cost the run: it is a warning."""
+    if log.metrics_file is None or not config.logging.report:
+        return
+    try:
+        from hafrm_ds.evaluation.report.writing import write_run_report  # matplotlib, which nothing else needs
+
+        log.print(f"report: {write_run_report(config.output_dir)}")
+    except Exception as error:
+        log.warn(f"no report was drawn: {error!r}; later: python launch/report.py {config.output_dir}")
 
 
 def run_metadata(

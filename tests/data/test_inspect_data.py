@@ -45,6 +45,12 @@ def test_shows_every_set_and_the_tokens_of_examples(inspect_data, capsys):
     assert "'b' 'a' 'd' >>'</s>'<<" in shown
 
 
+def test_health_compares_the_sets_instead_of_showing_rows(inspect_data, capsys):
+    assert inspect_data("--health") == 0
+    shown = capsys.readouterr().out
+    assert "Length bias" in shown and "Shared with train" in shown and "read-out at index" not in shown
+
+
 def test_user_errors_are_one_message(inspect_data, capsys):
     assert inspect_data("--data.chat_template", "chatlm") == 1
     assert capsys.readouterr().err.startswith("the chat template 'chatlm' cannot be read")

@@ -12,7 +12,7 @@ from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import num_processes, prepare_pairs, tokenization_cache_key
 from hafrm_ds.data.reading import FEATURES
-from hafrm_ds.data.report import count_repeats, percentiles, render_tokens
+from hafrm_ds.data.report import DataReport, count_repeats, percentiles, render_tokens
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.errors import DataError
@@ -242,6 +242,7 @@ def test_report_is_json_and_names_the_template(prepare, make_tokenizer):
     assert written["total"]["kept"] == 20
     assert written["template"]["bos"] == "added" and written["template"]["frozen_dates"] == ["2023"]
     assert written["template"]["text"] == formatter.template
+    assert DataReport.from_json(written) == report
     assert "date frozen to 2023" in report.template.in_words and "put in front" in report.template.in_words
 
 

@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,6 +34,39 @@ def launch(num_ranks: int, script: str, *arguments: str, timeout: float = 600) -
         text=True,
         timeout=timeout,
     )
+
+
+def start_ranks(num_ranks: int, script: str, *arguments: str) -> list[subprocess.Popen]:
+    """The processes of a job without a launcher, for jobs that need no process group: they start in seconds."""
+    group = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, script, *arguments],
+            cwd=REPOSITORY,
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def end_ranks(ranks: list[subprocess.Popen]) -> str:
+    """Wait for processes that must succeed; returns what they printed."""
+    printed = "".join(rank.communicate(timeout=300)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), printed
+    return printed
+
+
+def kill_ranks(ranks: list[subprocess.Popen], when: Callable[[], bool]) -> None:
+    """SIGKILL to all processes of a job as soon as `when` holds. It must not be over by then."""
+    deadline = time.monotonic() + 120
+    while not when() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * len(ranks), "the job was over before it was killed"
 
 
 def run_jobs(num_ranks: int, jobs: list[tuple[str, list[str]]], timeout: float = 900) -> str:

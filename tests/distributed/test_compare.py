@@ -33,6 +33,7 @@ def start(folder, **changes) -> subprocess.Popen:
         "reference.store": folder / "store",
         "evaluation.at_start": "false",
         "logging.tensorboard": "false",
+        "logging.report": "false",
         "seeds": 1,
     } | {key.replace("__", "."): value for key, value in changes.items()}
     return subprocess.Popen(

@@ -53,6 +53,7 @@ def runs(tmp_path_factory) -> Path:
             "evaluation.every_steps": 3,
             "reference.store": folder / "store",
             "logging.tensorboard": "false",
+            "logging.report": "false",
             "resume": "auto",
         }
         return as_options(chosen | changes)

@@ -129,6 +129,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
         "max_steps": 1,
         "reference.store": folder / "store",
         "logging.tensorboard": "false",
+        "logging.report": "false",
     }
     return {
         name: ({"output_dir": folder / "runs" / name.replace(" ", "_")} | sound | changes, pattern)

@@ -82,6 +82,7 @@ def setting(tmp_path_factory):
             "evaluation.every_steps": 4,
             "reference.store": folder / "store",
             "logging.tensorboard": "false",
+            "logging.report": "false",
             "resume": "auto",
         } | {key.replace("__", "."): value for key, value in changes.items()}
         return as_options(chosen)

@@ -48,6 +48,7 @@ def start(folder: Path, name: str, stage: int, dtype: str, every_steps: int) -> 
         "checkpoint.every_steps": every_steps,
         "reference.store": folder / "store",
         "logging.tensorboard": "false",
+        "logging.report": "false",
         "resume": "auto",
     }
     return Ranks(as_options(options), folder / name.replace("/", "-"))

@@ -6,42 +6,17 @@ HAFRM_KILLS sets how many times it is killed, 1 by default.
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import REPOSITORY, free_port, launch
+from tests.distributed.launching import end_ranks, kill_ranks, launch, start_ranks
 from tests.tiny_models import save_tiny_final
 
 pytestmark = pytest.mark.distributed
 
 KILLS = int(os.environ.get("HAFRM_KILLS", "1"))
 NUM_ROWS = 1000
-
-
-def start(num_ranks: int, *arguments: str) -> list[subprocess.Popen]:
-    group = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [sys.executable, "launch/score.py", *arguments],
-            cwd=REPOSITORY,
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-
-
-def end(ranks: list[subprocess.Popen]) -> str:
-    printed = "".join(rank.communicate(timeout=300)[0] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), printed
-    return printed
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +42,7 @@ def scores(file: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def undisturbed(setting) -> Path:
     folder, arguments = setting
-    end(start(1, *arguments("one.jsonl")))
+    end_ranks(start_ranks(1, "launch/score.py", *arguments("one.jsonl")))
     return folder / "one.jsonl"
 
 
@@ -75,16 +50,11 @@ def test_killed_and_started_again_every_row_is_there_once_with_the_same_value(se
     folder, arguments = setting
     parts, source = folder / "killed.jsonl.parts", random.Random(0)
     for _ in range(KILLS):
-        before = len(list(parts.glob("part-*")))
-        ranks = start(2, *arguments("killed.jsonl"))
-        deadline = time.monotonic() + 120
-        while len(list(parts.glob("part-*"))) <= before + source.randrange(1, 4) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for rank in ranks:
-            rank.send_signal(signal.SIGKILL)
-        assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2, "the job was over before it was killed"
+        target = len(list(parts.glob("part-*"))) + source.randrange(2, 5)
+        ranks = start_ranks(2, "launch/score.py", *arguments("killed.jsonl"))
+        kill_ranks(ranks, lambda target=target: len(list(parts.glob("part-*"))) >= target)
     assert 0 < len(list(parts.glob("part-*"))) < -(-NUM_ROWS // 64)
-    printed = end(start(2, *arguments("killed.jsonl")))
+    printed = end_ranks(start_ranks(2, "launch/score.py", *arguments("killed.jsonl")))
     assert "parts are there already" in printed
     assert (folder / "killed.jsonl").read_bytes() == undisturbed.read_bytes()
 

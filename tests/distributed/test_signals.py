@@ -166,6 +166,7 @@ def test_a_run_is_saved_and_down_and_goes_on(folder, way):
     output = run.output.read_text()
     assert "error:" not in output and "frame #" not in output, output[-4000:]
     assert f"stopped: {stopped['reason']} after step {stopped['step']}" in output
+    assert f"stopped by {stopped['reason']} after step {stopped['step']}" in (run.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("victim", [0, 1] if ALL else [1])

@@ -18,6 +18,8 @@ from hafrm_ds.evaluation.job import EvaluationOptions, evaluate
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.model.export import export_model
 from hafrm_ds.training.processes import Processes
+from tests.data.row_files import write_lines
+from tests.evaluation.benchmarks.rows import rewardbench_row
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 NUM_PAIRS = 50
@@ -128,6 +130,27 @@ def test_the_implicit_reward_is_policy_against_reference(folder, tmp_path, model
     assert ("reward" in found["accuracy"]) == (model == "final")
 
 
+def test_a_benchmark_is_judged_by_every_judge_there_is(folder, tmp_path):
+    """The pairs of the set as rows of one subset: its score is the plain accuracy, but that a tie is lost."""
+    write_lines(tmp_path / "rows.jsonl", [rewardbench_row("math-prm", **row) for row in map(sides, rows(folder))])
+    asked = {"rewardbench": str(tmp_path / "rows.jsonl")}
+    options = options_for(
+        folder, "final", tmp_path / "out", data={}, benchmarks=asked, reference=str(folder / "base"), beta=0.3
+    )
+    found = run(options)["benchmarks"]["rewardbench"]
+    assert found["cut"] == 0 and found["judges"].keys() == {"reward", "logprob", "implicit"}
+    policy, reference = stock_logprobs(folder, "policy"), stock_logprobs(folder, "base")
+    expected = {"reward": stock_rewards(folder), "logprob": policy, "implicit": policy - reference}
+    for judge, values in expected.items():
+        result = found["judges"][judge]["categories"]["Reasoning"]["subsets"]["math-prm"]
+        assert result["score"] == pytest.approx((values[:, 0] > values[:, 1]).mean(), abs=1e-12)
+        assert result["questions"] == NUM_PAIRS
+
+
+def sides(row: dict) -> dict:
+    return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+
+
 class Interrupted(Exception):
     """Stands for a kill."""
 
@@ -163,7 +186,7 @@ def test_a_stopped_evaluation_goes_on_with_what_is_missing(folder, tmp_path, mon
     assert len(written) == 7 - 3  # parts of 8 pairs
     written.clear()
     assert run(options)["sets"] == whole["sets"] and not written  # it is finished
-    assert {path.name for path in options.output_dir.iterdir()} == {"evaluation", "evaluation.json"}
+    assert {path.name for path in options.output_dir.iterdir()} == {"evaluation", "evaluation.json", "report.html"}
 
 
 def test_results_of_two_evaluations_never_mix(folder, tmp_path):

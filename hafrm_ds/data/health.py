@@ -1,0 +1,160 @@
+"""Faults of preference data that no single row shows: repeats, contradictions, leaks into the test sets, length bias,
+and what a limit on the length would cost.
+
+Legend: P pairs of a set.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from hafrm_ds.data.content_keys import KEY_DTYPE, content_key, unique_keys
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.report import as_text, number_table
+
+MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+CLEAR_SHARE_ERRORS = 3
+"""Standard errors from one half at which a length bias is called one."""
+
+
+@dataclass(frozen=True)
+class LengthBias:
+    """Does the longer answer win?
+
+    longer, shorter, equal: pairs whose chosen answer is that. mean_difference: tokens of the chosen answer less those
+    of the rejected one.
+    """
+
+    longer: int
+    shorter: int
+    equal: int
+    mean_difference: float
+
+    @classmethod
+    def of(cls, pairs: PreparedPairs) -> "LengthBias":
+        difference = pairs.lengths["chosen"] - pairs.lengths["rejected"]
+        counts = (int((difference > 0).sum()), int((difference < 0).sum()), int((difference == 0).sum()))
+        return cls(*counts, float(difference.mean()))
+
+    @property
+    def share(self) -> float:
+        """Accuracy of choosing the longer answer; equal lengths count half."""
+        return (self.longer + self.equal / 2) / (self.longer + self.shorter + self.equal)
+
+    @property
+    def standard_error(self) -> float:
+        return 0.5 / (self.longer + self.shorter + self.equal) ** 0.5
+
+    @property
+    def in_words(self) -> str:
+        if abs(self.share - 0.5) < CLEAR_SHARE_ERRORS * self.standard_error:
+            return "none that is clear"
+        return f"{'longer' if self.share > 0.5 else 'shorter'} answers win: a model may learn length instead"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a test set shares with the training set.
+
+    prompts: pairs of the test set whose prompt is also one of training. answers: those of which a whole conversation
+    is. pairs: those that are there themselves, in either order. first: id of the first such pair, "" without one.
+    """
+
+    prompts: int
+    answers: int
+    pairs: int
+    first: str
+
+
+def prompt_keys(pairs: PreparedPairs) -> np.ndarray:
+    """A key of each pair's prompt, by its tokens after any cut: [P] KEY_DTYPE."""
+    keys = b"".join(content_key(ids, []) for ids in pairs.pairs["prompt_ids"])
+    return np.frombuffer(keys, KEY_DTYPE)
+
+
+def are_among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of `keys` [P] occur in `known`: [P] bool."""
+    _, place = unique_keys(np.concatenate([known, keys]))
+    return np.isin(place[len(known) :], place[: len(known)])
+
+
+def overlap(train: PreparedPairs, test: PreparedPairs) -> Overlap:
+    prompts = are_among(prompt_keys(test), prompt_keys(train))
+    answers = are_among(test.keys.reshape(-1), train.keys.reshape(-1)).reshape(-1, 2)
+    both = shared_pairs(train.keys, test.keys)
+    any_of_it = np.flatnonzero(prompts | answers.any(axis=1))
+    first = test.pairs[int(any_of_it[0])]["id"] if len(any_of_it) else ""
+    return Overlap(int(prompts.sum()), int(answers.any(axis=1).sum()), int(both.sum()), first)
+
+
+def shared_pairs(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Which pairs of `test` [P, 2] KEY_DTYPE occur in `train`, with chosen and rejected in either order: [P] bool."""
+    _, place = unique_keys(np.concatenate([train, test]).reshape(-1))
+    pairs = np.sort(place.reshape(-1, 2), axis=1)
+    known = np.unique(pairs[: len(train)], axis=0)
+    names = np.concatenate([known, pairs[len(train) :]])
+    _, name = np.unique(names, axis=0, return_inverse=True)
+    name = name.reshape(-1)
+    return np.isin(name[len(known) :], name[: len(known)])
+
+
+def cut_shares(pairs: PreparedPairs) -> Iterator[tuple[int, float]]:
+    """(a max_length, share of the pairs whose longer conversation exceeds it), up to the first that cuts none."""
+    for length in MAX_LENGTHS:
+        share = float((pairs.uncut_lengths > length).mean())
+        yield length, share
+        if not share:
+            return
+
+
+def render_health(sets: dict[str, PreparedPairs]) -> RenderableType:
+    """The health of all sets of a run as tables. The set "train" is what the others are compared with."""
+    return Group(repeats_table(sets), bias_table(sets), cuts_table(sets), *overlap_tables(sets))
+
+
+def repeats_table(sets: dict[str, PreparedPairs]) -> RenderableType:
+    table = number_table("Repeats", "pairs", "different prompts", "exact duplicates", "in both orders")
+    for name, pairs in sets.items():
+        prompts = len(unique_keys(prompt_keys(pairs))[0])
+        numbers = (len(pairs), prompts, pairs.report.duplicates, pairs.report.both_orders)
+        table.add_row(as_text(name), *(f"{number:,}" for number in numbers))
+    return table
+
+
+def bias_table(sets: dict[str, PreparedPairs]) -> RenderableType:
+    table = number_table("Length bias", "longer wins", "± s.e.", "mean difference, tokens")
+    table.add_column("finding")
+    for name, pairs in sets.items():
+        bias = LengthBias.of(pairs)
+        numbers = (f"{bias.share:.1%}", f"{bias.standard_error:.1%}", f"{bias.mean_difference:+.1f}")
+        table.add_row(as_text(name), *numbers, bias.in_words)
+    return table
+
+
+def cuts_table(sets: dict[str, PreparedPairs]) -> RenderableType:
+    shares = {name: dict(cut_shares(pairs)) for name, pairs in sets.items()}
+    lengths = sorted({length for each in shares.values() for length in each})
+    table = number_table("Pairs longer than max_length", *(f"{length:,}" for length in lengths))
+    for name, each in shares.items():
+        table.add_row(as_text(name), *(f"{each.get(length, 0.0):.1%}" for length in lengths))
+    return table
+
+
+def overlap_tables(sets: dict[str, PreparedPairs]) -> Iterator[RenderableType]:
+    tests = {name: pairs for name, pairs in sets.items() if name != "train"}
+    if not tests:
+        return
+    table = number_table("Shared with train", "pairs", "prompts", "conversations", "whole pairs")
+    table.add_column("first", overflow="fold")
+    leaks = False
+    for name, pairs in tests.items():
+        found = overlap(sets["train"], pairs)
+        leaks = leaks or bool(found.prompts or found.answers)
+        numbers = (len(pairs), found.prompts, found.answers, found.pairs)
+        table.add_row(as_text(name), *(f"{number:,}" for number in numbers), as_text(found.first))
+    yield table
+    if leaks:
+        yield Text("Pairs that training has seen in part flatter a model: leave them out, or read their results apart.")

@@ -1,0 +1,453 @@
+"""Charts as inline SVG, by matplotlib.
+
+Colours are CSS variables of the page, so that one drawing serves light and dark; texts are left as texts and take the
+font of the page; legends are written by the page, where they wrap. A chart is drawn WIDTH units wide, about what a
+column of the page and a phone have, so that its texts are as large as those around it.
+"""
+
+import hashlib
+import io
+import math
+import re
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from hafrm_ds.data.report import printable
+
+WIDTH, HEIGHT = 380, 230
+RIGHT_MARGIN = 10
+POINTS_PER_INCH = 72
+NUM_COLOURS = 8
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+MAX_POINTS = 300
+"""Of a curve: more rows are drawn as the means of groups of consecutive rows."""
+SMOOTHING_SHARE = 1 / 15
+"""Width of the running mean, as a share of the curve."""
+MAX_BINS = 40
+LOG_SCALE_RATIO = 50
+"""A curve whose largest value is this many times its median is drawn on a logarithmic axis, where that is allowed."""
+LABEL_LENGTH = 46
+TICK_STEPS = (1, 2, 2.5, 5, 10)
+MINUS = "\N{MINUS SIGN}"
+
+# Colours that stand for the page's variables; they occur nowhere else.
+TEXT, MUTED, GRID, CARD = "#5e51ea", "#5e51eb", "#5e51ec", "#5e51ed"
+VARIABLES = {TEXT: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)", CARD: "var(--card)"}
+SERIES = re.compile(r"#5e51e([0-9])\b")
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "text.color": TEXT,
+    "text.parse_math": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": MUTED,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "path.simplify_threshold": 0.3,
+}
+
+
+CLEANING = (
+    # What is the same in all charts is in the page's style sheet, or is of no use inside a page.
+    (re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.DOTALL), ""),
+    (re.compile(r"font-family: [^;]*; "), ""),
+    (re.compile(r' transform="rotate\(-0 [^"]*"'), ""),
+    # Nothing refers to the names of groups, and they repeat from chart to chart.
+    (re.compile(r'<g id="[^"]*"'), "<g"),
+    (re.compile(r"xlink:href"), "href"),
+    (re.compile(r"\s*\n\s*"), " "),
+    # A tenth of a unit is less than a pixel.
+    (re.compile(r'(?<= )(d|x|y|width|height)="[^"]*"'), lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0])),
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend. shape: line, band (a filled area) or dot."""
+
+    label: str
+    series: int
+    shape: str = "line"
+
+    @property
+    def colour(self) -> int:
+        """Number of the page's variable --series-N."""
+        return self.series % NUM_COLOURS + 1
+
+    @property
+    def dash(self) -> str:
+        """As stroke-dasharray."""
+        dash = DASHES[self.series // NUM_COLOURS % len(DASHES)]
+        return "" if dash == "-" else " ".join(str(2 * length) for length in dash[1])
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its title, the entries of its legend, and a sentence on how to read it."""
+
+    title: str
+    svg: Markup
+    legend: tuple[Key, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values [R] over steps [R]; values that are not finite are left out. `series` is its colour."""
+
+    label: str
+    series: int
+    steps: np.ndarray
+    values: np.ndarray
+
+    def known(self) -> "Curve":
+        finite = np.isfinite(self.values)
+        return Curve(self.label, self.series, self.steps[finite], self.values[finite])
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """At most MAX_POINTS points of a curve: means over groups of `group` consecutive rows, with the smallest and
+    largest value of each group, and the running mean over `window` points."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    smooth: np.ndarray
+    group: int
+    window: int
+
+    @classmethod
+    def of(cls, curve: Curve) -> "Condensed":
+        group = max(1, math.ceil(len(curve.values) / MAX_POINTS))
+        starts = np.arange(0, len(curve.values), group)
+        sizes = np.diff([*starts, len(curve.values)])
+        mean = np.add.reduceat(curve.values, starts) / sizes
+        window = 2 * round(len(mean) * SMOOTHING_SHARE / 2) + 1
+        return cls(
+            steps=np.add.reduceat(curve.steps, starts) / sizes,
+            mean=mean,
+            low=np.minimum.reduceat(curve.values, starts),
+            high=np.maximum.reduceat(curve.values, starts),
+            smooth=running_mean(mean, window),
+            group=group,
+            window=window,
+        )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its interval, which may be unknown."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over the odd `window` of points around each, fewer at the ends. [N] -> [N]."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    low, high = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+# ---- kinds of charts ------------------------------------------------------------------------------------------------
+
+
+@matplotlib.rc_context(STYLE)
+def curves_chart(
+    title: str,
+    unit: str,
+    curves: list[Curve],
+    *,
+    is_share: bool = False,
+    noisy: bool = False,
+    may_be_logarithmic: bool = False,
+    marks: bool = False,
+    overlaid: bool = False,
+) -> Chart | None:
+    """Curves over steps; None if none has a value.
+
+    Args:
+        unit: what stands above the axis.
+        noisy: draw the running mean, and behind it what it is the mean of.
+        may_be_logarithmic: see LOG_SCALE_RATIO.
+        marks: a dot at each point, for curves of few points.
+        overlaid: of several runs: the page names them once for all charts, and nothing is drawn behind the curves.
+    """
+    curves = [known for curve in curves if len((known := curve.known()).values)]
+    if not curves:
+        return None
+    figure, axes = new_figure()
+    show_rows = noisy and not overlaid
+    for curve in curves:
+        points = Condensed.of(curve)
+        colour, dash = series_colour(curve.series), DASHES[curve.series // NUM_COLOURS % len(DASHES)]
+        if show_rows and points.group > 1:
+            axes.fill_between(points.steps, points.low, points.high, color=colour, alpha=0.18, linewidth=0.7)
+        elif show_rows and points.window > 1:
+            axes.plot(points.steps, points.mean, color=colour, alpha=0.3, linewidth=1)
+        marker = "o" if marks or len(points.mean) == 1 else ""
+        axes.plot(
+            points.steps,
+            points.smooth if noisy else points.mean,
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            markersize=4.5,
+        )
+    everything = np.concatenate([curve.values for curve in curves])
+    form = share_text if is_share else short
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    axes.set_title(unit)
+    if is_share and everything.min() >= 0:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(0, low), high if everything.any() else 0.05)
+    if may_be_logarithmic and everything.min() > 0 and everything.max() > LOG_SCALE_RATIO * np.median(everything):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(f"{unit} (logarithmic)")
+    over_steps(axes)
+    described = "; ".join(
+        f"{curve.label} from {form(curve.values[0])} at step {curve.steps[0]:,} "
+        f"to {form(curve.values[-1])} at step {curve.steps[-1]:,}".strip()
+        for curve in curves
+    )
+    keys = tuple(Key(curve.label, curve.series) for curve in curves if curve.label and not overlaid)
+    return Chart(title, to_svg(figure, f"{title}: {described}"), keys)
+
+
+@matplotlib.rc_context(STYLE)
+def histogram_chart(title: str, unit: str, values: dict[str, np.ndarray]) -> Chart:
+    """Name -> values: how often each of them occurs, in the same bins."""
+    everything = np.concatenate(list(values.values()))
+    num_bins = int(np.clip(len(np.histogram_bin_edges(everything, bins="fd")) - 1, 8, MAX_BINS))
+    edges = np.histogram_bin_edges(everything, bins=num_bins)
+    figure, axes = new_figure()
+    for series, each in enumerate(values.values()):
+        counts, _ = np.histogram(each, edges)
+        colour = series_colour(series)
+        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22, linewidth=0)
+        axes.stairs(counts, edges, color=colour, linewidth=1.6)
+        axes.axvline(each.mean(), color=colour, linewidth=1.2, linestyle=(0, (3, 2)))
+    axes.set_title("responses")
+    axes.set_xlabel(unit)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICK_STEPS))
+    keys = tuple(
+        Key(f"{name}, mean {short(float(f'{each.mean():.3g}'))}", n, "band")
+        for n, (name, each) in enumerate(values.items())
+    )
+    described = "; ".join(
+        f"{name}: mean {each.mean():.3g}, deviation {each.std():.3g}" for name, each in values.items()
+    )
+    return Chart(title, to_svg(figure, f"{title}: {described}"), keys, "Dashed: the means.")
+
+
+@matplotlib.rc_context(STYLE)
+def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str, int]) -> Chart:
+    """Confidence against accuracy of each judge, as `Calibration.to_json` gives them."""
+    figure, axes = new_figure()
+    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    described, lowest = [], 0.5
+    for judge, facts in calibration.items():
+        bins = [each for each in facts["bins"] if each["pairs"]]
+        confidence, accuracy = ([each[name] for each in bins] for name in ("confidence", "accuracy"))
+        sizes = np.array([each["pairs"] for each in bins], dtype=float)
+        colour = series_colour(series[judge])
+        axes.plot(confidence, accuracy, color=colour, linewidth=1.4)
+        axes.scatter(confidence, accuracy, s=8 + 90 * sizes / sizes.max(), color=colour, linewidth=0)
+        lowest = min(lowest, *accuracy)
+        described.append(f"{judge}: expected calibration error {facts['ece']:.1%} in {len(bins)} bins")
+    axes.set_xlim(0.49, 1.01)
+    axes.set_ylim(lowest - 0.04, 1.04)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    axes.set_title("accuracy")
+    axes.set_xlabel("confidence")
+    keys = tuple(Key(f"{judge}, ECE {facts['ece']:.1%}", series[judge]) for judge, facts in calibration.items())
+    note = "Dashed: perfectly calibrated. Larger dots stand for more pairs."
+    return Chart(title, to_svg(figure, f"{title}: {'; '.join(described)}"), keys, note)
+
+
+@matplotlib.rc_context(STYLE)
+def intervals_chart(
+    title: str,
+    groups: dict[str, dict[str, Interval]],
+    series: dict[str, int],
+    *,
+    legend: bool = True,
+    neutral: float = 0.5,
+    unit: str = "accuracy",
+) -> Chart:
+    """Shares with intervals: group (a set or source) -> name -> interval. Groups stand below one another.
+
+    Args:
+        neutral: where the dashed line stands: the accuracy of a coin, or 0 for differences.
+    """
+    rows = sum(1.3 + len(intervals) for intervals in groups.values())
+    figure, axes = new_figure(height=int(44 + 15 * rows), left=8, top=4)
+    y, described = 0.0, []
+    ends = [neutral]
+    for group, intervals in groups.items():
+        label = in_one_line(printable(group))
+        label = label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
+        box = {"facecolor": CARD, "edgecolor": "none", "pad": 1.5}  # over the lines of the grid
+        axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", bbox=box)
+        y += 1
+        for name, each in intervals.items():
+            colour = series_colour(series[name])
+            low, high = (each.value if end is None else end for end in (each.low, each.high))
+            axes.plot([low, high], [y, y], color=colour, linewidth=2.2)
+            axes.plot([each.value], [y], color=colour, marker="o", markersize=6, clip_on=False)
+            ends += [low, high]
+            y += 1
+        described.append(f"{label}: {', '.join(f'{name} {each.value:.1%}' for name, each in intervals.items())}")
+        y += 0.3
+    axes.axvline(neutral, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(y - 0.5, -0.6)
+    if neutral:
+        axes.set_xlim(max(0, min(ends) - 0.03), 1.0)
+    else:
+        axes.set_xlim(min(ends) - 0.03, max(ends) + 0.03)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
+    axes.yaxis.set_visible(False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(unit)
+    keys = tuple(Key(name, number, "dot") for name, number in series.items()) if legend else ()
+    return Chart(title, to_svg(figure, f"{title}: {'; '.join(described)}"), keys, "Bars: 95% intervals.")
+
+
+@matplotlib.rc_context(STYLE)
+def length_chart(title: str, bins: list[dict], series: dict[str, int]) -> Chart:
+    """Accuracy by the length difference of chosen and rejected, as `analyse` gives it."""
+    figure, axes = new_figure(bottom=64)
+    places = np.arange(len(bins), dtype=float)
+    judges = [judge for judge in series if all(judge in each["accuracy"] for each in bins)]
+    for number, judge in enumerate(judges):
+        estimates = [each["accuracy"][judge] for each in bins]
+        shift = (number - (len(judges) - 1) / 2) * 0.17
+        value = np.array([each["value"] for each in estimates])
+        low, high = (np.array([each[end] for each in estimates]) for end in ("low", "high"))
+        colour = series_colour(series[judge])
+        axes.vlines(places + shift, low, high, color=colour, linewidth=2.2)
+        axes.plot(places + shift, value, color=colour, marker="o", markersize=5.5, linestyle="none")
+    axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xticks(places, [f"{bin_label(each)}\n{each['pairs']}" for each in bins], fontsize=10)
+    axes.set_xlim(-0.6, len(bins) - 0.4)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
+    axes.set_title("accuracy")
+    axes.set_xlabel("tokens of chosen less rejected; number of pairs")
+    described = "; ".join(
+        f"{in_one_line(bin_label(each))} tokens: "
+        + ", ".join(f"{judge} {each['accuracy'][judge]['value']:.1%}" for judge in judges)
+        for each in bins
+    )
+    keys = tuple(Key(judge, series[judge], "dot") for judge in judges)
+    return Chart(
+        title,
+        to_svg(figure, f"{title}: {described}"),
+        keys,
+        "Bars: 95% intervals. On the left the chosen answer is the shorter one.",
+    )
+
+
+def bin_label(each: dict) -> str:
+    """A bin of length differences in two lines."""
+    low, high = (None if each[end] is None else f"{each[end]:+d}".replace("-", MINUS) for end in ("low", "high"))
+    if low is None:
+        return f"{high}\nor less"
+    if high is None:
+        return f"{low}\nor more"
+    return f"{each['low']}\n" if low == high else f"{low}\nto {high}"
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def new_figure(height: int = HEIGHT, left: int = 46, top: int = 20, bottom: int = 38) -> tuple[Figure, Axes]:
+    """A figure with fixed margins: the charts of a page begin at the same place, and no layout has to be searched for,
+    which would take half of the time."""
+    figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH))
+    width = WIDTH - left - RIGHT_MARGIN
+    place = (left / WIDTH, bottom / height, width / WIDTH, (height - top - bottom) / height)
+    return figure, figure.add_axes(place)
+
+
+def series_colour(series: int) -> str:
+    """The placeholder of the page's variable --series-N."""
+    return f"#5e51e{series % NUM_COLOURS + 1}"
+
+
+def over_steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=TICK_STEPS))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def share_text(value: float) -> str:
+    return f"{100 * value:.3g}%".replace("-", MINUS)
+
+
+def short(value: float) -> str:
+    """A number for an axis: 0.25, 12k, 5e-5, with a real minus."""
+    size = abs(value)
+    if size >= 1e4:
+        scale, letter = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if size >= pair[0]), (1e3, "k"))
+        text = f"{value / scale:.3g}{letter}"
+    elif size < 1e-3 and value:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    else:
+        text = f"{value:.4g}"
+    return text.replace("-", MINUS)
+
+
+def to_svg(figure: Figure, label: str) -> Markup:
+    """The figure as one <svg> element that scales with the page and says `label` to those who cannot see it."""
+    file = io.StringIO()
+    salt = hashlib.sha256(label.encode(errors="backslashreplace")).hexdigest()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for pattern, replacement in CLEANING:
+        svg = pattern.sub(replacement, svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    svg = SERIES.sub(r"var(--series-\1)", svg)
+    box = f'viewBox="0 0 {figure.get_figwidth() * POINTS_PER_INCH:g} {figure.get_figheight() * POINTS_PER_INCH:g}"'
+    head = Markup('<svg class="chart" role="img" aria-label="{}" {}>').format(printable(label), Markup(box))
+    return head + Markup(svg[svg.index(">") + 1 :])

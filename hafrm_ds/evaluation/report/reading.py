@@ -1,0 +1,294 @@
+"""The folder of a run or of an evaluation as plain data: what a report shows, and nothing of how it looks.
+
+Legend: R rows of metrics.jsonl.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hafrm_ds.data.report import DataReport
+from hafrm_ds.errors import DataError
+from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, load_all
+from hafrm_ds.evaluation.tables import JUDGES
+from hafrm_ds.options import options_of
+from hafrm_ds.training.logging import STOPPED_FILE, SUMMARY_FILE
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+ANALYSIS_KEYS = {
+    "pairs",
+    "prompts",
+    "ties",
+    "accuracy",
+    "margin",
+    "yardsticks",
+    "calibration",
+    "by_source",
+    "by_length_difference",
+    "agreement",
+}
+BENCHMARK_KEYS = {"cut", "judges"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one kind. steps: [R] int64. columns: name -> [R] float64, NaN where a row has no such number."""
+
+    steps: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, rows: list[dict[str, Any]]) -> "Rows":
+        names = dict.fromkeys(name for row in rows for name, value in row.items() if is_number(value))
+        steps = np.array([row["step"] for row in rows], dtype=np.int64)
+        columns = {
+            name: np.array([row[name] if is_number(row.get(name)) else np.nan for row in rows], dtype=np.float64)
+            for name in names
+            if name != "step"
+        }
+        return cls(steps, columns)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def known(self, name: str) -> np.ndarray:
+        """The finite values of a column, [<= R]; empty where there is none."""
+        values = self.columns.get(name, np.empty(0))
+        return values[np.isfinite(values)]
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """X -> value of the column PREFIX/X in the last row that has one."""
+        found = {name.removeprefix(prefix): self.known(name) for name in self.columns if name.startswith(prefix)}
+        return {name: float(values[-1]) for name, values in found.items() if len(values)}
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What is known of one evaluation set.
+
+    over_steps: its rows of metrics.jsonl, empty for an evaluation alone. scores: None where they were not kept.
+    analysis: as `analyse` gives it, None where there are no scores, or `problem` says why there can be none.
+    """
+
+    over_steps: Rows
+    scores: PairScores | None = None
+    analysis: dict[str, Any] | None = None
+    problem: str = ""
+
+    @property
+    def accuracy(self) -> dict[str, dict[str, float]]:
+        """Judge -> value, and low and high where there are scores to resample."""
+        if self.analysis is not None:
+            return self.analysis["accuracy"]
+        values = self.over_steps.last("accuracy/")
+        return {judge: {"value": values[judge]} for judge in JUDGES if judge in values}
+
+    @property
+    def pairs(self) -> int | None:
+        if self.analysis is not None:
+            return self.analysis["pairs"]
+        known = self.over_steps.known("pairs")
+        return int(known[-1]) if len(known) else None
+
+
+@dataclass
+class Results:
+    """A run (config.yaml, metrics.jsonl, ...) or an evaluation of a model (evaluation.json). What is not there is
+    empty."""
+
+    folder: Path
+    name: str
+    is_run: bool
+    state: str
+    """Whether the run has ended, in words; the model of an evaluation."""
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, DataReport] = field(default_factory=dict)
+    training: Rows = field(default_factory=lambda: Rows.of([]))
+    checks: Rows = field(default_factory=lambda: Rows.of([]))
+    checkpoints: Rows = field(default_factory=lambda: Rows.of([]))
+    sets: dict[str, SetResult] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+
+
+def read_results(folder: Path) -> Results:
+    """Whatever lies in the folder.
+
+    Raises:
+        DataError: the folder holds neither a run nor an evaluation, or one of its files cannot be read.
+    """
+    if (folder / METRICS_FILE).exists() or (folder / CONFIG_FILE).exists():
+        return read_run(folder)
+    if (folder / EVALUATION_FILE).exists():
+        return read_evaluation(folder)
+    raise DataError(f"{folder} holds neither a run ({METRICS_FILE}) nor an evaluation ({EVALUATION_FILE})")
+
+
+def read_run(folder: Path) -> Results:
+    """A run in any state. Raises DataError as `read_results` does."""
+    rows = read_rows(folder / METRICS_FILE)
+    kinds: dict[str, list] = {"train": [], "eval": [], "check": [], "checkpoint": []}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row)
+    over_steps: dict[str, list] = {}
+    for row in kinds["eval"]:
+        over_steps.setdefault(str(row.get("set")), []).append(row)
+    scores = load_all(folder / SCORES_FOLDER)
+    summary = read_mapping(folder / SUMMARY_FILE)
+    return Results(
+        folder=folder,
+        name=folder.resolve().name,
+        is_run=True,
+        state=state_of_run(folder, summary, rows),
+        config=read_mapping(folder / CONFIG_FILE),
+        environment=read_mapping(folder / "environment.json"),
+        data=data_reports(read_mapping(data_file := folder / "data_report.json"), data_file),
+        training=Rows.of(kinds["train"]),
+        checks=Rows.of(kinds["check"]),
+        checkpoints=Rows.of(kinds["checkpoint"]),
+        sets={
+            name: result_of(scores.get(name), Rows.of(over_steps.get(name, [])))
+            for name in dict.fromkeys([*over_steps, *scores])
+        },
+        best=summary.get("best"),
+    )
+
+
+def read_evaluation(folder: Path) -> Results:
+    """The evaluation of a model. Raises DataError as `read_results` does."""
+    file = folder / EVALUATION_FILE
+    content = read_mapping(file)
+    scores = load_all(folder / SCORES_FOLDER)
+    for key in ("sets", "data", "benchmarks", "environment"):
+        if not isinstance(content.get(key, {}), dict):
+            raise DataError(f"{file}: {key} is no mapping")
+    for name, analysis in content.get("sets", {}).items():
+        if missing := ANALYSIS_KEYS - set(analysis):
+            raise DataError(f"{file}: the set {name} has no {', '.join(sorted(missing))}")
+    for name, found in content.get("benchmarks", {}).items():
+        if missing := BENCHMARK_KEYS - set(found):
+            raise DataError(f"{file}: the benchmark {name} has no {', '.join(sorted(missing))}")
+    return Results(
+        folder=folder,
+        name=folder.resolve().name,
+        is_run=False,
+        state=state_of_evaluation(content),
+        data=data_reports(content.get("data", {}), file),
+        environment=content.get("environment", {}),
+        sets={
+            name: SetResult(Rows.of([]), scores.get(name), analysis)
+            for name, analysis in content.get("sets", {}).items()
+        },
+        benchmarks=content.get("benchmarks", {}),
+    )
+
+
+def result_of(scores: PairScores | None, over_steps: Rows) -> SetResult:
+    if scores is None:
+        return SetResult(over_steps)
+    try:
+        return SetResult(over_steps, scores, analyse(scores))
+    except DataError as error:  # no pairs, or a score that is not finite: the curves may say why
+        return SetResult(over_steps, scores, problem=str(error))
+
+
+def state_of_run(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    if summary:
+        return f"finished after {summary.get('steps')} steps"
+    if stopped := read_mapping(folder / STOPPED_FILE):
+        checkpoint = stopped.get("checkpoint")
+        goes_on = f"; --resume auto goes on from {checkpoint}" if checkpoint else ""
+        return f"stopped by {stopped.get('reason')} after step {stopped.get('step')}{goes_on}"
+    if not rows:
+        return "has written no row yet"
+    written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime, UTC)
+    return f"has not ended: step {rows[-1]['step']} was written at {written:%Y-%m-%d %H:%M} UTC"
+
+
+def state_of_evaluation(content: dict[str, Any]) -> str:
+    reference = content.get("reference")
+    beside = f" beside the reference {reference}, beta {content.get('beta')}" if reference else ""
+    return f"{content.get('model', 'an unnamed model')}{beside}"
+
+
+def distinct_names(folders: list[Path]) -> list[str]:
+    """Folder names, with as many of the folders above as it takes to tell them apart."""
+    paths = [folder.resolve() for folder in folders]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [os.path.join(*path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that is being written, or was cut by a crash, is left out."""
+    if not file.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = read_text(file).splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not is_number(row["step"]) or not isinstance(row["kind"], str):
+                raise TypeError("step or kind is of another type")
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) and isinstance(error, ValueError):
+                break
+            raise DataError(f"{file}:{number} is no row with step and kind: {error!r}") from error
+        rows.append(row)
+    return rows
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """A JSON or YAML file that holds a mapping; empty if there is no such file."""
+    if not file.exists():
+        return {}
+    text = read_text(file)
+    try:
+        # A run that is about to start has made an empty config.yaml, to see that it can write.
+        content = yaml.safe_load(text) or {} if file.suffix == ".yaml" else json.loads(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds a {type(content).__name__}, not a mapping")
+    return content
+
+
+def data_reports(sets: dict[str, Any], file: Path) -> dict[str, DataReport]:
+    """Args: file: where `sets` stands."""
+    try:
+        return {name: DataReport.from_json(content) for name, content in sets.items()}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{file} is no data report of this version: {error!r}") from error
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def differences(trees: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Dotted name -> its value in each of several nested mappings, for the names whose values are not all equal."""
+    flat = [dict(options_of(tree)) for tree in trees]
+    names = dict.fromkeys(name for values in flat for name in values)
+    columns = {name: [values.get(name) for values in flat] for name in names}
+    return {name: values for name, values in columns.items() if any(value != values[0] for value in values)}

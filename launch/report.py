@@ -1,0 +1,36 @@
+"""Draw the report of a run or an evaluation, or lay several of them side by side on one page.
+
+    python launch/report.py FOLDER                            writes FOLDER/report.html
+    python launch/report.py FOLDER FOLDER ... --output FILE   writes one page that compares them
+
+A run may still be going on. Training draws its report when it ends.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hafrm_ds.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run or an evaluation")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: FOLDER/report.html; comparison.html here")
+    arguments = parser.parse_args()
+    from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report  # loads for seconds
+
+    if len(arguments.folders) == 1:
+        file = write_report(arguments.folders[0], arguments.output)
+    else:
+        file = write_comparison_report(arguments.folders, arguments.output or Path("comparison.html"))
+    print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

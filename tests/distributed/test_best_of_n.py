@@ -1,0 +1,31 @@
+"""launch/best_of_n.py as it is run, on two processes, against one."""
+
+import json
+
+import pytest
+import torch.distributed as dist
+
+from hafrm_ds.evaluation.ranking import RankingOptions, rank
+from hafrm_ds.evaluation.sampling import PART, SamplingOptions
+from hafrm_ds.training.processes import Processes
+from tests.distributed.launching import end_ranks, start_ranks
+from tests.tiny_models import save_tiny_final, save_tiny_model
+
+pytestmark = pytest.mark.distributed
+
+
+def test_two_processes_leave_the_files_of_one(tmp_path):
+    save_tiny_final(tmp_path / "final")
+    save_tiny_model(tmp_path / "policy")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"what is {n}"}) + "\n" for n in range(4 * PART)))
+    model, policy = str(tmp_path / "final"), str(tmp_path / "policy")
+    sampling = SamplingOptions(prompts, policy, num_candidates=3, max_new_tokens=4)
+    alone = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
+    rank(RankingOptions([model], tmp_path / "one", sampling=sampling), alone)
+
+    command = ["launch/best_of_n.py", "--model", model, "--prompts", str(prompts), "--policy", policy]
+    command += ["--num_candidates", "3", "--max_new_tokens", "4", "--output_dir", str(tmp_path / "two")]
+    end_ranks(start_ranks(2, *command))
+    for file in ("candidates.jsonl", "scores-1.jsonl", "ranked.jsonl", "best_of_n.json"):
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()

@@ -1,0 +1,129 @@
+"""Folders of runs and evaluations, written without a model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.data.report import Counts, DataReport, Example, TemplateFacts
+from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
+from tests.evaluation.benchmarks.rows import rm_bench_row, summary
+
+EVIL = "</pre></details><script>alert('&amp;')</script>\x00\x1b[31m\u202e"
+EVIL_AS_SHOWN = (
+    "&lt;/pre&gt;&lt;/details&gt;&lt;script&gt;alert(&#39;&amp;amp;&#39;)&lt;/script&gt;\\x00\\x1b[31m\\u202e"
+)
+NUM_PAIRS = 60
+CHAT_REWARDS = [[4, 5, 6, 1, 2, 3], [1, 3, 5, 0, 2, 4]]
+"""Of two questions of RM-Bench: all is won, and all but what is hard."""
+
+
+def pair_scores(name: str = "held out", *, policy: bool = True, seed: int = 0) -> PairScores:
+    """Scores of NUM_PAIRS pairs of two sources, with the texts of the worst."""
+    generator = np.random.default_rng(seed)
+
+    def drawn() -> np.ndarray:
+        return generator.normal(size=(NUM_PAIRS, 2)).astype(np.float32) + np.float32([0.5, 0])
+
+    scores = PairScores(
+        set=name,
+        step=40,
+        beta=0.1,
+        ids=[f"pairs.jsonl:{number}" for number in range(NUM_PAIRS)],
+        sources=["forum", "chat & <b>"] * (NUM_PAIRS // 2),
+        prompts=[f"{number // 2}" for number in range(NUM_PAIRS)],
+        num_tokens=generator.integers(1, 200, size=(NUM_PAIRS, 2)),
+        reward=drawn(),
+        logprob=drawn() * 30 if policy else None,
+        reference=drawn() * 30 if policy else None,
+    )
+    scores.texts = {
+        place: Example(scores.ids[place], scores.sources[place], f"Why {rank}? {EVIL}", "Because.", "No.")
+        for rank, place in enumerate(scores.mistakes())
+    }
+    return scores
+
+
+def training_rows(steps: int, *, policy: bool = True) -> list[dict]:
+    rows = []
+    for step in range(1, steps + 1):
+        row = {"step": step, "kind": "train", "loss/total": 1.2 - step / 100, "loss/reward": 0.7 - step / 200}
+        row |= {"accuracy/reward": 0.5 + step / 200, "margin/reward": step / 50, "memory_gib": 3.25, "mfu": 0.4}
+        row |= {"grad_norm": 2.0, "learning_rate": 1e-5, "seconds": 0.5, "tokens_per_second": 4000.0}
+        if policy:
+            row |= {"loss/policy": 0.69, "accuracy/implicit": 0.5, "margin/implicit": 0.1}
+        else:
+            row["loss/total"] = row["loss/reward"]
+        rows.append(row)
+    return rows
+
+
+def data_report() -> DataReport:
+    counts = Counts(read=1234, formats={"transcripts": 1234}, dropped={"empty <i>": 34}, kept=1200, cut=7)
+    return DataReport(
+        role="train",
+        max_length=512,
+        truncation="drop",
+        total=counts,
+        by_source={"forum": counts},
+        first_dropped={"empty <i>": "pairs.jsonl:77"},
+        duplicates=3,
+        both_orders=0,
+        tokens={"prompt": {"p50": 11, "p90": 22, "p99": 33, "max": 44}},
+        template=TemplateFacts("tokenizer", "{{ messages }}", "none", None, (), "0123456789abcdef"),
+        examples=[Example("pairs.jsonl:5", "forum", "An example", EVIL, "No.")],
+    )
+
+
+def write_rows(folder: Path, rows: list[dict]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_run(folder: Path, *, steps: int = 40, policy: bool = True) -> Path:
+    """A finished run with one evaluation set, evaluated at the start and at the end."""
+    folder.mkdir(parents=True)
+    config = {
+        "output_dir": str(folder),
+        "model": {"name_or_path": "some/model"},
+        "data": {"train": "pairs.jsonl", "eval": {"held out": "held.jsonl"}},
+        "objective": {"alpha": 0.2 if policy else 0.0},
+    }
+    (folder / "config.yaml").write_text(TrainConfig.model_validate(config).to_yaml())
+    environment = {"started": "2026-02-03T04:05:06+00:00", "world_size": 2, "packages": {"torch": "9.9.9"}}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "data_report.json").write_text(json.dumps({"train": data_report().to_json()}))
+    scores = pair_scores(policy=policy)
+    scores.save(folder / SCORES_FOLDER)
+    judges = {f"accuracy/{judge}": found["value"] for judge, found in analyse(scores)["accuracy"].items()}
+    evaluations = [
+        {"step": step, "kind": "eval", "set": "held out", "pairs": NUM_PAIRS, "loss/reward": 0.6, **judges}
+        for step in (0, steps)
+    ]
+    write_rows(folder, [evaluations[0], *training_rows(steps, policy=policy), evaluations[1]])
+    best = {"metric": "held out/accuracy/reward", "step": steps, "value": judges["accuracy/reward"]}
+    (folder / "summary.json").write_text(json.dumps({"steps": steps, "best": best}))
+    return folder
+
+
+def write_evaluation(folder: Path) -> Path:
+    scores = pair_scores("arena")
+    scores.save(folder / SCORES_FOLDER)
+    chat = summary("rm-bench", folder, [rm_bench_row("chat")] * 2, CHAT_REWARDS)
+    content = {
+        "model": "org/scorer",
+        "sets": {"arena": analyse(scores)},
+        "benchmarks": {"rm-bench": {"cut": 1, "judges": {"reward": chat}}},
+        "environment": {"python": "3.99"},
+    }
+    (folder / EVALUATION_FILE).write_text(json.dumps(content))
+    return folder
+
+
+def changed_config(folder: Path, section: str, **values) -> None:
+    file = folder / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config[section] |= values
+    file.write_text(yaml.safe_dump(config))

@@ -1,0 +1,101 @@
+"""Charts: what is drawn of long curves, and what the SVG holds."""
+
+import re
+
+import numpy as np
+import pytest
+
+from hafrm_ds.evaluation.report.charts import (
+    MAX_POINTS,
+    Condensed,
+    Curve,
+    Interval,
+    curves_chart,
+    histogram_chart,
+    intervals_chart,
+    length_chart,
+    running_mean,
+    short,
+)
+
+
+def test_running_mean_takes_fewer_at_the_ends():
+    np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
+    np.testing.assert_array_equal(running_mean(np.array([1.0, 2.0]), 1), [1.0, 2.0])
+
+
+def test_few_rows_are_drawn_as_they_are():
+    condensed = Condensed.of(Curve("", 0, np.arange(5), np.array([3.0, 1.0, 4.0, 1.0, 5.0])))
+    assert (condensed.group, condensed.window) == (1, 1)
+    np.testing.assert_array_equal(condensed.mean, [3.0, 1.0, 4.0, 1.0, 5.0])
+
+
+def test_many_rows_become_means_of_groups_with_their_extremes():
+    values = np.arange(2 * MAX_POINTS + 1, dtype=float)
+    values[4] = 1000.0
+    condensed = Condensed.of(Curve("", 0, np.arange(len(values)), values))
+    assert condensed.group == 3 and len(condensed.mean) == (2 * MAX_POINTS + 1 + 2) // 3
+    np.testing.assert_allclose(condensed.mean[:3], [1.0, (3 + 1000 + 5) / 3, 7.0])
+    assert (condensed.low[1], condensed.high[1]) == (3.0, 1000.0)
+    assert condensed.steps[-1] == 600.0  # of the one row that is left over
+
+
+def test_values_that_are_not_finite_are_left_out_and_nothing_is_no_chart():
+    curve = Curve("", 0, np.array([1, 2, 3]), np.array([np.nan, 4.0, np.inf]))
+    chart = curves_chart("A", "b", [curve])
+    assert "from 4 at step 2 to 4 at step 2" in chart.svg
+    assert curves_chart("A", "b", [Curve("", 0, np.array([1]), np.array([np.nan]))]) is None
+
+
+def test_a_spike_is_drawn_on_a_logarithmic_axis_where_that_is_allowed():
+    values = np.ones(30)
+    values[7] = 900.0
+    curve = Curve("", 0, np.arange(30), values)
+    assert "(logarithmic)" in curves_chart("A", "norm", [curve], may_be_logarithmic=True).svg
+    assert "(logarithmic)" not in curves_chart("A", "norm", [curve]).svg
+
+
+def test_the_svg_takes_its_colours_from_the_page_and_nothing_from_elsewhere():
+    curves = [Curve(name, series, np.arange(9), np.arange(9.0)) for series, name in enumerate(("a", "b"))]
+    chart = curves_chart("Loss", "nats", curves, marks=True)
+    svg = chart.svg
+    assert svg.startswith('<svg class="chart" role="img" aria-label="Loss: a from 0 at step 0 to 8 at step 8; b from')
+    assert "var(--series-1)" in svg and "var(--series-2)" in svg and "var(--muted)" in svg
+    assert not re.search(r"#[0-9a-f]{6}\b", svg)
+    assert not re.search(r"http|<style|<metadata|<\?xml|font-family", svg)
+    ids = re.findall(r' id="([^"]+)"', svg)
+    assert len(ids) == len(set(ids)) and set(re.findall(r"url\(#([^)]+)\)", svg)) <= set(ids)
+    other = curves_chart("Loss", "nats", curves[:1], marks=True).svg
+    assert not set(ids) & set(re.findall(r' id="([^"]+)"', other))
+    assert [key.label for key in chart.legend] == ["a", "b"] and [key.colour for key in chart.legend] == [1, 2]
+
+
+def test_names_of_sources_are_texts_and_never_markup():
+    groups = {"<b>$x_1$ & \x07" + 60 * "y": {"reward": Interval(0.75, 0.5, 1.0)}, "two": {"reward": Interval(0.25)}}
+    svg = intervals_chart("By source", groups, {"reward": 0}).svg
+    assert "<b>" not in svg and "\x07" not in svg
+    assert "&lt;b&gt;$x_1$ &amp; \\x07yyy" in svg and "yyy…" in svg
+    assert "reward 75.0%" in svg and "two: reward 25.0%" in svg
+
+
+def test_equal_scores_have_a_histogram():
+    chart = histogram_chart("Scores", "", {"chosen": np.zeros(5), "rejected": np.zeros(5)})
+    assert [key.label for key in chart.legend] == ["chosen, mean 0", "rejected, mean 0"]
+
+
+def test_length_bins_are_named_by_their_ends_and_pairs():
+    accuracy = {"reward": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    ends = [(None, -101, 5), (-25, -1, 6), (0, 0, 7), (101, None, 8)]
+    bins = [{"low": low, "high": high, "pairs": pairs, "accuracy": accuracy, "longer": 0} for low, high, pairs in ends]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", length_chart("By length", bins, {"reward": 0}).svg)
+    shown = " ".join(texts)
+    for expected in ("\N{MINUS SIGN}101 or less 5", "\N{MINUS SIGN}25 to \N{MINUS SIGN}1 6", "+101 or more 8"):
+        assert expected in shown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.25, "0.25"), (12345, "12.3k"), (2.5e9, "2.5G"), (5e-5, "5e-5"), (-1.5, "-1.5"), (1234, "1234")],
+)
+def test_short_numbers(value, text):
+    assert short(value).replace("\N{MINUS SIGN}", "-") == text

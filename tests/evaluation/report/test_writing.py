@@ -1,0 +1,217 @@
+"""Pages: their figures against the files they come from, and what they must not hold."""
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from hafrm_ds.errors import DataError
+from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.report.writing import (
+    write_comparison_report,
+    write_evaluation_report,
+    write_report,
+    write_run_report,
+)
+from tests.evaluation.report.folders import (
+    EVIL,
+    EVIL_AS_SHOWN,
+    changed_config,
+    pair_scores,
+    training_rows,
+    write_evaluation,
+    write_rows,
+    write_run,
+)
+
+VOID = {"meta", "link", "br", "path", "rect", "circle", "use"}
+
+
+class Page(HTMLParser):
+    """Tags, ids, and the texts of cells of a page; fails where tags do not close in order."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open_tags, self.ids, self.references, self.cells, self.titles = [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open_tags
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href")]
+        self.ids += [value for name, value in attributes if name == "id"]
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag == "h4":
+            self.titles.append("")
+        if tag not in VOID:
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open_tags.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open_tags.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open_tags):
+            self.cells[-1] += data
+        if self.open_tags[-1:] == ["h4"]:
+            self.titles[-1] += data
+
+    def row(self, name: str) -> list[str]:
+        """The cells after the first one named so."""
+        return self.cells[self.cells.index(name) + 1 :]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("reports") / "mine")
+
+
+@pytest.fixture(scope="module")
+def html(run):
+    return write_run_report(run).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+def test_a_run_has_its_report_beside_it(run, html):
+    assert (run / "report.html").read_text() == html
+    assert "<h1>Run mine</h1>" in html and "finished after 40 steps" in html
+
+
+def test_figures_are_those_of_the_files(run, html, page):
+    found = analyse(pair_scores())
+    reward = found["accuracy"]["reward"]
+    pairs, shown = page.row("held out")[:2]
+    assert pairs == "60" and shown == f"{reward['value']:.1%}{reward['low']:.1%} to {reward['high']:.1%}"
+    ece = found["calibration"]["implicit"]["ece"]
+    assert page.row("expected calibration error (ECE)")[1] == f"{ece:.1%}" and f"implicit, ECE {ece:.1%}" in html
+    part = found["by_source"]["forum"]
+    assert page.row("accuracy by source")[4:6] == ["forum", f"{part['pairs']}"]
+    assert page.row("packages.torch")[0] == "9.9.9" and page.row("world_size")[0] == "2"
+    assert "total from 1.19 at step 1 to 0.8 at step 40" in html
+    assert "4000" in html and "3.25 GiB" in html and "alpha: 0.2" in html
+    assert page.row("dropped: empty <i>")[:2] == ["34", "pairs.jsonl:77"]
+    assert page.row("prompt")[:4] == ["11", "22", "33", "44"]
+
+
+def test_all_charts_are_there(page):
+    assert page.titles == [
+        "Accuracy over the steps",
+        "Loss over the steps",
+        "Distribution of the reward head",
+        "Distribution of the implicit reward",
+        "Reliability",
+        "Accuracy by length difference",
+        "Accuracy by source",
+        "Loss",
+        "Accuracy on training pairs",
+        "Margin of the rewards",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+        "Peak memory",
+        "Efficiency",
+    ]
+
+
+def test_texts_of_the_data_are_shown_and_never_run(html):
+    assert html.count(EVIL_AS_SHOWN) == len(pair_scores().texts) + 1  # and the example of the data report
+    assert "<script" not in html.lower() and EVIL not in html
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", html)
+    assert html.count("Preference data often holds offensive") == 2
+
+
+def test_mistakes_are_collapsed_the_worst_first(html):
+    scores = pair_scores()
+    worst = scores.mistakes()[0]
+    assert f">1. margin \N{MINUS SIGN}{-scores.margins('reward')[worst]:.3g} of reward head" in html
+    assert html.index("Why 0?") < html.index("Why 1?") < html.index("Why 9?")
+    assert "<details open" not in html
+
+
+def test_the_page_needs_nothing_from_elsewhere(html, page):
+    assert not re.search(r"https?:|@import|<script|<iframe|<img", html)
+    assert all(reference.startswith(("#", "data:")) for reference in page.references)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_a_baseline_shows_one_judge_and_one_loss(tmp_path):
+    html = write_run_report(write_run(tmp_path / "baseline", policy=False)).read_text()
+    page = Page(html)
+    assert page.row("accuracy")[:3] == ["pairs", "reward", "longer"]
+    assert "Distribution of the implicit reward" not in page.titles
+    assert re.search(r'aria-label="Loss: reward from [^;]*"', html)  # and no total of one part
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    page = Page((write_run_report(tmp_path)).read_text())
+    assert page.titles == []
+
+
+def test_a_long_run_stays_small_and_says_how(tmp_path):
+    folder = write_run(tmp_path / "long")
+    rows = training_rows(40)
+    write_rows(folder, [rows[step % 40] | {"step": step + 1} for step in range(20_000)])
+    started = time.perf_counter()
+    html = write_run_report(folder).read_text()
+    assert time.perf_counter() - started < 20
+    assert len(html) < 600_000
+    assert "20,000 rows of metrics.jsonl; each point is the mean of 67 rows" in html
+
+
+def test_an_evaluation_has_its_accuracies_and_benchmarks(tmp_path):
+    html = write_evaluation_report(write_evaluation(tmp_path)).read_text()
+    page = Page(html)
+    assert f"<h1>Evaluation {tmp_path.name}</h1>" in html and "org/scorer" in html
+    assert page.row("Chat")[:3] == ["2", "83.3%", "Chat, hard"] and page.row("Chat, hard")[1] == "50.0%"
+    assert page.row("overall")[:2] == ["2", "-"]  # three of the four domains have no questions
+    assert "RM-Bench (1 questions with a cut prompt)" in html
+    assert "Reliability" in page.titles and "Why 0?" in html and page.row("python")[0] == "3.99"
+
+
+def test_several_runs_stand_side_by_side(tmp_path):
+    hybrid, baseline = (write_run(tmp_path / name, policy=name == "hybrid") for name in ("hybrid", "baseline"))
+    changed_config(baseline, "optimizer", learning_rate=3e-4)
+    file = write_comparison_report([hybrid, baseline, write_evaluation(tmp_path)], tmp_path / "all.html")
+    html = file.read_text()
+    page = Page(html)
+    names = ["hybrid", "baseline", tmp_path.name]
+    for name in names:
+        assert f"<span>{name}</span>" in html
+    reward = pair_scores(policy=False)
+    value = analyse(reward)["accuracy"]["reward"]
+    assert f"{value['value']:.1%}{value['low']:.1%} to {value['high']:.1%}" in page.cells
+    assert page.row("optimizer.learning_rate")[:2] == ["1e-05", "0.0003"]
+    assert page.row("objective.alpha")[:2] == ["0.2", "0.0"]
+    assert "output_dir" not in page.cells and "objective.beta" not in page.cells
+    assert "Loss: reward" in page.titles and "Loss: policy" in page.titles
+    assert re.search(r'aria-label="Loss: reward: hybrid from [^"]*; baseline from', html)
+    assert "<script" not in html and len(page.ids) == len(set(page.ids))
+
+
+def test_a_broken_file_leaves_no_page(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "environment.json").write_text("{")
+    with pytest.raises(DataError, match=r"environment\.json"):
+        write_report(folder)
+    assert not list(folder.glob("*.html")) and not list(folder.glob(".*.html"))
+
+
+def test_the_model_of_an_evaluation_is_escaped(tmp_path):
+    folder = write_evaluation(tmp_path)
+    content = json.loads((folder / "evaluation.json").read_text()) | {"model": EVIL}
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    html = write_report(folder, tmp_path / "elsewhere.html").read_text()
+    assert EVIL_AS_SHOWN in html and "<script" not in html
