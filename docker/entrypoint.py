@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -101,7 +102,8 @@ def supervise(command: list[str]) -> int:
     for number in tuple(sent):  # came while the launcher was being started
         forward(number)
     status = job.wait()
-    psutil.wait_procs(list(ranks()))  # their launcher may have died: they save, and the end of PID 1 would kill them
+    while any(ranks()):  # their launcher has died: they save, and the end of PID 1 would kill them
+        time.sleep(0.1)
     if any(status in (-number, 128 + number, 256 - number) for number in sent and sent | {signal.SIGTERM}):
         return STOPPED_STATUS  # the signal came before the ranks could catch it: they had done nothing
     return status if status >= 0 else 128 - status
