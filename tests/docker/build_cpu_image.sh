@@ -52,7 +52,7 @@ if ! podman "${storage[@]}" image exists "$base"; then
     rm -rf "$work/base"
     debootstrap --variant=minbase bookworm "$work/base" "$mirror" >"$work/debootstrap.log"
     mv "$work/base/etc/apt/sources.list" "$work/sources.list"
-    rm -rf "$work"/base/var/lib/apt/lists/* "$work"/base/var/cache/apt/*.bin "$work"/base/var/cache/apt/archives/*
+    rm -rf "$work"/base/var/{lib/apt/lists,cache/apt/archives,log}/* "$work"/base/var/cache/apt/*.bin
     tar -C "$work/base" -c . | podman "${storage[@]}" import - "$base" >/dev/null
     rm -rf "$work/base"
 fi
