@@ -71,7 +71,7 @@ def model_card(metadata: dict[str, Any]) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
         f"# Reward model from {name if is_hub_id(name) else Path(name).name}\n",
         f"Trained with hafrm_ds {metadata['hafrm_ds']}. {USES[metadata['format']]}",
-        "The reward is read at the last token of the whole conversation, rendered by the tokenizer's chat template.\n",
+        read_out_in_words(metadata),
     ]
     if base:
         parts.append(f"Licence of the base model: {base.get('license') or 'its folder names none'}.\n")
@@ -86,6 +86,16 @@ def model_card(metadata: dict[str, Any]) -> str:
     if config := metadata.get("config"):
         parts += ["## Configuration\n", f"```yaml\n{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}```\n"]
     return "\n".join(parts)
+
+
+def read_out_in_words(metadata: dict[str, Any]) -> str:
+    if metadata.get("config", {}).get("objective", {}).get("rm_weight") == 0:
+        return (
+            "It was trained without a reward loss: its reward head says nothing, and `model.score` refuses to ask it.\n"
+        )
+    return (
+        "The reward is read at the last token of the whole conversation, rendered by the tokenizer's chat template.\n"
+    )
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

@@ -38,7 +38,7 @@ from hafrm_ds.model.saving import (
     write_beside_weights,
     write_tokenizer_and_card,
 )
-from hafrm_ds.model.scorer import Conversation
+from hafrm_ds.model.scorer import NO_REWARD, Conversation
 from hafrm_ds.model.tensor_files import TensorSource, tensors_of, write_sharded
 
 CONVERSATIONS: list[Conversation] = [
@@ -132,6 +132,8 @@ def stock_log_probs(folder: Path, live: HybridRewardModel, trust_remote_code: bo
 
 def export_classifier(live: HybridRewardModel, saved: SavedModel, output_dir: Path) -> Exported:
     """The body with the reward head as AutoModelForSequenceClassification: one label, whose logit is the reward."""
+    if "reward" not in saved.heads:
+        raise ModelError(f"{saved.folder}: {NO_REWARD}; export the policy")
     if live.model.reward_head.bias is not None:
         raise ModelError(
             "the reward head has a bias (model.reward_head_bias true), for which a sequence-classification model has "

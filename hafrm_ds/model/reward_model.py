@@ -26,11 +26,16 @@ class HybridRewardModel(Scorer):
         model: the network. formatter: messages -> token ids.
     """
 
-    heads = ("reward", "logprob")
-
-    def __init__(self, model: HybridModel, formatter: ChatFormatter, *, max_tokens: int):
+    def __init__(
+        self,
+        model: HybridModel,
+        formatter: ChatFormatter,
+        *,
+        max_tokens: int,
+        heads: tuple[str, ...] = ("reward", "logprob"),
+    ):
         super().__init__(formatter, model.causal_lm.config, layout=model.layout, max_tokens=max_tokens)
-        self.model = model
+        self.model, self.heads = model, heads
 
     @classmethod
     def from_pretrained(
@@ -71,7 +76,8 @@ class HybridRewardModel(Scorer):
 
     @classmethod
     def load(cls, saved: SavedModel, device: torch.device, max_tokens: int) -> "HybridRewardModel":
-        return cls(saved.hybrid_model(device).to(device), saved.formatter(), max_tokens=max_tokens)
+        model = saved.hybrid_model(device).to(device)
+        return cls(model, saved.formatter(), max_tokens=max_tokens, heads=saved.heads)
 
     def score(
         self, messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None = None
@@ -87,6 +93,7 @@ class HybridRewardModel(Scorer):
 
         Raises:
             DataError: a conversation that the template refuses, or that is longer than max_tokens or the model knows.
+            ModelError: the model was trained without a reward loss.
         """
         conversations, is_one = as_conversations(messages, responses)
         rewards = self.score_ids(map(self.encode, conversations))

@@ -38,7 +38,11 @@ class SavedModel:
     metadata: dict[str, Any]
     head: dict[str, Tensor]
 
-    heads = ("reward", "logprob")
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """What the model can say of a conversation. A reward head that no reward loss has trained says nothing."""
+        objective = self.metadata.get("config", {}).get("objective", {})
+        return ("logprob",) if objective.get("rm_weight") == 0 else ("reward", "logprob")
 
     @classmethod
     def open(

@@ -14,12 +14,16 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PackedBatch, share_prompts
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.tokenization import ConversationIds, tokenize_conversation
-from hafrm_ds.errors import DataError
+from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.batched_scoring import score_items
 from hafrm_ds.objective import ResponseScores
 
 Conversation = list[Message]
 DEFAULT_MAX_TOKENS = 8192
+NO_REWARD = (
+    "the model has no reward: it is a causal LM without a reward head, or was trained without a reward loss "
+    "(objective.rm_weight 0). It has log-probs"
+)
 
 
 class Scorer(ABC):
@@ -63,7 +67,9 @@ class Scorer(ABC):
         return ids
 
     def score_ids(self, conversations: Iterable[ConversationIds]) -> list[float]:
-        """Rewards of encoded conversations, in order."""
+        """Rewards of encoded conversations, in order. Raises ModelError if the model has none to give."""
+        if "reward" not in self.heads:
+            raise ModelError(NO_REWARD)
         return self.run(conversations, lambda scores: scores.reward.tolist(), ("reward",))
 
     def values(self, conversations: Iterable[ConversationIds], heads: tuple[str, ...]) -> np.ndarray:

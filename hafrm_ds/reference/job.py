@@ -101,12 +101,18 @@ def namespace_of(config: TrainConfig) -> Namespace:
 
 
 def shared_namespace(config: TrainConfig, processes: Processes) -> Namespace:
-    """`namespace_of`, found by rank 0, which fingerprints the weights, and learned by all.
+    """`namespace_of`, found by one rank of each host, which fingerprints the weights there, and learned by all.
 
     Called before the process group is started: hashing a large model takes longer than a collective waits.
+
+    Raises:
+        UserError: the hosts have different weights.
     """
-    text = processes.from_first("namespace", lambda: json.dumps(asdict(namespace_of(config))))
-    return Namespace(**json.loads(text))
+    reads = processes.local_rank == 0
+    own = processes.in_turns("weights", lambda: asdict(namespace_of(config)) if reads else None)
+    first = json.loads(processes.from_first("namespace", lambda: json.dumps(own)))
+    processes.must_agree(f"the model {config.model.name_or_path}", {"weights": (own or first)["weights"]})
+    return Namespace(**first)
 
 
 def provenance(engine: Engine) -> dict:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.opening import Saved, open_model
-from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS, Scorer
+from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS, NO_REWARD, Scorer
 from hafrm_ds.scoring.loading import load_for_job
 from hafrm_ds.scoring.parts import claim_folder, identity_of_model, leave_together, stamp, work_through
 from hafrm_ds.scoring.rows import ScoredRow
@@ -67,7 +67,7 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
         trust_pickle=options.trust_pickle,
     )
     if "reward" not in saved.heads:
-        raise ModelError(f"--model {options.model} is a causal LM without a reward head: it has no score")
+        raise ModelError(f"--model {options.model}: {NO_REWARD}")
     if options.max_tokens_per_micro_batch < 1:
         raise DataError(f"--max_tokens_per_micro_batch is {options.max_tokens_per_micro_batch}; no row is so short")
     folder = options.output.with_name(f"{options.output.name}.parts")

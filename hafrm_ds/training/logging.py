@@ -1,6 +1,5 @@
 """What a run writes down and shows: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -20,9 +19,9 @@ from rich.table import Column
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import UserError
+from hafrm_ds.training.agreement import versions
 from hafrm_ds.training.processes import Processes
 
-PACKAGES = ("hafrm_ds", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy", "pyarrow")
 SUMMARY_FILE = "summary.json"
 """In the run folder of a finished run."""
 STOPPED_FILE = "stopped.json"
@@ -239,12 +238,6 @@ def clock(seconds: float) -> str:
 
 def environment(world_size: int, device: torch.device) -> dict:
     """Versions, hardware and command of a run, for environment.json."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     cuda = torch.cuda.is_available()
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -255,5 +248,5 @@ def environment(world_size: int, device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
         "cuda": torch.version.cuda if cuda else None,
         "cores": os.cpu_count(),
-        "packages": versions,
+        "packages": versions(),
     }

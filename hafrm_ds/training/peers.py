@@ -1,10 +1,12 @@
 """The watch of the ranks over one another: a rank that hangs in a collective because another has ended is ended too.
 
-Every rank holds a connection to rank 0, which the kernel keeps alive and closes when the process dies: no rank has to
-report that it is well, and a rank that is busy is never taken for a dead one. Rank 0 tells all others what has
-happened. A thousand ranks are a thousand idle sockets.
+Every rank holds a connection to rank 0. The kernel closes it when the process dies, and asks the other host every few
+seconds whether it is there, as a link that is cut says nothing: no rank has to report that it is well, and a rank that
+is busy is never taken for a dead one. Rank 0 tells all others what has happened. A thousand ranks are a thousand idle
+sockets.
 """
 
+import errno
 import os
 import secrets
 import selectors
@@ -23,8 +25,16 @@ LINGER_SECONDS = 5.0
 """Rank 0 keeps the rendezvous store: it leaves last, unless others take longer than this."""
 TICK_SECONDS = 0.5
 LEAVES = "leaves"
-KEEPALIVE = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 3}
-"""A machine that is gone without closing its connections is noticed after 5 seconds."""
+UNREACHABLE_SECONDS = 15
+"""So long a host may be silent: a network that forgets a few seconds must not end a run."""
+KEEPALIVE = {
+    socket.TCP_KEEPIDLE: 5,
+    socket.TCP_KEEPINTVL: 2,
+    socket.TCP_KEEPCNT: (UNREACHABLE_SECONDS - 5) // 2,
+    socket.TCP_USER_TIMEOUT: 1000 * UNREACHABLE_SECONDS,  # the same for what was sent and not received
+}
+CONNECT_SECONDS = 60
+UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 
 
 class PeerWatch(threading.Thread):
@@ -32,6 +42,7 @@ class PeerWatch(threading.Thread):
 
     Args:
         store: rendezvous store, by which rank 0 tells its address.
+        name: of this rank, for messages.
         on_tick: called twice a second, for what else is to be watched.
         end: ends the process; replaced in tests.
     """
@@ -42,48 +53,50 @@ class PeerWatch(threading.Thread):
         world_size: int,
         store: dist.Store,
         host: str,
+        name: str,
         on_tick: Callable[[], None] = lambda: None,
         end: Callable[[int], None] = os._exit,
     ):
         super().__init__(name="peer watch", daemon=True)
-        self.rank, self.on_tick, self.end = rank, on_tick, end
+        self.rank, self.title, self.on_tick, self.end = rank, name, on_tick, end
         self.verdict: str | None = None
         self.deadline = float("inf")
         self.is_leaving = False
         self.selector = selectors.DefaultSelector()
-        self.peers: dict[socket.socket, int] = {}
-        """Open connections and the rank at the other end."""
+        self.peers: dict[socket.socket, str] = {}
+        """Open connections and the name of the rank at the other end."""
         self.listener: socket.socket | None = None
         if rank == 0:
             self.token = secrets.token_hex(8)  # a stranger who tries the port is none of the ranks
             self.listener = socket.create_server(("", 0), backlog=world_size)
             self.selector.register(self.listener, selectors.EVENT_READ)
-            store.set("peer watch", f"{self.listener.getsockname()[1]} {self.token}")
+            store.set("peer watch", f"{self.listener.getsockname()[1]} {self.token} {name}")
         else:
-            port, token = store.get("peer watch").decode().split()
-            to_first = socket.create_connection((host, int(port)))
-            to_first.sendall(f"{token} {rank}\n".encode())
-            self.add(to_first, 0)
+            port, token, first = store.get("peer watch").decode().split(maxsplit=2)
+            to_first = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+            to_first.settimeout(None)
+            to_first.sendall(f"{token} {name}\n".encode())
+            self.add(to_first, first)
         self.start()
 
     def accept(self) -> None:
         connection, _ = self.listener.accept()
         connection.settimeout(TICK_SECONDS)
         try:
-            token, rank = connection.recv(1024).decode().split()
+            token, name = connection.recv(1024).decode().strip().split(maxsplit=1)
         except (OSError, ValueError):
             token = None
         if token != self.token:
             connection.close()
             return
         connection.settimeout(None)
-        self.add(connection, int(rank))
+        self.add(connection, name)
 
-    def add(self, connection: socket.socket, rank: int) -> None:
+    def add(self, connection: socket.socket, name: str) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEPALIVE.items():
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        self.peers[connection] = rank
+        self.peers[connection] = name
         self.selector.register(connection, selectors.EVENT_READ)
 
     def run(self) -> None:
@@ -95,17 +108,19 @@ class PeerWatch(threading.Thread):
                     self.hear(key.fileobj)
             self.on_tick()
             if time.monotonic() > self.deadline and not self.is_leaving:
-                print(f"rank {self.rank} stops: {self.verdict}", file=sys.stderr, flush=True)
+                print(f"{self.title} stops: {self.verdict}", file=sys.stderr, flush=True)
                 self.end(1)
                 return
 
     def hear(self, connection: socket.socket) -> None:
+        silence = f"{self.peers[connection]} has ended"
         try:
             said = connection.recv(1024).decode().splitlines()
-        except OSError:
+        except OSError as error:
             said = []
-        other = self.peers[connection]
-        for line in said or [f"rank {other} has ended"]:
+            if error.errno in UNREACHABLE:
+                silence = f"{self.peers[connection]} cannot be reached: its host, or the network between, is down"
+        for line in said or [silence]:
             if line != LEAVES:
                 self.condemn(line)
         if not said or LEAVES in said:

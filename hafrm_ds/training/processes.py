@@ -4,12 +4,14 @@ Everything here works before the process group exists: preparing data can take a
 long times out. The rendezvous store waits as long as it is told to.
 """
 
+import json
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -18,12 +20,16 @@ import torch
 import torch.distributed as dist
 
 from hafrm_ds.errors import UserError
+from hafrm_ds.training.agreement import differences, disagreement, software
+from hafrm_ds.training.launchers import TIMEOUT_VARIABLE, Placement, placement_of, timeout_of
+from hafrm_ds.training.network import interface_towards
 from hafrm_ds.training.peers import PeerWatch
 from hafrm_ds.training.stopping import STOPPED_STATUS, Launcher, Stopped, StopRequest
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+NOTICE_SECONDS = 60.0
+"""After so long a host says what it waits for."""
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.1, 2.0
 """Ranks that wait ask rank 0's store less and less often: there may be a thousand of them."""
 ERRORS = "errors"
@@ -40,6 +46,9 @@ class Processes:
 
     stopping: what has asked this process to stop, if anything has.
     watch: tells when another process has ended; None where nobody watches.
+    host: name of this host.
+    num_hosts: as far as the launcher tells; 1 if it does not.
+    timeout: of each collective.
     errors: the store in which ranks say that they have met an error; the same for all jobs of `for_job`.
     """
 
@@ -49,6 +58,9 @@ class Processes:
     store: dist.Store
     stopping: StopRequest = field(default_factory=StopRequest)
     watch: PeerWatch | None = None
+    host: str = field(default_factory=socket.gethostname)
+    num_hosts: int = 1
+    timeout: timedelta = field(default_factory=lambda: timeout_of(os.environ))
     errors: dist.Store | None = None
 
     def __post_init__(self):
@@ -64,30 +76,43 @@ class Processes:
         """Meet the other processes that the launcher started; without a launcher this one is alone.
 
         From here on signals are caught, and the processes and their launcher are watched.
+
+        Raises:
+            UserError: the launcher's variables are incomplete, or the processes do not find one another.
         """
         stopping = StopRequest()
         stopping.install()
-        launcher = Launcher.above() if "RANK" in os.environ else None
-        if launcher is None:
+        host, timeout = socket.gethostname(), timeout_of(os.environ)
+        placement = placement_of(os.environ, host)
+        launcher = Launcher.above() if placement is not None else None
+        if placement is None:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT))
-        watch = PeerWatch(
-            rank,
-            world_size,
-            store,
-            os.environ["MASTER_ADDR"],
-            on_tick=lambda: stopping.stop_if_lost(launcher) if launcher is not None else None,
+                placement = Placement(host, port=probe.getsockname()[1])
+        os.environ |= placement.variables
+        processes = cls(
+            placement.rank,
+            placement.local_rank,
+            placement.world_size,
+            meet(placement, timeout),
+            stopping,
+            host=placement.host,
+            num_hosts=placement.num_hosts,
+            timeout=timeout,
         )
-        return cls(rank, int(os.environ.get("LOCAL_RANK", "0")), world_size, store, stopping, watch)
+        processes.watch = watch_peers(
+            processes, placement.address, lambda: stopping.stop_if_lost(launcher) if launcher is not None else None
+        )
+        return processes
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"rank {self.rank}" + (f" on {self.host}" if self.num_hosts > 1 else "")
 
     @property
     def device(self) -> torch.device:
@@ -95,8 +120,15 @@ class Processes:
 
     def use_device(self) -> None:
         """Make this process's GPU the one that kernels run on when they are not told."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        if self.device.type != "cuda":
+            return
+        if self.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{self.name} is process {self.local_rank} (from 0) of its host and sees "
+                f"{torch.cuda.device_count()} GPUs. Start as many processes on a host as it has GPUs, and let each see "
+                "all of them: with srun by --gpus-per-node, not by --gpus-per-task or --gpu-bind"
+            )
+        torch.cuda.set_device(self.device)
 
     def in_turns(self, name: str, work: Callable[[], T]) -> T:
         """Run cached `work` on rank 0, then on the first rank of each other node, then on all others.
@@ -106,7 +138,7 @@ class Processes:
         Raises:
             FailedElsewhere: an error has stopped another rank meanwhile.
         """
-        first, node = f"{name}/first", f"{name}/node/{socket.gethostname()}"
+        first, node = f"{name}/first", f"{name}/node/{self.host}"
         if not self.is_first:
             self.wait(lambda: self.store.check([first if self.local_rank == 0 else node]))
         result = work()
@@ -142,6 +174,24 @@ class Processes:
         self.wait(lambda: self.store.check(keys))
         return [self.store.get(key).decode() for key in keys]
 
+    def must_agree(self, subject: str, facts: Mapping[str, str | None]) -> None:
+        """Compare what this rank knows with what rank 0 does, before anything rests on its being the same.
+
+        Args:
+            subject: what the facts are, for the message: "software".
+            facts: name -> value, or a hash of it.
+
+        Raises:
+            UserError: on rank 0, with the hosts and what differs.
+            FailedElsewhere: an error has stopped another rank meanwhile.
+        """
+        if self.world_size == 1:
+            return
+        expected = json.loads(self.from_first(f"{subject} of rank 0", lambda: json.dumps(facts)))
+        found = self.texts_of_all(f"differences in {subject}", json.dumps([self.host, differences(expected, facts)]))
+        if message := disagreement(subject, self.host, [json.loads(text) for text in found]):
+            raise UserError(message)
+
     def wait(self, condition: Callable[[], bool]) -> None:
         """Wait for as long as it takes.
 
@@ -167,19 +217,45 @@ class Processes:
         if dist.is_initialized():
             return
         self.use_device()
+        if self.device.type != "cuda" and self.num_hosts > 1:
+            self.choose_interface()
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=self.timeout,
         )
+
+    def choose_interface(self) -> None:
+        """Let gloo use the interface that leads to rank 0. By itself it takes the address that this host's name has
+        here, and /etc/hosts often has a loopback address for it, which no other host reaches.
+
+        Raises:
+            UserError: rank 0 would offer a loopback address.
+        """
+        if "GLOO_SOCKET_IFNAME" in os.environ:
+            return
+        address = os.environ["MASTER_ADDR"]
+        own = interface_towards(address)
+        first_host, is_loopback = json.loads(
+            self.from_first("interface", lambda: json.dumps([self.host, own.is_loopback]))
+        )
+        if is_loopback and first_host != self.host:
+            raise UserError(
+                f"{address} is a loopback address on {first_host} itself, where rank 0 runs (see /etc/hosts there), "
+                f"and {self.host} cannot answer to that. Set MASTER_ADDR to an address that all hosts reach, or "
+                "GLOO_SOCKET_IFNAME to the interface between them"
+            )
+        if own.name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = own.name
 
     def report(self, error: UserError) -> bool:
         """Print the message of an error that stops this rank, unless another rank has; True if it was printed."""
         if isinstance(error, FailedElsewhere) or not self.speaks():
             return False
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        where = f" ({self.name})" if self.num_hosts > 1 else ""
+        print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
         return True
 
     def speaks(self) -> bool:
@@ -188,6 +264,57 @@ class Processes:
             return self.errors.add(ERRORS, 1) == 1
         except dist.DistError:  # rank 0, which keeps the store, has left: it has spoken
             return False
+
+
+def meet(placement: Placement, timeout: timedelta) -> dist.Store:
+    """The store that all processes share, once all are there.
+
+    Raises:
+        UserError: rank 0 cannot be found, or not all come in time.
+    """
+    who, where = f"rank {placement.rank} on {placement.host}", f"{placement.address}:{placement.port}"
+    try:
+        socket.getaddrinfo(placement.address, placement.port)
+    except OSError as error:
+        raise UserError(
+            f"{placement.host} does not know the address {placement.address} of rank 0 ({error.strerror}); set "
+            "MASTER_ADDR to one that all hosts reach"
+        ) from error
+    text = f"{who} is waiting for all {placement.world_size} processes to meet at {where}"
+    notice = threading.Timer(NOTICE_SECONDS, print, [text], {"file": sys.stderr, "flush": True})
+    notice.daemon = True
+    if placement.local_rank == 0:
+        notice.start()
+    try:
+        store, _, _ = next(dist.rendezvous("env://", placement.rank, placement.world_size, timeout=timeout))
+    except dist.DistError as error:
+        raise UserError(
+            f"{who} has not met the others of the {placement.world_size} processes at {where} ({reason_of(error)}). "
+            "If the port is taken, choose another (MASTER_PORT); if the hosts do not reach one another, choose another "
+            f"address (MASTER_ADDR) or open the ports. They wait for {timeout} ({TIMEOUT_VARIABLE})"
+        ) from error
+    finally:
+        notice.cancel()
+    return store
+
+
+def watch_peers(processes: Processes, address: str, on_tick: Callable[[], None]) -> PeerWatch:
+    """Raises UserError if rank 0 cannot be reached."""
+    try:
+        return PeerWatch(
+            processes.rank, processes.world_size, processes.store, address, name=processes.name, on_tick=on_tick
+        )
+    except (OSError, dist.DistError) as error:
+        raise UserError(
+            f"{processes.name} reaches the rendezvous store at {address}, but not the watch of rank 0 beside it, whose "
+            f"port the system chooses ({reason_of(error)}). The hosts of a run must reach one another at all ports "
+            "above 1023"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error of torch or of the system, without the trace of C++ frames behind it."""
+    return str(error).split("\n")[0]
 
 
 def run_entry(main: Callable[[list[str], Processes], None]) -> None:
@@ -205,13 +332,17 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     except Stopped as stop:
         print(f"\n{stop}", file=sys.stderr, flush=True)
         sys.exit(STOPPED_STATUS)
-    status, verdict = 1, f"rank {processes.rank} has met an error"
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    status, verdict = 1, f"{processes.name} has met an error"
     try:
+        processes.must_agree("software", software())
         main(sys.argv[1:], processes)
         status, verdict = 0, None
     except Stopped as stop:
         # All ranks have agreed on it if something was saved; else the others cannot go on without this one.
-        status, verdict = STOPPED_STATUS, None if stop.checkpoint else f"rank {processes.rank} was asked to stop"
+        status, verdict = STOPPED_STATUS, None if stop.checkpoint else f"{processes.name} was asked to stop"
         if processes.speaks():  # and those that wait for this rank learn that it leaves
             print(f"\n{stop}", file=sys.stderr, flush=True)
     except UserError as error:
@@ -219,7 +350,7 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     except Exception as error:
         if is_lost_connection(error):
             cause = (processes.watch and processes.watch.verdict) or "another process of the run has ended"
-            print(f"rank {processes.rank} stops: {cause}", file=sys.stderr, flush=True)
+            print(f"{processes.name} stops: {cause}", file=sys.stderr, flush=True)
         else:
             processes.speaks()
             traceback.print_exc()

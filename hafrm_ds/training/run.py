@@ -1,5 +1,6 @@
 """Whole jobs: training, and the reference pass before it."""
 
+import json
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from hafrm_ds.model.loading import fetch_model, local_folder
 from hafrm_ds.model.lora import check_packages, trained_share
 from hafrm_ds.model.saving import save_hybrid_model
 from hafrm_ds.reference.job import ReferenceSource, precompute, shared_namespace
-from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
+from hafrm_ds.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
 from hafrm_ds.training.engine import (
     Engine,
     check_build_tools,
@@ -25,7 +26,7 @@ from hafrm_ds.training.logging import STOPPED_FILE, SUMMARY_FILE, RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import check_budgets, settle_batch
 from hafrm_ds.training.processes import Processes
-from hafrm_ds.training.resume import find_resume_point, fingerprints_of
+from hafrm_ds.training.resume import find_resume_point, fingerprints_of, options_of
 from hafrm_ds.training.saver import CheckpointSaver, leave_behind
 from hafrm_ds.training.stopping import Stopped
 
@@ -52,6 +53,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> None:
     """`train`, without what is left to do when it is cut short."""
+    compare_options(config, processes)
     if config.batch.global_batch_size < processes.world_size:
         raise ConfigError(
             [
@@ -83,6 +85,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     reference_source = ReferenceSource.open(config, start, processes, log) if uses_reference else None
     sets = named_sets(train_pairs, eval_pairs)
     data = fingerprints_of(sets)
+    processes.must_agree("data", data)
     if resume_point is not None:
         resume_point.check_content(data, start.name)
     log.write_json(
@@ -162,10 +165,12 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
                 "uses no reference log-probs: there is nothing to compute"
             ]
         )
+    compare_options(config, processes)
     check_build_tools(processes.device)
     check_packages(config.model.lora)
     log = RunLog(config, processes, files=False)
     _, train_pairs, eval_pairs = prepare_data(config, processes, log)
+    processes.must_agree("data", fingerprints_of(named_sets(train_pairs, eval_pairs)))
     sets = [train_pairs, *eval_pairs.values()]
     source = ReferenceSource.open(config, shared_namespace(config, processes), processes, log)
     processes.start_group()
@@ -185,6 +190,17 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
         f"store {config.reference.store}: {figures.get('stored_bytes', 0):,} bytes; "
         f"peak memory of rank 0 {peak_memory_bytes(processes.device) / 2**30:.2f} GiB"
     )
+
+
+def compare_options(config: TrainConfig, processes: Processes) -> None:
+    """See that all hosts have read the same files of options.
+
+    Raises:
+        UserError: with the hosts and the options that differ.
+    """
+    options = {f"--{name}": json.dumps(value) for name, value in options_of(config.model_dump(mode="json"))}
+    content, _ = read_deepspeed_json(config.deepspeed)
+    processes.must_agree("options", {**options, f"the content of {config.deepspeed}": json.dumps(content)})
 
 
 def prepare_data(

@@ -28,3 +28,9 @@ def test_a_card_of_little_knowledge_says_little():
     assert "# Reward model from mine\n" in card
     assert "its folder names none" in card
     assert "base_model" not in card and "## Data" not in card and "## Evaluation" not in card
+
+
+def test_a_card_says_where_there_is_no_reward():
+    metadata = {"hafrm_ds": "0.1.0", "format": "hybrid", "config": {"objective": {"rm_weight": 0.0}}}
+    assert "trained without a reward loss" in model_card(metadata)
+    assert "is read at the last token" in model_card(metadata | {"config": {"objective": {"rm_weight": 1.0}}})

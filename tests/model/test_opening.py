@@ -50,6 +50,21 @@ def test_a_training_and_its_exports_say_the_same(final, tmp_path):
     assert values(tmp_path / "policy", "logprob") == pytest.approx(model.log_probs(CONVERSATIONS), abs=1e-4)
 
 
+def test_a_head_that_no_reward_loss_has_trained_gives_no_reward(final, tmp_path):
+    folder = tmp_path / "dpo"
+    shutil.copytree(final, folder)
+    metadata = json.loads((folder / "hafrm.json").read_text())
+    metadata["config"]["objective"] = {"alpha": 0.2, "rm_weight": 0.0}
+    (folder / "hafrm.json").write_text(json.dumps(metadata))
+    assert open_model(folder).heads == ("logprob",)
+    model = HybridRewardModel.from_pretrained(folder)
+    assert len(model.log_probs(CONVERSATIONS)) == len(CONVERSATIONS)
+    with pytest.raises(ModelError, match=r"trained without a reward loss \(objective\.rm_weight 0\)"):
+        model.score(CONVERSATIONS)
+    with pytest.raises(ModelError, match="export the policy"):
+        export_model(folder, "sequence-classification", tmp_path / "export")
+
+
 @pytest.mark.parametrize("pad_token_id", [1, None])
 def test_another_classifier_scores_as_its_own_forward_does(final, tmp_path, pad_token_id):
     folder = foreign_classifier(final, tmp_path / "classifier", pad_token_id)

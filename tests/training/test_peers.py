@@ -1,5 +1,6 @@
 """The watch of the ranks over one another: ranks as threads of one process, which would be ended."""
 
+import errno
 import socket
 import time
 
@@ -18,7 +19,8 @@ def watches(monkeypatch):
     monkeypatch.setattr(module, "TICK_SECONDS", 0.05)
     store, ended = dist.HashStore(), []
     ranks = [
-        PeerWatch(rank, 3, store, "127.0.0.1", end=lambda status, rank=rank: ended.append(rank)) for rank in range(3)
+        PeerWatch(rank, 3, store, "127.0.0.1", f"rank {rank}", end=lambda status, rank=rank: ended.append(rank))
+        for rank in range(3)
     ]
     wait_for(lambda: len(ranks[0].peers) == 2)
     return ranks, ended
@@ -98,5 +100,25 @@ def test_a_stranger_at_the_port_is_nobody(watches):
 
 def test_what_else_is_watched_is_looked_at_again_and_again():
     calls = []
-    PeerWatch(0, 1, dist.HashStore(), "127.0.0.1", on_tick=lambda: calls.append(1))
+    PeerWatch(0, 1, dist.HashStore(), "127.0.0.1", "rank 0", on_tick=lambda: calls.append(1))
     wait_for(lambda: len(calls) > 1)
+
+
+def test_a_host_that_falls_silent_is_told_from_a_process_that_has_ended(watches, capsys):
+    """What the kernel reports when the other host no longer answers."""
+
+    class Silent(socket.socket):
+        def recv(self, *given):
+            raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    ranks, ended = watches
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        other = socket.create_connection(listener.getsockname())
+        connection, _ = listener.accept()
+        ranks[0].add(Silent(fileno=connection.detach()), "rank 3 on n2")
+    other.sendall(b"\n")
+    wait_for(lambda: len(ended) == 3)
+    lines = set(filter(None, capsys.readouterr().err.splitlines()))
+    reason = "rank 3 on n2 cannot be reached: its host, or the network between, is down"
+    assert lines == {f"rank {rank} stops: {reason}" for rank in range(3)}
+    other.close()
