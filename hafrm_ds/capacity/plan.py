@@ -65,7 +65,7 @@ class Option:
     budget: tokens of a micro-batch that it is planned with; largest_budget: that fit; 0: not even the longest pair.
     usable_bytes: of a device. states, working_bytes: of a process. kept_bytes: of what forward and backward have
     freed that the allocator has not given back when the optimizer steps. cut: of a step under `budget`. traffic,
-    compute_seconds, optimizer_seconds, traffic_seconds: of a step.
+    compute_seconds, optimizer_seconds, traffic_seconds: of a step. overlaps: whether it sends while it computes.
     """
 
     deepspeed: Path
@@ -82,6 +82,7 @@ class Option:
     compute_seconds: float
     optimizer_seconds: float
     traffic_seconds: float
+    overlaps: bool
 
     @property
     def peak_bytes(self) -> float:
@@ -94,8 +95,8 @@ class Option:
 
     @property
     def step_seconds(self) -> float:
-        """Stage 3 sends while it computes; the others when they have computed."""
-        if self.zero.overlaps:
+        """On GPUs stage 3 sends while it computes; the others, and all on CPUs, when they have computed."""
+        if self.overlaps:
             return max(self.compute_seconds, self.traffic_seconds) + self.optimizer_seconds
         return self.compute_seconds + self.traffic_seconds + self.optimizer_seconds
 
@@ -283,4 +284,5 @@ class Plan:
             compute_seconds=work / workload.num_steps / machines.flops / (1 - cut.waiting),
             optimizer_seconds=0.0 if zero.offloads_optimizer else adam,
             traffic_seconds=traffic.seconds(machines.device, machines.gpus, machines.nodes),
+            overlaps=zero.overlaps and machines.device_type == "cuda",
         )

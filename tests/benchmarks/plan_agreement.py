@@ -1,23 +1,26 @@
-"""The plan of a run against the run: memory of a process, and operations against the time they take.
+"""The plan of a run against the run: memory of a process, and seconds of a step.
 
     OMP_NUM_THREADS=1 deepspeed --num_gpus N tests/benchmarks/plan_agreement.py --config FILE.yaml \
-        --deepspeed ds_configs/zeroK.json [--section.key value ...] [--framework_gib X]
+        --deepspeed ds_configs/zeroK.json [--section.key value ...] [--framework_gib X] [--mfu X]
     python tests/benchmarks/plan_agreement.py --tiny DIR --config FILE.yaml [--section.key value ...]
 
-A few steps of the real trainer, and a row of a Markdown table: what the plan says, what was measured, and processor
-time, which other work on the machine disturbs least. --framework_gib is the memory of the framework itself, on the CPU:
-what is measured beyond the plan in a run of a model of one narrow layer, with the tokenizer of the run's, which --tiny
-makes.
+A few steps of the real trainer, and a row of a Markdown table: what the plan says and what was measured. The device is
+described by what it does in the same run: the peak of its matrix products, the speed of its memory and of an all-gather
+between the processes. --mfu is that of one of the runs, for all. --framework_gib is the memory of the framework itself,
+on the CPU: what is measured beyond the plan in a run of a model of one narrow layer, with the tokenizer of the run's,
+which --tiny makes.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hafrm_ds.capacity import measure_matmul_peak, peak_memory_bytes
@@ -36,7 +39,36 @@ from hafrm_ds.training.processes import Processes, run_entry
 from hafrm_ds.training.run import prepare_data
 from hafrm_ds.training.saver import CheckpointSaver
 
-WARM_UP, STEPS = 1, 2
+WARM_UP, STEPS = 1, 3
+PROBE_BYTES = 2**28
+PROBES = 5
+
+
+def memory_bandwidth() -> float:
+    """Bytes that this process reads and writes a second, while the others do the same."""
+    numbers = torch.ones(PROBE_BYTES // 4)
+    return 2 * PROBE_BYTES / fastest(lambda: numbers.mul_(1.0))
+
+
+def link_bandwidth() -> float:
+    """Bytes that each process sends a second in an all-gather; 1 for one process alone, which sends none."""
+    n = dist.get_world_size()
+    if n == 1:
+        return 1.0
+    own = torch.ones(PROBE_BYTES // 2 // n, dtype=torch.bfloat16)
+    whole = torch.empty(len(own) * n, dtype=torch.bfloat16)
+    return (n - 1) / n * PROBE_BYTES / fastest(lambda: dist.all_gather_into_tensor(whole, own))
+
+
+def fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few times."""
+    seconds = []
+    for _ in range(PROBES):
+        dist.barrier()
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def make_tiny(config: TrainConfig, folder: Path) -> None:
@@ -55,6 +87,7 @@ def main(arguments: list[str], processes: Processes) -> None:
         return
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--framework_gib", type=float, default=0.0)
+    parser.add_argument("--mfu", type=float, default=1.0)
     own, rest = parser.parse_known_args(arguments)
     config = load_config(rest).model_copy(update={"max_steps": WARM_UP + STEPS})
     check_build_tools(processes.device)
@@ -66,35 +99,32 @@ def main(arguments: list[str], processes: Processes) -> None:
     saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
     trainer = Trainer(config, engine, pairs, {}, None, saver, log, formatter.tokenizer)
     trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
-    processor, walls = [], []
-    for step in range(WARM_UP + STEPS):
-        started = time.process_time()
-        walls.append(trainer.train_step(step)["seconds"])
-        processor.append(time.process_time() - started)
-    measured = peak_memory_bytes(processes.device)
+    walls = [trainer.train_step(step)["seconds"] for step in range(WARM_UP + STEPS)][WARM_UP:]
+    measured_bytes = peak_memory_bytes(processes.device)
+    memory, link = memory_bandwidth(), link_bandwidth()
     if not processes.is_first:
         return
 
     model = model_of_shapes(config)
     no_pairs = {name: values[:0] for name, values in pairs.lengths.items()}
     peak = measure_matmul_peak(processes.device, model.causal_lm.dtype)
-    # Only the memory is compared, for which links do not matter.
-    device = Device(processes.device.type, peak, 1.0, 1.0, 1.0, 1.0, 1.0)
-    machines = Machines(device, processes.world_size, 1, 1.0, device_type=processes.device.type)
-    plan = Plan(config, model, workload_of(config, model, pairs.lengths, no_pairs), machines)
-    option = plan.configured
-    operations = sum(
-        plan.cost.training_flops(micro_batch.batch, config.objective.uses_policy)
-        for step in range(WARM_UP, WARM_UP + STEPS)
-        for micro_batch in trainer.micro_batches(step)[0]
+    device = Device(processes.device.type, peak, 1.0, memory, link, memory, link)
+    machines = Machines(device, processes.world_size, 1, own.mfu, device_type=processes.device.type)
+    # The plan is of the steps that were timed, which are few and not the average.
+    index = np.concatenate([trainer.plan.global_batch(step) for step in range(WARM_UP, WARM_UP + STEPS)])
+    timed = {name: values[index] for name, values in pairs.lengths.items()}
+    plan = Plan(
+        config.model_copy(update={"max_steps": STEPS}), model, workload_of(config, model, timed, no_pairs), machines
     )
-    seconds = sum(processor[WARM_UP:])
-    planned, measured = option.peak_bytes / 2**30 + own.framework_gib, measured / 2**30
+    option = plan.configured
+    planned = option.peak_bytes / 2**30 + own.framework_gib
+    measured, seconds = measured_bytes / 2**30, statistics.mean(walls)
     print(
-        f"| {processes.world_size} | {config.deepspeed.stem} | {option.cut.micro_batches:.1f} | "
-        f"{option.states.held / 2**30:.2f} | {option.working_bytes / 2**30:.2f} | {planned:.2f} | {measured:.2f} | "
-        f"{planned / measured - 1:+.1%} | {operations / STEPS / 1e9:.0f} | {seconds / STEPS:.1f} | "
-        f"{operations / seconds / 1e9:.1f} | {statistics.median(walls[WARM_UP:]):.1f} |",
+        f"| {processes.world_size} | {config.deepspeed.stem} | {planned:.2f} | {measured:.2f} | "
+        f"{planned / measured - 1:+.1%} | {option.compute_seconds:.2f} + {option.optimizer_seconds:.2f} + "
+        f"{option.traffic_seconds:.2f} | {seconds:.2f} | {option.step_seconds / seconds - 1:+.1%} | "
+        f"{option.compute_seconds * own.mfu / seconds:.1%} | "
+        f"{peak / 1e9:.0f} GFLOP/s, {memory / 1e9:.1f} and {link / 1e9:.1f} GB/s |",
         file=sys.stderr,
     )
 
