@@ -2,59 +2,32 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from hafrm_ds.config import ModelConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.loading import DTYPES, first_line, load_model_config, load_tokenizer, origin
-from hafrm_ds.model.saved import ANY_DAY, dtype_of_weights
+from hafrm_ds.model.loading import DTYPES, first_line, origin
+from hafrm_ds.model.saved import SavedStockModel
 from hafrm_ds.model.scorer import Scorer
 from hafrm_ds.objective import ResponseScores
 
 
 @dataclass(frozen=True)
-class SavedClassifier:
-    """A folder with a sequence-classification model. Build it with `open`.
-
-    folder: where it lies. config: how it is loaded. metadata: {} but for an export of ours.
-    chat_template: name or file of a template for a tokenizer without one.
-    """
-
-    folder: Path
-    config: ModelConfig
-    metadata: dict[str, Any]
-    chat_template: str | None
+class SavedClassifier(SavedStockModel):
+    """A folder with a sequence-classification model."""
 
     heads = ("reward",)
 
     @classmethod
-    def open(
-        cls, folder: Path, options: dict[str, Any], dtype: str | None, metadata: dict, chat_template: str | None
-    ) -> "SavedClassifier":
-        """Look at a folder without loading its weights.
-
-        Args:
-            options: fields of ModelConfig that say how it is loaded.
-
-        Raises:
-            ModelError: it has several labels, or weights of a type that needs a choice.
-        """
-        config = load_model_config(ModelConfig(**options))
+    def check(cls, folder: Path, config: PretrainedConfig) -> None:
         if config.num_labels != 1:
             raise ModelError(
                 f"{folder}: the model has {config.num_labels} labels; a reward model has one, whose logit is the reward"
             )
-        dtype = dtype_of_weights(folder, dtype or str(config.dtype or "").removeprefix("torch."))
-        return cls(folder, ModelConfig(**options, dtype=dtype), metadata, chat_template)
-
-    def formatter(self) -> ChatFormatter:
-        return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY)
 
 
 class ClassifierModel(Scorer):

@@ -1,57 +1,26 @@
 """Causal LMs without a reward head: policies of DPO trainings and exports, and the start weights as the reference."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from hafrm_ds.config import ModelConfig
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
 from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
 from hafrm_ds.data.pairs import assistant
 from hafrm_ds.data.tokenization import tokenize_conversation
 from hafrm_ds.model.attention import UnsupportedAttention
 from hafrm_ds.model.hybrid import HybridModel, layout_difference, lm_head_difference, tolerance_of
-from hafrm_ds.model.loading import load_hybrid_model, load_model_config, load_tokenizer
-from hafrm_ds.model.saved import ANY_DAY, dtype_of_weights
+from hafrm_ds.model.loading import load_hybrid_model
+from hafrm_ds.model.saved import SavedStockModel
 from hafrm_ds.model.scorer import Scorer
 from hafrm_ds.objective import ResponseScores
 
 
 @dataclass(frozen=True)
-class SavedPolicy:
-    """A folder with a causal LM. Build it with `open`.
-
-    folder: where it lies. config: how it is loaded. metadata: {} but for an export of ours.
-    chat_template: name or file of a template for a tokenizer without one.
-    """
-
-    folder: Path
-    config: ModelConfig
-    metadata: dict[str, Any]
-    chat_template: str | None
+class SavedPolicy(SavedStockModel):
+    """A folder with a causal LM."""
 
     heads = ("logprob",)
-
-    @classmethod
-    def open(
-        cls, folder: Path, options: dict[str, Any], dtype: str | None, metadata: dict, chat_template: str | None
-    ) -> "SavedPolicy":
-        """Look at a folder without loading its weights.
-
-        Args:
-            options: fields of ModelConfig that say how it is loaded.
-
-        Raises:
-            ModelError: its weights are of a type that needs a choice.
-        """
-        config = load_model_config(ModelConfig(**options))
-        dtype = dtype_of_weights(folder, dtype or str(config.dtype or "").removeprefix("torch."))
-        return cls(folder, ModelConfig(**options, dtype=dtype), metadata, chat_template)
-
-    def formatter(self) -> ChatFormatter:
-        return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY)
 
     def hybrid_model(self, device: torch.device) -> HybridModel:
         """The causal LM, in eval mode, on the CPU, with a reward head that nobody asks. As `SavedModel.hybrid_model`.

@@ -4,18 +4,26 @@ it was trained with."""
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.loading import DTYPES, first_line, load_hybrid_model, load_tokenizer, local_folder
+from hafrm_ds.model.loading import (
+    DTYPES,
+    first_line,
+    load_hybrid_model,
+    load_model_config,
+    load_tokenizer,
+    local_folder,
+)
 from hafrm_ds.model.lora import merge_adapter, read_adapter_config
 from hafrm_ds.model.saving import METADATA_FILE, REWARD_HEAD_FILE
 
@@ -104,6 +112,49 @@ class SavedModel:
             merge_adapter(model.causal_lm, self.folder)
         model.uses_stock_logits = self.metadata["uses_stock_logits"]
         return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class SavedStockModel:
+    """A folder that transformers loads by itself. Its kinds are opened with `open`.
+
+    folder: where it lies. config: how it is loaded. metadata: {} but for an export of ours.
+    chat_template: name or file of a template for a tokenizer without one.
+    """
+
+    folder: Path
+    config: ModelConfig
+    metadata: dict[str, Any]
+    chat_template: str | None
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        options: dict[str, Any],
+        dtype: str | None,
+        metadata: dict[str, Any],
+        chat_template: str | None,
+    ) -> Self:
+        """Look at a folder without loading its weights.
+
+        Args:
+            options: fields of ModelConfig that say how it is loaded.
+
+        Raises:
+            ModelError: it gives no scores, or its weights are of a type that needs a choice.
+        """
+        stock = load_model_config(ModelConfig(**options))
+        cls.check(folder, stock)
+        dtype = dtype_of_weights(folder, dtype or str(stock.dtype or "").removeprefix("torch."))
+        return cls(folder, ModelConfig(**options, dtype=dtype), metadata, chat_template)
+
+    @classmethod
+    def check(cls, folder: Path, config: PretrainedConfig) -> None:
+        """Raises ModelError for a model of this kind that gives no scores."""
+
+    def formatter(self) -> ChatFormatter:
+        return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

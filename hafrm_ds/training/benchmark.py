@@ -24,21 +24,14 @@ from hafrm_ds.training.scoring import score_pairs
 WARM_UP_STEPS = 2
 
 
-def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None:
-    """Print speed and memory of training steps with this configuration, and of scoring the same pairs without
-    gradients, as the reference pass and evaluation do.
+def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Processes, log: RunLog) -> Trainer:
+    """A trainer of the real pairs for `num_steps` steps, of which nothing is kept.
 
     The values of reference log-probs do not change what a step costs: zeros stand for them, and no store is touched.
-
-    Raises:
-        ConfigError: there is nothing to measure.
     """
-    if num_steps < 1:
-        raise ConfigError([f"--steps is {num_steps}; it must be at least 1"])
     check_build_tools(processes.device, resolve_deepspeed_config(config, processes.world_size, processes.machine_size))
     check_packages(config.model.lora)
-    config = config.model_copy(update={"max_steps": WARM_UP_STEPS + num_steps})
-    log = RunLog(config, processes, files=False)
+    config = config.model_copy(update={"max_steps": num_steps})
     formatter, pairs, _ = prepare_data(config, processes, log)
     processes.start_group()
     engine = load_training_engine(config, processes)
@@ -47,6 +40,21 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
     trainer = Trainer(config, engine, pairs, {}, None, saver, log, formatter.tokenizer)
     if config.objective.uses_reference:
         trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
+    return trainer
+
+
+def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None:
+    """Print speed and memory of training steps with this configuration, and of scoring the same pairs without
+    gradients, as the reference pass and evaluation do.
+
+    Raises:
+        ConfigError: there is nothing to measure.
+    """
+    if num_steps < 1:
+        raise ConfigError([f"--steps is {num_steps}; it must be at least 1"])
+    log = RunLog(config, processes, files=False)
+    trainer = trainer_for_measuring(config, WARM_UP_STEPS + num_steps, processes, log)
+    config, pairs, engine = trainer.config, trainer.train_set.pairs, trainer.engine
     steps = [trainer.train_step(step) for step in range(WARM_UP_STEPS + num_steps)][WARM_UP_STEPS:]
 
     index = np.concatenate([trainer.plan.global_batch(step) for step in range(num_steps)])

@@ -30,14 +30,9 @@ from hafrm_ds.capacity.plan import Machines, Plan
 from hafrm_ds.capacity.shapes import model_of_shapes
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.options import load_config
-from hafrm_ds.reference.compute import ReferenceLogprobs
-from hafrm_ds.training.engine import check_build_tools, load_training_engine
+from hafrm_ds.training.benchmark import trainer_for_measuring
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.loop import Trainer
-from hafrm_ds.training.preflight import settle_batch
 from hafrm_ds.training.processes import Processes, run_entry
-from hafrm_ds.training.run import prepare_data
-from hafrm_ds.training.saver import CheckpointSaver
 
 WARM_UP, STEPS = 1, 3
 PROBE_BYTES = 2**28
@@ -89,16 +84,9 @@ def main(arguments: list[str], processes: Processes) -> None:
     parser.add_argument("--framework_gib", type=float, default=0.0)
     parser.add_argument("--mfu", type=float, default=1.0)
     own, rest = parser.parse_known_args(arguments)
-    config = load_config(rest).model_copy(update={"max_steps": WARM_UP + STEPS})
-    check_build_tools(processes.device)
-    log = RunLog(config, processes, files=False)
-    formatter, pairs, _ = prepare_data(config, processes, log)
-    processes.start_group()
-    engine = load_training_engine(config, processes)
-    config = settle_batch(engine, [pairs], config, log)
-    saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
-    trainer = Trainer(config, engine, pairs, {}, None, saver, log, formatter.tokenizer)
-    trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
+    log = RunLog(None, processes, files=False)
+    trainer = trainer_for_measuring(load_config(rest), WARM_UP + STEPS, processes, log)
+    config, pairs = trainer.config, trainer.train_set.pairs
     walls = [trainer.train_step(step)["seconds"] for step in range(WARM_UP + STEPS)][WARM_UP:]
     measured_bytes = peak_memory_bytes(processes.device)
     memory, link = memory_bandwidth(), link_bandwidth()
