@@ -126,31 +126,31 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
         references = score_groups("reference", model, ("logprob",), groups, folder, processes, log)
     if processes.is_first:
         beta = options.beta or trained_with(saved, "objective").get("beta", DEFAULT_BETA)
-        found = {}
-        for name, each in sets.items():
-            pair_scores = PairScores.of(
+        found = {
+            name: analyse_set(
                 name,
-                each.pairs,
-                each.index,
-                dict(zip(saved.heads, np.moveaxis(np.stack(scores[f"set {name}"]), 2, 0))),
-                np.stack(references[f"set {name}"])[:, :, 0] if references else None,
-                beta=beta,
-                step=saved.metadata.get("training", {}).get("steps"),
+                each,
+                saved,
+                scores[f"set {name}"],
+                references.get(f"set {name}"),
+                beta,
+                options.output_dir,
+                formatter,
             )
-            found[name] = analyse(pair_scores)
-            pair_scores.keep_texts(each.pairs, each.index, formatter.tokenizer)
-            pair_scores.save(options.output_dir / SCORES_FOLDER)
+            for name, each in sets.items()
+        }
+        judged = {
+            name: judge_benchmark(
+                each, saved.heads, scores[f"benchmark {name}"], references.get(f"benchmark {name}"), beta
+            )
+            for name, each in benchmarks.items()
+        }
         results = {
             "model": options.model,
             "reference": None if reference is None else str(reference.folder),
             "beta": beta,
             "sets": found,
-            "benchmarks": {
-                name: judge_benchmark(
-                    each, saved.heads, scores[f"benchmark {name}"], references.get(f"benchmark {name}"), beta
-                )
-                for name, each in benchmarks.items()
-            },
+            "benchmarks": judged,
             "data": {name: each.pairs.report.to_json() for name, each in sets.items()},
             "environment": environment(processes.world_size, processes.device),
             "job": identity,
@@ -163,6 +163,36 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
 
         log.print(f"the results are in {options.output_dir}; report: {write_evaluation_report(options.output_dir)}")
     leave_together(processes)
+
+
+def analyse_set(
+    name: str,
+    evaluated: EvaluatedSet,
+    saved: Saved,
+    scores: list[np.ndarray],
+    references: list[np.ndarray] | None,
+    beta: float,
+    output_dir: Path,
+    formatter: ChatFormatter,
+) -> dict[str, Any]:
+    """The analysis of a set, whose scores are left in output_dir.
+
+    Args:
+        scores: for each pair [2, heads]. references: for each [2, 1] log-probs, or None.
+    """
+    pair_scores = PairScores.of(
+        name,
+        evaluated.pairs,
+        evaluated.index,
+        dict(zip(saved.heads, np.moveaxis(np.stack(scores), 2, 0))),
+        None if references is None else np.stack(references)[:, :, 0],
+        beta=beta,
+        step=saved.metadata.get("training", {}).get("steps"),
+    )
+    analysis = analyse(pair_scores)
+    pair_scores.keep_texts(evaluated.pairs, evaluated.index, formatter.tokenizer)
+    pair_scores.save(output_dir / SCORES_FOLDER)
+    return analysis
 
 
 def judge_benchmark(
