@@ -29,6 +29,8 @@ def read_command_line(arguments: list[str]) -> dict[str, Any]:
     add("--model", nargs="+", required=True, help="one or more reward models: folders or hub ids")
     add("--output_dir", type=Path, required=True, help="where the results go")
     add("--candidates", type=Path, help="a file with answers: .jsonl, .json or .parquet")
+    add("--reference", help="of a model without a reward head, as DPO leaves it, what its implicit reward is measured "
+        "against: a folder, a hub id, or base: what its training started from (the default)")  # fmt: skip
     add("--gold", help="another reward model, by whose scores the picks are judged (default: field gold of the rows)")
     add("--max_tokens_per_micro_batch", type=int, default=8192, help="token budget of one forward pass (%(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), help="default: that of the saved weights")

@@ -5,8 +5,10 @@
     deepspeed launch/score.py ... --deepspeed ds_configs/zero3.json                     one model, sharded over the GPUs
 
 A row has `messages`, or `prompt` with `response`, or `prompt` with a list of `responses`. The same rows come out in the
-same order, with `score` (or `scores`). A row that cannot be scored has the score null and the reason in `score_error`;
-it is reported by its line, and the exit status is then 3. A job that was killed goes on when it is started again.
+same order, with `score` (or `scores`): the reward, or of a model that was trained by DPO alone the implicit reward, for
+which the weights that it started from are loaded beside it. A row that cannot be scored has the score null and the
+reason in `score_error`; it is reported by its line, and the exit status is then 3. A job that was killed goes on when
+it is started again.
 """
 
 import argparse
@@ -31,6 +33,11 @@ def read_command_line(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; must not exist")
     parser.add_argument(
         "--max_tokens_per_micro_batch", type=int, default=8192, help="token budget of one forward pass (%(default)s)"
+    )
+    parser.add_argument(
+        "--reference",
+        help="of a model without a reward head, what the implicit reward is measured against: a folder, a hub id, or "
+        "base: what its training started from (the default)",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: that of the saved weights")
     parser.add_argument("--chat_template", help="name or file of a template, for a tokenizer without one")

@@ -74,9 +74,15 @@ def save_tiny_final(
     family: str = "llama-tied",
     dtype: torch.dtype = torch.float32,
     bias: bool = False,
+    base: str | Path = "example/tiny",
+    objective: dict[str, float] | None = None,
     **tokenizer_options,
 ) -> Path:
-    """A folder as a training leaves it: a tiny model with a reward head of large weights, so that scores differ."""
+    """A folder as a training leaves it: a tiny model with a reward head of large weights, so that scores differ.
+
+    Args:
+        base: what it says that it was trained from. objective: options of its training, instead of HaF's.
+    """
     formatter = ChatFormatter.create(byte_level_tokenizer(**tokenizer_options), None, "2024-07-26")
     causal_lm = tiny_causal_lm(family, vocab_size=len(formatter.tokenizer), max_position_embeddings=512).to(dtype)
     head = make_reward_head(32, bias=bias, init="normal", dtype=dtype, seed=0)
@@ -89,11 +95,11 @@ def save_tiny_final(
         gathered=lambda parameters: nullcontext(),
         is_writer=True,
         metadata={
-            "base": {"model": "example/tiny", "license": "apache-2.0"},
+            "base": {"model": str(base), "license": "apache-2.0"},
             "training": {"steps": 3, "pairs": 24},
             "data": {"train": {"read": 30, "kept": 28, "dropped": 2, "cut": 1}},
             "evaluation": {"held_out": {"pairs": 8, "accuracy/reward": 0.75, "reward/mean": 0.5, "reward/std": 2.0}},
-            "config": {"objective": {"alpha": 0.2}},
+            "config": {"objective": objective or {"alpha": 0.2}},
         },
     )
     return folder

@@ -18,7 +18,7 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import ConversationIds
-from hafrm_ds.errors import DataError, ModelError
+from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
@@ -27,9 +27,8 @@ from hafrm_ds.evaluation.questions import encode_question
 from hafrm_ds.evaluation.scoring import Group, ModelForGroups, score_groups
 from hafrm_ds.evaluation.tables import render_evaluation
 from hafrm_ds.model.loading import load_model_config
-from hafrm_ds.model.opening import Saved, open_model
+from hafrm_ds.model.opening import Saved, open_model, open_reference, trained_beta, trained_with
 from hafrm_ds.model.policy import SavedPolicy
-from hafrm_ds.model.saved import SavedModel
 from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS
 from hafrm_ds.scoring.parts import claim_folder, identity_of_model, leave_together, write_whole
 from hafrm_ds.training.logging import RunLog, environment
@@ -37,11 +36,7 @@ from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.resume import fingerprint
 
 PARTS_FOLDER = "parts"
-BASE = "base"
-"""As --reference: the weights that the training started from, as hafrm.json names them."""
 DEFAULTS = {"max_length": 2048, "truncation": "keep_prompt_end"}
-DEFAULT_BETA = 0.1
-"""Where the model does not say what it was trained with."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +61,10 @@ class EvaluationOptions:
     trust_pickle: bool = False
 
     @property
-    def trust(self) -> dict[str, bool]:
-        return {"trust_remote_code": self.trust_remote_code, "trust_pickle": self.trust_pickle}
+    def loading(self) -> dict[str, Any]:
+        """How a model is opened."""
+        names = ("dtype", "chat_template", "trust_remote_code", "trust_pickle")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,127 @@ class EvaluatedBenchmark:
     num_cut: int
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Name of a group -> for each item [conversations, heads] of the model; [conversations, 1] log-probs of the
+    reference, where there is one."""
+
+    values: dict[str, list[np.ndarray]]
+    references: dict[str, list[np.ndarray]]
+
+    def of(self, group: str) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        return self.values[group], self.references.get(group)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated on what. Build it with `open`.
+
+    beta: scale of the implicit reward.
+    """
+
+    options: EvaluationOptions
+    saved: Saved
+    reference: SavedPolicy | None
+    formatter: ChatFormatter
+    sets: dict[str, EvaluatedSet]
+    benchmarks: dict[str, EvaluatedBenchmark]
+    beta: float
+
+    @classmethod
+    def open(cls, options: EvaluationOptions, processes: Processes, log: RunLog) -> "Evaluation":
+        """Look at the models, and read and tokenise the data. All processes call this together.
+
+        Raises:
+            DataError, ModelError: what was asked for cannot be evaluated.
+        """
+        saved = open_model(options.model, **options.loading)
+        reference = None if options.reference is None else open_reference(options.reference, saved, **options.loading)
+        formatter = saved.formatter()
+        return cls(
+            options,
+            saved,
+            reference,
+            formatter,
+            prepare_sets(options, saved, formatter, processes, log),
+            read_benchmarks(options, saved, formatter, processes),
+            options.beta or trained_beta(saved),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on: those of another job never mix with these."""
+        return {
+            "model": identity_of_model(self.saved),
+            "reference": None if self.reference is None else identity_of_model(self.reference),
+            "pairs": {name: [fingerprint(each.pairs), len(each.index)] for name, each in self.sets.items()},
+            "questions": {
+                name: hashlib.sha256(json.dumps(each.ids).encode()).hexdigest()
+                for name, each in self.benchmarks.items()
+            },
+            "beta": self.options.beta,
+            "max_tokens_per_micro_batch": self.options.max_tokens_per_micro_batch,
+        }
+
+    def score(self, folder: Path, processes: Processes, log: RunLog) -> Scores:
+        """Ask the model and the reference about everything, as far as `folder` does not have the answers. All processes
+        call this together; the first gets the scores."""
+        groups = [Group(f"set {name}", len(each.index), each.conversations) for name, each in self.sets.items()]
+        groups += [
+            Group(f"benchmark {name}", len(each.ids), each.ids.__getitem__) for name, each in self.benchmarks.items()
+        ]
+
+        def ask(name: str, saved: Saved, heads: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
+            model = ModelForGroups(saved, self.options.deepspeed, self.options.max_tokens_per_micro_batch)
+            return score_groups(name, model, heads, groups, folder, processes, log)
+
+        values = ask("scoring", self.saved, self.saved.heads)
+        return Scores(values, {} if self.reference is None else ask("reference", self.reference, ("logprob",)))
+
+    def results(self, scores: Scores, processes: Processes) -> dict[str, Any]:
+        """What evaluation.json says. The scores of the sets are left in output_dir."""
+        return {
+            "model": self.options.model,
+            "reference": None if self.reference is None else str(self.reference.folder),
+            "beta": self.beta,
+            "sets": {name: self.analyse_set(name, scores) for name in self.sets},
+            "benchmarks": {name: self.judge_benchmark(name, scores) for name in self.benchmarks},
+            "data": {name: each.pairs.report.to_json() for name, each in self.sets.items()},
+            "environment": environment(processes.world_size, processes.device),
+            "job": self.identity(),
+        }
+
+    def analyse_set(self, name: str, scores: Scores) -> dict[str, Any]:
+        pairs, index = self.sets[name].pairs, self.sets[name].index
+        values, references = scores.of(f"set {name}")
+        pair_scores = PairScores.of(
+            name,
+            pairs,
+            index,
+            dict(zip(self.saved.heads, np.moveaxis(np.stack(values), 2, 0))),
+            None if references is None else np.stack(references)[:, :, 0],
+            beta=self.beta,
+            step=self.saved.metadata.get("training", {}).get("steps"),
+        )
+        analysis = analyse(pair_scores)
+        pair_scores.keep_texts(pairs, index, self.formatter.tokenizer)
+        pair_scores.save(self.options.output_dir / SCORES_FOLDER)
+        return analysis
+
+    def judge_benchmark(self, name: str, scores: Scores) -> dict[str, Any]:
+        """{"cut": questions whose prompt was cut, "judges": judge -> result of the benchmark}."""
+        evaluated = self.benchmarks[name]
+        values, references = scores.of(f"benchmark {name}")
+        judges = {head: [row[:, k] for row in values] for k, head in enumerate(self.saved.heads)}
+        if references is not None:
+            pairs = zip(judges["logprob"], references)
+            judges["implicit"] = [self.beta * (logprob - reference[:, 0]) for logprob, reference in pairs]
+        summarize = evaluated.benchmark.summarize
+        results = {
+            judge: summarize(evaluated.questions, [row.tolist() for row in rows]) for judge, rows in judges.items()
+        }
+        return {"cut": evaluated.num_cut, "judges": results}
+
+
 def evaluate(options: EvaluationOptions, processes: Processes) -> None:
     """Evaluate a model on sets of pairs and on benchmarks. All processes call this together.
 
@@ -102,143 +220,39 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
         DataError, ModelError: what was asked for cannot be evaluated.
     """
     log = RunLog(None, processes, files=False)
-    saved = open_model(options.model, dtype=options.dtype, chat_template=options.chat_template, **options.trust)
-    reference = open_reference(options, saved)
-    formatter = saved.formatter()
-    sets = prepare_sets(options, saved, formatter, processes, log)
-    benchmarks = read_benchmarks(options, saved, formatter, processes)
-    identity = identity_of(options, saved, reference, sets, benchmarks)
-    folder = options.output_dir / PARTS_FOLDER
-    if processes.from_first("state", lambda: claim_output(options.output_dir, folder, identity)) == "finished":
-        log.print(f"{options.output_dir / EVALUATION_FILE} is there already, for this model and data")
+    evaluation = Evaluation.open(options, processes, log)
+    file, folder = options.output_dir / EVALUATION_FILE, options.output_dir / PARTS_FOLDER
+    if processes.from_first("state", lambda: claim_output(file, folder, evaluation.identity())) == "finished":
+        log.print(f"{file} is there already, for this model and data")
+    else:
+        scores = evaluation.score(folder, processes, log)
         if processes.is_first:
-            log.print(render_evaluation(json.loads((options.output_dir / EVALUATION_FILE).read_text())))
-        leave_together(processes)
-        return
-
-    groups = [Group(f"set {name}", len(each.index), each.conversations) for name, each in sets.items()]
-    groups += [Group(f"benchmark {name}", len(each.ids), each.ids.__getitem__) for name, each in benchmarks.items()]
-    how = (options.deepspeed, options.max_tokens_per_micro_batch)
-    scores = score_groups("scoring", ModelForGroups(saved, *how), saved.heads, groups, folder, processes, log)
-    references = {}
-    if reference is not None:
-        model = ModelForGroups(reference, *how)
-        references = score_groups("reference", model, ("logprob",), groups, folder, processes, log)
+            results = evaluation.results(scores, processes)
+            write_whole(file, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode())
     if processes.is_first:
-        beta = options.beta or trained_with(saved, "objective").get("beta", DEFAULT_BETA)
-        found = {
-            name: analyse_set(
-                name,
-                each,
-                saved,
-                scores[f"set {name}"],
-                references.get(f"set {name}"),
-                beta,
-                options.output_dir,
-                formatter,
-            )
-            for name, each in sets.items()
-        }
-        judged = {
-            name: judge_benchmark(
-                each, saved.heads, scores[f"benchmark {name}"], references.get(f"benchmark {name}"), beta
-            )
-            for name, each in benchmarks.items()
-        }
-        results = {
-            "model": options.model,
-            "reference": None if reference is None else str(reference.folder),
-            "beta": beta,
-            "sets": found,
-            "benchmarks": judged,
-            "data": {name: each.pairs.report.to_json() for name, each in sets.items()},
-            "environment": environment(processes.world_size, processes.device),
-            "job": identity,
-        }
-        text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-        write_whole(options.output_dir / EVALUATION_FILE, text.encode())
-        shutil.rmtree(folder)
-        log.print(render_evaluation(results))
+        shutil.rmtree(folder, ignore_errors=True)
+        log.print(render_evaluation(json.loads(file.read_text())))
         from hafrm_ds.evaluation.report.writing import write_evaluation_report  # matplotlib loads for long
 
         log.print(f"the results are in {options.output_dir}; report: {write_evaluation_report(options.output_dir)}")
     leave_together(processes)
 
 
-def analyse_set(
-    name: str,
-    evaluated: EvaluatedSet,
-    saved: Saved,
-    scores: list[np.ndarray],
-    references: list[np.ndarray] | None,
-    beta: float,
-    output_dir: Path,
-    formatter: ChatFormatter,
-) -> dict[str, Any]:
-    """The analysis of a set, whose scores are left in output_dir.
-
-    Args:
-        scores: for each pair [2, heads]. references: for each [2, 1] log-probs, or None.
-    """
-    pair_scores = PairScores.of(
-        name,
-        evaluated.pairs,
-        evaluated.index,
-        dict(zip(saved.heads, np.moveaxis(np.stack(scores), 2, 0))),
-        None if references is None else np.stack(references)[:, :, 0],
-        beta=beta,
-        step=saved.metadata.get("training", {}).get("steps"),
-    )
-    analysis = analyse(pair_scores)
-    pair_scores.keep_texts(evaluated.pairs, evaluated.index, formatter.tokenizer)
-    pair_scores.save(output_dir / SCORES_FOLDER)
-    return analysis
-
-
-def judge_benchmark(
-    evaluated: EvaluatedBenchmark,
-    heads: tuple[str, ...],
-    scores: list[np.ndarray],
-    references: list[np.ndarray] | None,
-    beta: float,
-) -> dict[str, Any]:
-    """{"cut": questions whose prompt was cut, "judges": judge -> result of the benchmark}.
-
-    Args:
-        scores: for each question [responses, heads]. references: for each [responses, 1] log-probs, or None.
-    """
-    judges = {head: [values[:, k] for values in scores] for k, head in enumerate(heads)}
-    if references is not None:
-        pairs = zip(judges["logprob"], references)
-        judges["implicit"] = [beta * (logprob - reference[:, 0]) for logprob, reference in pairs]
-    summarize = evaluated.benchmark.summarize
-    results = {judge: summarize(evaluated.questions, [row.tolist() for row in rows]) for judge, rows in judges.items()}
-    return {"cut": evaluated.num_cut, "judges": results}
+def claim_output(file: Path, folder: Path, identity: dict[str, Any]) -> str:
+    """ "finished" or "open"; raises DataError if evaluation.json is of another evaluation."""
+    if not file.exists():
+        claim_folder(folder, identity)
+        return "open"
+    try:
+        same = json.loads(file.read_text())["job"] == identity
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise DataError(f"{file} holds another evaluation; choose another --output_dir")
+    return "finished"
 
 
 # ---- what is evaluated ---------------------------------------------------------------------------------------------
-
-
-def open_reference(options: EvaluationOptions, saved: Saved) -> SavedPolicy | None:
-    """The reference policy, under the formatter of the model and, as far as it is the same network, its layout.
-
-    Raises:
-        ModelError: it is no causal LM, or the model does not say what it started from.
-    """
-    if options.reference is None:
-        return None
-    if "logprob" not in saved.heads:
-        raise ModelError(f"--reference is for the implicit reward of a policy; --model {options.model} has no LM head")
-    name = options.reference
-    if name == BASE:
-        name = saved.metadata.get("base", {}).get("model")
-        if name is None:
-            raise ModelError(f"{saved.folder} does not say what it was trained from; give --reference a model")
-    reference = open_model(name, dtype=saved.config.dtype, chat_template=options.chat_template, **options.trust)
-    if isinstance(reference, SavedModel) or "logprob" not in reference.heads:
-        raise ModelError(f"--reference {name} is no plain causal LM")
-    known = {key: saved.metadata[key] for key in ("layout", "uses_stock_logits") if key in saved.metadata}
-    return SavedPolicy(reference.folder, reference.config, known, reference.chat_template)
 
 
 def prepare_sets(
@@ -287,43 +301,3 @@ def read_benchmarks(
         num_cut = sum(was_cut for _, was_cut in encoded)
         found[name] = EvaluatedBenchmark(benchmark, questions, [ids for ids, _ in encoded], num_cut)
     return found
-
-
-def trained_with(saved: Saved, section: str) -> dict[str, Any]:
-    """A section of the configuration that the model was trained with; {} where it does not say."""
-    return saved.metadata.get("config", {}).get(section, {})
-
-
-def identity_of(
-    options: EvaluationOptions,
-    saved: Saved,
-    reference: SavedPolicy | None,
-    sets: dict[str, EvaluatedSet],
-    benchmarks: dict[str, EvaluatedBenchmark],
-) -> dict[str, Any]:
-    """What the results depend on: those of another job never mix with these."""
-    return {
-        "model": identity_of_model(saved),
-        "reference": None if reference is None else identity_of_model(reference),
-        "pairs": {name: [fingerprint(each.pairs), len(each.index)] for name, each in sets.items()},
-        "questions": {
-            name: hashlib.sha256(json.dumps(each.ids).encode()).hexdigest() for name, each in benchmarks.items()
-        },
-        "beta": options.beta,
-        "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
-    }
-
-
-def claim_output(output_dir: Path, folder: Path, identity: dict[str, Any]) -> str:
-    """ "finished" or "open"; raises DataError if output_dir holds another evaluation."""
-    file = output_dir / EVALUATION_FILE
-    if not file.exists():
-        claim_folder(folder, identity)
-        return "open"
-    try:
-        same = json.loads(file.read_text())["job"] == identity
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise DataError(f"{file} holds another evaluation; choose another --output_dir")
-    return "finished"

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.data.tables import file_table
-from hafrm_ds.errors import ConfigError, DataError, ModelError
+from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.best_of_n import compare_with_gold
 from hafrm_ds.evaluation.sampling import SUMMARY_FILE, SamplingJob, SamplingOptions
 from hafrm_ds.evaluation.tables import render_best_of_n
@@ -41,6 +41,7 @@ class RankingOptions:
     candidates: Path | None = None
     sampling: SamplingOptions | None = None
     gold: str | None = None
+    reference: str | None = None
     max_tokens_per_micro_batch: int = DEFAULT_MAX_TOKENS
     dtype: str | None = None
     trust_remote_code: bool = False
@@ -103,8 +104,13 @@ def rank(options: RankingOptions, processes: Processes) -> int:
     scorers = {f"scores-{number}.jsonl": model for number, model in enumerate(options.model, start=1)}
     if options.gold is not None:
         scorers[GOLD_FILE] = options.gold
+    if options.reference is not None and all(has_reward_head(name, options) for name in scorers.values()):
+        raise ConfigError(["--reference is for models without a reward head, and all of these have one"])
     identity: dict[str, Any] = {
-        "models": {file: identity_of_scorer(name, file, options) for file, name in scorers.items()},
+        "models": {
+            file: {"name": name} | identity_of_model(scoring_of(name, folder / file, options).open())
+            for file, name in scorers.items()
+        },
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }
 
@@ -123,12 +129,20 @@ def rank(options: RankingOptions, processes: Processes) -> int:
     return int(num_bad)
 
 
-def identity_of_scorer(name: str, file: str, options: RankingOptions) -> dict[str, Any]:
-    saved = open_model(name, **options.loading())
-    if "reward" not in saved.heads:
-        option = "--gold" if file == GOLD_FILE else "--model"
-        raise ModelError(f"{option} {name} is a causal LM without a reward head: it has no score")
-    return {"name": name} | identity_of_model(saved)
+def has_reward_head(name: str, options: RankingOptions) -> bool:
+    return "reward" in open_model(name, **options.loading()).heads
+
+
+def scoring_of(name: str, output: Path, options: RankingOptions) -> ScoringOptions:
+    """How a model scores the candidates."""
+    return ScoringOptions(
+        model=Path(name),
+        input=options.output_dir / CANDIDATES_FILE,
+        output=output,
+        max_tokens_per_micro_batch=options.max_tokens_per_micro_batch,
+        reference=None if has_reward_head(name, options) else options.reference,
+        **options.loading(),
+    )
 
 
 def claim(candidates: Path, identity: dict[str, Any]) -> str:
@@ -187,14 +201,7 @@ def score(name: str, output: Path, options: RankingOptions, processes: Processes
     if processes.from_first(f"state of {output.name}", state) == "done":
         return
     log.print(f"scoring with {escape(name)}")
-    asked = ScoringOptions(
-        model=Path(name),
-        input=options.output_dir / CANDIDATES_FILE,
-        output=output,
-        max_tokens_per_micro_batch=options.max_tokens_per_micro_batch,
-        **options.loading(),
-    )
-    score_file(asked, processes.for_job(output.name))
+    score_file(scoring_of(name, output, options), processes.for_job(output.name))
 
 
 def write_results(options: RankingOptions, scorers: dict[str, str], log: RunLog) -> int:

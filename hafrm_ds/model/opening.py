@@ -1,4 +1,4 @@
-"""Any model that scores: what lies in a folder, and the scorer for it."""
+"""Any model that scores: what lies in a folder, what it was trained from, and the scorer for it."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,27 @@ import torch
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.classifier import ClassifierModel, SavedClassifier
+from hafrm_ds.model.implicit import ImplicitRewardModel, SavedImplicitReward
 from hafrm_ds.model.loading import local_folder
 from hafrm_ds.model.policy import PolicyModel, SavedPolicy
 from hafrm_ds.model.reward_model import HybridRewardModel
 from hafrm_ds.model.saved import SavedModel, refuse_pickles
 from hafrm_ds.model.saving import METADATA_FILE
-from hafrm_ds.model.scorer import Scorer
+from hafrm_ds.model.scorer import NO_REWARD, Scorer
 
 Saved = SavedModel | SavedClassifier | SavedPolicy
+SavedScorer = Saved | SavedImplicitReward
+"""What `load_scorer` takes."""
 SCORERS: dict[type, type[Scorer]] = {
     SavedModel: HybridRewardModel,
     SavedClassifier: ClassifierModel,
     SavedPolicy: PolicyModel,
+    SavedImplicitReward: ImplicitRewardModel,
 }
+BASE = "base"
+"""As --reference: the weights that the training started from, as hafrm.json names them."""
+DEFAULT_BETA = 0.1
+"""Where the model does not say what it was trained with."""
 
 
 def open_model(
@@ -59,8 +67,70 @@ def open_model(
     )
 
 
-def load_scorer(saved: Saved, device: torch.device, max_tokens: int) -> Scorer:
-    """Load what `open_model` has looked at."""
+def open_reward_model(name_or_path: str | Path, *, reference: str | None = None, **loading: Any) -> SavedScorer:
+    """Look at a model that gives a reward: that of its head, and without one the implicit reward of its policy.
+
+    Args:
+        reference: for a model without a trained reward head, what its policy is measured against: a folder, a hub id
+            or "base". Default: "base", if the model says what that is.
+        loading: as for `open_model`.
+
+    Raises:
+        ModelError: it has neither reward, or has a reward head and is given a reference.
+    """
+    saved = open_model(name_or_path, **loading)
+    if "reward" in saved.heads:
+        if reference is not None:
+            raise ModelError(f"{name_or_path} has a reward head, which scores without a reference; leave it out")
+        return saved
+    if reference is None and base_of(saved) is None:
+        raise ModelError(f"{name_or_path}: {NO_REWARD}; give --reference")
+    against = open_reference(reference or BASE, saved, **loading)
+    return SavedImplicitReward(saved, against, trained_beta(saved))
+
+
+def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
+    """The reference policy of a model, under its formatter and, as far as it is the same network, its layout.
+
+    Args:
+        name: a folder, a hub id or "base". loading: as for `open_model`; the dtype is that of the model.
+
+    Raises:
+        ModelError: it is no causal LM, or the model has no policy or does not say what it started from.
+    """
+    if "logprob" not in saved.heads:
+        raise ModelError(f"{saved.folder} has no LM head, so no implicit reward that needs a --reference")
+    if name == BASE:
+        name = base_of(saved)
+        if name is None:
+            raise ModelError(f"{saved.folder} does not say what it was trained from; give --reference a model")
+    try:
+        reference = open_model(name, **loading | {"dtype": saved.config.dtype})
+    except ModelError as error:
+        raise ModelError(f"the reference of {saved.folder} cannot be used (--reference): {error}") from error
+    if isinstance(reference, SavedModel) or "logprob" not in reference.heads:
+        raise ModelError(f"--reference {name} is no plain causal LM")
+    known = {key: saved.metadata[key] for key in ("layout", "uses_stock_logits") if key in saved.metadata}
+    return SavedPolicy(reference.folder, reference.config, known, reference.chat_template)
+
+
+def base_of(saved: Saved) -> str | None:
+    """Name of the weights that a training started from; None of a model that does not say."""
+    return saved.metadata.get("base", {}).get("model")
+
+
+def trained_with(saved: Saved, section: str) -> dict[str, Any]:
+    """A section of the configuration that a model was trained with; {} where it does not say."""
+    return saved.metadata.get("config", {}).get(section, {})
+
+
+def trained_beta(saved: Saved) -> float:
+    """Scale of the implicit reward."""
+    return trained_with(saved, "objective").get("beta", DEFAULT_BETA)
+
+
+def load_scorer(saved: SavedScorer, device: torch.device, max_tokens: int) -> Scorer:
+    """Load what `open_model` or `open_reward_model` has looked at."""
     return SCORERS[type(saved)].load(saved, device, max_tokens)
 
 

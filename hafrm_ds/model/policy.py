@@ -11,7 +11,7 @@ from hafrm_ds.data.tokenization import tokenize_conversation
 from hafrm_ds.model.attention import UnsupportedAttention
 from hafrm_ds.model.hybrid import HybridModel, layout_difference, lm_head_difference, tolerance_of
 from hafrm_ds.model.loading import load_hybrid_model
-from hafrm_ds.model.saved import SavedStockModel
+from hafrm_ds.model.saved import SavedModel, SavedStockModel
 from hafrm_ds.model.scorer import Scorer
 from hafrm_ds.objective import ResponseScores
 
@@ -33,7 +33,7 @@ class SavedPolicy(SavedStockModel):
 
 
 class PolicyModel(Scorer):
-    """Log-probs of a causal LM."""
+    """Log-probs of a causal LM, be it the body of a training."""
 
     heads = SavedPolicy.heads
 
@@ -42,7 +42,7 @@ class PolicyModel(Scorer):
         self.model = model
 
     @classmethod
-    def load(cls, saved: SavedPolicy, device: torch.device, max_tokens: int) -> "PolicyModel":
+    def load(cls, saved: SavedModel | SavedPolicy, device: torch.device, max_tokens: int) -> "PolicyModel":
         model, formatter = saved.hybrid_model(device).to(device), saved.formatter()
         if "layout" not in saved.metadata:
             settle_layout(model, formatter, device)

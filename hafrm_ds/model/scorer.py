@@ -21,8 +21,8 @@ from hafrm_ds.objective import ResponseScores
 Conversation = list[Message]
 DEFAULT_MAX_TOKENS = 8192
 NO_REWARD = (
-    "the model has no reward: it is a causal LM without a reward head, or was trained without a reward loss "
-    "(objective.rm_weight 0). It has log-probs"
+    "the model has no reward head, or was trained without a reward loss (objective.rm_weight 0). It has log-probs, and "
+    "against a reference policy an implicit reward"
 )
 
 

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hafrm_ds.errors import DataError, ModelError
-from hafrm_ds.model.opening import Saved, open_model
-from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS, NO_REWARD, Scorer
+from hafrm_ds.errors import DataError
+from hafrm_ds.model.implicit import SavedImplicitReward
+from hafrm_ds.model.opening import SavedScorer, open_reward_model
+from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS, Scorer
 from hafrm_ds.scoring.loading import load_for_job
 from hafrm_ds.scoring.parts import claim_folder, identity_of_model, leave_together, stamp, work_through
 from hafrm_ds.scoring.rows import ScoredRow
@@ -37,6 +38,18 @@ class ScoringOptions:
     trust_remote_code: bool = False
     trust_pickle: bool = False
     chat_template: str | None = None
+    reference: str | None = None
+
+    def open(self) -> SavedScorer:
+        """Raises ModelError if the model cannot be used, or gives no reward."""
+        return open_reward_model(
+            self.model,
+            reference=self.reference,
+            dtype=self.dtype,
+            chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
+            trust_pickle=self.trust_pickle,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,15 +72,9 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
         DataError: the files cannot be used. ModelError: the model cannot.
     """
     log = RunLog(None, processes, files=False)
-    saved = open_model(
-        options.model,
-        dtype=options.dtype,
-        chat_template=options.chat_template,
-        trust_remote_code=options.trust_remote_code,
-        trust_pickle=options.trust_pickle,
-    )
-    if "reward" not in saved.heads:
-        raise ModelError(f"--model {options.model}: {NO_REWARD}")
+    saved = options.open()
+    if isinstance(saved, SavedImplicitReward):
+        log.print(f"{options.model} has no reward head: scored by its implicit reward against {saved.reference.folder}")
     if options.max_tokens_per_micro_batch < 1:
         raise DataError(f"--max_tokens_per_micro_batch is {options.max_tokens_per_micro_batch}; no row is so short")
     folder = options.output.with_name(f"{options.output.name}.parts")
@@ -98,7 +105,7 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
 # ---- what is to be done --------------------------------------------------------------------------------------------
 
 
-def plan_job(options: ScoringOptions, saved: Saved, folder: Path) -> dict[str, Any]:
+def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> dict[str, Any]:
     """{"parts": all parts, "missing": numbers of those that are not there}; makes the folder of the parts.
 
     Raises:
@@ -129,7 +136,7 @@ def cut_into_parts(input: Path) -> list[Part]:
     return [Part(k, starts[line], line + 1, min(length, num_lines - line)) for k, line in enumerate(firsts)]
 
 
-def identity_of(options: ScoringOptions, saved: Saved) -> dict[str, Any]:
+def identity_of(options: ScoringOptions, saved: SavedScorer) -> dict[str, Any]:
     """What the scores depend on: parts of another job never mix with these."""
     return {
         "input": stamp(options.input),

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hafrm_ds.errors import DataError
+from hafrm_ds.model.implicit import SavedImplicitReward
 from hafrm_ds.model.loading import local_folder
-from hafrm_ds.model.opening import Saved
+from hafrm_ds.model.opening import SavedScorer
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.processes import Processes
 
@@ -40,8 +41,11 @@ def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
         raise DataError(f"{folder} cannot be written: {error.strerror}") from error
 
 
-def identity_of_model(saved: Saved) -> dict[str, Any]:
+def identity_of_model(saved: SavedScorer) -> dict[str, Any]:
     """What of a model the scores depend on."""
+    if isinstance(saved, SavedImplicitReward):
+        models = {"policy": saved.policy, "reference": saved.reference}
+        return {name: identity_of_model(each) for name, each in models.items()} | {"beta": saved.beta}
     folders = dict.fromkeys([saved.folder, local_folder(saved.config)])  # an adapter's base lies elsewhere
     files = [
         file

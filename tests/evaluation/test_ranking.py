@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from hafrm_ds import HybridRewardModel
+from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ConfigError, DataError, ModelError, UserError
 from hafrm_ds.evaluation import ranking, sampling
 from hafrm_ds.evaluation.ranking import RankingOptions, rank
 from hafrm_ds.evaluation.sampling import Answer, Request, SamplingJob, SamplingOptions, TransformersSampler
-from hafrm_ds.model.opening import open_model
+from hafrm_ds.model.opening import load_scorer, open_model
 from hafrm_ds.scoring import parts
 from hafrm_ds.training.processes import Processes
 from tests.tiny_models import save_tiny_final, save_tiny_model
@@ -93,6 +94,23 @@ def test_candidates_are_ranked_by_each_model(folder, tmp_path):
     picks = [row["candidates"][0]["gold"] for row in ranked[::2]]
     assert results["results"]["models"][str(folder / "one")]["pick"]["value"] == pytest.approx(sum(picks) / NUM_PROMPTS)
     assert (results["prompts"], results["gold"]) == (NUM_PROMPTS, "field gold")
+
+
+def test_a_model_without_a_reward_head_ranks_by_its_implicit_reward(folder, tmp_path):
+    dpo = save_tiny_final(tmp_path / "dpo", "qwen2", base="nowhere", objective={"rm_weight": 0.0, "beta": 0.5})
+    models = [str(dpo), str(folder / "one")]
+    options = from_candidates(folder, tmp_path / "out", model=models, reference=str(folder / "policy"))
+    assert rank(options, alone()) == 0
+    policy, reference = (load_scorer(open_model(each), torch.device("cpu"), 2000) for each in (dpo, folder / "policy"))
+    ranked = lines(tmp_path / "out" / "ranked.jsonl")
+    assert {row["model"] for row in ranked[1::2]} == {str(folder / "one")}
+    for row, found in zip(lines(folder / "candidates.jsonl"), ranked[::2], strict=True):
+        ids = [policy.encode([user(row["prompt"]), assistant(response)]) for response in row["responses"]]
+        logprobs = [model.values(ids, ("logprob",))[:, 0] for model in (policy, reference)]
+        expected = dict(zip(row["responses"], 0.5 * (logprobs[0] - logprobs[1])))
+        assert found["pick"] == max(expected, key=expected.get)
+        for candidate in found["candidates"]:
+            assert candidate["score"] == pytest.approx(expected[candidate["response"]], abs=1e-4)
 
 
 def test_answers_of_the_same_score_share_a_rank_and_keep_their_order():
@@ -332,7 +350,8 @@ def test_files_and_models_that_are_not_there_are_named(folder, tmp_path):
     save_tiny_model(tmp_path / "bare", chat_template=None)
     changed = dataclasses.replace(options.sampling, policy=str(tmp_path / "bare"))
     assert "--policy_chat_template takes a name" in refusal(dataclasses.replace(options, sampling=changed))
-    assert "--gold" in refusal(dataclasses.replace(options, gold=str(folder / "policy")))
+    assert "policy: the model has no reward head" in refusal(dataclasses.replace(options, gold=str(folder / "policy")))
+    assert "for models without a reward head" in refusal(dataclasses.replace(options, reference="base"))
     assert not (tmp_path / "out").exists()
 
 

@@ -3,15 +3,16 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hafrm_ds import HybridRewardModel
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.export import export_model
-from hafrm_ds.model.opening import load_scorer, open_model
+from hafrm_ds.model.opening import load_scorer, open_model, open_reward_model
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 CONVERSATIONS = [
@@ -19,6 +20,7 @@ CONVERSATIONS = [
     for question in ("Why?", "What is it, and since when?")
     for answer in ("Because.", " It rains, and nobody knows why.", "Since May.")
 ]
+DPO = {"alpha": 0.2, "rm_weight": 0.0, "beta": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +52,8 @@ def test_a_training_and_its_exports_say_the_same(final, tmp_path):
     assert values(tmp_path / "policy", "logprob") == pytest.approx(model.log_probs(CONVERSATIONS), abs=1e-4)
 
 
-def test_a_head_that_no_reward_loss_has_trained_gives_no_reward(final, tmp_path):
-    folder = tmp_path / "dpo"
-    shutil.copytree(final, folder)
-    metadata = json.loads((folder / "hafrm.json").read_text())
-    metadata["config"]["objective"] = {"alpha": 0.2, "rm_weight": 0.0}
-    (folder / "hafrm.json").write_text(json.dumps(metadata))
+def test_a_head_that_no_reward_loss_has_trained_gives_no_reward(tmp_path):
+    folder = save_tiny_final(tmp_path / "dpo", objective=DPO)
     assert open_model(folder).heads == ("logprob",)
     model = HybridRewardModel.from_pretrained(folder)
     assert len(model.log_probs(CONVERSATIONS)) == len(CONVERSATIONS)
@@ -63,6 +61,34 @@ def test_a_head_that_no_reward_loss_has_trained_gives_no_reward(final, tmp_path)
         model.score(CONVERSATIONS)
     with pytest.raises(ModelError, match="export the policy"):
         export_model(folder, "sequence-classification", tmp_path / "export")
+
+
+def test_without_a_reward_head_the_implicit_reward_scores(tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    weights = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter.mul_(0.8)
+    weights.save_pretrained(base)
+    dpo = save_tiny_final(tmp_path / "dpo", base=base, objective=DPO)
+    differences = np.subtract(values(dpo, "logprob"), values(base, "logprob"))
+    for saved in (open_reward_model(dpo), open_reward_model(dpo, reference=str(base))):
+        scorer = load_scorer(saved, torch.device("cpu"), 2000)
+        found = scorer.score_ids(map(scorer.encode, CONVERSATIONS))
+        assert found == pytest.approx((0.3 * differences).tolist(), abs=1e-4)
+    assert max(differences) - min(differences) > 1
+
+    moved = save_tiny_final(tmp_path / "moved", base=tmp_path / "gone", objective=DPO)
+    with pytest.raises(ModelError, match=r"(?s)the reference of \S+moved cannot be used \(--reference\).*gone"):
+        open_reward_model(moved)
+    with pytest.raises(ModelError, match=r"no reward head.*give --reference"):
+        open_reward_model(base)
+
+
+def test_a_reward_head_scores_without_a_reference(final):
+    assert open_reward_model(final).heads == ("reward", "logprob")
+    with pytest.raises(ModelError, match="has a reward head, which scores without a reference"):
+        open_reward_model(final, reference="base")
 
 
 @pytest.mark.parametrize("pad_token_id", [1, None])
