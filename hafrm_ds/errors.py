@@ -4,6 +4,13 @@ Everything a user can get wrong is raised as one of these: the message names the
 to do. Entry files print the message without a traceback, from one rank, and exit with status 1.
 """
 
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+INTERRUPTED_STATUS = 130
+"""What a shell gives a program that Ctrl-C has ended."""
+
 
 class UserError(Exception):
     """Something outside the code is wrong: the message is all a user needs."""
@@ -24,3 +31,18 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model or tokenizer cannot be used."""
+
+
+def run_alone(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry file that needs no launcher: a UserError becomes one message, and exit status 1.
+
+    Those that a launcher may start use `training.processes.run_entry`.
+    """
+    try:
+        status = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = INTERRUPTED_STATUS
+    sys.exit(status)

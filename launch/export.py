@@ -10,10 +10,9 @@ put on. The export is reopened, the first two by transformers, and must give the
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import run_alone
 
 
 def main() -> None:
@@ -44,8 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_alone(main)

@@ -20,7 +20,7 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.health import render_health
 from hafrm_ds.data.preparation import PreparedPairs, choose_examples, prepare_pairs
 from hafrm_ds.data.report import as_text, render_tokens
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import run_alone
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.options import load_config
 
@@ -56,15 +56,10 @@ def inspect(config: TrainConfig, own: argparse.Namespace, console: Console) -> N
             console.print(render_tokens(prepared[index], formatter.tokenizer))
 
 
-def main() -> int:
-    try:
-        config, own = read_command_line(sys.argv[1:])
-        inspect(config, own, Console())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+def main() -> None:
+    config, own = read_command_line(sys.argv[1:])
+    inspect(config, own, Console())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_alone(main)

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.errors import ConfigError, UserError
+from hafrm_ds.errors import ConfigError, run_alone
 from hafrm_ds.options import load_config
 
 DEVICE_NUMBERS = ("peak_tflops", "memory_gib", "memory_gbs", "link_gbs", "host_gbs", "network_gbs")
@@ -65,21 +65,16 @@ def read_command_line(arguments: list[str]) -> tuple[argparse.Namespace, TrainCo
     return own, load_config(rest)
 
 
-def main() -> int:
-    try:
-        own, config = read_command_line(sys.argv[1:])
-        from hafrm_ds.capacity.devices import find_device  # after the options are known to be right
-        from hafrm_ds.capacity.job import plan_run
-        from hafrm_ds.capacity.plan import Machines
+def main() -> None:
+    own, config = read_command_line(sys.argv[1:])
+    from hafrm_ds.capacity.devices import find_device  # after the options are known to be right
+    from hafrm_ds.capacity.job import plan_run
+    from hafrm_ds.capacity.plan import Machines
 
-        device = find_device(own.device, {name: getattr(own, name) for name in DEVICE_NUMBERS})
-        machines = Machines(device, own.gpus, own.nodes, own.mfu, own.price)
-        plan_run(config, machines, (own.pairs, *own.mean_tokens) if own.pairs else None, own.write, Console())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    device = find_device(own.device, {name: getattr(own, name) for name in DEVICE_NUMBERS})
+    machines = Machines(device, own.gpus, own.nodes, own.mfu, own.price)
+    plan_run(config, machines, (own.pairs, *own.mean_tokens) if own.pairs else None, own.write, Console())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_alone(main)

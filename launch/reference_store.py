@@ -9,13 +9,12 @@ A store is copied to another machine by copying its folder. Prune when no job wr
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import run_alone
 from hafrm_ds.reference.maintenance import NamespaceReport, merge_stores, prune_store, verify_store
 from hafrm_ds.reference.store import StoreError
 
@@ -54,8 +53,4 @@ def table_of(reports: list[NamespaceReport]) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_alone(main)

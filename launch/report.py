@@ -7,13 +7,12 @@ A run may still be going on. Training draws its report when it ends.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import run_alone
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run or an evaluation")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: FOLDER/report.html; comparison.html here")
@@ -25,12 +24,7 @@ def main() -> int:
     else:
         file = write_comparison_report(arguments.folders, arguments.output or Path("comparison.html"))
     print(file)
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_alone(main)

@@ -17,7 +17,7 @@ from hafrm_ds.capacity.plan import Machines, Plan
 from hafrm_ds.capacity.shapes import count_parameters, model_of_shapes
 from hafrm_ds.capacity.workload import counts
 from hafrm_ds.data.packing import lay_out
-from hafrm_ds.errors import ConfigError
+from hafrm_ds.errors import ConfigError, run_alone
 from hafrm_ds.options import load_config
 from tests.distributed.launching import write_pairs
 from tests.tiny_models import random_items, save_tiny_model, tiny_hybrid
@@ -156,8 +156,9 @@ def test_quantised_weights_take_fewer_bytes_and_no_stage_3(tmp_path):
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
     monkeypatch.setenv("COLUMNS", "140")
-    status = command.main()
-    return status, *capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        run_alone(command.main)
+    return left.value.code, *capsys.readouterr()
 
 
 def test_a_recipe_is_written_that_training_takes(tmp_path, monkeypatch, capsys):

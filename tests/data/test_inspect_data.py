@@ -53,6 +53,6 @@ def test_health_compares_the_sets_instead_of_showing_rows(inspect_data, capsys):
 
 def test_user_errors_are_one_message(inspect_data, capsys):
     assert inspect_data("--data.chat_template", "chatlm") == 1
-    assert capsys.readouterr().err.startswith("the chat template 'chatlm' cannot be read")
+    assert capsys.readouterr().err.startswith("error: the chat template 'chatlm' cannot be read")
     assert inspect_data("--data.max_length", "10", "--data.truncation", "drop") == 1
     assert "5 of 5 selected pairs (100.0%) would be dropped" in capsys.readouterr().err
