@@ -47,6 +47,8 @@ def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str
 def inspect(config: TrainConfig, own: argparse.Namespace, console: Console) -> None:
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
     if own.health:
+        # However much of it is unusable: that is when one looks.
+        config = config.model_copy(update={"data": config.data.model_copy(update={"max_dropped_share": 1.0})})
         console.print(render_health(dict(prepare(config, formatter))))
         return
     for title, prepared in prepare(config, formatter):
