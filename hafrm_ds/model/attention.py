@@ -138,13 +138,13 @@ def segment_attention(
     """
     if attention_mask is not None:
         raise UnsupportedAttention(
-            f"{type(module).__name__} makes an attention mask of its own, and the layouts shared_prefix and packed have "
-            "none; set --batch.layout padded"
+            f"{type(module).__name__} makes an attention mask of its own, which the layouts shared_prefix and packed "
+            "have no place for; set --batch.layout padded"
         )
     if sliding_window is None and (kind := masked_type(module, max(segments.k_lengths))):
         raise UnsupportedAttention(
-            f"a {type(module).__name__} is {kind} by its attention mask alone, and the layouts shared_prefix and packed "
-            "have none; set --batch.layout padded"
+            f"{type(module).__name__} is {kind} by its attention mask alone, and the layouts shared_prefix and packed "
+            "have no mask; set --batch.layout padded"
         )
     if unknown := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS]:
         raise UnsupportedAttention(
