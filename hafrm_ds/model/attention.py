@@ -173,19 +173,19 @@ def masked_type(module: nn.Module, length: int) -> str | None:
         module: the layer, with the configuration of its text model, as AttentionInterface asks for.
         length: tokens of the longest sequence of the batch, which may be more than the positions that the model knows.
     """
-    config = module.config
-    if layer_types := getattr(config, "layer_types", None):
+    fields = vars(module.config)  # every layer asks, and getattr is slow for what a configuration has not
+    if layer_types := fields.get("layer_types"):
         kind = layer_types[module.layer_idx]
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    elif fields.get("sliding_window") and fields.get("use_sliding_window", True):
         kind = "sliding_attention"
-    elif getattr(config, "attention_chunk_size", None):
+    elif fields.get("attention_chunk_size"):
         kind = "chunked_attention"
     else:
         return None
     if kind in UNRESTRICTED:
         return None
-    span = getattr(config, SPANS[kind], None) if kind in SPANS else None
-    longest = max(getattr(config, "max_position_embeddings", None) or math.inf, length)
+    span = fields.get(SPANS[kind]) if kind in SPANS else None
+    longest = max(getattr(module.config, "max_position_embeddings", None) or math.inf, length)
     return kind if span is None or span < longest else None
 
 
