@@ -4,10 +4,11 @@ import itertools
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hafrm_ds.data.report import as_text, number_table
+from hafrm_ds.data.report import as_text, number_table, printable
 from hafrm_ds.evaluation.benchmarks.catalogue import render
 
 JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
@@ -46,7 +47,7 @@ def yardstick_table(sets: dict[str, Any]) -> Table:
     """What an accuracy is worth: that of always taking the longer or the shorter answer, and how often two judges
     prefer the same one."""
     both = list(itertools.combinations(judges_of(sets), 2))
-    headers = [f"{JUDGES[one]} &\n{JUDGES[other]} agree" for one, other in both]
+    headers = [f"{one} &\n{other}\nagree" for one, other in both]
     table = number_table("Yardsticks [95%]", "longer wins", "shorter wins", *headers)
     for name, found in sets.items():
         shares = [agreement_of(found["agreement"], one, other) for one, other in both]
@@ -67,7 +68,7 @@ def agreement_of(agreement: dict[str, float], one: str, other: str) -> float | N
 
 def calibration_table(sets: dict[str, Any]) -> Table:
     """How well the confidence of a judge agrees with its accuracy."""
-    names = ("judge", "margin", "ECE", "Brier", "log loss", "fitted T", "ECE at T", "Brier at T")
+    names = ("judge", "margin", "ECE", "Brier", "log\nloss", "fitted\nT", "ECE\nat T", "Brier\nat T")
     table = number_table("Calibration", *names)
     for name, found in sets.items():
         for judge, values in found["calibration"].items():
@@ -89,7 +90,7 @@ def calibration_table(sets: dict[str, Any]) -> Table:
 def length_table(name: str, found: dict[str, Any]) -> Table:
     """Accuracy by how much longer the chosen answer is."""
     judges = list(found["accuracy"])
-    table = number_table(as_text(f"{name}: chosen longer by"), "pairs", *(JUDGES[judge] for judge in judges))
+    table = number_table(f"{escape(printable(name))}: chosen longer by", "pairs", *(JUDGES[judge] for judge in judges))
     for part in found["by_length_difference"]:
         cells = [interval(part["accuracy"][judge]) for judge in judges]
         table.add_row(length_range(part["low"], part["high"]), f"{part['pairs']:,}", *cells)

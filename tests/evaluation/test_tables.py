@@ -54,12 +54,9 @@ def test_a_hundred_columns_cut_and_fold_no_figure(sets):
     narrow, wide = lines_of(sets, 100), lines_of(sets, 300)
     assert max(map(len, narrow)) <= 100 and "…" not in "".join(narrow)
     for table in ("Accuracy [95%]", "Yardsticks [95%]", "Calibration"):
-        figures = [[cell for cell in row if "." in cell] for row in cells(wide, table)]
-        assert [row for row in figures if row] == [
-            row for row in ([cell for cell in row if "." in cell] for row in cells(narrow, table)) if row
-        ]
+        assert cells(narrow, table) == cells(wide, table)
 
 
 def test_one_head_has_yardsticks_and_nothing_to_agree_with():
-    rows = cells(lines_of({"one": analyse(pair_scores("one", policy=False))}, 100), "Yardsticks [95%]")
-    assert rows[0] == ["Yardsticks [95%]", "longer wins", "shorter wins"]
+    lines = lines_of({"one": analyse(pair_scores("one", policy=False))}, 100)
+    assert len(cells(lines, "Yardsticks [95%]")[0]) == 3 and "agree" not in "".join(lines)
