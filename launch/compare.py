@@ -35,9 +35,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     parser.add_argument("--alphas", default="[]")
     parser.add_argument("--betas", default="[]")
     own, rest = parser.parse_known_args(arguments)
-    if processes.is_first and {"--help", "-h"} & set(rest):
-        print(__doc__)
-    config = load_config(rest)
+    config = load_config(rest, about=__doc__, own=vars(own))
     if own.seeds < 1:
         raise ConfigError([f"--seeds is {own.seeds}; it must be at least 1"])
     from hafrm_ds.training.comparison import arms_of, train_and_compare  # after the options are known to be right

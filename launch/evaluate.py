@@ -37,7 +37,12 @@ def read_command_line(arguments: list[str]) -> dict[str, Any]:
         "the training started from")  # fmt: skip
     add("--beta", type=float, help="scale of the implicit reward (default: that of the training, else 0.1)")
     add("--max_pairs", type=int, help="use at most so many pairs of each set: a fixed random choice")
-    add("--max_length", type=int, help="longest conversation in tokens (default: that of the training, else 2048)")
+    add(
+        "--max_length",
+        type=int,
+        help="longest conversation in tokens (default: that of the training, else what the "
+        "model knows and a micro-batch holds)",
+    )
     add("--truncation", choices=("drop", "keep_prompt_end", "cut_response"),
         help="what happens to longer ones (default: as in the training, else keep_prompt_end)")  # fmt: skip
     add("--max_dropped_share", type=float, help="stop when more of the pairs would be dropped (0.05)")
@@ -59,19 +64,22 @@ def read_command_line(arguments: list[str]) -> dict[str, Any]:
 
 def read_sets(words: list[str]) -> dict[str, list[Source]]:
     """Words after --data -> sources of each set."""
-    named, plain = {}, []
+    adapter, found = TypeAdapter(EvalSources), {}
     for word in words:
-        if word.startswith("{"):
-            named |= yaml.safe_load(word)
-        else:
-            plain.append(word)
-    try:
-        adapter = TypeAdapter(EvalSources)
-        return adapter.validate_python(plain) | adapter.validate_python(named)
-    except ValidationError as error:
-        raise ConfigError(
-            [f"--data: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
-        ) from None
+        try:
+            sets = adapter.validate_python(yaml.safe_load(word) if word.startswith("{") else [word])
+        except yaml.YAMLError:
+            raise ConfigError([f"--data {word}: is not of the form '{{NAME: SOURCE, ...}}'"]) from None
+        except ValidationError as error:
+            raise ConfigError(
+                [f"--data: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
+            ) from None
+        if again := sorted(sets.keys() & found):
+            raise ConfigError(
+                [f"--data names two sets {again[0]}; give them names of their own: '{{NAME: SOURCE, ...}}'"]
+            )
+        found |= sets
+    return found
 
 
 def read_benchmark_names(words: list[str]) -> dict[str, str | None]:
@@ -81,6 +89,8 @@ def read_benchmark_names(words: list[str]) -> dict[str, str | None]:
         name, _, path = word.partition("=")
         if name not in BENCHMARKS:
             raise ConfigError([f"--benchmarks {name}: not known{suggestion(name, BENCHMARKS)}"])
+        if name in found:
+            raise ConfigError([f"--benchmarks names {name} twice; evaluate the second into another --output_dir"])
         found[name] = path or None
     return found
 

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hafrm_ds.data.content_keys import KEY_DTYPE, content_key, unique_keys
+from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.data.report import as_text, number_table
 
@@ -69,12 +69,6 @@ class Overlap:
     first: str
 
 
-def prompt_keys(pairs: PreparedPairs) -> np.ndarray:
-    """A key of each pair's prompt, by its tokens after any cut: [P] KEY_DTYPE."""
-    keys = b"".join(content_key(ids, []) for ids in pairs.pairs["prompt_ids"])
-    return np.frombuffer(keys, KEY_DTYPE)
-
-
 def are_among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Which of `keys` [P] occur in `known`: [P] bool."""
     _, place = unique_keys(np.concatenate([known, keys]))
@@ -82,7 +76,7 @@ def are_among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def overlap(train: PreparedPairs, test: PreparedPairs) -> Overlap:
-    prompts = are_among(prompt_keys(test), prompt_keys(train))
+    prompts = are_among(test.prompt_keys, train.prompt_keys)
     answers = are_among(test.keys.reshape(-1), train.keys.reshape(-1)).reshape(-1, 2)
     both = shared_pairs(train.keys, test.keys)
     any_of_it = np.flatnonzero(prompts | answers.any(axis=1))
@@ -118,7 +112,7 @@ def render_health(sets: dict[str, PreparedPairs]) -> RenderableType:
 def repeats_table(sets: dict[str, PreparedPairs]) -> RenderableType:
     table = number_table("Repeats", "pairs", "different prompts", "exact duplicates", "in both orders")
     for name, pairs in sets.items():
-        prompts = len(unique_keys(prompt_keys(pairs))[0])
+        prompts = len(unique_keys(pairs.prompt_keys)[0])
         numbers = (len(pairs), prompts, pairs.report.duplicates, pairs.report.both_orders)
         table.add_row(as_text(name), *(f"{number:,}" for number in numbers))
     return table

@@ -27,7 +27,15 @@ from hafrm_ds.data.report import (
     percentiles,
 )
 from hafrm_ds.data.sources import Source
-from hafrm_ds.data.tokenization import NO_IDS, TOKENIZATION_VERSION, TokenizedPair, Truncation, tokenize_pair
+from hafrm_ds.data.tokenization import (
+    IDENTICAL_AFTER_CUT,
+    NOT_TOKENIZED,
+    TOKENIZATION_VERSION,
+    TOO_LONG,
+    TokenizedPair,
+    Truncation,
+    tokenize_pair,
+)
 from hafrm_ds.errors import DataError
 
 SMALL_SET = 2000
@@ -51,6 +59,7 @@ FATE_FEATURES = {
     "deselected": datasets.Value("string"),
     "cut": datasets.Value("bool"),
     "uncut_length": datasets.Value("int64"),
+    "prompt_key": datasets.Value("binary"),
     "chosen_key": datasets.Value("binary"),
     "rejected_key": datasets.Value("binary"),
 }
@@ -68,6 +77,8 @@ class PreparedPairs:
     """prompt, chosen, rejected -> [pairs] int64 tokens."""
     keys: np.ndarray
     """[pairs, 2] KEY_DTYPE, content keys of chosen and rejected response."""
+    prompt_keys: np.ndarray
+    """[pairs] KEY_DTYPE, keys of the prompts before any cut: pairs of one prompt share it, however they were cut."""
     uncut_lengths: np.ndarray
     """int64 tokens of the longer conversation before any cut, for all pairs that could be rendered: also for those that
     were dropped as too long."""
@@ -92,24 +103,26 @@ def prepare_pairs(
     """Read, tokenise and check the pairs of `sources`.
 
     The tokenised rows are cached by content of the sources, formatter, max_length and truncation. `seed` decides caps
-    and mixes of the sources and the examples in the report.
+    and mixes of training sources and the examples in the report. An evaluation set is the same under every seed: runs
+    are compared on it.
 
     Raises:
         DataError: a source cannot be read, more than data.max_dropped_share of the selected pairs is unusable, or no
             pair is left.
     """
-    rows = read_pairs(sources, role=role, seed=seed, cache_dir=data.cache_dir)
+    rows = read_pairs(sources, role=role, seed=seed if role == "train" else 0, cache_dir=data.cache_dir)
     tokenized = tokenize_rows(rows, formatter, data)
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
     lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in ("prompt", "chosen", "rejected")}
     keys = np.stack([keys_of_column(table[name]) for name in ("chosen_key", "rejected_key")], axis=1)[kept]
+    prompt_keys = keys_of_column(table["prompt_key"])[kept]
     uncut = table["uncut_length"].to_numpy()
     uncut = uncut[uncut > 0]
     report = summarize(table, lengths, keys, uncut, formatter, data, role)
     check_enough_left(report, data)
     pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
-    prepared = PreparedPairs(pairs, lengths, keys, uncut, report)
+    prepared = PreparedPairs(pairs, lengths, keys, prompt_keys, uncut, report)
     for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
         report.examples.append(Example.of(prepared[index], formatter.tokenizer))
     return prepared
@@ -165,18 +178,20 @@ def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length:
     for values in zip(*batch.values()):
         given = dict(zip(batch, values))
         row = {name: given[name] for name in CARRIED}
-        ids, cut, uncut_length = NO_IDS, False, 0
+        tokenization = NOT_TOKENIZED
         if not (row["deselected"] or row["dropped"]):
-            ids, row["dropped"], cut, uncut_length = tokenize_pair(
+            tokenization = tokenize_pair(
                 formatter, given["prompt"], given["chosen"], given["rejected"], max_length, truncation
             )
-        prompt_ids, chosen_ids, rejected_ids = ids
+            row["dropped"] = tokenization.outcome
+        prompt_ids, chosen_ids, rejected_ids = tokenization.ids
         row |= {
             "prompt_ids": prompt_ids,
             "chosen_ids": chosen_ids,
             "rejected_ids": rejected_ids,
-            "cut": cut,
-            "uncut_length": uncut_length,
+            "cut": tokenization.cut,
+            "uncut_length": tokenization.uncut_length,
+            "prompt_key": content_key(tokenization.rendered_prompt, []),
             "chosen_key": content_key(prompt_ids, chosen_ids),
             "rejected_key": content_key(prompt_ids, rejected_ids),
         }
@@ -245,7 +260,12 @@ def check_enough_left(report: DataReport, data: DataConfig) -> None:
             f"Longer conversation of a pair: {uncut['p90']} tokens at the 90th percentile, {uncut['p99']} at the 99th, "
             f"{uncut['max']} at most. data.max_length is {data.max_length}, data.truncation {data.truncation}."
         )
-    remedy = "Raise data.max_length, choose another data.truncation, or repair the data"
+    by_length = TOO_LONG in total.dropped or IDENTICAL_AFTER_CUT in total.dropped
+    remedy = (
+        "Raise data.max_length, choose another data.truncation, or repair the data"
+        if by_length
+        else "Repair these rows, or take them out"
+    )
     lines.append(remedy + (f"; data.max_dropped_share {share} lets this set through." if total.kept else "."))
     raise DataError("\n".join(lines))
 

@@ -15,8 +15,8 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.errors import DataError
 
-TOKENIZATION_VERSION = 2
-"""Part of the cache key of tokenised data: raise it whenever the ids or outcomes of any pair change."""
+TOKENIZATION_VERSION = 3
+"""Part of the cache key of tokenised data: raise it whenever what is kept of any pair changes."""
 
 Truncation = Literal["drop", "keep_prompt_end", "cut_response"]
 
@@ -76,6 +76,8 @@ class Tokenization(NamedTuple):
     """Whether tokens of a usable pair were cut: of its prompt (keep_prompt_end) or its responses (cut_response)."""
     uncut_length: int
     """Tokens of the longer conversation before any cut; 0 for pairs dropped before they had ids."""
+    rendered_prompt: list[int]
+    """Ids of the prompt rendered alone, before any cut; empty when the pair is dropped."""
 
 
 def tokenize_pair(
@@ -114,11 +116,15 @@ def tokenize_pair(
         return dropped(TOO_LONG, length)
     if fitted.chosen == fitted.rejected:
         return dropped(IDENTICAL_AFTER_CUT, length)
-    return Tokenization(fitted, outcome="", cut=fitted != ids, uncut_length=length)
+    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt)
 
 
 def dropped(reason: str, uncut_length: int = 0) -> Tokenization:
-    return Tokenization(NO_IDS, reason, cut=False, uncut_length=uncut_length)
+    return Tokenization(NO_IDS, reason, cut=False, uncut_length=uncut_length, rendered_prompt=[])
+
+
+NOT_TOKENIZED = dropped("")
+"""For a row that is not selected, or was dropped before."""
 
 
 def is_blank(messages: list[Message]) -> bool:

@@ -19,14 +19,15 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the ends of its 95% interval. clusters: different prompts behind it."""
+    """A mean with the ends of its 95% interval, None where a single prompt tells of none. clusters: different prompts
+    behind it."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     clusters: int
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, float | None]:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
@@ -76,6 +77,8 @@ def mean_of_sets(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]])
 
 
 def from_resamples(center: float, means: np.ndarray, clusters: int) -> Estimate:
+    if clusters == 1:
+        return Estimate(float(center), None, None, clusters)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(center), float(low), float(high), clusters)
 
@@ -104,9 +107,9 @@ def exact_at_the_ends(share: Estimate) -> Estimate:
     """
     reach = 1 - ((1 - LEVEL) / 2) ** (1 / share.clusters)
     if share.value == 0:
-        return replace(share, high=reach)
+        return replace(share, low=0.0, high=reach)
     if share.value == 1:
-        return replace(share, low=1 - reach)
+        return replace(share, low=1 - reach, high=1.0)
     return share
 
 

@@ -6,7 +6,7 @@ sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evalua
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import ConversationIds
-from hafrm_ds.errors import DataError
+from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
@@ -36,7 +36,7 @@ from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.resume import fingerprint
 
 PARTS_FOLDER = "parts"
-DEFAULTS = {"max_length": 2048, "truncation": "keep_prompt_end"}
+DEFAULT_TRUNCATION = "keep_prompt_end"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,15 @@ class EvaluationOptions:
     deepspeed: Path | None = None
     trust_remote_code: bool = False
     trust_pickle: bool = False
+
+    def problems(self) -> list[str]:
+        names = ("beta", "max_pairs", "max_length", "max_tokens_per_micro_batch")
+        values = {name: getattr(self, name) for name in names}
+        return [
+            f"--{name} is {value}; it must be above 0"
+            for name, value in values.items()
+            if value is not None and value <= 0
+        ]
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -122,8 +131,10 @@ class Evaluation:
         """Look at the models, and read and tokenise the data. All processes call this together.
 
         Raises:
-            DataError, ModelError: what was asked for cannot be evaluated.
+            ConfigError, DataError, ModelError: what was asked for cannot be evaluated.
         """
+        if problems := options.problems():
+            raise ConfigError(problems)
         saved = open_model(options.model, **options.loading)
         reference = None if options.reference is None else open_reference(options.reference, saved, **options.loading)
         formatter = saved.formatter()
@@ -142,9 +153,13 @@ class Evaluation:
         return {
             "model": identity_of_model(self.saved),
             "reference": None if self.reference is None else identity_of_model(self.reference),
-            "pairs": {name: [fingerprint(each.pairs), len(each.index)] for name, each in self.sets.items()},
+            "template": self.formatter.fingerprint,
+            "pairs": {
+                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each.index)]
+                for name, each in self.sets.items()
+            },
             "questions": {
-                name: hashlib.sha256(json.dumps(each.ids).encode()).hexdigest()
+                name: hash_of([each.ids, [asdict(question) for question in each.questions]])
                 for name, each in self.benchmarks.items()
             },
             "beta": self.options.beta,
@@ -217,7 +232,7 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
     Leaves in output_dir: evaluation.json, evaluation/SET.parquet with the scores of every pair, report.html.
 
     Raises:
-        DataError, ModelError: what was asked for cannot be evaluated.
+        ConfigError, DataError, ModelError: what was asked for cannot be evaluated.
     """
     log = RunLog(None, processes, files=False)
     evaluation = Evaluation.open(options, processes, log)
@@ -236,6 +251,11 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
 
         log.print(f"the results are in {options.output_dir}; report: {write_evaluation_report(options.output_dir)}")
     leave_together(processes)
+
+
+def hash_of(content: Any) -> str:
+    """Of what JSON can say."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def claim_output(file: Path, folder: Path, identity: dict[str, Any]) -> str:
@@ -259,10 +279,11 @@ def prepare_sets(
     options: EvaluationOptions, saved: Saved, formatter: ChatFormatter, processes: Processes, log: RunLog
 ) -> dict[str, EvaluatedSet]:
     """Read and tokenise the pairs of every set, as the model was trained unless the options say otherwise."""
-    trained = {"max_length": longest_conversation(options, saved)} | trained_with(saved, "data")
-    given = {name: getattr(options, name) or trained.get(name, default) for name, default in DEFAULTS.items()}
-    if options.max_dropped_share is not None:
-        given["max_dropped_share"] = options.max_dropped_share
+    defaults = {"max_length": longest_conversation(options, saved), "truncation": DEFAULT_TRUNCATION}
+    trained = trained_with(saved, "data")
+    given = {name: trained.get(name, default) for name, default in defaults.items()}
+    asked = {name: getattr(options, name) for name in (*defaults, "max_dropped_share")}
+    given |= {name: value for name, value in asked.items() if value is not None}
     if given["max_length"] > options.max_tokens_per_micro_batch:
         raise DataError(
             f"conversations of up to {given['max_length']:,} tokens (--max_length) do not fit "

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from hafrm_ds.data.content_keys import content_key
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.data.report import Example
 from hafrm_ds.errors import DataError
@@ -34,7 +33,8 @@ class PairScores:
     """Scores of the pairs of one evaluation set.
 
     set: its name. step: optimizer steps that the model had been trained; None where nobody knows.
-    beta: scale of the implicit reward. ids, sources: [P]. prompts: [P] a name of each prompt, by its tokens.
+    beta: scale of the implicit reward. ids, sources: [P]. prompts: [P] a name of each
+    prompt, by its tokens before any cut.
     num_tokens: [P, 2] int64 tokens of the responses.
     reward, logprob, reference: [P, 2] fp32, None where not computed: score of the reward head, summed log-prob of the
     policy, summed log-prob of the reference.
@@ -71,9 +71,9 @@ class PairScores:
             scores: "reward" and "logprob" where known, each [P, 2] fp32.
             reference: [P, 2] fp32 or None.
         """
-        columns = pairs.pairs.select(index).select_columns(["id", "source", "prompt_ids"])[:]
+        columns = pairs.pairs.select(index).select_columns(["id", "source"])[:]
         lengths = np.stack([pairs.lengths[side] for side in SIDES], axis=1)[index]
-        prompts = [content_key(ids, []).hex() for ids in columns["prompt_ids"]]
+        prompts = [key.tobytes().hex() for key in pairs.prompt_keys[index]]
         return cls(name, step, beta, columns["id"], columns["source"], prompts, lengths, reference=reference, **scores)
 
     def __len__(self) -> int:

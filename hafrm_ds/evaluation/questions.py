@@ -28,7 +28,7 @@ def encode_question(
     kept = conversations[0].prompt[:1] if has_bos else []
     if excess > min(len(ids.prompt) for ids in conversations) - len(kept) - 1:
         raise DataError(
-            f"{place}: an answer leaves no room for its prompt in {max_length:,} tokens; raise "
-            "--max_tokens_per_micro_batch, if the model knows so many positions"
+            f"{place}: an answer leaves no room for its prompt in {max_length:,} tokens, the least of --max_length, "
+            "--max_tokens_per_micro_batch and the positions that the model knows"
         )
     return [ConversationIds([*kept, *ids.prompt[len(kept) + excess :]], ids.response) for ids in conversations], True

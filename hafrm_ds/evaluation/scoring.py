@@ -76,7 +76,7 @@ def score_groups(
     if todo:
         if len(todo) < len(parts):
             log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts of {name} are there already")
-        scorer = load_for_job(model.saved, model.deepspeed, model.max_tokens, processes)
+        scorer = load_for_job(model.saved, model.deepspeed, model.max_tokens, processes.for_job(name))
 
         def make(file: Path) -> bytes:
             group, part = parts[file]

@@ -163,11 +163,16 @@ def pair_table(pairs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def number_interval(value: dict[str, float] | None) -> str:
-    return "" if value is None else f"{value['value']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
-
-
-def interval(value: dict[str, float] | None) -> str:
+def number_interval(value: dict[str, float | None] | None) -> str:
     if value is None:
         return ""
-    return f"{value['value']:.1%} [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+    ends = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
+    return f"{value['value']:.3g}{ends}"
+
+
+def interval(value: dict[str, float | None] | None) -> str:
+    """A share in percent."""
+    if value is None:
+        return ""
+    ends = "" if value["low"] is None else f" [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+    return f"{value['value']:.1%}{ends}"

@@ -8,6 +8,7 @@ import torch
 from hafrm_ds.data.micro_batches import DUMMY_ITEM
 from hafrm_ds.data.packing import PromptWithResponses, budget_costs, lay_out
 from hafrm_ds.data.planning import DUMMY, cut_by_length
+from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores
 
 
@@ -36,6 +37,9 @@ def score_items(
 
     Returns:
         False if it was cut short by must_stop.
+
+    Raises:
+        UserError: the device has no room for a micro-batch.
     """
     if not len(costs):
         return True
@@ -46,7 +50,14 @@ def score_items(
                 return False
             is_dummy = positions == [DUMMY]
             items = [DUMMY_ITEM] if is_dummy else [item(position) for position in positions]
-            scores = forward(lay_out(items, layout), with_reward=with_reward, with_logprob=with_logprob)
+            batch = lay_out(items, layout)
+            try:
+                scores = forward(batch, with_reward=with_reward, with_logprob=with_logprob)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"there is no room for a micro-batch of {batch.num_positions:,} tokens; lower "
+                    f"max_tokens_per_micro_batch (now {max_tokens:,}): {error}"
+                ) from error
             if not is_dummy:
                 on_scores(positions, scores)
     return True

@@ -10,7 +10,7 @@ from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.classifier import ClassifierModel, SavedClassifier
 from hafrm_ds.model.implicit import ImplicitRewardModel, SavedImplicitReward
-from hafrm_ds.model.loading import local_folder
+from hafrm_ds.model.loading import load_model_config, load_tokenizer, local_folder
 from hafrm_ds.model.policy import PolicyModel, SavedPolicy
 from hafrm_ds.model.reward_model import HybridRewardModel
 from hafrm_ds.model.saved import SavedModel, refuse_pickles
@@ -90,13 +90,14 @@ def open_reward_model(name_or_path: str | Path, *, reference: str | None = None,
 
 
 def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
-    """The reference policy of a model, under its formatter and, as far as it is the same network, its layout.
+    """The reference policy of a model, which sees the model's tokens in the model's layout.
 
     Args:
         name: a folder, a hub id or "base". loading: as for `open_model`; the dtype is that of the model.
 
     Raises:
-        ModelError: it is no causal LM, or the model has no policy or does not say what it started from.
+        ModelError: it is no causal LM of the same architecture and vocabulary, or the model has no policy or does not
+            say what it started from.
     """
     if "logprob" not in saved.heads:
         raise ModelError(f"{saved.folder} has no LM head, so no implicit reward that needs a --reference")
@@ -110,8 +111,30 @@ def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
         raise ModelError(f"the reference of {saved.folder} cannot be used (--reference): {error}") from error
     if isinstance(reference, SavedModel) or "logprob" not in reference.heads:
         raise ModelError(f"--reference {name} is no plain causal LM")
+    check_comparable(saved, reference)
     known = {key: saved.metadata[key] for key in ("layout", "uses_stock_logits") if key in saved.metadata}
     return SavedPolicy(reference.folder, reference.config, known, reference.chat_template)
+
+
+def check_comparable(saved: Saved, reference: SavedPolicy) -> None:
+    """Raises ModelError if the reference would take the tokens of the model for others, or its layout is of another
+    kind of network."""
+    kinds = [load_model_config(each.config).model_type for each in (saved, reference)]
+    if kinds[0] != kinds[1]:
+        raise ModelError(
+            f"--reference {reference.folder} is a {kinds[1]} model, {saved.folder} a {kinds[0]} model; an implicit "
+            "reward needs a reference of the same architecture"
+        )
+    fewer, more = sorted((vocabulary(each) for each in (saved, reference)), key=len)
+    if not fewer.items() <= more.items():  # a training may have added a pad token
+        raise ModelError(
+            f"--reference {reference.folder} has another vocabulary than {saved.folder}: it would read other tokens"
+        )
+
+
+def vocabulary(saved: Saved) -> dict[str, int]:
+    """Tokens and their ids."""
+    return load_tokenizer(saved.config.model_copy(update={"name_or_path": str(saved.folder)})).get_vocab()
 
 
 def base_of(saved: Saved) -> str | None:

@@ -142,7 +142,7 @@ def identity_of(options: ScoringOptions, saved: SavedScorer) -> dict[str, Any]:
         "input": stamp(options.input),
         "model": identity_of_model(saved),
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
-        "chat_template": options.chat_template,
+        "template": saved.formatter().fingerprint,
     }
 
 

@@ -370,7 +370,7 @@ def length_chart(title: str, bins: list[dict], series: dict[str, int]) -> Chart:
         estimates = [each["accuracy"][judge] for each in bins]
         shift = (number - (len(judges) - 1) / 2) * 0.17
         value = np.array([each["value"] for each in estimates])
-        low, high = (np.array([each[end] for each in estimates]) for end in ("low", "high"))
+        low, high = (np.array([each[end] for each in estimates], dtype=float) for end in ("low", "high"))
         colour = series_colour(series[judge])
         axes.vlines(places + shift, low, high, color=colour, linewidth=2.2)
         axes.plot(places + shift, value, color=colour, marker="o", markersize=5.5, linestyle="none")
