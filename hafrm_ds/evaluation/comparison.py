@@ -156,4 +156,5 @@ def render_comparison(results: dict[str, Any]) -> RenderableType:
 
 def points(value: dict[str, Any]) -> str:
     """A difference of shares in percentage points."""
-    return f"{100 * value['value']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    ends = "" if value["low"] is None else f" [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    return f"{100 * value['value']:+.1f}{ends}"

@@ -132,19 +132,8 @@ def train_and_compare(
 
     Raises:
         Stopped: a signal has ended it; the same command goes on.
-        ConfigError: every seed would be evaluated on other pairs.
         DataError: a training was evaluated on other pairs than the rest.
     """
-    by_seed = [
-        name for name, sources in config.data.eval.items() if any(each.max_pairs or each.weight for each in sources)
-    ]
-    if by_seed and len(seeds) > 1:
-        raise ConfigError(
-            [
-                f"data.eval: max_pairs and weight, as {', '.join(by_seed)} has, choose other pairs for each seed, on "
-                "which trainings cannot be compared; use portion or evaluation.max_pairs, or --seeds 1"
-            ]
-        )
     log = RunLog(None, processes, files=False)
     # Seed by seed, so that what there is after a while compares all arms.
     for place, seed in enumerate(seeds):

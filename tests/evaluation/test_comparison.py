@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimate, mean_of_sets
-from hafrm_ds.evaluation.comparison import OTHERS, Method, compare, render_comparison, seeds_in_words
+from hafrm_ds.evaluation.comparison import OTHERS, Method, compare, points, render_comparison, seeds_in_words
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 SIZES = {"in": 200, "far": 100, "farther": 50}
@@ -85,6 +85,14 @@ def test_every_set_counts_alike_and_is_resampled_by_itself():
         means.append(np.mean([rows[trainings][:, places].mean() for rows, places in zip(values, drawn)]))
     spread = np.std(means)
     assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.1 * spread)
+
+
+def test_a_single_prompt_has_a_difference_without_an_interval():
+    one, other = method("one", [0.4], 0), method("other", [0.6], 1)
+    for each in (one, other):
+        each.scores[0]["in"].prompts[:] = ["the same"] * SIZES["in"]
+    value = compare([one, other], ["in"], [0], [0])["differences"]["other - one"]["in"]
+    assert value["low"] is None and points(value) == "+20.0"
 
 
 def test_seeds_are_counted_in_words():

@@ -82,14 +82,6 @@ def test_a_page_that_cannot_be_drawn_costs_no_results(tmp_path, played, capsys, 
     assert not (tmp_path / "report.html").exists()
 
 
-def test_pairs_that_the_seed_chooses_are_refused_before_any_training(tmp_path, played):
-    sources = {"near": "near.jsonl", "far": [{"path": "far.jsonl", "max_pairs": 10}]}
-    config = config_of(tmp_path, data={"train": "train.jsonl", "eval": sources})
-    with pytest.raises(ConfigError, match="max_pairs and weight, as far has, choose other pairs for each seed"):
-        start(config, range(2))
-    assert not played
-
-
 def test_arms_are_named_by_what_differs(tmp_path):
     arms = {arm.name: arm for arm in arms_of(config_of(tmp_path), [0.05, 1], [0.1])}
     assert list(arms) == ["baseline", "dpo", "haf-alpha0.05", "haf-alpha1"]

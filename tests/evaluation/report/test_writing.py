@@ -8,6 +8,7 @@ import pytest
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER
 from hafrm_ds.evaluation.report.charts import MAX_POINTS
 from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
 from tests.evaluation.report.folders import (
@@ -147,6 +148,15 @@ def test_a_baseline_shows_one_judge_and_one_loss(tmp_path):
     assert page.row("accuracy")[:3] == ["pairs", "reward", "longer"]
     assert "Distribution of the implicit reward" not in page.titles
     assert re.search(r'aria-label="Loss: reward from [^;]*"', html)  # and no total of one part
+
+
+def test_a_single_prompt_of_a_source_has_an_accuracy_without_an_interval(tmp_path):
+    folder = write_run(tmp_path / "run")
+    scores = pair_scores()
+    scores.sources[:2] = ["alone"] * 2  # the two pairs of one prompt
+    scores.reward[0], scores.reward[1] = [1, 0], [0, 1]
+    scores.save(folder / SCORES_FOLDER)
+    assert Page(write_report(folder).read_text()).row("alone")[:2] == ["2", "50.0%"]
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
