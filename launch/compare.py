@@ -5,14 +5,15 @@
 
 Takes the options of training. --seeds N (default 3) trains each with the seeds SEED to SEED + N - 1 of --seed; --alphas
 and --betas train HaF for each value of objective.alpha and objective.beta, and DPO for each beta. The first set of
-data.eval is taken for the training distribution, all others for out of distribution. A comparison that was stopped goes
-on when it is started again.
+data.eval is taken for the training distribution, all others for out of distribution. Results are written after every
+seed. A comparison that was stopped goes on when it is started again.
 """
 
 import argparse
 from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.options import load_config
@@ -21,11 +22,11 @@ from hafrm_ds.training.processes import Processes, run_entry
 
 def numbers(option: str, text: str) -> list[float]:
     """`[0.1, 0.2]` or `0.1` -> numbers."""
-    value = yaml.safe_load(text)
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, int | float) for each in values):
-        raise ConfigError([f"--{option} {text}: must be a number or a list of numbers as [0.1, 0.2]"])
-    return values
+    try:
+        value = yaml.safe_load(text)
+        return TypeAdapter(list[float]).validate_python(value if isinstance(value, list) else [value])
+    except (yaml.YAMLError, ValidationError):
+        raise ConfigError([f"--{option} {text}: must be a number or a list of numbers as [0.1, 0.2]"]) from None
 
 
 def main(arguments: list[str], processes: Processes) -> None:
