@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from hafrm_ds.config import ObjectiveConfig, TrainConfig, contradictions
+from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, UserError
 from hafrm_ds.evaluation.comparison import (
     COMPARISON_FILE,
@@ -30,7 +31,7 @@ from hafrm_ds.evaluation.comparison import (
 )
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, load_all
 from hafrm_ds.evaluation.report.leaving import leave_report
-from hafrm_ds.scoring.parts import leave_together, write_whole
+from hafrm_ds.scoring.parts import leave_together
 from hafrm_ds.training.logging import SUMMARY_FILE, RunLog
 from hafrm_ds.training.processes import FailedElsewhere, Processes
 from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options

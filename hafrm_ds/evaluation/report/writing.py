@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from hafrm_ds import __version__
 from hafrm_ds.data.report import printable
-from hafrm_ds.errors import UserError
+from hafrm_ds.durability import write_whole
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE
 from hafrm_ds.evaluation.report.comparison_page import comparison_page
 from hafrm_ds.evaluation.report.methods_page import methods_page
@@ -28,8 +28,7 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
         file: default: FOLDER/report.html.
 
     Raises:
-        DataError: the folder holds none of these, or a file in it cannot be read; the message names it.
-        UserError: the report cannot be written.
+        DataError: the folder holds none of these, a file in it cannot be read, or the report cannot be written.
     """
     file = file or folder / REPORT_FILE
     if (folder / COMPARISON_FILE).exists():
@@ -64,12 +63,7 @@ def write(file: Path, template: str, page: Any) -> Path:
     )
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     html = environment.get_template(template).render(page=page, version=__version__, written=written)
-    draft = file.with_name(f".{file.name}")
-    try:
-        draft.write_text(html, encoding="utf-8")
-        draft.replace(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}") from error
+    write_whole(file, html.encode())
     return file
 
 
