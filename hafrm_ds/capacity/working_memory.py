@@ -94,10 +94,14 @@ TRACED = {
     device: Kernel(f"traced_{device}", run, "torch", (), True)
     for device, run in (("cuda", run_traced), ("cpu", run_traced_on_cpu))
 }
+ANY_WINDOW = 2**31
+"""Shapes do not depend on windows, and one that a model has in its mask alone is none of a trace's business."""
 for kernel in TRACED.values():
     AttentionInterface.register(
         kernel.implementation,
-        lambda *arguments, kernel=kernel, **options: segment_attention(kernel, *arguments, **options),
+        lambda *arguments, kernel=kernel, **options: segment_attention(
+            kernel, *arguments, **options | {"sliding_window": options.get("sliding_window") or ANY_WINDOW}
+        ),
     )
 
 
