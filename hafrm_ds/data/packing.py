@@ -122,6 +122,15 @@ def token_costs(lengths: dict[str, np.ndarray], layout: str, sides: np.ndarray |
     return sides.sum(axis=1) * (prompt + responses.max(axis=1))
 
 
+def padded_rows(layout: str, num_items: int, num_responses: np.ndarray | int = 2) -> np.ndarray | None:
+    """Rows of each item [items], as `planning` takes them; None in a layout that pads nothing.
+
+    Args:
+        num_responses: of each item, [items] or the same of all. Pairs have two.
+    """
+    return np.broadcast_to(num_responses, num_items) if layout == "padded" else None
+
+
 def share_prompts(
     conversations: Sequence[ConversationIds], layout: str, max_tokens: int
 ) -> tuple[list[PromptWithResponses], list[list[int]], np.ndarray]:
@@ -152,11 +161,6 @@ def share_prompts(
         for members in places
     ]
     return items, places, np.asarray(costs, dtype=np.int64)
-
-
-def budget_costs(costs: np.ndarray, layout: str) -> np.ndarray:
-    """What each pair may cost in a micro-batch with any of the others: [pairs]. Padding makes every row the widest."""
-    return np.full_like(costs, costs.max()) if layout == "padded" and len(costs) else costs
 
 
 def lay_out(items: Sequence[PromptWithResponses], layout: str) -> PackedBatch:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import budget_costs, token_costs
+from hafrm_ds.data.packing import padded_rows, token_costs
 from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches, imbalance
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
@@ -172,11 +172,11 @@ class Trainer:
     def micro_batches(self, step: int) -> tuple[list[MicroBatch], float]:
         """This rank's part of global batch `step`, and the imbalance between the ranks."""
         index, batch = self.plan.global_batch(step), self.config.batch
-        costs = budget_costs(self.train_set.costs[index], batch.layout)
-        ranks = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch)
+        costs, rows = self.train_set.costs[index], padded_rows(batch.layout, len(index))
+        ranks = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch, rows)
         members = [[DUMMY if place == DUMMY else int(index[place]) for place in part] for part in ranks[self.rank]]
         own = [make_micro_batch(self.train_set.pairs, part, batch.layout) for part in members]
-        return own, imbalance(costs, ranks)
+        return own, imbalance(costs, ranks, rows)
 
     def joint_loss(self, step: int, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
         """This rank's contribution to the mean loss over the pairs of the global batch.

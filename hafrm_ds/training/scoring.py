@@ -51,6 +51,7 @@ def score_pairs(
         engine,
         lambda position: from_pairs([pairs[int(index[position])]])[0],
         costs[index],
+        num_responses=2,
         layout=layout,
         max_tokens=max_tokens,
         on_scores=keep,
