@@ -11,7 +11,7 @@ stock attention: works with every model and is the yardstick of the other two.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -82,12 +82,20 @@ class PackedBatch:
 
 
 def move(batch, device: torch.device):
-    """A copy of a dataclass with its tensors (and nested batches) on `device`."""
-    changed = {
-        field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor | AttentionSegments)
-    }
+    """A copy of a dataclass with its tensors, and those of dataclasses in it, on `device`.
+
+    A GPU fetches them from pinned memory when it comes to that. For a copy from any other memory the host would wait
+    until the GPU has done all that it was given before.
+    """
+    changed = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if is_dataclass(value):
+            changed[field.name] = move(value, device)
+        elif isinstance(value, Tensor):
+            if device.type == "cuda" and value.device.type == "cpu":
+                value = value.pin_memory()
+            changed[field.name] = value.to(device, non_blocking=True)
     return replace(batch, **changed)
 
 
@@ -235,7 +243,7 @@ def lay_out_padded(items: Sequence[PromptWithResponses]) -> PackedBatch:
     responses = [response for item in items for response in item.responses]
     return PackedBatch(
         input_ids=tensor(input_ids),
-        position_ids=tensor(np.arange(width)).expand(len(rows), width),
+        position_ids=tensor(np.tile(np.arange(width), (len(rows), 1))),
         attention_mask=tensor(mask),
         segments=None,
         **response_tensors(responses, readout, predict, num_tokens),

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -44,6 +45,7 @@ PAIR_FEATURES = {
     "source": datasets.Value("string"),
     "id": datasets.Value("string"),
 }
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # One row for each row read, kept in the cache: what became of it, beside the pair itself.
 FATE_FEATURES = {
     "format": datasets.Value("string"),
@@ -79,8 +81,16 @@ class PreparedPairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @cached_property
+    def rows(self) -> datasets.Dataset:
+        """`pairs` as Arrow tables. Lists of Python numbers, which datasets makes otherwise, take many times as long to
+        make and to lay out."""
+        return self.pairs.with_format("arrow")
+
     def __getitem__(self, index: int) -> TokenizedPair:
-        return TokenizedPair(**self.pairs[int(index)])
+        values = {name: column[0] for name, column in zip(PAIR_FEATURES, self.rows[int(index)].columns, strict=True)}
+        ids = {name: values.pop(name).values.to_numpy() for name in ID_COLUMNS}
+        return TokenizedPair(**ids, **{name: value.as_py() for name, value in values.items()})
 
 
 @progress_bars_on_a_terminal()
