@@ -88,9 +88,9 @@ class PreparedPairs:
         return self.pairs.with_format("arrow")
 
     def __getitem__(self, index: int) -> TokenizedPair:
-        values = {name: column[0] for name, column in zip(PAIR_FEATURES, self.rows[int(index)].columns, strict=True)}
-        ids = {name: values.pop(name).values.to_numpy() for name in ID_COLUMNS}
-        return TokenizedPair(**ids, **{name: value.as_py() for name, value in values.items()})
+        row = self.rows[int(index)]
+        ids = {name: row[name][0].values.to_numpy() for name in ID_COLUMNS}
+        return TokenizedPair(**ids, **{name: row[name][0].as_py() for name in ("margin", "source", "id")})
 
 
 @progress_bars_on_a_terminal()
