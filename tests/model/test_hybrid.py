@@ -22,6 +22,7 @@ from hafrm_ds.model.hybrid import (
     sum_by_response,
     tolerance_of,
 )
+from hafrm_ds.model.loading import set_gradient_checkpointing
 from hafrm_ds.model.token_logprobs import HeadTransform
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.tiny_models import FAMILIES, random_items, tiny_causal_lm, tiny_hybrid, use_layout
@@ -237,7 +238,7 @@ def test_gradient_checkpointing_changes_nothing():
     items = random_items(seed=1)
     model = tiny_hybrid("llama")
     reward, logprob, gradients = run(model, items, "shared_prefix")
-    model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_gradient_checkpointing(model.causal_lm, True)
     again_reward, again_logprob, again_gradients = run(model, items, "shared_prefix")
     assert torch.equal(again_reward, reward)
     assert torch.equal(again_logprob, logprob)
