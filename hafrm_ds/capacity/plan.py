@@ -95,8 +95,8 @@ class Option:
 
     @property
     def step_seconds(self) -> float:
-        """On GPUs stage 3, and stage 2 with overlap_comm, send while they compute; the others, and all on CPUs, after it.
-        The weights that stage 2 gathers after its step are counted as if it computed meanwhile."""
+        """On GPUs stage 3, and stage 2 with overlap_comm, send while they compute; the others, and all on CPUs, when
+        that is done. The weights that stage 2 gathers after its step are counted as if it computed meanwhile."""
         if self.overlaps:
             return max(self.compute_seconds, self.traffic_seconds) + self.optimizer_seconds
         return self.compute_seconds + self.traffic_seconds + self.optimizer_seconds
