@@ -95,7 +95,8 @@ class Option:
 
     @property
     def step_seconds(self) -> float:
-        """On GPUs stage 3 sends while it computes; the others, and all on CPUs, when they have computed."""
+        """On GPUs stage 3, and stage 2 with overlap_comm, send while they compute; the others, and all on CPUs, when
+        that is done. The weights that stage 2 gathers after its step are counted as if it computed meanwhile."""
         if self.overlaps:
             return max(self.compute_seconds, self.traffic_seconds) + self.optimizer_seconds
         return self.compute_seconds + self.traffic_seconds + self.optimizer_seconds
@@ -284,5 +285,6 @@ class Plan:
             compute_seconds=work / workload.num_steps / machines.flops / (1 - cut.waiting),
             optimizer_seconds=0.0 if zero.offloads_optimizer else adam,
             traffic_seconds=traffic.seconds(machines.device, machines.gpus, machines.nodes),
-            overlaps=zero.overlaps and machines.device_type == "cuda",
+            # Stage 1 in bfloat16 knows no overlap_comm.
+            overlaps=zero.overlaps and zero.stage > 1 and machines.device_type == "cuda",
         )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hafrm_ds.capacity.flops import ForwardCost
-from hafrm_ds.data.packing import budget_costs, token_costs
-from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches, imbalance
+from hafrm_ds.data.packing import padded_rows, token_costs
+from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches, imbalance, occupied
 
 SAMPLED_STEPS = 32
 """Steps of the plan that are really cut into micro-batches; the others are like them."""
@@ -102,13 +102,12 @@ class Workload:
         costs, plan = self.costs, self.batch_plan
         numbers, waiting, heaviest = [], [], 0
         for step in self.sampled_steps:
-            index = plan.global_batch(step)
-            of_step = budget_costs(costs[index], self.layout)
-            ranks = cut_into_micro_batches(of_step, num_processes, budget)
+            of_step = costs[plan.global_batch(step)]
+            rows = padded_rows(self.layout, len(of_step))
+            ranks = cut_into_micro_batches(of_step, num_processes, budget, rows)
             numbers.append(len(ranks[0]))
-            waiting.append(imbalance(of_step, ranks))
-            loads = [sum(of_step[place] for place in part if place >= 0) for own in ranks for part in own]
-            heaviest = max(heaviest, int(max(loads)))
+            waiting.append(imbalance(of_step, ranks, rows))
+            heaviest = max(heaviest, *(occupied(of_step, part, rows) for own in ranks for part in own))
         return Cut(float(np.mean(numbers)), float(np.mean(waiting)), heaviest)
 
 

@@ -11,7 +11,7 @@ stock attention: works with every model and is the yardstick of the other two.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -82,12 +82,20 @@ class PackedBatch:
 
 
 def move(batch, device: torch.device):
-    """A copy of a dataclass with its tensors (and nested batches) on `device`."""
-    changed = {
-        field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor | AttentionSegments)
-    }
+    """A copy of a dataclass with its tensors, and those of dataclasses in it, on `device`.
+
+    A GPU fetches them from pinned memory when it comes to that. For a copy from any other memory the host would wait
+    until the GPU has done all that it was given before.
+    """
+    changed = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if is_dataclass(value):
+            changed[field.name] = move(value, device)
+        elif isinstance(value, Tensor):
+            if device.type == "cuda" and value.device.type == "cpu":
+                value = value.pin_memory()
+            changed[field.name] = value.to(device, non_blocking=True)
     return replace(batch, **changed)
 
 
@@ -122,6 +130,15 @@ def token_costs(lengths: dict[str, np.ndarray], layout: str, sides: np.ndarray |
     return sides.sum(axis=1) * (prompt + responses.max(axis=1))
 
 
+def padded_rows(layout: str, num_items: int, num_responses: np.ndarray | int = 2) -> np.ndarray | None:
+    """Rows of each item [items], as `planning` takes them; None in a layout that pads nothing.
+
+    Args:
+        num_responses: of each item, [items] or the same of all. Pairs have two.
+    """
+    return np.broadcast_to(num_responses, num_items) if layout == "padded" else None
+
+
 def share_prompts(
     conversations: Sequence[ConversationIds], layout: str, max_tokens: int
 ) -> tuple[list[PromptWithResponses], list[list[int]], np.ndarray]:
@@ -152,11 +169,6 @@ def share_prompts(
         for members in places
     ]
     return items, places, np.asarray(costs, dtype=np.int64)
-
-
-def budget_costs(costs: np.ndarray, layout: str) -> np.ndarray:
-    """What each pair may cost in a micro-batch with any of the others: [pairs]. Padding makes every row the widest."""
-    return np.full_like(costs, costs.max()) if layout == "padded" and len(costs) else costs
 
 
 def lay_out(items: Sequence[PromptWithResponses], layout: str) -> PackedBatch:
@@ -231,7 +243,7 @@ def lay_out_padded(items: Sequence[PromptWithResponses]) -> PackedBatch:
     responses = [response for item in items for response in item.responses]
     return PackedBatch(
         input_ids=tensor(input_ids),
-        position_ids=tensor(np.arange(width)).expand(len(rows), width),
+        position_ids=tensor(np.tile(np.arange(width), (len(rows), 1))),
         attention_mask=tensor(mask),
         segments=None,
         **response_tensors(responses, readout, predict, num_tokens),

@@ -2,9 +2,15 @@
 
 The order of pairs depends on (number of pairs, seed, global batch size) alone, never on the number of ranks: the same
 global batches come in the same order on 1 or 1,000 GPUs, and resuming is going on at a step number.
+
+Legend: I items, each a pair or a prompt with any number of responses.
+
+Costs are the tokens [I] that items occupy, each by itself. Where rows are padded, `rows` tells how many [I] each has: a
+micro-batch occupies all its rows at the width of the widest. Elsewhere `rows` is None, and costs add up.
 """
 
 import heapq
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,23 +78,30 @@ def check_budget(costs: np.ndarray, max_tokens: int, ids) -> None:
         )
 
 
-def cut_into_micro_batches(costs: np.ndarray, num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+def cut_into_micro_batches(
+    costs: np.ndarray, num_ranks: int, max_tokens: int, rows: np.ndarray | None = None
+) -> list[list[list[int]]]:
     """Cut one batch into num_ranks x n micro-batches of about equal work, with the smallest n that keeps the budget.
 
     n is the same on all ranks (under ZeRO-3 a rank with fewer forwards hangs the others). Longest-first greedy: each
-    pair goes to the lightest micro-batch so far.
+    item goes to the lightest micro-batch so far. Padded rows stay with those of about their width instead.
 
     Args:
-        costs: [pairs] tokens of each pair; none above max_tokens.
+        costs: none above max_tokens.
 
     Returns:
-        [rank][n] lists of positions into `costs`, each ascending; a micro-batch without pairs is [DUMMY].
+        [rank][n] lists of positions into `costs`, each ascending; a micro-batch without items is [DUMMY].
     """
-    order = np.argsort(-costs, kind="stable")
-    n = max(1, -(-int(costs.sum()) // (max_tokens * num_ranks)))
-    while (bins := pack(costs, order, num_ranks * n, max_tokens)) is None:
-        n += 1
-    # Bins come heaviest first; dealing them out to and fro evens the ranks' totals.
+    if rows is None:
+        order = np.argsort(-costs, kind="stable")
+        n = max(1, -(-int(costs.sum()) // (max_tokens * num_ranks)))
+        while (bins := pack(costs, order, num_ranks * n, max_tokens)) is None:
+            n += 1
+    else:
+        n = -(-len(fill(costs, max_tokens, rows)) // num_ranks)
+        bins = fill_evenly(costs, num_ranks * n, max_tokens, rows)
+    # With the heaviest first, micro-batches that ranks run at once are alike; dealing to and fro evens their totals.
+    bins = sorted(bins, key=lambda part: -occupied(costs, part, rows))
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     for row in range(n):
         dealt = bins[row * num_ranks : (row + 1) * num_ranks]
@@ -97,47 +110,71 @@ def cut_into_micro_batches(costs: np.ndarray, num_ranks: int, max_tokens: int) -
     return ranks
 
 
-def imbalance(costs: np.ndarray, ranks: list[list[list[int]]]) -> float:
+def occupied(costs: np.ndarray, part: list[int], rows: np.ndarray | None = None) -> int:
+    """Tokens of a micro-batch, with its padding. DUMMY counts nothing."""
+    part = [place for place in part if place != DUMMY]
+    if rows is None or not part:
+        return int(costs[part].sum())
+    return int(rows[part].sum() * (costs[part] // rows[part]).max())
+
+
+def imbalance(costs: np.ndarray, ranks: list[list[list[int]]], rows: np.ndarray | None = None) -> float:
     """Share of their time that ranks wait for the one with the most tokens, as they meet after every micro-batch.
 
     Args:
-        costs, ranks: given to and returned by `cut_into_micro_batches`.
+        ranks: as `cut_into_micro_batches` returns it.
     """
-    tokens = np.array([[costs[[place for place in part if place != DUMMY]].sum() for part in own] for own in ranks])
+    tokens = np.array([[occupied(costs, part, rows) for part in own] for own in ranks])
     return float(1 - tokens.mean(axis=0).sum() / tokens.max(axis=0).sum())
 
 
 def pack(costs: np.ndarray, order: np.ndarray, num_bins: int, max_tokens: int) -> list[list[int]] | None:
-    """Longest-first greedy packing: `num_bins` lists, heaviest first, or None when one would exceed max_tokens."""
+    """Longest-first greedy packing into `num_bins` lists, or None when one would exceed max_tokens."""
     heap = [(0, index) for index in range(num_bins)]
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
-    for pair in order.tolist():
+    for item in order.tolist():
         load, index = heapq.heappop(heap)
-        load += int(costs[pair])
+        load += int(costs[item])
         if load > max_tokens:
             return None
-        bins[index].append(pair)
-        loads[index] = load
+        bins[index].append(item)
         heapq.heappush(heap, (load, index))
-    return [bins[index] for index in sorted(range(num_bins), key=lambda index: -loads[index])]
+    return bins
 
 
-def cut_by_length(costs: np.ndarray, num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Cut many pairs (a whole evaluation set) into full micro-batches of similar lengths, the same number a rank.
+def fill(costs: np.ndarray, max_tokens: int, rows: np.ndarray | None = None) -> list[list[int]]:
+    """Micro-batches of items in descending order of width, each full before the next begins."""
+    widths = costs if rows is None else costs // rows
+    batches: list[list[int]] = []
+    tokens = 0
+    for item in np.argsort(-widths, kind="stable").tolist():
+        if batches:  # whose first item is the widest
+            tokens += int(costs[item] if rows is None else rows[item] * widths[batches[-1][0]])
+        if not batches or tokens > max_tokens:
+            batches.append([])
+            tokens = int(costs[item])
+        batches[-1].append(item)
+    return batches
+
+
+def fill_evenly(costs: np.ndarray, num_bins: int, max_tokens: int, rows: np.ndarray) -> list[list[int]]:
+    """`num_bins` lists as `fill` makes them, under the lowest limit that it needs no more with."""
+    limits = range(int(costs.max()), max_tokens)
+    lowest = bisect_left(limits, True, key=lambda limit: len(fill(costs, limit, rows)) <= num_bins)
+    bins = fill(costs, limits.start + lowest, rows)
+    return bins + [[]] * (num_bins - len(bins))
+
+
+def cut_by_length(
+    costs: np.ndarray, num_ranks: int, max_tokens: int, rows: np.ndarray | None = None
+) -> list[list[list[int]]]:
+    """Cut many items (a whole evaluation set) into full micro-batches of similar lengths, the same number a rank.
 
     Sorted by length, so that a padded layout pads little; dealt out in turn, so that ranks work alike.
 
     Returns:
         As `cut_into_micro_batches`.
     """
-    batches, current, load = [], [], 0
-    for pair in np.argsort(-costs, kind="stable").tolist():
-        if current and load + int(costs[pair]) > max_tokens:
-            batches.append(current)
-            current, load = [], 0
-        current.append(pair)
-        load += int(costs[pair])
-    batches.append(current)
+    batches = fill(costs, max_tokens, rows)
     batches += [[DUMMY]] * (-len(batches) % num_ranks)
     return [batches[rank::num_ranks] for rank in range(num_ranks)]

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -52,6 +53,7 @@ PAIR_FEATURES = {
     "source": datasets.Value("string"),
     "id": datasets.Value("string"),
 }
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # One row for each row read, kept in the cache: what became of it, beside the pair itself.
 FATE_FEATURES = {
     "format": datasets.Value("string"),
@@ -87,8 +89,16 @@ class PreparedPairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @cached_property
+    def rows(self) -> datasets.Dataset:
+        """`pairs` as Arrow tables. Lists of Python numbers, which datasets makes otherwise, take many times as long to
+        make and to lay out."""
+        return self.pairs.with_format("arrow")
+
     def __getitem__(self, index: int) -> TokenizedPair:
-        return TokenizedPair(**self.pairs[int(index)])
+        row = self.rows[int(index)]
+        ids = {name: row[name][0].values.to_numpy() for name in ID_COLUMNS}
+        return TokenizedPair(**ids, **{name: row[name][0].as_py() for name in ("margin", "source", "id")})
 
 
 @progress_bars_on_a_terminal()

@@ -31,14 +31,14 @@ REFUSED = "the template refuses the conversation"
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """One pair as ids. The two conversations are prompt_ids + chosen_ids and prompt_ids + rejected_ids.
+    """One pair as ids, lists or int32 arrays. The conversations are prompt_ids and then chosen_ids or rejected_ids.
 
     The prompt has at least one token, which predicts the first token of each response; each response has at least one.
     """
 
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    prompt_ids: Sequence[int]
+    chosen_ids: Sequence[int]
+    rejected_ids: Sequence[int]
     margin: float | None
     source: str
     id: str

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hafrm_ds.data.micro_batches import DUMMY_ITEM
-from hafrm_ds.data.packing import PromptWithResponses, budget_costs, lay_out
+from hafrm_ds.data.packing import PromptWithResponses, lay_out, padded_rows
 from hafrm_ds.data.planning import DUMMY, cut_by_length
 from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores
@@ -17,6 +17,7 @@ def score_items(
     item: Callable[[int], PromptWithResponses],
     costs: np.ndarray,
     *,
+    num_responses: np.ndarray | int,
     layout: str,
     max_tokens: int,
     on_scores: Callable[[list[int], ResponseScores], None],
@@ -32,6 +33,7 @@ def score_items(
         forward: the model, or the engine around it; takes a PackedBatch on the CPU.
         item: position -> prompt and responses.
         costs: [items] tokens of each item in this layout.
+        num_responses: of each item, [items] or the same of all.
         on_scores: told the positions of a micro-batch and the scores of their responses, on the rank that has them.
         must_stop: asked before each micro-batch, by all ranks together.
 
@@ -43,7 +45,7 @@ def score_items(
     """
     if not len(costs):
         return True
-    batches = cut_by_length(budget_costs(costs, layout), num_ranks, max_tokens)[rank]
+    batches = cut_by_length(costs, num_ranks, max_tokens, padded_rows(layout, len(costs), num_responses))[rank]
     with torch.no_grad():
         for positions in batches:
             if must_stop():

@@ -99,6 +99,7 @@ class Scorer(ABC):
             self.forward,
             items.__getitem__,
             costs,
+            num_responses=np.array([len(members) for members in places]),
             layout=self.layout,
             max_tokens=self.max_tokens,
             on_scores=keep,

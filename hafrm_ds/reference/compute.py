@@ -173,6 +173,7 @@ def compute_missing(
             engine,
             work.item,
             costs,
+            num_responses=work.sides.sum(axis=1),
             layout=batch.layout,
             max_tokens=batch.max_tokens_per_micro_batch,
             on_scores=keep,

@@ -152,8 +152,10 @@ class TrainingEngine(Engine):
         """
         for group, peak in zip(self.deepspeed.optimizer.param_groups, self.peak_learning_rates, strict=True):
             group["lr"] = peak * learning_rate_factor
-        # DeepSpeed computes no norm under stage 0 in fp32, where gradients are ordinary tensors, averaged by now.
-        own_norm = self.full_gradient_norm() if self.stage == 0 else None
+        # DeepSpeed computes no norm under stage 0 in fp32, and then has none of the step before. Gradients are ordinary
+        # tensors there, averaged by now, and gone after this step.
+        computes_none = self.stage == 0 and self.deepspeed.get_global_grad_norm() is None
+        own_norm = self.full_gradient_norm() if computes_none else None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         self.gradient_norm = float(norm if norm is not None else own_norm)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import budget_costs, token_costs
+from hafrm_ds.data.packing import padded_rows, token_costs
 from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches, imbalance
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
@@ -53,6 +53,7 @@ class StepTotals:
     flops: float = 0.0
 
     def add(self, micro_batch: MicroBatch, weight: Tensor, loss: JointLoss, metrics: dict[str, Tensor]) -> None:
+        """Count a micro-batch, which lies on the CPU; its weight, loss and metrics lie on the device."""
         batch = micro_batch.batch
         self.tokens += batch.num_positions - batch.num_padding
         self.padding += batch.num_padding
@@ -131,11 +132,12 @@ class Trainer:
         """One optimizer step on global batch `step`; returns its metrics, the same on all ranks."""
         started = time.perf_counter()
         totals = StepTotals()
-        micro_batches, waiting_share = self.micro_batches(step)
-        for number, micro_batch in enumerate(micro_batches):
+        parts, waiting_share = self.cut(step)
+        for number, part in enumerate(parts):
+            micro_batch = self.lay_out(part)  # while a GPU still computes the one before
             try:
                 loss = self.joint_loss(step, micro_batch, totals)
-                self.engine.backward(loss, is_last=number == len(micro_batches) - 1)
+                self.engine.backward(loss, is_last=number == len(parts) - 1)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"step {step + 1}: {self.engine.device} has no room for a micro-batch of "
@@ -163,38 +165,39 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "pairs_per_second": self.plan.global_batch_size / seconds,
             "mfu": flops / seconds / (self.peak_flops * self.world_size),
-            "micro_batches": len(micro_batches),
+            "micro_batches": len(parts),
             "tokens_per_rank": tokens / self.world_size,
             "padding_share": padding / (tokens + padding),
             "imbalance": waiting_share,
         }
 
-    def micro_batches(self, step: int) -> tuple[list[MicroBatch], float]:
-        """This rank's part of global batch `step`, and the imbalance between the ranks."""
+    def cut(self, step: int) -> tuple[list[np.ndarray], float]:
+        """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
         index, batch = self.plan.global_batch(step), self.config.batch
-        costs = budget_costs(self.train_set.costs[index], batch.layout)
-        ranks = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch)
-        members = [[DUMMY if place == DUMMY else int(index[place]) for place in part] for part in ranks[self.rank]]
-        own = [make_micro_batch(self.train_set.pairs, part, batch.layout) for part in members]
-        return own, imbalance(costs, ranks)
+        costs, rows = self.train_set.costs[index], padded_rows(batch.layout, len(index))
+        ranks = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch, rows)
+        own = [np.array([DUMMY if place == DUMMY else index[place] for place in part]) for part in ranks[self.rank]]
+        return own, imbalance(costs, ranks, rows)
+
+    def lay_out(self, part: np.ndarray) -> MicroBatch:
+        pairs, reference = self.train_set.pairs, self.train_set.reference
+        return make_micro_batch(
+            pairs, part, self.config.batch.layout, None if reference is None else reference.of(part)
+        )
 
     def joint_loss(self, step: int, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
         """This rank's contribution to the mean loss over the pairs of the global batch.
 
         DeepSpeed averages gradients over the ranks, hence the factor world_size.
         """
-        objective, device = self.config.objective, self.engine.device
+        objective, moved = self.config.objective, micro_batch.to(self.engine.device)
         scores: ResponseScores = self.engine(
-            micro_batch.batch, with_reward=objective.uses_reward, with_logprob=objective.uses_policy
+            moved.batch, with_reward=objective.uses_reward, with_logprob=objective.uses_policy
         )
-        reference = None
-        if self.train_set.reference is not None:
-            reference = self.train_set.reference.of(micro_batch.index).to(device)
-        loss = configured_joint_loss(objective, step, scores, reference, micro_batch.margin.to(device))
-        weight = micro_batch.weight.to(device)
-        totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
+        loss = configured_joint_loss(objective, step, scores, moved.reference, moved.margin)
+        totals.add(micro_batch, moved.weight, loss, preference_metrics(scores, moved.reference, objective.beta))
         totals.flops += self.cost.training_flops(micro_batch.batch, objective.uses_policy)
-        return (loss.total * weight).sum() / self.plan.global_batch_size * self.world_size
+        return (loss.total * moved.weight).sum() / self.plan.global_batch_size * self.world_size
 
     def reduce(self, totals: StepTotals) -> dict[str, float]:
         """Means over the pairs of the global batch, from the sums of all ranks: one all-reduce a step."""

@@ -224,12 +224,14 @@ class Processes:
         self.use_device()
         if self.device.type != "cuda" and self.num_hosts > 1:
             self.choose_interface()
+        is_cuda = self.device.type == "cuda"
         dist.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
+            "nccl" if is_cuda else "gloo",
             store=dist.PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.world_size,
             timeout=self.timeout,
+            device_id=self.device if is_cuda else None,  # else torch guesses it at the first barrier, with a warning
         )
 
     def choose_interface(self) -> None:
@@ -322,6 +324,16 @@ def reason_of(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
+def choose_allocators() -> None:
+    """Settings of torch's memory, which it reads when it first allocates; what the user has set stays."""
+    # Huge pages on the CPU, where page faults otherwise take a quarter of a step.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Segments that grow on a GPU: every micro-batch has another shape, and would leave fragments of fixed ones behind.
+    # The second name is the older one.
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     """Run an entry file: a UserError becomes one message from one rank, and exit status 1 on all.
 
@@ -329,9 +341,7 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     it is reports it. Anything else keeps its traceback; ranks that wait for this one are told, for they would wait for
     ever. A run that was asked to stop ends with STOPPED_STATUS.
     """
-    # torch then asks for huge pages when it allocates on the CPU, where page faults otherwise take a quarter of a step.
-    # It reads this at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    choose_allocators()
     try:
         processes = Processes.join()
     except Stopped as stop:

@@ -1,6 +1,8 @@
 """Scoring many prompts and responses with an engine, all ranks together: the reference pass and evaluation."""
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.model.batched_scoring import score_items
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training.engine import Engine
+
+SECONDS_BETWEEN_QUESTIONS = 1.0
 
 
 def score_pairs(
@@ -32,25 +36,26 @@ def score_pairs(
         index: [P] positions in `pairs`.
         costs: [pairs] tokens of each pair in this layout.
         on_progress: told how many pairs this rank has finished since the last call.
-        must_stop: asked before each micro-batch, by all ranks together.
+        must_stop: asked before the first micro-batches and about once a second after them, by all ranks together.
 
     Returns:
         "reward" and "logprob" as asked for: [P, 2] fp32, (chosen, rejected); None if cut short by must_stop.
     """
     names = ["reward"] * with_reward + ["logprob"] * with_logprob
-    results = {name: torch.zeros(len(index), 2, dtype=torch.float64) for name in names}
-    times_scored = torch.zeros(len(index), 1, dtype=torch.float64)
+    scored: list[int] = []
+    # They stay on the device until the end: fetching them would make a GPU wait for the next micro-batch.
+    results = [torch.empty(0, 2 * len(names), device=engine.device)]
 
     def keep(positions: list[int], scores: ResponseScores) -> None:
-        for name in names:
-            results[name][positions] = getattr(scores, name).view(-1, 2).double().cpu()
-        times_scored[positions] += 1
+        scored.extend(positions)
+        results.append(torch.cat([getattr(scores, name).view(-1, 2) for name in names], dim=1))
         on_progress(len(positions))
 
     is_whole = score_items(
         engine,
         lambda position: from_pairs([pairs[int(index[position])]])[0],
         costs[index],
+        num_responses=2,
         layout=layout,
         max_tokens=max_tokens,
         on_scores=keep,
@@ -58,13 +63,45 @@ def score_pairs(
         with_logprob=with_logprob,
         rank=dist.get_rank(),
         num_ranks=dist.get_world_size(),
-        must_stop=must_stop,
+        must_stop=OccasionalQuestion(must_stop, engine.device),
     )
     if not is_whole:
         return None
-    table = sum_over_ranks(torch.cat([*results.values(), times_scored], dim=1), engine.device)
+    table = torch.zeros(len(index), 2 * len(names) + 1, dtype=torch.float64)
+    table[scored, :-1] = torch.cat(results).double().cpu()
+    table[:, -1] = torch.bincount(torch.tensor(scored, dtype=torch.int64), minlength=len(index))
+    table = sum_over_ranks(table, engine.device)
     assert bool((table[:, -1] == 1).all()), "a pair was scored by no rank or by several"
     return {name: table[:, 2 * k : 2 * k + 2].float().numpy() for k, name in enumerate(names)}
+
+
+@dataclass
+class OccasionalQuestion:
+    """A question that ranks ask one another about once a second, though each calls this before every micro-batch.
+
+    A GPU has to finish what it was given before it answers, and some micro-batches take milliseconds; others take
+    seconds on a CPU, and a signal must not wait for several. All ranks must ask at the same call. So whenever they do,
+    they agree from the slowest on the number of calls until the next time.
+    """
+
+    ask: Callable[[], bool]
+    device: torch.device
+    interval: int = 1
+    """Calls from one time to the next."""
+    calls: int = 0
+    """Since the last time."""
+    last_time: float | None = None
+
+    def __call__(self) -> bool:
+        self.calls += 1
+        if self.calls < self.interval:
+            return False
+        answer = self.ask()
+        if self.last_time is not None:
+            seconds = over_all_ranks(dist.ReduceOp.MAX, self.device, time.monotonic() - self.last_time)
+            self.interval = max(1, int(SECONDS_BETWEEN_QUESTIONS * self.calls / seconds))
+        self.calls, self.last_time = 0, time.monotonic()
+        return answer
 
 
 def over_all_ranks(operation: dist.ReduceOp, device: torch.device, value: float) -> float:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from hafrm_ds.capacity import free_memory_bytes, peak_growth_bytes
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import PackedBatch, budget_costs, token_costs
+from hafrm_ds.data.packing import PackedBatch, token_costs
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.training.engine import Engine, TrainingEngine
@@ -87,7 +87,7 @@ def find_token_budget(
 def pairs_worth(costs: np.ndarray, layout: str, num_tokens: int) -> list[int]:
     """Positions of pairs of at most `num_tokens` tokens together, or of the longest alone; repeated if there are too
     few."""
-    worth = budget_costs(costs, layout)
+    worth = np.full_like(costs, costs.max()) if layout == "padded" else costs  # beside the longest
     order = np.random.default_rng(0).permutation(len(costs))
     order = np.concatenate([[costs.argmax()], np.tile(order, 1 + num_tokens // max(1, int(worth.sum())))])
     fitting = np.searchsorted(np.cumsum(worth[order]), num_tokens, side="right")

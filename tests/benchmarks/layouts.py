@@ -16,7 +16,7 @@ import torch
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import PromptWithResponses, budget_costs, lay_out, token_costs
+from hafrm_ds.data.packing import PromptWithResponses, lay_out, padded_rows, token_costs
 from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
@@ -43,8 +43,8 @@ def main() -> None:
         for layout in LAYOUTS:
             model.use_layout(layout, config.model.attention, device)
             index = plan.global_batch(number)
-            costs = budget_costs(token_costs(pairs.lengths, layout)[index], layout)
-            (parts,) = cut_into_micro_batches(costs, 1, config.batch.max_tokens_per_micro_batch)
+            costs, rows = token_costs(pairs.lengths, layout)[index], padded_rows(layout, len(index))
+            (parts,) = cut_into_micro_batches(costs, 1, config.batch.max_tokens_per_micro_batch, rows)
             micro_batches = [make_micro_batch(pairs, index[part], layout) for part in parts]
             took = sum(seconds(device, joint_step, config, model, each, device) for each in micro_batches)
             if number:

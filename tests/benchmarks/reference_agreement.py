@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.preparation import ID_COLUMNS, prepare_pairs
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.model.token_logprobs import LOGPROB_VERSION
 from hafrm_ds.options import load_config
@@ -28,7 +28,7 @@ from hafrm_ds.reference.store import Namespace, ReferenceStore
 def trl_logprobs(config, pairs, tokenizer) -> np.ndarray:
     """[pairs, 2] by TRL, from our token ids (its own tokenisation of these pairs is compared in tests/)."""
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32)
-    columns = [{"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in pairs]
+    columns = [{name: list(getattr(p, name)) for name in ID_COLUMNS} for p in pairs]
     text = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.DPOConfig(

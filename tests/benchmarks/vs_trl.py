@@ -158,8 +158,8 @@ def check_same_tokens(trainer, batches: Batches) -> None:
         return [ids[kept.bool()].tolist() for ids, kept in zip(batch["input_ids"], batch[mask])]
 
     for number, (pairs, batch) in enumerate(zip(batches.pairs, trainer.get_train_dataloader(), strict=True)):
-        prompts = [pair.prompt_ids for pair in pairs] * 2
-        answers = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+        prompts = [list(pair.prompt_ids) for pair in pairs] * 2
+        answers = [list(pair.chosen_ids) for pair in pairs] + [list(pair.rejected_ids) for pair in pairs]
         whole = [prompt + answer for prompt, answer in zip(prompts, answers)]
         assert rows(batch, "attention_mask") == whole, (
             f"{type(trainer).__name__} sees other tokens in step {number + 1}"

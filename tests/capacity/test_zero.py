@@ -1,10 +1,14 @@
 """Bytes of weights, gradients and optimizer, and what is sent, by hand."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from hafrm_ds.capacity.traffic import step_traffic
 from hafrm_ds.capacity.zero import Parameters, ZeroSettings, state_bytes
 
+REPOSITORY = Path(__file__).parents[2]
 BILLION = 10**9
 LLAMA_7B = Parameters(trained=7 * BILLION, frozen=0, frozen_bytes=0.0, sizes=(10**8,) * 70, weight_bytes=2)
 
@@ -85,6 +89,14 @@ def test_settings_are_read_from_a_deepspeed_configuration():
         stage=3, offloads_optimizer=True, reduce_bucket=50_000_000, secondary_shards=8, overlaps=True
     )
     assert ZeroSettings.of({}) == ZeroSettings()
+
+
+def test_stage_2_as_it_is_configured_here_reduces_one_bucket_while_it_fills_another():
+    zero = ZeroSettings.of(json.loads((REPOSITORY / "ds_configs/zero2.json").read_text()))
+    assert zero == ZeroSettings(stage=2, overlaps=True)
+    # 500 million gradients in bfloat16, twice, and the copy that is sent.
+    assert gigabytes(states(2, 8, overlaps=True).buckets) == pytest.approx(3)
+    assert gigabytes(states(2, 8).buckets) == pytest.approx(2)
 
 
 def test_defaults_are_those_of_deepspeed():

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm_ds.data.packing import PromptWithResponses, lay_out, token_costs
+from hafrm_ds.data.micro_batches import make_micro_batch
+from hafrm_ds.data.packing import PromptWithResponses, lay_out, padded_rows, token_costs
+from hafrm_ds.data.planning import DUMMY, cut_by_length
+from hafrm_ds.data.tokenization import TokenizedPair
 from tests.tiny_models import random_items
 
 ITEM = PromptWithResponses([10, 11, 12], ([20, 21], [30, 31, 32]))
@@ -69,6 +72,36 @@ def test_token_costs_are_the_tokens_laid_out(layout):
         "rejected": np.array([len(item.responses[1])]),
     }
     assert token_costs(lengths, layout).tolist() == [lay_out([item], layout).input_ids.numel()]
+
+
+def test_a_padded_pass_over_many_texts_is_hardly_padding():
+    """Counted in the rows that are laid out."""
+    lengths = np.random.default_rng(0).lognormal(5, 0.7, size=1000).astype(int) + 2
+    items = [PromptWithResponses([1], ([2] * (length - 1),)) for length in lengths]
+    ranks = cut_by_length(lengths, 2, 4096, padded_rows("padded", len(items), 1))
+    batches = [lay_out([items[i] for i in part], "padded") for own in ranks for part in own if part != [DUMMY]]
+    padding, tokens = (sum(getattr(batch, name) for batch in batches) for name in ("num_padding", "num_positions"))
+    assert max(batch.num_positions for batch in batches) <= 4096
+    assert padding == tokens - lengths.sum() < 0.05 * tokens
+    assert len(batches) < 1.1 * lengths.sum() / 4096 + 1
+
+
+def test_a_gpu_fetches_every_tensor_of_a_micro_batch_from_pinned_memory(monkeypatch):
+    """None with elements that overlap, as expanded ones have: they cannot be pinned."""
+    pinned, sent = [], []
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        sent.append((id(tensor), non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    pair = TokenizedPair([1, 2], [3], [4, 5], margin=0.5, source="", id="")
+    make_micro_batch([pair], [0, -1], "padded", torch.zeros(4)).to(torch.device("cuda"))
+    assert sent == [(id(tensor), True) for tensor in pinned]
+    # weight, margin, reference; ids, positions, mask; three indices or targets, and the numbers of tokens
+    assert len(pinned) == 3 + 3 + 4
+    assert all(0 not in tensor.stride() for tensor in pinned)
 
 
 def test_to_moves_every_tensor():

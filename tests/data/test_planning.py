@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,22 +35,26 @@ def test_pairs_until_are_those_of_the_batches():
 
 
 @given(
-    costs=st.lists(st.integers(1, 100), min_size=1, max_size=60),
+    widths=st.lists(st.integers(1, 100), min_size=1, max_size=60),
+    num_responses=st.sampled_from([[1], [2], [1, 2]]),
+    is_padded=st.booleans(),
     num_ranks=st.integers(1, 9),
-    max_tokens=st.integers(100, 400),
+    max_tokens=st.integers(200, 800),
 )
 @settings(max_examples=200, deadline=None)
 @pytest.mark.parametrize("cut", [cut_into_micro_batches, cut_by_length])
-def test_cuts_hold_every_pair_once_within_the_budget_and_equally_often_on_all_ranks(cut, costs, num_ranks, max_tokens):
-    costs = np.array(costs)
-    ranks = cut(costs, num_ranks, max_tokens)
+def test_cuts_hold_every_pair_once_within_the_budget_and_equally_often_on_all_ranks(
+    cut, widths, num_responses, is_padded, num_ranks, max_tokens
+):
+    rows = np.resize(num_responses, len(widths))
+    ranks = cut(rows * widths, num_ranks, max_tokens, rows if is_padded else None)
     assert len(ranks) == num_ranks
     assert len({len(batches) for batches in ranks}) == 1
-    real = [pair for batches in ranks for batch in batches for pair in batch if pair != DUMMY]
-    assert sorted(real) == list(range(len(costs)))
-    for batches in ranks:
-        for batch in batches:
-            assert batch == [DUMMY] or (DUMMY not in batch and costs[batch].sum() <= max_tokens)
+    real = [batch for batches in ranks for batch in batches if batch != [DUMMY]]
+    assert sorted(pair for batch in real for pair in batch) == list(range(len(widths)))
+    for batch in real:
+        lengths = [widths[pair] for pair in batch for _ in range(rows[pair])]
+        assert (len(lengths) * max(lengths) if is_padded else sum(lengths)) <= max_tokens
 
 
 def test_micro_batches_are_balanced_and_few():
@@ -59,11 +65,32 @@ def test_micro_batches_are_balanced_and_few():
     assert loads.sum(1).max() < 1.05 * loads.sum(1).mean()
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_padded_micro_batches_are_as_even_as_rows_of_similar_width_can_be(seed, num_ranks):
+    """The largest of them against that of every way to cut the sorted pairs into as many."""
+    lengths = np.sort(np.random.default_rng(seed).integers(5, 100, size=9))
+    ranks = cut_into_micro_batches(2 * lengths, num_ranks, 400, np.full(9, 2))
+    num_batches = num_ranks * len(ranks[0])
+
+    def largest(batches: list[np.ndarray]) -> int:
+        return max(2 * len(batch) * batch.max() for batch in batches)
+
+    def naive(number: int) -> int:
+        return min(largest(np.split(lengths, cuts)) for cuts in itertools.combinations(range(1, 9), number - 1))
+
+    ours = [lengths[batch] for batches in ranks for batch in batches if batch != [DUMMY]]
+    assert largest(ours) == naive(num_batches)
+    assert num_batches == num_ranks or naive(num_batches - num_ranks) > 400, "fewer would have done"
+
+
 def test_imbalance_is_the_share_of_time_that_ranks_wait():
     costs = np.array([10, 10, 30, 20])
     assert imbalance(costs, [[[0]], [[1]]]) == 0
     # Micro-batch 1: 10 and 30 tokens, micro-batch 2: 20 and nothing. 60 of 2 * (30 + 20) are used.
     assert imbalance(costs, [[[0], [3]], [[2], [DUMMY]]]) == pytest.approx(0.4)
+    # Two padded rows each: 2 rows of 15 against 4 of 5, then 2 of 10 against nothing. 70 of 2 * (30 + 20).
+    assert imbalance(costs, [[[2], [3]], [[0, 1], [DUMMY]]], np.full(4, 2)) == pytest.approx(0.3)
 
 
 def test_a_pair_above_the_budget_is_named():

@@ -61,7 +61,7 @@ def test_pairs_lengths_and_items_agree(prepare, formatter):
     assert prepared.pairs.features["prompt_ids"].feature.dtype == "int32"
     first, second = prepared[0], prepared[np.int64(1)]
     assert isinstance(first, TokenizedPair)
-    assert formatter.tokenizer.decode(first.prompt_ids + first.chosen_ids) == "user:Q</s>assistant:good</s>"
+    assert formatter.tokenizer.decode([*first.prompt_ids, *first.chosen_ids]) == "user:Q</s>assistant:good</s>"
     assert (first.margin, first.source, first.id) == (0.5, "one", "pairs.jsonl:1")
     assert (second.margin, second.id) == (None, "pairs.jsonl:3")
     for name in ("prompt", "chosen", "rejected"):

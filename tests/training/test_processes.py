@@ -227,6 +227,22 @@ def test_ranks_that_agree_go_on(ranks):
     assert at_once(ranks, lambda processes: processes.must_agree("data", {"train": "ab12"})) == [None] * WORLD_SIZE
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "THP_MEM_ALLOC_ENABLE": "1"}),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "THP_MEM_ALLOC_ENABLE": "0"},
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "THP_MEM_ALLOC_ENABLE": "0"},
+        ),
+    ],
+)
+def test_allocators_are_chosen_unless_the_user_has_chosen(monkeypatch, given, expected):
+    monkeypatch.setattr(module, "os", SimpleNamespace(environ=dict(given)))
+    module.choose_allocators()
+    assert module.os.environ == expected
+
+
 @pytest.fixture
 def rank_0_on_loopback(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
