@@ -18,7 +18,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,8 +204,13 @@ def write_synced(path: Path, content: dict) -> FileFacts:
     return FileFacts(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best evaluated one. Damaged ones count as none."""
+def prune(root: Path, keep_last: int, is_better: Callable[[float, float], bool]) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best evaluated one. Damaged ones count as none.
+
+    Args:
+        is_better: whether the first of two values of the best metric is the better one. Of equal ones the older
+            checkpoint is kept.
+    """
     good = []
     for folder in saved_steps(root).values():
         try:
@@ -213,10 +218,12 @@ def prune(root: Path, keep_last: int) -> None:
             good.append((folder, read_state(folder).metric))
         except (CheckpointError, OSError, ValueError, TypeError):
             continue
-    evaluated = [(metric, -place) for place, (_, metric) in enumerate(good) if metric is not None]
-    best = -max(evaluated)[1] if evaluated else None
-    for place, (folder, _) in enumerate(good):
-        if place >= keep_last and place != best:
+    best, best_value = None, None
+    for folder, value in reversed(good):
+        if value is not None and (best is None or is_better(value, best_value)):
+            best, best_value = folder, value
+    for folder, _ in good[keep_last:]:
+        if folder != best:
             # Renamed first: one that is deleted in part must not look like a checkpoint.
             shutil.rmtree(folder.rename(root / f".{folder.name}"))
 

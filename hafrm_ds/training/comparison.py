@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from hafrm_ds.config import ObjectiveConfig, TrainConfig
+from hafrm_ds.config import ObjectiveConfig, TrainConfig, contradictions
 from hafrm_ds.errors import ConfigError, UserError
 from hafrm_ds.evaluation.comparison import Method, compare, render_comparison
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, load_all
@@ -50,7 +50,8 @@ def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]
     where none are given.
 
     Raises:
-        ConfigError: the configuration does not have both losses, or names no evaluation set.
+        ConfigError: the configuration does not have both losses, names no evaluation set, or has an option that one of
+            the methods cannot have.
     """
     objective = config.objective
     problems = []
@@ -80,6 +81,12 @@ def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]
         for alpha in alphas
         for beta in betas
     ]
+    for arm in arms:
+        problems += [
+            f"{arm.name}: {each}" for each in contradictions(config.model_copy(update={"objective": arm.objective}))
+        ]
+    if problems:
+        raise ConfigError(problems)
     return arms
 
 

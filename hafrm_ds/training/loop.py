@@ -269,8 +269,19 @@ class Trainer:
             self.saver.last_evaluation[name] = metrics
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")
-            self.best.consider(step, {f"{name}/{metric}": value for metric, value in metrics.items()})
+        self.remember_best(step)
         return True
+
+    def remember_best(self, step: int) -> None:
+        """Compare the evaluation after a step with the best one, by the value that rank 0 has: all ranks must find the
+        same, and processors of other kinds may round a mean otherwise."""
+        if self.best.metric is None:
+            return
+        name, kind, judge = self.best.metric.rsplit("/", 2)
+        value = torch.tensor(self.saver.last_evaluation[name][f"{kind}/{judge}"], dtype=torch.float64)
+        value = value.to(self.engine.device)
+        dist.broadcast(value, src=0)
+        self.best.consider(step, value.item())
 
     def summary(self) -> dict:
         """What a reader wants to know first, for summary.json."""
@@ -289,8 +300,7 @@ class Trainer:
 
 
 def default_best_metric(config: TrainConfig) -> str | None:
-    judge = "reward" if config.objective.uses_reward else "implicit" if config.objective.uses_reference else "logprob"
-    return next((f"{name}/accuracy/{judge}" for name in config.data.eval), None)
+    return next((f"{name}/{config.objective.measures[0]}" for name in config.data.eval), None)
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -1,7 +1,6 @@
 """Saving and going on, all ranks together: when a checkpoint is due, how it is written, and when the run stops."""
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -39,20 +38,27 @@ MINUTE = 60.0
 
 @dataclass
 class Best:
-    """The best evaluation so far by one metric, SET/METRIC, and the value at the last evaluation."""
+    """The best evaluation so far by one metric, SET/METRIC, and the value at the last evaluation. Of equal ones the
+    first is the best; the evaluation before the first step is none of them, as nothing was trained."""
 
     metric: str | None
-    value: float = -math.inf
+    value: float | None = None
     step: int | None = None
     latest_value: float | None = None
     latest_step: int | None = None
 
-    def consider(self, step: int, metrics: dict[str, float]) -> None:
-        if self.metric not in metrics:
+    def is_better(self, value: float, other: float) -> bool:
+        """Losses are better when they are smaller, everything else when it is larger."""
+        _, kind, _ = self.metric.rsplit("/", 2)
+        return value < other if kind == "loss" else value > other
+
+    def consider(self, step: int, value: float) -> None:
+        """Take note of the value of the metric at an evaluation."""
+        if not step:
             return
-        self.latest_value, self.latest_step = metrics[self.metric], step
-        if self.latest_value > self.value:
-            self.value, self.step = self.latest_value, step
+        self.latest_value, self.latest_step = value, step
+        if self.value is None or self.is_better(value, self.value):
+            self.value, self.step = value, step
 
 
 class CheckpointSaver:
@@ -126,8 +132,7 @@ class CheckpointSaver:
         own = folder / random_file(dist.get_rank())
         if own.exists():  # a rank that was not there before has the state of a fresh start
             restore_random_state(json.loads(own.read_text()))
-        if state.best_step is not None:
-            best.step, best.value = state.best_step, state.best_value
+        best.step, best.value = state.best_step, state.best_value
         self.log.print(
             f"going on after step {state.step} from {folder}"
             + ("" if state.world_size == dist.get_world_size() else f", written by {state.world_size} processes")
@@ -162,7 +167,7 @@ class CheckpointSaver:
             reference=self.reference,
             metric=best.latest_value if best.latest_step == step else None,
             best_step=best.step,
-            best_value=best.value if best.step is not None else None,
+            best_value=best.value,
             evaluation_is_due=evaluation_is_due,
             last_evaluation=self.last_evaluation,
         )
@@ -173,7 +178,7 @@ class CheckpointSaver:
             self.log.metrics("checkpoint", step, {"seconds": time.perf_counter() - started, "bytes": size})
             self.log.sync()
             publish(draft, self.root, state, files)
-            prune(self.root, self.options.keep_last)
+            prune(self.root, self.options.keep_last, best.is_better)
 
         self.on_first(finish, draft)
         self.last_step, self.last_time, self.is_time = step, time.monotonic(), False

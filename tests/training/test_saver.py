@@ -77,8 +77,18 @@ def test_a_stop_before_the_first_step_saves_nothing(make):
 
 def test_the_best_evaluation_is_remembered_with_the_last():
     best = Best("held_out/accuracy/reward")
-    for step, value in ((10, 0.6), (20, 0.8), (30, 0.7)):
-        best.consider(step, {"held_out/accuracy/reward": value})
-        best.consider(step, {"other/accuracy/reward": 0.9})
+    for step, value in ((0, 0.9), (10, 0.6), (20, 0.8), (30, 0.8), (40, 0.7)):
+        best.consider(step, value)
     assert (best.step, best.value) == (20, 0.8)
-    assert (best.latest_step, best.latest_value) == (30, 0.7)
+    assert (best.latest_step, best.latest_value) == (40, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("metric", "step"),
+    [("hh/loss/reward", 20), ("hh/loss/policy", 20), ("hh/margin/implicit", 30), ("org/loss/accuracy/reward", 30)],
+)
+def test_a_loss_is_better_when_it_is_smaller(metric, step):
+    best = Best(metric)
+    for at, value in ((10, 0.6), (20, 0.3), (30, 0.9)):
+        best.consider(at, value)
+    assert best.step == step
