@@ -75,7 +75,9 @@ def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]
 
     alphas, betas = list(alphas) or [objective.alpha], list(betas) or [objective.beta]
     arms = [Arm("baseline", changed(alpha=0.0))]
-    arms += [Arm(f"dpo{label('beta', betas, beta)}", changed(rm_weight=0.0, beta=beta)) for beta in betas]
+    arms += [
+        Arm(f"dpo{label('beta', betas, beta)}", changed(rm_weight=0.0, beta=beta, use_margin=False)) for beta in betas
+    ]
     arms += [
         Arm(f"haf{label('alpha', alphas, alpha)}{label('beta', betas, beta)}", changed(alpha=alpha, beta=beta))
         for alpha in alphas
