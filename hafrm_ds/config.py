@@ -237,6 +237,8 @@ class EvaluationConfig(Section):
     """SET/METRIC whose best step is remembered, for example hh/accuracy/reward; a loss (hh/loss/reward) is better when
     it is smaller. Default: the first set's accuracy of the reward head, or the implicit reward's when rm_weight is 0.
     """
+    patience: PositiveInt | None = None
+    """End the run early when best_metric has not improved in this many evaluations, one after another."""
 
 
 class CheckpointConfig(Section):
@@ -248,9 +250,12 @@ class CheckpointConfig(Section):
     """Save when this many minutes have passed since the last save; 0: not by time."""
     keep_last: PositiveInt = 2
     """Keep this many of the newest checkpoints. Of those that were evaluated the best is kept besides."""
+    final: Literal["last", "best"] = "last"
+    """Which weights final/ gets. last: those after the last step. best: those after the best evaluation by
+    evaluation.best_metric; each evaluation that is the best so far is then followed by a save."""
     allow_changed: list[str] = []
-    """Options that may differ from the run that is resumed, for example [optimizer.learning_rate]. data.train,
-    data.eval and reference.store stand for the content of these."""
+    """Options that may differ from the run that is resumed, for example [optimizer.learning_rate]. model.name_or_path,
+    data.train and data.eval stand for the content of these."""
 
 
 class LoggingConfig(Section):
@@ -341,6 +346,12 @@ def contradictions(config: TrainConfig) -> list[str]:
         problems.append(
             f"evaluation.every_steps is {config.evaluation.every_steps}, but data.eval names no evaluation set"
         )
+    for name, needs in (
+        ("evaluation.patience", config.evaluation.patience is not None),
+        ("checkpoint.final best", config.checkpoint.final == "best"),
+    ):
+        if needs and not (config.evaluation.every_steps and config.data.eval):
+            problems.append(f"{name} needs evaluations during training: set evaluation.every_steps and data.eval")
     if unknown := unknown_best_metric(config):
         problems.append(unknown)
     lora = config.model.lora

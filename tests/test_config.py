@@ -204,6 +204,8 @@ def test_no_contradiction_with_the_default_of_a_faulty_option_is_named():
             ["'hx/accuracy/reward'", "did you mean hh/accuracy/reward?", "known: hh"],
         ),
         ({"evaluation.best_metric": "hh/accuracy/reward"}, ["'hh/accuracy/reward'", "known: none"]),
+        ({"evaluation.patience": "3", "data.eval": "{hh: b.jsonl}"}, ["evaluation.patience needs", "every_steps"]),
+        ({"checkpoint.final": "best"}, ["checkpoint.final best needs", "data.eval"]),
         (
             {"data.eval": "{hh: b.jsonl}", "evaluation.best_metric": "hh/acuracy/reward"},
             ["did you mean hh/accuracy/reward?", "accuracy/logprob", "loss/policy"],

@@ -60,8 +60,10 @@ class TrainingState:
     reference: name of the namespace of the start weights, on which reference log-probs and frozen weights rest.
     metric: value of the best metric at this step, None where it was not evaluated.
     best_step, best_value: the best evaluation so far.
+    evaluations_since_best: how many have followed it.
     evaluation_is_due: the evaluation after this step was not made.
     last_evaluation: set -> its metrics at the last evaluation.
+    uses_stock_logits: of the model (`HybridModel`), as the run has found at its start.
     """
 
     step: int
@@ -75,6 +77,13 @@ class TrainingState:
     best_value: float | None
     evaluation_is_due: bool
     last_evaluation: dict[str, dict[str, float]]
+    uses_stock_logits: bool = False
+    evaluations_since_best: int = 0
+
+    @property
+    def evaluation_of_step(self) -> dict[str, dict[str, float]]:
+        """Set -> its metrics after this very step; {} if it was not evaluated."""
+        return {} if self.metric is None else self.last_evaluation
 
 
 def checkpoint_name(step: int) -> str:
@@ -204,12 +213,12 @@ def write_synced(path: Path, content: dict) -> FileFacts:
     return FileFacts(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
-def prune(root: Path, keep_last: int, is_better: Callable[[float, float], bool]) -> None:
+def prune(root: Path, keep_last: int, best_step: int | None, is_better: Callable[[float, float], bool]) -> None:
     """Delete all but the newest `keep_last` checkpoints and the best evaluated one. Damaged ones count as none.
 
     Args:
-        is_better: whether the first of two values of the best metric is the better one. Of equal ones the older
-            checkpoint is kept.
+        best_step: of the best evaluation. If it was not saved, the best that was is kept, of equal ones the older.
+        is_better: whether the first of two values of the best metric is the better one.
     """
     good = []
     for folder in saved_steps(root).values():
@@ -220,6 +229,9 @@ def prune(root: Path, keep_last: int, is_better: Callable[[float, float], bool])
             continue
     best, best_value = None, None
     for folder, value in reversed(good):
+        if best_step is not None and folder.name == checkpoint_name(best_step):
+            best = folder
+            break
         if value is not None and (best is None or is_better(value, best_value)):
             best, best_value = folder, value
     for folder, _ in good[keep_last:]:

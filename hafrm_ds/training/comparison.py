@@ -27,7 +27,7 @@ from hafrm_ds.training.stopping import STOPPED_STATUS, Stopped
 
 COMPARISON_FILE = "comparison.json"
 RUNS_FOLDER = "runs"
-CONTENT = ("data.train", "data.eval")
+CONTENT = ("model.name_or_path", "model.revision", "data.train", "data.eval")
 """When a run goes on, the content of these is compared. Of a finished run it is not read again: their words count."""
 
 
