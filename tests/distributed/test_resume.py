@@ -238,7 +238,8 @@ def test_patience_survives_a_stop(runs):
     folder, _ = runs
     straight, resumed = folder / "patient-3", folder / "patient, resumed"
     assert compared_rows(resumed) == compared_rows(straight)
-    assert_same_files(resumed / "final", straight / "final")
+    expected, actual = final_weights(straight), final_weights(resumed)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("change", [*CHANGES, "gathered"])
