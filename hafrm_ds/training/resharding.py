@@ -11,6 +11,7 @@ Frozen parameters and buffers have not changed since the model was loaded: they 
 """
 
 import math
+import pickle
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,14 +75,21 @@ def trained_weights(folder: Path, zero_stage: int, world_size: int) -> dict[str,
 
 def read(folder: Path, pattern: str) -> dict:
     """Content of the file that a pattern names, mapped. Of what a pickle may hold only tensors, plain containers and
-    the classes that DeepSpeed's optimizers put beside them are made."""
+    the classes that DeepSpeed's optimizers put beside them are made.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     (path,) = folder.glob(pattern)
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds something that DeepSpeed does not write: {error}") from error
 
 
 def read_shard(folder: Path, rank: int, kind: str) -> dict:

@@ -51,8 +51,8 @@ class Best:
 
     def is_better(self, value: float, other: float) -> bool:
         """Losses are better when they are smaller, everything else when it is larger."""
-        _, kind, _ = self.metric.rsplit("/", 2)
-        return value < other if kind == "loss" else value > other
+        is_loss = self.metric is not None and self.metric.split("/")[-2] == "loss"
+        return value < other if is_loss else value > other
 
     def consider(self, step: int, value: float) -> None:
         """Take note of the value of the metric at an evaluation."""

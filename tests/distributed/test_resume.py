@@ -116,6 +116,10 @@ def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
             resumed(seed=4, optimizer__learning_rate=1e-3),
             r"other options: - optimizer.learning_rate: 0.003 there, 0.001 here - seed: 0 there, 4 here",
         ),
+        "start weights": (
+            resumed(model__name_or_path=save_tiny_model(folder / "other model", "llama")),
+            r"model.name_or_path: the start weights are those of \w+\S* here, of \w+\S* there",
+        ),
         "pairs": (resumed(data__train=other_pairs), r"data.train: the pairs of 'train' have changed"),
         "stage 0": (resumed(stage=0), r"written under ZeRO stage 3, and this run has stage 0"),
         "missing reference": (
@@ -159,8 +163,9 @@ def runs(setting) -> tuple[Path, str]:
     cases += [[options("to be refused", 3), stop]]
     refused_from = len(cases)
     cases += [case for case, _ in refusals(folder, options).values()]
-    # What was refused has harmed nothing; and an option may change by name.
+    # What was refused has harmed nothing; an option may change by name, and the start weights may be moved.
     allowed = {"optimizer__learning_rate": 1e-3, "checkpoint__allow_changed": "[optimizer.learning_rate]"}
+    allowed |= {"model__name_or_path": shutil.copytree(folder / "model", folder / "moved model")}
     cases += [[options("to be refused", 3, **allowed), None]]
     output = run_cases(2, cases)
     run_cases(1, changed(1, 1, None))
