@@ -63,7 +63,7 @@ class LoraOptions(Section):
     """Which layers get adapters: the last parts of their names, as [q_proj, v_proj], or all-linear: all but the LM
     head."""
     quantize: Literal["none", "4bit", "8bit"] = "none"
-    """Keep the frozen weights in 4 bits (NF4) or 8 bits (QLoRA, pip install hafrm_ds[qlora]): for ZeRO 0 to 2. The
+    """Keep the frozen weights in 4 bits (NF4) or 8 bits (QLoRA; needs the package bitsandbytes): for ZeRO 0 to 2. The
     reference is then the quantised model, and so is what the saved model is merged from."""
 
 
@@ -268,7 +268,7 @@ class LoggingConfig(Section):
     report: bool = True
     """Draw OUTPUT_DIR/report.html at the end and when the run is stopped; takes about a second."""
     wandb_project: str | None = None
-    """Also log to this Weights & Biases project (pip install hafrm_ds[wandb])."""
+    """Also log to this Weights & Biases project (needs the package wandb)."""
 
 
 class TrainConfig(Section):
@@ -344,7 +344,8 @@ def contradictions(config: TrainConfig) -> list[str]:
         problems.append("objective.use_margin belongs to the reward loss, but objective.rm_weight is 0")
     if config.evaluation.every_steps and not config.data.eval:
         problems.append(
-            f"evaluation.every_steps is {config.evaluation.every_steps}, but data.eval names no evaluation set"
+            f"evaluation.every_steps is {config.evaluation.every_steps}, but data.eval names no evaluation set; "
+            "give data.eval, or set evaluation.every_steps to 0"
         )
     for name, needs in (
         ("evaluation.patience", config.evaluation.patience is not None),

@@ -6,7 +6,8 @@ arguments -> nested mapping -> TrainConfig (or one ConfigError), before any mode
 import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,21 @@ from pydantic import BaseModel, ValidationError
 
 from hafrm_ds.config import Section, TrainConfig, contradictions, option_names
 from hafrm_ds.errors import ConfigError
+from hafrm_ds.option_help import help_text
 from hafrm_ds.training.deepspeed_config import deepspeed_contradictions, read_deepspeed_json
 
 
-def load_config(arguments: list[str], schema: type[TrainConfig] = TrainConfig) -> TrainConfig:
+def load_config(
+    arguments: list[str], schema: type[TrainConfig] = TrainConfig, *, about: str = "", own: Collection[str] = ()
+) -> TrainConfig:
     """Build the configuration from command-line arguments.
 
     Arguments: `--config FILE` (YAML, may be left out), then any number of `--section.key value` or
     `--section.key=value`, values in YAML notation. `--help` and `--print_config` print and leave.
+
+    Args:
+        about: what `--help` says before the options.
+        own: names of the options that the entry file has read itself: a mistyped one may have meant one of these.
 
     Raises:
         ConfigError: with all faults: unknown keys (and the nearest valid one), wrong types, contradictions between
@@ -31,10 +39,11 @@ def load_config(arguments: list[str], schema: type[TrainConfig] = TrainConfig) -
     speaks = os.environ.get("RANK", "0") == "0"  # under a launcher every rank reads the same options
     if "--help" in arguments or "-h" in arguments:
         if speaks:
-            print(help_text(schema))
+            print(f"{about.strip()}\n\n{help_text(schema)}")
         sys.exit(0)
-    tree, print_only = read_arguments(arguments)
-    config = validate(tree, schema)
+    nearest = partial(nearest_option, schema=schema, own=own)
+    tree, print_only = read_arguments(arguments, nearest)
+    config = validate(tree, schema, nearest)
     if print_only:
         if speaks:
             print(config.to_yaml(), end="")
@@ -42,7 +51,7 @@ def load_config(arguments: list[str], schema: type[TrainConfig] = TrainConfig) -
     return config
 
 
-def read_arguments(arguments: list[str]) -> tuple[dict, bool]:
+def read_arguments(arguments: list[str], nearest: Callable[[str], str]) -> tuple[dict, bool]:
     """Arguments -> (nested mapping of raw values, whether --print_config was given)."""
     print_only, files, overrides, problems = False, [], [], []
     words = list(reversed(arguments))
@@ -58,7 +67,8 @@ def read_arguments(arguments: list[str]) -> tuple[dict, bool]:
         if not equals:
             value = words.pop() if words and not words[-1].startswith("--") else None
         if value is None:
-            problems.append(f"--{name} has no value")
+            is_known = name == "config" or name in option_names(TrainConfig)
+            problems.append(f"--{name} has no value" if is_known else f"--{name}: unknown option; {nearest(name)}")
         elif name == "config":
             files.append(Path(value))
         elif name not in ("local_rank", "local-rank"):  # appended by the deepspeed launcher
@@ -107,13 +117,13 @@ def merge(tree: dict, update: dict) -> None:
             tree[key] = value
 
 
-def validate(tree: dict, schema: type[TrainConfig]) -> TrainConfig:
+def validate(tree: dict, schema: type[TrainConfig], nearest: Callable[[str], str]) -> TrainConfig:
     """Raw mapping -> configuration; raises ConfigError with every fault.
 
     After the first round of faults the faulty values are left out and the rest is checked once more, so that
     contradictions elsewhere are named in the same message.
     """
-    config, problems = try_schema(tree, schema)
+    config, problems = try_schema(tree, schema, nearest)
     if config is not None:
         deepspeed_json, more = read_deepspeed_json(config.deepspeed)
         problems = contradictions(config) + more
@@ -127,13 +137,15 @@ def validate(tree: dict, schema: type[TrainConfig]) -> TrainConfig:
 PLACEHOLDERS = {("output_dir",): ".", ("model", "name_or_path"): ".", ("data", "train"): "."}
 
 
-def try_schema(tree: dict, schema: type[TrainConfig]) -> tuple[TrainConfig | None, list[str]]:
+def try_schema(
+    tree: dict, schema: type[TrainConfig], nearest: Callable[[str], str]
+) -> tuple[TrainConfig | None, list[str]]:
     """Validate types and names. With faults: (None, their messages and those of contradictions in the sound rest)."""
     try:
         return schema.model_validate(tree), []
     except ValidationError as error:
         faults = error.errors()
-    problems = [describe(fault, schema) for fault in faults]
+    problems = [problem for fault in faults for problem in describe(fault, schema, nearest)]
     sound = yaml.safe_load(yaml.safe_dump(tree))
     for fault in faults:
         remove(sound, fault["loc"])
@@ -163,26 +175,35 @@ def remove(tree: Any, location: tuple) -> None:
         del parent[key]
 
 
-def describe(fault: dict, schema: type[BaseModel]) -> str:
-    """One fault of pydantic in words: the option, what is wrong, and the nearest valid name or the given value."""
+def describe(fault: dict, schema: type[BaseModel], nearest: Callable[[str], str]) -> list[str]:
+    """One fault of pydantic in words: the option, what is wrong, and the nearest valid name or the given value. A
+    section that is missing stands for each of its required options."""
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return f"{name}: unknown option; {nearest_option(name, schema)}"
+        return [f"{name}: unknown option; {nearest(name)}"]
     if fault["type"] == "missing":
-        return f"{name}: is required and was not given"
+        return [f"{option}: is required and was not given" for option in required_options(schema, name)]
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{name}: {message[0].lower() + message[1:]} (given: {fault['input']!r})"
+    given = fault["input"]
+    is_named = isinstance(given, str) and repr(given) in message
+    return [f"{name}: {message[0].lower() + message[1:]}" + ("" if is_named else f" (given: {given!r})")]
 
 
-def nearest_option(name: str, schema: type[BaseModel]) -> str:
+def required_options(schema: type[BaseModel], name: str) -> list[str]:
+    """An option itself; of a section those inside it that have no default."""
+    field = schema.model_fields.get(name)
+    if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+        return [name]
+    return [f"{name}.{key}" for key, inner in field.annotation.model_fields.items() if inner.is_required()]
+
+
+def nearest_option(name: str, schema: type[BaseModel], own: Collection[str]) -> str:
     """The option that an unknown name may have meant: a sibling with a like name first, then any option or section."""
     section, _, leaf = name.rpartition(".")
     # Deepest first, so that of two options with the same last part the one with the shorter name counts.
-    options = sorted([*schema.model_fields, *option_names(schema)], key=lambda option: option.count("."))
+    options = sorted([*own, *schema.model_fields, *option_names(schema)], key=lambda option: option.count("."))
     everywhere = {option.split(".")[-1]: option for option in reversed(options)}
-    siblings = {
-        option.split(".")[-1]: option for option in option_names(schema) if option.rpartition(".")[0] == section
-    }
+    siblings = {option.split(".")[-1]: option for option in options if option.rpartition(".")[0] == section}
     for known, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
         if near := difflib.get_close_matches(leaf, known, n=1, cutoff=cutoff):
             return f"did you mean {known[near[0]]}?"
@@ -196,26 +217,3 @@ def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from options_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def help_text(schema: type[BaseModel]) -> str:
-    """All options with their types, defaults and docstrings, section by section."""
-    lines = [
-        f"{(schema.__doc__ or '').strip()}",
-        "",
-        "  --config FILE.yaml  options from a file; options after it override",
-        "  --print_config      print the resolved options and leave",
-    ]
-
-    def add(model: type[BaseModel], prefix: str) -> None:
-        for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                lines.extend(["", f"{name}: {(field.annotation.__doc__ or '').strip()}"])
-                add(field.annotation, f"{prefix}{name}.")
-                continue
-            default = "required" if field.is_required() else f"default: {field.default}"
-            text = " ".join((field.description or "").split())
-            lines.append(f"  --{prefix}{name} ({default})\n        {text}")
-
-    add(schema, "")
-    return "\n".join(lines)

@@ -16,9 +16,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=10)
     own, rest = parser.parse_known_args(arguments)
-    if processes.is_first and {"--help", "-h"} & set(rest):
-        print(__doc__)
-    config = load_config(rest)
+    config = load_config(rest, about=__doc__, own=vars(own))
     from hafrm_ds.training.benchmark import benchmark  # after the options are known to be right
 
     benchmark(config, processes, own.steps)

@@ -26,7 +26,7 @@ PROMPTS_NOT_SCORED = 3
 def read_command_line(arguments: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", required=True, help="one or more reward models: folders or hub ids")
+    add("--model", nargs="+", required=True, help="one or more: final/ folders of trainings, or other reward models")
     add("--output_dir", type=Path, required=True, help="where the results go")
     add("--candidates", type=Path, help="a file with answers: .jsonl, .json or .parquet")
     add("--reference", help="of a model without a reward head, as DPO leaves it, what its implicit reward is measured "
@@ -63,7 +63,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     if options["candidates"] is None:
         if missing := [f"--{name}" for name in ("prompts", "policy") if name not in given]:
             raise ConfigError(
-                [f"give --candidates FILE, or --prompts FILE with --policy MODEL; {' and '.join(missing)} is missing"]
+                [f"give --candidates FILE, or --prompts FILE with --policy MODEL (missing: {', '.join(missing)})"]
             )
         options["sampling"] = SamplingOptions(**given)
     elif given:

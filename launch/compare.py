@@ -5,14 +5,15 @@
 
 Takes the options of training. --seeds N (default 3) trains each with the seeds SEED to SEED + N - 1 of --seed; --alphas
 and --betas train HaF for each value of objective.alpha and objective.beta, and DPO for each beta. The first set of
-data.eval is taken for the training distribution, all others for out of distribution. A comparison that was stopped goes
-on when it is started again.
+data.eval is taken for the training distribution, all others for out of distribution. Results are written after every
+seed. A comparison that was stopped goes on when it is started again.
 """
 
 import argparse
 from pathlib import Path
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.options import load_config
@@ -21,11 +22,11 @@ from hafrm_ds.training.processes import Processes, run_entry
 
 def numbers(option: str, text: str) -> list[float]:
     """`[0.1, 0.2]` or `0.1` -> numbers."""
-    value = yaml.safe_load(text)
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, int | float) for each in values):
-        raise ConfigError([f"--{option} {text}: must be a number or a list of numbers as [0.1, 0.2]"])
-    return values
+    try:
+        value = yaml.safe_load(text)
+        return TypeAdapter(list[float]).validate_python(value if isinstance(value, list) else [value])
+    except (yaml.YAMLError, ValidationError):
+        raise ConfigError([f"--{option} {text}: must be a number or a list of numbers as [0.1, 0.2]"]) from None
 
 
 def main(arguments: list[str], processes: Processes) -> None:
@@ -34,9 +35,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     parser.add_argument("--alphas", default="[]")
     parser.add_argument("--betas", default="[]")
     own, rest = parser.parse_known_args(arguments)
-    if processes.is_first and {"--help", "-h"} & set(rest):
-        print(__doc__)
-    config = load_config(rest)
+    config = load_config(rest, about=__doc__, own=vars(own))
     if own.seeds < 1:
         raise ConfigError([f"--seeds is {own.seeds}; it must be at least 1"])
     from hafrm_ds.training.comparison import arms_of, train_and_compare  # after the options are known to be right

@@ -4,7 +4,7 @@ by token. Loads the tokenizer, never the model.
     python launch/inspect_data.py --config launch/recipes/NAME.yaml [--section.key value ...] [--examples N] [--health]
 
 Takes the options of training; --examples N (default 3) is the number of pairs shown token by token for each set.
---health shows instead what no single row does: repeats, pairs in both orders, prompts that training and test sets
+--health shows instead what no single row can show: repeats, pairs in both orders, prompts that training and test sets
 share, length bias, and the share of pairs that each max_length would cut.
 """
 
@@ -31,9 +31,7 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, argparse.Names
     parser.add_argument("--examples", type=int, default=3)
     parser.add_argument("--health", action="store_true")
     own, rest = parser.parse_known_args(arguments)
-    if {"--help", "-h"} & set(rest):
-        print(__doc__)
-    return load_config(rest), own
+    return load_config(rest, about=__doc__, own=vars(own)), own
 
 
 def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str, PreparedPairs]]:

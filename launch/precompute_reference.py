@@ -12,7 +12,7 @@ from hafrm_ds.training.processes import Processes, run_entry
 
 
 def main(arguments: list[str], processes: Processes) -> None:
-    config = load_config(arguments)
+    config = load_config(arguments, about=__doc__)
     from hafrm_ds.training.run import precompute_reference  # after the options are known to be right
 
     precompute_reference(config, processes)

@@ -1,9 +1,9 @@
-"""Draw the report of a run or an evaluation, or lay several of them side by side on one page.
+"""Draw the report of a run, an evaluation or a comparison of methods, or lay several runs or evaluations side by side.
 
     python launch/report.py FOLDER                            writes FOLDER/report.html
     python launch/report.py FOLDER FOLDER ... --output FILE   writes one page that compares them
 
-A run may still be going on. Training draws its report when it ends.
+A run may still be going on. Training, evaluation and comparison draw their reports themselves when they end.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from hafrm_ds.errors import run_alone
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run or an evaluation")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run, evaluation or comparison")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: FOLDER/report.html; comparison.html here")
     arguments = parser.parse_args()
     from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report  # loads for seconds

@@ -10,7 +10,7 @@ from hafrm_ds.training.processes import Processes, run_entry
 
 
 def main(arguments: list[str], processes: Processes) -> None:
-    config = load_config(arguments)
+    config = load_config(arguments, about=__doc__)
     from hafrm_ds.training.run import train  # after the options are known to be right: it loads for seconds
 
     train(config, processes)

@@ -1,5 +1,6 @@
 """What a user can write, and what is said about each mistake."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -167,8 +168,8 @@ def test_wrong_values_name_the_option_and_what_was_given(option, value, said):
 def test_missing_options_are_named_together():
     assert problems(required=False) == [
         "output_dir: is required and was not given",
-        "model: is required and was not given",
-        "data: is required and was not given",
+        "model.name_or_path: is required and was not given",
+        "data.train: is required and was not given",
     ]
     assert problems("--output_dir", "o", "--data.eval", "a.jsonl", "--model.dtype", "float32", required=False) == [
         "model.name_or_path: is required and was not given",
@@ -299,11 +300,28 @@ def test_help_names_every_option_with_its_text(capsys, flag):
     options = dict(leaves(TrainConfig))
     assert {"seed", "objective.alpha", "data.train", "logging.wandb_project"} < options.keys()
     for name, field in options.items():
-        (number,) = [index for index, line in enumerate(lines) if line.startswith(f"  --{name} (")]
+        (number,) = [index for index, line in enumerate(lines) if line.startswith(f"  --{name}  ")]
         assert field.description, f"{name} has no docstring"
-        assert lines[number + 1].strip() == " ".join(field.description.split())
-    assert "  --output_dir (required)" in lines
-    assert "  --objective.alpha (default: 0.2)" in lines
+        text = itertools.takewhile(lambda line: line.startswith(" " * 8), lines[number + 1 :])
+        assert " ".join(map(str.strip, text)) == " ".join(field.description.split())
+    assert max(map(len, lines)) <= 120
+    for line in (
+        "  --output_dir  path  (required)",
+        "  --objective.alpha  float  (default: 0.2)",
+        "  --optimizer.schedule  linear | cosine | constant  (default: linear)",
+        "  --batch.max_tokens_per_micro_batch  int | auto  (default: 8192)",
+        "  --max_steps  int  (default: none)",
+        "  max_pairs  int  (default: none)",
+    ):
+        assert line in lines
+
+
+def test_a_mistyped_option_of_the_entry_file_itself_is_answered_with_it():
+    for words, answer in ((["--gpu", "4"], "gpu: unknown option; did you mean gpus?"),
+                          (["--heath"], "--heath: unknown option; did you mean health?")):  # fmt: skip
+        with pytest.raises(ConfigError) as error:
+            load_config([*REQUIRED, *words], own=("gpus", "health"))
+        assert error.value.problems == [answer]
 
 
 def test_a_list_that_yaml_cannot_read_is_no_text():

@@ -47,11 +47,26 @@ FAMILIES = {
 
 STATE_SPACE = {"mamba": ("MambaConfig", {"state_size": 8})}
 """Not of the families: such a layer runs on from one packed answer into the next."""
+MASKED_WINDOW = {
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {
+            **GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+        },
+    )
+}
+"""Not of the families: its window is in its attention mask alone."""
 
 
 def tiny_causal_lm(family: str, seed: int = 0, **shape) -> transformers.PreTrainedModel:
     """fp32, every parameter moved off its initial value, so that no bias is 0 and no norm is 1."""
-    class_name, changes = (FAMILIES | STATE_SPACE)[family]
+    class_name, changes = (FAMILIES | STATE_SPACE | MASKED_WINDOW)[family]
     config = getattr(transformers, class_name)(**{"tie_word_embeddings": False, **SHAPE, **changes, **shape})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -105,8 +120,8 @@ def save_tiny_final(
     return folder
 
 
-def tiny_hybrid(family: str, seed: int = 0) -> HybridModel:
-    causal_lm = tiny_causal_lm(family, seed)
+def tiny_hybrid(family: str, seed: int = 0, **shape) -> HybridModel:
+    causal_lm = tiny_causal_lm(family, seed, **shape)
     disable_dropout(causal_lm)
     head = make_reward_head(32, bias=False, init="normal", dtype=torch.float32, seed=seed)
     return HybridModel(causal_lm.train(), head)

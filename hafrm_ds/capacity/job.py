@@ -51,7 +51,10 @@ def plan_run(
     if recipe is not None:
         if plan.recommended is None:
             raise UserError(f"nothing fits: {recipe} is not written")
-        recipe.write_text(plan.recipe(plan.recommended).to_yaml())
+        try:
+            recipe.write_text(plan.recipe(plan.recommended).to_yaml())
+        except OSError as error:
+            raise UserError(f"--write {recipe} cannot be written: {error.strerror}") from error
         console.print(f"{recipe} is written")
 
 

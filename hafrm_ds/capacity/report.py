@@ -44,8 +44,9 @@ def run_table(plan: Plan) -> Table:
 def memory_table(plan: Plan) -> Table:
     """GiB of one process."""
     table = table_of_options(
-        "GiB of a GPU (* as configured; recompute: gradient checkpointing)",
-        ("weights", "grads", "Adam", "gathered, buckets", "micro-batch", "peak", "fits", "largest micro-batch", "host"),
+        "GiB of a GPU (* as configured; GC: gradient checkpointing; buffers: gathered weights and buckets; budget: "
+        "tokens of the largest micro-batch)",
+        ("weights", "grads", "Adam", "buffers", "batch", "peak", "fits", "budget", "host"),
     )
     for option in plan.options:
         states = option.states
@@ -71,18 +72,18 @@ def memory_table(plan: Plan) -> Table:
 def time_table(plan: Plan) -> Table:
     """Seconds of a step."""
     table = table_of_options(
-        "Seconds of a step",
-        ("micro-batches", "compute", "Adam", "GB sent by a GPU", "sending", "a step", "training"),
+        "Seconds of a step (batches: micro-batches; GB sent: by a GPU; host: Adam on the CPUs, which is not counted)",
+        ("batches", "compute", "Adam", "GB sent", "sending", "a step", "training"),
     )
     for option in plan.options:
-        seconds = (option.compute_seconds, option.optimizer_seconds)
         table.add_row(
             *names_of(plan, option),
             f"{option.cut.micro_batches:.1f}",
-            *(f"{value:.3g}" for value in seconds),
+            seconds(option.compute_seconds),
+            "host" if option.states.host else seconds(option.optimizer_seconds),
             f"{option.traffic.total / 1e9:,.1f}",
-            f"{option.traffic_seconds:.3g}",
-            f"{option.step_seconds:.3g}",
+            seconds(option.traffic_seconds),
+            seconds(option.step_seconds),
             duration(plan.training_seconds(option)),
             style="" if option.fits else "dim",
         )
@@ -90,10 +91,11 @@ def time_table(plan: Plan) -> Table:
 
 
 def table_of_options(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table("ds_configs/", "recompute", box=box.SIMPLE, title=title, title_justify="left", padding=(0, 0))
-    table.columns[0].no_wrap = True
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", padding=(0, 0))
+    for name in ("ds_configs/", "GC"):
+        table.add_column(name, no_wrap=True)
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -122,6 +124,10 @@ def conclusion(plan: Plan) -> list[str]:
 def priced(plan: Plan, seconds: float) -> str:
     cost = plan.machines.cost(seconds)
     return duration(seconds) + ("" if cost is None else f" (costs {cost:,.2f})")
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3g}" if value >= 1e-3 else "<0.001"
 
 
 def duration(seconds: float) -> str:

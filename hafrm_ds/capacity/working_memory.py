@@ -27,7 +27,7 @@ from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import Kernel, segment_attention
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.loading import first_line
+from hafrm_ds.model.loading import first_line, set_gradient_checkpointing
 from hafrm_ds.model.token_logprobs import CHUNK_BYTES
 
 DEPTHS = (2, 4)
@@ -94,10 +94,14 @@ TRACED = {
     device: Kernel(f"traced_{device}", run, "torch", (), True)
     for device, run in (("cuda", run_traced), ("cpu", run_traced_on_cpu))
 }
+ANY_WINDOW = 2**31
+"""Shapes do not depend on windows, and one that a model has in its mask alone is none of a trace's business."""
 for kernel in TRACED.values():
     AttentionInterface.register(
         kernel.implementation,
-        lambda *arguments, kernel=kernel, **options: segment_attention(kernel, *arguments, **options),
+        lambda *arguments, kernel=kernel, **options: segment_attention(
+            kernel, *arguments, **options | {"sliding_window": options.get("sliding_window") or ANY_WINDOW}
+        ),
     )
 
 
@@ -195,11 +199,11 @@ def peak_of(model: HybridModel, batch: PackedBatch, how: Pass) -> int:
 def recomputing(model: HybridModel, checkpointing: bool) -> Iterator[None]:
     """Inside, a model has gradient checkpointing, or has it not."""
     if checkpointing:
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        set_gradient_checkpointing(model.causal_lm, True)
     try:
         yield
     finally:
-        model.causal_lm.gradient_checkpointing_disable()
+        set_gradient_checkpointing(model.causal_lm, False)
 
 
 @contextmanager

@@ -27,7 +27,15 @@ from hafrm_ds.data.report import (
     percentiles,
 )
 from hafrm_ds.data.sources import Source
-from hafrm_ds.data.tokenization import NOT_TOKENIZED, TOKENIZATION_VERSION, TokenizedPair, Truncation, tokenize_pair
+from hafrm_ds.data.tokenization import (
+    IDENTICAL_AFTER_CUT,
+    NOT_TOKENIZED,
+    TOKENIZATION_VERSION,
+    TOO_LONG,
+    TokenizedPair,
+    Truncation,
+    tokenize_pair,
+)
 from hafrm_ds.errors import DataError
 
 SMALL_SET = 2000
@@ -253,7 +261,12 @@ def check_enough_left(report: DataReport, data: DataConfig) -> None:
             f"Longer conversation of a pair: {uncut['p90']} tokens at the 90th percentile, {uncut['p99']} at the 99th, "
             f"{uncut['max']} at most. data.max_length is {data.max_length}, data.truncation {data.truncation}."
         )
-    remedy = "Raise data.max_length, choose another data.truncation, or repair the data"
+    by_length = TOO_LONG in total.dropped or IDENTICAL_AFTER_CUT in total.dropped
+    remedy = (
+        "Raise data.max_length, choose another data.truncation, or repair the data"
+        if by_length
+        else "Repair these rows, or take them out"
+    )
     lines.append(remedy + (f"; data.max_dropped_share {share} lets this set through." if total.kept else "."))
     raise DataError("\n".join(lines))
 

@@ -107,9 +107,9 @@ def exact_at_the_ends(share: Estimate) -> Estimate:
     """
     reach = 1 - ((1 - LEVEL) / 2) ** (1 / share.clusters)
     if share.value == 0:
-        return replace(share, high=reach)
+        return replace(share, low=0.0, high=reach)
     if share.value == 1:
-        return replace(share, low=1 - reach)
+        return replace(share, low=1 - reach, high=1.0)
     return share
 
 

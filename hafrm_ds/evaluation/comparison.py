@@ -6,20 +6,27 @@ Legend: P pairs of a set, S seeds.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 
-from hafrm_ds.data.report import number_table
+from hafrm_ds.data.report import as_text, number_table
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimate, exact_at_the_ends, mean_of_sets
 from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.pair_scores import PairScores
 from hafrm_ds.evaluation.tables import JUDGES, interval
 
+COMPARISON_FILE = "comparison.json"
+"""In the folder of a comparison: what is said about its methods."""
 OTHERS = "mean of the others"
+
+
+def run_folder(folder: Path, method: str, seed: int) -> Path:
+    """Where a training lies in the folder of a comparison."""
+    return folder / "runs" / f"{method}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -39,21 +46,25 @@ class Method:
         return np.stack([correctness(each[name].margins(judge or self.judge)) for each in self.scores])
 
 
-def compare(methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def compare(
+    methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence[int], planned_seeds: Sequence[int]
+) -> dict[str, Any]:
     """What comparison.json says.
 
     Args:
         set_names: the first is that of the training distribution.
+        seeds: of the trainings that there are, in the order of each method's scores.
+        planned_seeds: of all trainings that there will be.
 
     Returns:
-        seeds; sets; methods: name -> judge and, for each set and for the mean of the others than the first, accuracy
-        as value, low, high (bootstrap over prompts and seeds) and by_seed; other_judges: the same for the method's
-        other heads; differences: "A - B" -> the same, paired.
+        seeds; planned_seeds; sets; pairs: the number in each set; methods: name -> judge and, for each set and for the
+        mean of the others than the first, accuracy as value, low, high (bootstrap over prompts and seeds) and by_seed;
+        other_judges: the same for the method's other heads; differences: "A - B" -> the same, paired.
 
     Raises:
         DataError: the methods were not evaluated on the same pairs.
     """
-    check_same_pairs(methods, set_names)
+    check_same_pairs(methods, set_names, seeds)
     prompts = {name: methods[0].scores[0][name].prompts for name in set_names}
 
     def over_sets(values: dict[str, np.ndarray], are_shares: bool = True) -> dict[str, Any]:
@@ -69,6 +80,7 @@ def compare(methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence
     right = {method.name: {name: method.right(name) for name in set_names} for method in methods}
     return {
         "seeds": list(seeds),
+        "planned_seeds": list(planned_seeds),
         "sets": list(set_names),
         "pairs": {name: len(prompts[name]) for name in set_names},
         "methods": {
@@ -92,37 +104,57 @@ def compare(methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence
     }
 
 
-def check_same_pairs(methods: Sequence[Method], set_names: Sequence[str]) -> None:
+def check_same_pairs(methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raises DataError that names the first training with other pairs than the first training of all."""
+    trainings = [
+        (f"{method.name} with seed {seed}", scores)
+        for method in methods
+        for seed, scores in zip(seeds, method.scores, strict=True)
+    ]
+    first, expected = trainings[0]
     for name in set_names:
-        first = methods[0].scores[0].get(name)
-        for method in methods:
-            for scores in method.scores:
-                if name not in scores or scores[name].ids != first.ids or scores[name].prompts != first.prompts:
-                    raise DataError(f"{method.name} was not evaluated on the same pairs of {name} as {methods[0].name}")
+        for training, scores in trainings:
+            if name not in scores:
+                raise DataError(f"{training} was not evaluated on {name}")
+            if scores[name].ids != expected[name].ids or scores[name].prompts != expected[name].prompts:
+                raise DataError(
+                    f"{training} was not evaluated on the same pairs of {name} as {first}: the data or options of "
+                    "data.eval have changed between the two; remove the run that is out of date to train it anew"
+                )
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------
+# ---- in words and as a table ---------------------------------------------------------------------------------------
+
+
+def shown_columns(results: dict[str, Any]) -> list[str]:
+    """The sets, and the mean of the others than the first where these are several."""
+    sets = results["sets"]
+    return [*sets, OTHERS] if len(sets) > 2 else list(sets)
+
+
+def seeds_in_words(results: dict[str, Any]) -> str:
+    """How many seeds of how many are in the results."""
+    number, planned = len(results["seeds"]), len(results["planned_seeds"])
+    if number < planned:
+        return f"{number} of {planned} seeds"
+    return "1 seed" if number == 1 else f"{number} seeds"
 
 
 def render_comparison(results: dict[str, Any]) -> RenderableType:
     """Methods by sets, then their paired differences in points."""
-    columns = [*results["sets"], *([OTHERS] if len(results["sets"]) > 2 else [])]
-    seeds = "1 seed" if len(results["seeds"]) == 1 else f"{len(results['seeds'])} seeds"
-    accuracy = number_table(f"Accuracy [95%], {seeds}", "judge", *columns)
+    columns, seeds = shown_columns(results), seeds_in_words(results)
+    accuracy = number_table(f"Accuracy [95%], {seeds}", "judge", *map(as_text, columns))
     for name, method in results["methods"].items():
-        add_row(accuracy, name, method["judge"], [interval(method["accuracy"][column]) for column in columns])
+        accuracy.add_row(name, JUDGES[method["judge"]], *(interval(method["accuracy"][column]) for column in columns))
         for judge, values in method["other_judges"].items():
-            add_row(accuracy, "", judge, [interval(values[column]) for column in columns], style="dim")
-    differences = number_table(f"Difference in points [95%], paired, {seeds}", *columns)
+            accuracy.add_row("", JUDGES[judge], *(interval(values[column]) for column in columns), style="dim")
+    differences = number_table(f"Difference in points [95%], paired, {seeds}", *map(as_text, columns))
     for name, values in results["differences"].items():
         differences.add_row(name, *(points(values[column]) for column in columns))
     return Group(accuracy, differences)
 
 
-def add_row(table: Table, name: str, judge: str, cells: list[str], style: str | None = None) -> None:
-    table.add_row(name, JUDGES[judge], *cells, style=style)
-
-
 def points(value: dict[str, Any]) -> str:
     """A difference of shares in percentage points."""
-    return f"{100 * value['value']:+.1f} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    ends = "" if value["low"] is None else f" [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    return f"{100 * value['value']:+.1f}{ends}"

@@ -18,19 +18,21 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import ConversationIds
+from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.questions import encode_question
+from hafrm_ds.evaluation.report.leaving import leave_report
 from hafrm_ds.evaluation.scoring import Group, ModelForGroups, score_groups
 from hafrm_ds.evaluation.tables import render_evaluation
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.opening import Saved, open_model, open_reference, trained_beta, trained_with
 from hafrm_ds.model.policy import SavedPolicy
 from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS
-from hafrm_ds.scoring.parts import claim_folder, identity_of_model, leave_together, write_whole
+from hafrm_ds.scoring.parts import claim_folder, identity_of_model, leave_together
 from hafrm_ds.training.logging import RunLog, environment
 from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.resume import fingerprint
@@ -247,9 +249,8 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
     if processes.is_first:
         shutil.rmtree(folder, ignore_errors=True)
         log.print(render_evaluation(json.loads(file.read_text())))
-        from hafrm_ds.evaluation.report.writing import write_evaluation_report  # matplotlib loads for long
-
-        log.print(f"the results are in {options.output_dir}; report: {write_evaluation_report(options.output_dir)}")
+        log.print(f"the results are in {options.output_dir}")
+        leave_report(options.output_dir, log)
     leave_together(processes)
 
 

@@ -3,6 +3,7 @@
 Legend: P pairs; the second axis of [P, 2] is (chosen, rejected).
 """
 
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.data.report import Example
+from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError
 
 SCORES_FOLDER = "evaluation"
@@ -108,7 +110,7 @@ class PairScores:
     # ---- on disk ----
 
     def save(self, folder: Path) -> None:
-        """Write FOLDER/SET.parquet, whole or not at all."""
+        """Write FOLDER/SET.parquet. Raises DataError if it cannot be written."""
         columns: dict[str, list | np.ndarray] = {"id": self.ids, "source": self.sources, "prompt_key": self.prompts}
         for k, side in enumerate(SIDES):
             columns[f"tokens_{side}"] = self.num_tokens[:, k]
@@ -121,10 +123,9 @@ class PairScores:
         metadata = {"set": self.set, "step": self.step, "beta": self.beta}
         table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(metadata)})
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{quote(self.set, safe='')}.parquet"
-        draft = file.with_suffix(".draft")
-        pq.write_table(table, draft)
-        draft.replace(file)
+        content = io.BytesIO()
+        pq.write_table(table, content)
+        write_whole(folder / f"{quote(self.set, safe='')}.parquet", content.getvalue())
 
     @classmethod
     def load(cls, file: Path) -> "PairScores":

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.data.tables import file_table
+from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.best_of_n import compare_with_gold
 from hafrm_ds.evaluation.sampling import SUMMARY_FILE, SamplingJob, SamplingOptions
@@ -23,7 +24,7 @@ from hafrm_ds.evaluation.tables import render_best_of_n
 from hafrm_ds.model.opening import open_model
 from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS
 from hafrm_ds.scoring.job import ScoringOptions, score_file
-from hafrm_ds.scoring.parts import claim_folder, identity_of_model, leave_together, stamp, write_whole
+from hafrm_ds.scoring.parts import claim_folder, identity_of_model, leave_together, stamp
 from hafrm_ds.scoring.rows import conversations_of, json_line
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.processes import Processes

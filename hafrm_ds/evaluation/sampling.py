@@ -27,12 +27,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.data.tables import file_table
+from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.opening import Saved, open_model
 from hafrm_ds.model.policy import SavedPolicy
 from hafrm_ds.model.saved import SavedModel
-from hafrm_ds.scoring.parts import identity_of_model, stamp, work_through, write_whole
+from hafrm_ds.scoring.parts import identity_of_model, stamp, work_through
 from hafrm_ds.scoring.rows import json_line, prompt_of
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.processes import Processes

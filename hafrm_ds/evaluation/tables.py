@@ -1,12 +1,14 @@
 """The results of an evaluation as tables for the terminal."""
 
+import itertools
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from hafrm_ds.data.report import as_text, number_table
+from hafrm_ds.data.report import as_text, number_table, printable
 from hafrm_ds.evaluation.benchmarks.catalogue import render
 
 JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
@@ -16,7 +18,8 @@ JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "lo
 def render_evaluation(results: dict[str, Any]) -> RenderableType:
     """Tables of what evaluation.json holds."""
     sets = results["sets"]
-    parts: list[RenderableType] = [accuracy_table(sets), calibration_table(sets)] if sets else []
+    tables = (accuracy_table, yardstick_table, calibration_table) if sets else ()
+    parts: list[RenderableType] = [table(sets) for table in tables]
     parts += [length_table(name, found) for name, found in sets.items()]
     for found in results["benchmarks"].values():
         for judge, result in found["judges"].items():
@@ -27,25 +30,50 @@ def render_evaluation(results: dict[str, Any]) -> RenderableType:
 
 
 def accuracy_table(sets: dict[str, Any]) -> Table:
-    """Accuracy of every judge on every set, and on its sources where there are several, beside the yardsticks."""
-    judges = [judge for judge in JUDGES if any(judge in found["accuracy"] for found in sets.values())]
-    table = number_table("Accuracy [95%]", "pairs", *(JUDGES[judge] for judge in judges), "longer wins", "ties")
+    """Accuracy of every judge on every set, and on its sources where there are several."""
+    judges = judges_of(sets)
+    table = number_table("Accuracy [95%]", "pairs", *(JUDGES[judge] for judge in judges), "ties")
     for name, found in sets.items():
         ties = ", ".join(f"{found['ties'][judge]:,}" for judge in judges)
         cells = [interval(found["accuracy"].get(judge)) for judge in judges]
-        table.add_row(as_text(name), f"{found['pairs']:,}", *cells, interval(found["yardsticks"]["longer"]), ties)
+        table.add_row(as_text(name), f"{found['pairs']:,}", *cells, ties)
         for source, part in found["by_source"].items() if len(found["by_source"]) > 1 else ():
             cells = [interval(part["accuracy"].get(judge)) for judge in judges]
-            table.add_row(as_text(f"  {source}"), f"{part['pairs']:,}", *cells, "", "")
+            table.add_row(as_text(f"  {source}"), f"{part['pairs']:,}", *cells, "")
     return table
+
+
+def yardstick_table(sets: dict[str, Any]) -> Table:
+    """What an accuracy is worth: that of always taking the longer or the shorter answer, and how often two judges
+    prefer the same one."""
+    both = list(itertools.combinations(judges_of(sets), 2))
+    headers = [f"{one} &\n{other}\nagree" for one, other in both]
+    table = number_table("Yardsticks [95%]", "longer wins", "shorter wins", *headers)
+    for name, found in sets.items():
+        shares = [agreement_of(found["agreement"], one, other) for one, other in both]
+        wins = [interval(found["yardsticks"][kind]) for kind in ("longer", "shorter")]
+        table.add_row(as_text(name), *wins, *("" if share is None else f"{share:.1%}" for share in shares))
+    return table
+
+
+def judges_of(sets: dict[str, Any]) -> list[str]:
+    """The judges that any of the sets knows."""
+    return [judge for judge in JUDGES if any(judge in found["accuracy"] for found in sets.values())]
+
+
+def agreement_of(agreement: dict[str, float], one: str, other: str) -> float | None:
+    """Of two judges in any order, from what `analyse` says of all."""
+    return agreement.get(f"{one}/{other}", agreement.get(f"{other}/{one}"))
 
 
 def calibration_table(sets: dict[str, Any]) -> Table:
     """How well the confidence of a judge agrees with its accuracy."""
-    table = number_table("Calibration", "judge", "margin", "ECE", "Brier", "log loss", "temperature", "ECE at it")
+    names = ("judge", "margin", "ECE", "Brier", "log\nloss", "fitted\nT", "ECE\nat T", "Brier\nat T")
+    table = number_table("Calibration", *names)
     for name, found in sets.items():
         for judge, values in found["calibration"].items():
-            temperature, at = values["temperature"], values["ece_at_temperature"]
+            temperature = values["temperature"]
+            at_temperature = (values["ece_at_temperature"], values["brier_at_temperature"])
             table.add_row(
                 as_text(name),
                 JUDGES[judge],
@@ -54,7 +82,7 @@ def calibration_table(sets: dict[str, Any]) -> Table:
                 f"{values['brier']:.3f}",
                 f"{values['log_loss']:.3f}",
                 "none" if temperature is None else f"{temperature:.2f}",
-                "" if at is None else f"{at:.3f}",
+                *("" if value is None else f"{value:.3f}" for value in at_temperature),
             )
     return table
 
@@ -62,7 +90,7 @@ def calibration_table(sets: dict[str, Any]) -> Table:
 def length_table(name: str, found: dict[str, Any]) -> Table:
     """Accuracy by how much longer the chosen answer is."""
     judges = list(found["accuracy"])
-    table = number_table(f"{name}: chosen longer by", "pairs", *(JUDGES[judge] for judge in judges))
+    table = number_table(f"{escape(printable(name))}: chosen longer by", "pairs", *(JUDGES[judge] for judge in judges))
     for part in found["by_length_difference"]:
         cells = [interval(part["accuracy"][judge]) for judge in judges]
         table.add_row(length_range(part["low"], part["high"]), f"{part['pairs']:,}", *cells)
@@ -135,11 +163,16 @@ def pair_table(pairs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def number_interval(value: dict[str, float] | None) -> str:
-    return "" if value is None else f"{value['value']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
-
-
-def interval(value: dict[str, float] | None) -> str:
+def number_interval(value: dict[str, float | None] | None) -> str:
     if value is None:
         return ""
-    return f"{value['value']:.1%} [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+    ends = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
+    return f"{value['value']:.3g}{ends}"
+
+
+def interval(value: dict[str, float | None] | None) -> str:
+    """A share in percent."""
+    if value is None:
+        return ""
+    ends = "" if value["low"] is None else f" [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+    return f"{value['value']:.1%}{ends}"

@@ -2,7 +2,8 @@
 
 A model whose attention implementation is that of a `Kernel` calls `segment_attention` in every layer; the segments
 travel as the keyword argument `segments` of the model's forward, so there is no global state and no forked modelling
-code. Under a registered name without a mask function transformers builds no mask at all, which is what segments need.
+code. Under a registered name without a mask function transformers builds no mask at all, which is what segments need. A
+window or a chunk that a model puts into its mask alone is lost with it: such a model is refused (`masked_type`).
 
 Which kernel runs is part of the registered name (`hafrm_fa2`, `hafrm_varlen`, ...), so a model says what it uses.
 
@@ -11,9 +12,10 @@ Legend: T tokens (queries), K keys, Q and G query and key-value heads, D head di
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,10 @@ from hafrm_ds.errors import ModelError
 
 HARMLESS = ("position_ids", "cache_position")
 """Tensors that some models pass to their attention function and that change nothing in it."""
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
+UNRESTRICTED = ("full_attention", "attention")
+"""Layer types whose mask is causal and nothing else. The second is an older name of the first."""
+SPANS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""Layer type -> the configuration's name for the number of tokens that one sees."""
 
 
 class UnsupportedAttention(ModelError):
@@ -70,11 +75,9 @@ class Kernel:
         if self.capabilities:
             if device.type != "cuda":
                 return f"it needs an NVIDIA GPU, not {device.type}"
-            if problem := import_problem(self.package):
-                return problem
             if (major := torch.cuda.get_device_capability(device)[0]) not in self.capabilities:
                 return f"it is not made for GPUs of compute capability {major}"
-            if dtype not in FLASH_DTYPES:
+            if dtype != torch.bfloat16:
                 return f"it has no {str(dtype).removeprefix('torch.')}"
             if (size := head_dimension(config)) > self.largest_head or size % 8:
                 return f"it takes heads of up to {self.largest_head} dimensions in multiples of 8, not {size}"
@@ -82,17 +85,21 @@ class Kernel:
                 return "it takes keys and values of one size, and this model has two"
         if not self.has_softcap and getattr(config, "attn_logit_softcapping", None):
             return "it has no soft cap for attention scores, which this model uses"
-        return None
+        return import_problem(self.package)  # last: importing a kernel can take seconds, or fail
 
 
 def import_problem(package: str) -> str | None:
-    """Why a package cannot be imported; None when it can. A build for another torch is found by trying alone."""
+    """Why a package cannot be imported; None when it can. A build for another torch is found by trying alone, and what
+    such a build raises is not always an ImportError."""
     try:
         importlib.import_module(package)
-    except ModuleNotFoundError:
-        return f"the package {package} is not installed"
-    except ImportError as error:
-        return f"the package {package} cannot be imported: {error}"
+    except ModuleNotFoundError as error:
+        missing = error.name or package
+        if package == missing or package.startswith(f"{missing}."):
+            return f"the package {missing} is not installed"
+        return f"the package {package} cannot be imported: it needs {missing}, which is not installed"
+    except Exception as error:
+        return f"the package {package} cannot be imported: {str(error) or type(error).__name__}"
     return None
 
 
@@ -119,16 +126,26 @@ def segment_attention(
     Args:
         query: [1, Q, T, D]; key, value: [1, G, T, D].
         attention_mask: must be None: the segments are the mask.
+        sliding_window: tokens that a query sees, itself among them; None: all.
 
     Returns:
         ([1, T, Q, D], None)
 
     Raises:
         UnsupportedAttention: the model passes a tensor that is not known here, as attention sinks or position biases,
-            or a soft cap that the kernel has not: either would change the scores, so it is not ignored.
+            or a mask of its own, or a soft cap that the kernel has not; or its mask would have held a window or chunks
+            that it does not pass. Each would change the scores, so it is not ignored.
     """
     if attention_mask is not None:
-        raise ValueError("segment attention takes no mask; transformers passed one")
+        raise UnsupportedAttention(
+            f"{type(module).__name__} makes an attention mask of its own, which the layouts shared_prefix and packed "
+            "have no place for; set --batch.layout padded"
+        )
+    if sliding_window is None and (kind := masked_type(module, max(segments.k_lengths))):
+        raise UnsupportedAttention(
+            f"{type(module).__name__} is {kind} by its attention mask alone, and the layouts shared_prefix and packed "
+            "have no mask; set --batch.layout padded"
+        )
     if unknown := [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in HARMLESS]:
         raise UnsupportedAttention(
             f"{type(module).__name__} gives {', '.join(unknown)} to its attention, which the layouts shared_prefix and "
@@ -144,6 +161,32 @@ def segment_attention(
         key, value = key.index_select(0, segments.key_index), value.index_select(0, segments.key_index)
     output = kernel.run(query, key, value, segments, ScoreRule(scaling, sliding_window, softcap or None))
     return output[None], None
+
+
+def masked_type(module: nn.Module, length: int) -> str | None:
+    """The layer type of an attention layer whose mask hides more than later tokens, by the model's configuration; None
+    where it hides nothing more.
+
+    transformers makes its masks from the same fields. A span that holds all positions the model knows hides nothing.
+
+    Args:
+        module: the layer, with the configuration of its text model, as AttentionInterface asks for.
+        length: tokens of the longest sequence of the batch, which may be more than the positions that the model knows.
+    """
+    fields = vars(module.config)  # every layer asks, and getattr is slow for what a configuration has not
+    if layer_types := fields.get("layer_types"):
+        kind = layer_types[module.layer_idx]
+    elif fields.get("sliding_window") and fields.get("use_sliding_window", True):
+        kind = "sliding_attention"
+    elif fields.get("attention_chunk_size"):
+        kind = "chunked_attention"
+    else:
+        return None
+    if kind in UNRESTRICTED:
+        return None
+    span = fields.get(SPANS[kind]) if kind in SPANS else None
+    longest = max(getattr(module.config, "max_position_embeddings", None) or math.inf, length)
+    return kind if span is None or span < longest else None
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -177,20 +220,25 @@ def segment_sdpa(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> 
     """
     q_length, k_length = query.shape[2], key.shape[2]
     has_window = rule.window is not None and rule.window < k_length
-    is_grouped = query.shape[1] != key.shape[1]
-    if rule.softcap is None and not has_window and q_length == k_length:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=rule.scale, enable_gqa=is_grouped
-        )
-
-    query_position = torch.arange(k_length - q_length, k_length, device=query.device)[:, None]
-    key_position = torch.arange(k_length, device=query.device)[None]
-    visible = key_position <= query_position
-    if has_window:
-        visible &= key_position > query_position - rule.window
+    visible = None  # the mask, where is_causal does not say it
+    if has_window or q_length != k_length or rule.softcap is not None:
+        query_position = torch.arange(k_length - q_length, k_length, device=query.device)[:, None]
+        key_position = torch.arange(k_length, device=query.device)[None]
+        visible = key_position <= query_position
+        if has_window:
+            visible &= key_position > query_position - rule.window
     if rule.softcap is None:
+        # On CUDA grouped heads with a mask, or in fp32, run in no fused kernel of torch: the scores would be held.
+        if query.is_cuda and (visible is not None or query.dtype == torch.float32):
+            key, value = repeat_groups(key, query.shape[1], dim=1), repeat_groups(value, query.shape[1], dim=1)
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=rule.scale, enable_gqa=is_grouped
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            is_causal=visible is None,
+            scale=rule.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
     # No fused kernel of torch has the soft cap of Gemma 2, so its scores are formed, in fp32 for the softmax.
@@ -212,9 +260,9 @@ def run_varlen(query: Tensor, key: Tensor, value: Tensor, segments: AttentionSeg
     from torch.nn.attention.varlen import varlen_attn
 
     grouping = {}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if takes_groups(varlen_attn):
         grouping = {"enable_gqa": query.shape[1] != key.shape[1]}
-    else:  # before torch 2.12
+    else:
         key, value = repeat_groups(key, query.shape[1], dim=1), repeat_groups(value, query.shape[1], dim=1)
     return varlen_attn(
         query,
@@ -230,12 +278,24 @@ def run_varlen(query: Tensor, key: Tensor, value: Tensor, segments: AttentionSeg
     )
 
 
+@cache  # reading a signature takes longer than a kernel's launch
+def takes_groups(varlen_attn: Callable) -> bool:
+    """Whether torch's function takes fewer key-value heads than query heads, as from torch 2.12 on."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def run_flash_package(
     module: str, query: Tensor, key: Tensor, value: Tensor, segments: AttentionSegments, rule: ScoreRule
 ) -> Tensor:
-    """flash_attn_varlen_func of one of the FlashAttention packages, which agree in these arguments."""
+    """flash_attn_varlen_func of one of the FlashAttention packages, which agree in these arguments.
+
+    Their backward adds in the order in which blocks finish, unless told otherwise: torch.use_deterministic_algorithms
+    tells them.
+    """
     function = importlib.import_module(module).flash_attn_varlen_func
-    window = {} if rule.window is None else {"window_size": flash_window(rule.window)}
+    options = {} if rule.window is None else {"window_size": flash_window(rule.window)}
+    if torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
     output = function(
         query,
         key,
@@ -247,7 +307,7 @@ def run_flash_package(
         softmax_scale=rule.scale,
         causal=True,
         softcap=rule.softcap or 0.0,
-        **window,
+        **options,
     )
     return output[0] if isinstance(output, tuple) else output  # some versions also return the log-sum-exp
 
@@ -284,14 +344,11 @@ def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype, conf
         ModelError: the named one cannot run it.
     """
     config = config.get_text_config()
-    obstacles = {name: kernel.obstacle(device, dtype, config) for name, kernel in KERNELS.items()}
-    able = [name for name, obstacle in obstacles.items() if obstacle is None]
+    able = (name for name, kernel in KERNELS.items() if kernel.obstacle(device, dtype, config) is None)
     if requested == "auto":
-        return KERNELS[able[0]]
-    if obstacles[requested] is not None:
-        raise ModelError(
-            f"--model.attention {requested} cannot be used: {obstacles[requested]}. What can: {', '.join(able)}"
-        )
+        return KERNELS[next(able)]  # looks at no kernel behind it
+    if (obstacle := KERNELS[requested].obstacle(device, dtype, config)) is not None:
+        raise ModelError(f"--model.attention {requested} cannot be used: {obstacle}. What can: {', '.join(able)}")
     return KERNELS[requested]
 
 

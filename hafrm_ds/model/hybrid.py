@@ -4,7 +4,8 @@ Legend: T tokens, N responses, M response tokens, H hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -188,14 +189,13 @@ def layout_difference(
 
     Raises:
         ModelError: scores are not finite.
+        UnsupportedAttention: the model cannot run in `layout`.
     """
-    causal_lm, scores = model.causal_lm, []
-    own = causal_lm.config._attn_implementation
+    causal_lm = model.causal_lm
     with torch.no_grad():
-        for implementation, how in ((own, layout), (stock_attention(causal_lm), "padded")):
-            causal_lm.set_attn_implementation(implementation)
-            scores.append(forward(lay_out(items, how), with_logprob=with_logprob))
-    causal_lm.set_attn_implementation(own)
+        scores = [forward(lay_out(items, layout), with_logprob=with_logprob)]
+        with under_stock_attention(causal_lm):
+            scores.append(forward(lay_out(items, "padded"), with_logprob=with_logprob))
     compared = [[each.reward for each in scores]]
     if with_logprob:
         compared.append([each.logprob / each.num_tokens.to(each.logprob.device) for each in scores])
@@ -205,6 +205,17 @@ def layout_difference(
             f"infinity, or overflow in {model.reward_head.weight.dtype}"
         )
     return max(((ours - padded).abs() / (1 + padded.abs())).max().item() for ours, padded in compared)
+
+
+@contextmanager
+def under_stock_attention(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """Inside, a causal LM runs padded batches under its stock attention; afterwards under its own again."""
+    own = causal_lm.config._attn_implementation
+    causal_lm.set_attn_implementation(stock_attention(causal_lm))
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(own)
 
 
 def tolerance_of(model: HybridModel) -> float:

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
@@ -53,16 +60,18 @@ def fetch_model(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def local_folder(config: ModelConfig) -> Path:
     """The folder of a local model, or the snapshot of one on the hub, fetched if it is not in the cache."""
-    path = Path(config.name_or_path)
-    if path.is_dir():
-        return path
+    name = config.name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no hub id, whatever the hub would say of it
+        raise ModelError(f"the model {name!r} is no local folder (model.name_or_path, or --model)")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(config.name_or_path, revision=config.revision, ignore_patterns=OTHER_FORMATS))
+        return Path(snapshot_download(name, revision=config.revision, ignore_patterns=OTHER_FORMATS))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the model {config.name_or_path!r} is no local folder and cannot be fetched from the hub "
+            f"the model {name!r} is no local folder and cannot be fetched from the hub "
             f"(model.name_or_path, or --model): {first_line(error)}"
         ) from error
 
@@ -101,10 +110,20 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     disable_dropout(causal_lm)
     causal_lm.train()
     if config.gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        set_gradient_checkpointing(causal_lm, True)
     model = HybridModel(causal_lm, head)
     model.use_layout(layout, config.attention, device)
     return model
+
+
+def set_gradient_checkpointing(causal_lm: PreTrainedModel, on: bool) -> None:
+    """Recompute each layer in backward, or keep what it gave."""
+    # transformers 5.24 has new names for the methods, and warns at the old ones.
+    stem = "activation" if hasattr(causal_lm, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(causal_lm, f"{stem}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(causal_lm, f"{stem}_checkpointing_disable")()
 
 
 def first_line(error: BaseException) -> str:

@@ -44,6 +44,9 @@ PEFT_PREFIX = "base_model.model."
 """What names in ADAPTER_WEIGHTS begin with: peft's own wrapper around a causal LM."""
 
 
+INSTALL = "pip install -e '.[{}]' in the checkout of hafrm_ds"
+
+
 class TrainingDropout(nn.Dropout):
     """Dropout where gradients are computed. The reference, evaluations and checks run without them, in train mode."""
 
@@ -54,10 +57,10 @@ class TrainingDropout(nn.Dropout):
 def check_packages(options: LoraOptions) -> None:
     """Raise ModelError, before anything is loaded, for a package that the options need and that is not there."""
     if options.rank and import_problem("peft"):
-        raise ModelError(f"model.lora.rank {options.rank} needs the package peft: pip install 'hafrm_ds[lora]'")
+        raise ModelError(f"model.lora.rank {options.rank} needs the package peft: {INSTALL.format('lora')}")
     if options.quantize != "none" and import_problem("bitsandbytes"):
         raise ModelError(
-            f"model.lora.quantize {options.quantize} needs the package bitsandbytes: pip install 'hafrm_ds[qlora]'"
+            f"model.lora.quantize {options.quantize} needs the package bitsandbytes: {INSTALL.format('qlora')}"
         )
 
 

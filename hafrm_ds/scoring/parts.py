@@ -7,11 +7,11 @@ sharded over them.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError
 from hafrm_ds.model.implicit import SavedImplicitReward
 from hafrm_ds.model.loading import local_folder
@@ -110,17 +110,3 @@ def leave_together(processes: Processes) -> None:
     processes.store.add("left", 1)
     if processes.is_first:
         processes.wait(lambda: processes.store.add("left", 0) == processes.world_size)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Raises DataError if the disk is full or read-only; no half of the file is left."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        draft.rename(file)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise DataError(f"{file} cannot be written: {error.strerror}; start again to go on from there") from error

@@ -5,28 +5,38 @@ its weights in memory, and a run that fails or is stopped must not take the othe
 """
 
 import json
+import math
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import environ
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from hafrm_ds.config import ObjectiveConfig, TrainConfig, contradictions
+from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, UserError
-from hafrm_ds.evaluation.comparison import Method, compare, render_comparison
+from hafrm_ds.evaluation.comparison import (
+    COMPARISON_FILE,
+    Method,
+    compare,
+    render_comparison,
+    run_folder,
+    seeds_in_words,
+)
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, load_all
-from hafrm_ds.scoring.parts import leave_together, write_whole
+from hafrm_ds.evaluation.report.leaving import leave_report
+from hafrm_ds.scoring.parts import leave_together
 from hafrm_ds.training.logging import SUMMARY_FILE, RunLog
 from hafrm_ds.training.processes import FailedElsewhere, Processes
 from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
 from hafrm_ds.training.stopping import STOPPED_STATUS, Stopped
 
-COMPARISON_FILE = "comparison.json"
-RUNS_FOLDER = "runs"
 CONTENT = ("model.name_or_path", "model.revision", "data.train", "data.eval")
 """When a run goes on, the content of these is compared. Of a finished run it is not read again: their words count."""
 
@@ -50,8 +60,8 @@ def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]
     where none are given.
 
     Raises:
-        ConfigError: the configuration does not have both losses, names no evaluation set, or has an option that one of
-            the methods cannot have.
+        ConfigError: the configuration does not have both losses, an option of it needs both, it names no evaluation
+            set, or a value is none or there twice.
     """
     objective = config.objective
     problems = []
@@ -62,34 +72,48 @@ def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]
         )
     if not config.data.eval:
         problems.append("a comparison needs data.eval: first the set of the training distribution, then any others")
-    problems += [f"--{name} has a value of {value}; each must be above 0" for name, values in
-                 (("alphas", alphas), ("betas", betas)) for value in values if value <= 0]  # fmt: skip
+    problems += [*faults("alphas", alphas), *faults("betas", betas)]
     if problems:
         raise ConfigError(problems)
 
     def changed(**changes: float) -> ObjectiveConfig:
-        return objective.model_copy(update=changes)
+        return ObjectiveConfig.model_validate(objective.model_dump() | changes)
 
     def label(name: str, values: Sequence[float], value: float) -> str:
-        return f"-{name}{value:g}" if len(values) > 1 else ""
+        return f"-{name}{in_a_name(value)}" if len(values) > 1 else ""
 
     alphas, betas = list(alphas) or [objective.alpha], list(betas) or [objective.beta]
     arms = [Arm("baseline", changed(alpha=0.0))]
-    arms += [
-        Arm(f"dpo{label('beta', betas, beta)}", changed(rm_weight=0.0, beta=beta, use_margin=False)) for beta in betas
-    ]
+    arms += [Arm(f"dpo{label('beta', betas, beta)}", changed(rm_weight=0.0, beta=beta)) for beta in betas]
     arms += [
         Arm(f"haf{label('alpha', alphas, alpha)}{label('beta', betas, beta)}", changed(alpha=alpha, beta=beta))
         for alpha in alphas
         for beta in betas
     ]
-    for arm in arms:
-        problems += [
-            f"{arm.name}: {each}" for each in contradictions(config.model_copy(update={"objective": arm.objective}))
-        ]
+    problems = [
+        f"{arm.name}: {problem}"
+        for arm in arms
+        for problem in contradictions(config.model_copy(update={"objective": arm.objective}))
+    ]
     if problems:
         raise ConfigError(problems)
     return arms
+
+
+def faults(option: str, values: Sequence[float]) -> Iterator[str]:
+    """What is wrong with the values of an option, in words."""
+    yield from (
+        f"--{option} has a value of {value}; each must be a number above 0"
+        for value in values
+        if not 0 < value < math.inf
+    )
+    for name, times in Counter(map(in_a_name, values)).items():
+        if times > 1:
+            yield f"--{option} has {times} values that are written {name} in the names of the runs; give each only once"
+
+
+def in_a_name(value: float) -> str:
+    return f"{value:g}"
 
 
 def train_and_compare(
@@ -101,48 +125,62 @@ def train_and_compare(
 ) -> None:
     """Train every arm with every seed, where that is not done yet, and compare them on every set of data.eval.
 
-    Leaves runs/ARM-seedN/, comparison.json and report.html in config.output_dir. All processes call this together.
+    Leaves runs/ARM-seedN/ in config.output_dir, and after every seed comparison.json and report.html of the seeds that
+    are complete. All processes call this together.
 
     Args:
         train_script: launch/train.py, which each training is a run of.
 
     Raises:
         Stopped: a signal has ended it; the same command goes on.
+        DataError: a training was evaluated on other pairs than the rest.
     """
     log = RunLog(None, processes, files=False)
     # Seed by seed, so that what there is after a while compares all arms.
-    runs = [(arm, run_config(config, arm, seed)) for seed in seeds for arm in arms]
-    for number, (_, run) in enumerate(runs, start=1):
-        title = f"training {number} of {len(runs)}: {run.output_dir}"
-        if processes.from_first(f"finished {number}", lambda run=run: str(is_finished(run))) == "True":
-            log.print(f"{title} is finished")
-            continue
-        log.print(f"\n[bold]{title}[/bold]")
-        if processes.is_first:
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(options_file(run), run.to_yaml().encode())
-        port = processes.from_first(f"port {number}", free_port)
-        train_in_child(run, train_script, port, processes)
-    if processes.is_first:
-        scores = {run.output_dir: load_all(run.output_dir / SCORES_FOLDER) for _, run in runs}
-        methods = [
-            Method(arm.name, arm.judge, [scores[run.output_dir] for other, run in runs if other is arm]) for arm in arms
-        ]
-        results = compare(methods, list(config.data.eval), seeds)
-        file = config.output_dir / COMPARISON_FILE
-        write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
-        log.print(render_comparison(results))
-        log.print(f"the results are in {file}")
-        from hafrm_ds.evaluation.report.writing import REPORT_FILE, write_methods_report  # matplotlib loads for long
-
-        page = config.output_dir / REPORT_FILE
-        log.print(f"report: {write_methods_report(results, [run.output_dir for _, run in runs], page)}")
+    for place, seed in enumerate(seeds):
+        is_last, has_trained = place == len(seeds) - 1, False
+        for number, arm in enumerate(arms, start=place * len(arms) + 1):
+            title = f"training {number} of {len(seeds) * len(arms)}"
+            has_trained |= train_unless_finished(run_config(config, arm, seed), title, train_script, processes, log)
+        if processes.is_first and (has_trained or is_last):
+            results = compare_trained(config, arms, seeds[: place + 1], seeds)
+            file = config.output_dir / COMPARISON_FILE
+            write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
+            if is_last:
+                log.print(render_comparison(results))
+            log.print(f"\nthe results of {seeds_in_words(results)} are in {file}")
+            leave_report(config.output_dir, log)
     leave_together(processes)
+
+
+def compare_trained(
+    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], planned_seeds: Sequence[int]
+) -> dict[str, Any]:
+    """What comparison.json says of the trainings with these seeds, all of which are finished."""
+    scores = [
+        [load_all(run_folder(config.output_dir, arm.name, seed) / SCORES_FOLDER) for seed in seeds] for arm in arms
+    ]
+    methods = [Method(arm.name, arm.judge, each) for arm, each in zip(arms, scores, strict=True)]
+    return compare(methods, list(config.data.eval), seeds, planned_seeds)
+
+
+def train_unless_finished(run: TrainConfig, title: str, train_script: Path, processes: Processes, log: RunLog) -> bool:
+    """Returns whether there was anything to do."""
+    name = run.output_dir.name
+    if processes.from_first(f"finished {name}", lambda: str(is_finished(run))) == "True":
+        log.print(f"{title}: {run.output_dir} is finished")
+        return False
+    log.print(f"\n[bold]{title}: {run.output_dir}[/bold]")
+    if processes.is_first:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(options_file(run), run.to_yaml().encode())
+    train_in_child(run, train_script, processes.from_first(f"port {name}", free_port), processes)
+    return True
 
 
 def run_config(config: TrainConfig, arm: Arm, seed: int) -> TrainConfig:
     """The configuration of one training."""
-    folder = config.output_dir / RUNS_FOLDER / f"{arm.name}-seed{seed}"
+    folder = run_folder(config.output_dir, arm.name, seed)
     return config.model_copy(update={"output_dir": folder, "seed": seed, "objective": arm.objective, "resume": "auto"})
 
 

@@ -11,7 +11,7 @@ from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out, toke
 from hafrm_ds.data.planning import BatchPlan, check_budget
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.attention import UnsupportedAttention
+from hafrm_ds.model.attention import UnsupportedAttention, stock_attention
 from hafrm_ds.model.hybrid import layout_difference, lm_head_difference, tolerance_of
 from hafrm_ds.training.engine import Engine, TrainingEngine
 from hafrm_ds.training.logging import RunLog
@@ -19,6 +19,8 @@ from hafrm_ds.training.scoring import over_all_ranks
 from hafrm_ds.training.token_budget import find_token_budget
 
 CHECKED_PAIRS = 2
+CHECKED_EAGER_TOKENS = 8192
+"""Of a pair's two padded rows, at most, under eager attention: it holds the scores of every two tokens of a row."""
 PLANNED_STEPS = 1000
 """Steps of the plan that are looked at for the largest global batch."""
 SCORING_BATCHES = 32
@@ -82,8 +84,8 @@ def largest_useful_budget(engine: Engine, sets: list[PreparedPairs], config: Tra
 
 
 def check_layout(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log: RunLog) -> None:
-    """Compare the scores of the shortest pairs in the model's layout with those of padded, separate sequences under its
-    own attention.
+    """Compare the scores of the shortest pairs and of a long one, which a window or a chunk cuts, in the model's layout
+    with those of padded, separate sequences under its own attention.
 
     With batch.layout "auto" a model whose scores differ goes on in the padded layout.
 
@@ -91,9 +93,18 @@ def check_layout(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log:
         ModelError: the scores are not finite, or the layout that was asked for changes them.
     """
     model, name, tolerance = engine.model, type(engine.model.causal_lm).__name__, tolerance_of(engine.model)
-    items = shortest_items(pairs, model.layout)
+    samples = [shortest_items(pairs, model.layout)]
+    if model.layout != "padded":
+        budget = config.batch.max_tokens_per_micro_batch
+        most_tokens = math.inf if budget == "auto" else budget
+        if stock_attention(model.causal_lm) == "eager":
+            most_tokens = min(most_tokens, CHECKED_EAGER_TOKENS)
+        if long := longest_items(pairs, most_tokens):
+            samples.append(long)
     try:
-        own = layout_difference(model, engine, items, model.layout, config.objective.uses_policy)
+        own = max(
+            layout_difference(model, engine, items, model.layout, config.objective.uses_policy) for items in samples
+        )
     except UnsupportedAttention as error:
         if config.batch.layout != "auto":
             raise
@@ -135,3 +146,10 @@ def shortest_items(pairs: PreparedPairs, layout: str) -> list[PromptWithResponse
     """A few pairs that every model can take at once."""
     shortest = np.argsort(token_costs(pairs.lengths, layout))[:CHECKED_PAIRS]
     return from_pairs([pairs[int(index)] for index in shortest])
+
+
+def longest_items(pairs: PreparedPairs, most_tokens: float) -> list[PromptWithResponses]:
+    """The longest pair that takes at most `most_tokens` in the padded layout; nothing if none is that short."""
+    costs = token_costs(pairs.lengths, "padded")
+    fitting = np.flatnonzero(costs <= most_tokens)
+    return from_pairs([pairs[int(fitting[costs[fitting].argmax()])]] if len(fitting) else [])

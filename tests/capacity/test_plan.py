@@ -183,7 +183,7 @@ def test_a_recipe_is_written_that_training_takes(tmp_path, monkeypatch, capsys):
     ("arguments", "said"),
     [
         (("--pairs", 10), "--pairs and --mean_tokens belong together"),
-        (("--gpus", 0, "--mfu", 40), "2 problems"),
+        (("--gpus", 0, "--mfu", 40), "3 problems"),
         (("--pairs", 100, "--mean_tokens", 30, 20, "--device", "tpu"), "--device tpu is not known (a100-40, "),
         (("--pairs", 100, "--mean_tokens", 30, 20, "--nodes", 100), "fewer than the 800 GPUs"),
         (("--pairs", 100, "--mean_tokens", 30, 20, "--write", "x.yaml"), "--write needs the data of the run"),

@@ -6,6 +6,7 @@ import torch
 from hafrm_ds.capacity.working_memory import META, TRACED, Pass, WorkingMemory, peak_of, working_bytes
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
+from hafrm_ds.model.loading import set_gradient_checkpointing
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
 
 # Long answers, so that activations outweigh what a small vocabulary takes.
@@ -53,7 +54,7 @@ def test_two_depths_give_the_peak_of_any(checkpointing):
     how = Pass("shared_prefix", "cuda", with_reward=True, with_logprob=True)
     model = llama_of(layers=9)
     if checkpointing:
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        set_gradient_checkpointing(model.causal_lm, True)
     extrapolated = working_bytes(model, ITEMS, how)
     whole = peak_of(model, lay_out(ITEMS, "shared_prefix").to(META), how)
     assert extrapolated == pytest.approx(whole, rel=1e-3)
@@ -66,7 +67,7 @@ def test_recomputing_keeps_little_more_than_the_input_of_each_layer():
     for layers in (8, 16):
         model = llama_of(layers)
         whole = working_bytes(model, ITEMS, how)
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        set_gradient_checkpointing(model.causal_lm, True)
         peaks[layers] = (whole, working_bytes(model, ITEMS, how))
     tokens = lay_out(ITEMS, "packed").num_positions
     whole, recomputed = ((peaks[16][way] - peaks[8][way]) / 8 / tokens for way in (0, 1))

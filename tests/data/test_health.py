@@ -10,7 +10,7 @@ from rich.console import Console
 from hafrm_ds.config import DataConfig
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.health import LengthBias, are_among, cut_shares, overlap, prompt_keys, render_health, shared_pairs
+from hafrm_ds.data.health import LengthBias, are_among, cut_shares, overlap, render_health, shared_pairs
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 
 
@@ -75,7 +75,16 @@ def test_keys_are_found_whatever_their_order():
 
 
 def test_prompts_are_told_apart_by_their_tokens(prepare):
-    keys = prompt_keys(prepare("train", ("p", "a", "b"), ("p", "c", "d"), ("q", "a", "b")))
+    keys = prepare("train", ("p", "a", "b"), ("p", "c", "d"), ("q", "a", "b")).prompt_keys
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_prompt_that_is_cut_differently_beside_each_pair_of_answers_is_one_prompt(prepare):
+    prompt = "what is it? " * 20
+    pairs = prepare("train", (prompt, "a", "b"), (prompt, "a much longer answer", "b"), (f"x{prompt}", "a", "b"))
+    cut = [pairs[k].prompt_ids for k in range(3)]
+    assert cut[0] != cut[1] and cut[0] == cut[2]
+    keys = pairs.prompt_keys
     assert keys[0] == keys[1] != keys[2]
 
 

@@ -235,6 +235,20 @@ def test_small_sets_are_tokenised_by_one_process():
     assert num_processes(2, 4) == 2
 
 
+def test_an_evaluation_set_with_a_cap_is_the_same_under_every_seed(formatter, tmp_path):
+    file = tmp_path / "capped.jsonl"
+    rows = [{"prompt": f"q{number}", "chosen": "a", "rejected": "b"} for number in range(50)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train={"path": str(file), "max_pairs": 5}, cache_dir=tmp_path / "cache")
+
+    def ids(role: str, seed: int) -> list[str]:
+        pairs = prepare_pairs(data.train, formatter=formatter, data=data, role=role, seed=seed)
+        return pairs.pairs["id"][:]
+
+    assert ids("eval", 0) == ids("eval", 1)
+    assert ids("train", 0) != ids("train", 1)
+
+
 def test_examples_are_a_seeded_choice_and_data_is_no_markup(prepare):
     rows = [row(f"[bold]{index}[/nothing] \x1b[31m", "good", "bad") for index in range(50)]
     report, again, other = (prepare(rows, seed=seed).report for seed in (1, 1, 2))

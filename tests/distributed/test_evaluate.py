@@ -64,8 +64,7 @@ def test_a_model_that_is_sharded_over_the_processes_gives_the_same_scores(settin
     gather_all = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (folder / "gather_all.json").write_text(json.dumps(gather_all))
     options = [*arguments("sharded"), "--deepspeed", str(folder / "gather_all.json"), "--max_pairs", "200"]
-    reference = options.index("--reference")
-    result = launch(2, "launch/evaluate.py", *options[:reference], *options[reference + 2 :], timeout=300)
+    result = launch(2, "launch/evaluate.py", *options, timeout=300)
     assert result.returncode == 0, result.stdout[-6000:]
     (_, scores), (_, expected) = results(folder / "sharded"), results(undisturbed)
     for name, part in scores.items():
@@ -73,3 +72,4 @@ def test_a_model_that_is_sharded_over_the_processes_gives_the_same_scores(settin
         index = [expected[name].ids.index(id) for id in part.ids]
         np.testing.assert_allclose(part.reward, expected[name].reward[index], atol=1e-4)
         np.testing.assert_allclose(part.logprob, expected[name].logprob[index], atol=1e-3)
+        np.testing.assert_allclose(part.reference, expected[name].reference[index], atol=1e-3)

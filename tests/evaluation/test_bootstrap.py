@@ -69,6 +69,12 @@ def test_a_share_that_never_fails_has_an_exact_interval():
     assert exact_at_the_ends(mixed) == mixed
 
 
+def test_a_single_prompt_tells_of_no_interval():
+    found = estimate(np.array([1.0, 0.0, 1.0]), ["only"] * 3)
+    assert (found.value, found.low, found.high) == (pytest.approx(2 / 3), None, None)
+    assert exact_at_the_ends(estimate(np.ones(3), ["only"] * 3)).low == pytest.approx(0.025)
+
+
 def test_no_pairs_have_no_mean():
     with pytest.raises(ValueError, match="no pairs"):
         estimate(np.empty(0), [])

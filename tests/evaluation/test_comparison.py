@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimate, mean_of_sets
-from hafrm_ds.evaluation.comparison import OTHERS, Method, compare, render_comparison
+from hafrm_ds.evaluation.comparison import OTHERS, Method, compare, points, render_comparison, seeds_in_words
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 SIZES = {"in": 200, "far": 100, "farther": 50}
@@ -37,7 +37,7 @@ def method(name: str, shares: list[float], seed: int, implicit: bool = False) ->
 @pytest.fixture(scope="module")
 def results():
     methods = [method("baseline", [0.6, 0.7], 0), method("dpo", [0.5, 0.5], 1, True), method("haf", [0.8, 0.9], 2)]
-    return compare(methods, list(SIZES), seeds=[4, 5])
+    return compare(methods, list(SIZES), seeds=[4, 5], planned_seeds=[4, 5, 6])
 
 
 def test_accuracies_are_means_over_seeds(results):
@@ -48,7 +48,8 @@ def test_accuracies_are_means_over_seeds(results):
         assert baseline["accuracy"][name]["low"] < 0.62 < 0.68 < baseline["accuracy"][name]["high"]
     assert results["methods"]["dpo"]["judge"] == "implicit"
     assert results["methods"]["dpo"]["other_judges"].keys() == {"logprob"}
-    assert (results["seeds"], results["sets"], results["pairs"]) == ([4, 5], list(SIZES), SIZES)
+    assert (results["seeds"], results["planned_seeds"]) == ([4, 5], [4, 5, 6])
+    assert (results["sets"], results["pairs"]) == (list(SIZES), SIZES)
 
 
 def test_differences_are_later_less_earlier(results):
@@ -70,21 +71,55 @@ def test_a_paired_difference_is_surer_than_two_accuracies():
 
 
 def test_every_set_counts_alike_and_is_resampled_by_itself():
-    small, large = np.ones((1, 10)), np.zeros((1, 1000))
-    mean = mean_of_sets([small, large], [[str(k) for k in range(n)] for n in (10, 1000)])
-    assert (mean.value, mean.low, mean.high) == (0.5, 0.5, 0.5)
+    """Against a naive bootstrap that draws trainings, and prompts with all of their pairs for each set anew."""
+    source = np.random.default_rng(0)
+    values = [source.normal(size=(3, size)) + source.normal(size=(3, 1)) for size in (20, 300)]
+    prompts = [[str(k) for k in source.integers(size, size=size)] for size in (20, 300)]
+    found = mean_of_sets(values, prompts)
+    assert found.value == pytest.approx((values[0].mean() + values[1].mean()) / 2)
+    groups = [[np.flatnonzero(np.array(names) == name) for name in set(names)] for names in prompts]
+    means = []
+    for _ in range(4000):
+        trainings = source.integers(3, size=3)
+        drawn = [np.concatenate([each[k] for k in source.integers(len(each), size=len(each))]) for each in groups]
+        means.append(np.mean([rows[trainings][:, places].mean() for rows, places in zip(values, drawn)]))
+    spread = np.std(means)
+    assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.1 * spread)
+
+
+def test_a_single_prompt_has_a_difference_without_an_interval():
+    one, other = method("one", [0.4], 0), method("other", [0.6], 1)
+    for each in (one, other):
+        each.scores[0]["in"].prompts[:] = ["the same"] * SIZES["in"]
+    value = compare([one, other], ["in"], [0], [0])["differences"]["other - one"]["in"]
+    assert value["low"] is None and points(value) == "+20.0"
+
+
+def test_seeds_are_counted_in_words():
+    for number, planned, words in ((1, 1, "1 seed"), (3, 3, "3 seeds"), (1, 3, "1 of 3 seeds")):
+        assert seeds_in_words({"seeds": [0] * number, "planned_seeds": [0] * planned}) == words
 
 
 def test_other_pairs_are_no_comparison():
-    one, other = method("one", [0.5], 0), method("other", [0.5], 1)
-    other.scores[0]["far"].ids[3] = "another"
-    with pytest.raises(DataError, match="other was not evaluated on the same pairs of far as one"):
-        compare([one, other], list(SIZES), [0])
+    one, other = method("one", [0.5, 0.5], 0), method("other", [0.5, 0.5], 1)
+    other.scores[1]["far"].ids[3] = "another"
+    with pytest.raises(
+        DataError, match="other with seed 8 was not evaluated on the same pairs of far as one with seed 7"
+    ):
+        compare([one, other], list(SIZES), [7, 8], [7, 8])
+    one.scores[1]["far"].prompts[3] = "another"
+    with pytest.raises(
+        DataError, match="one with seed 8 was not evaluated on the same pairs of far as one with seed 7"
+    ):
+        compare([one, other], list(SIZES), [7, 8], [7, 8])
+    del one.scores[0]["in"]
+    with pytest.raises(DataError, match="one with seed 7 was not evaluated on in"):
+        compare([one, other], list(SIZES), [7, 8], [7, 8])
 
 
 def test_the_table_names_methods_judges_and_points(results):
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(render_comparison(results))
     text = console.export_text()
-    for piece in ("baseline", "implicit reward", "65.0%", "+20.0 [", OTHERS, "2 seeds"):
+    for piece in ("baseline", "implicit reward", "65.0%", "+20.0 [", OTHERS, "2 of 3 seeds"):
         assert piece in text

@@ -97,7 +97,7 @@ def test_candidates_are_ranked_by_each_model(folder, tmp_path):
 
 
 def test_a_model_without_a_reward_head_ranks_by_its_implicit_reward(folder, tmp_path):
-    dpo = save_tiny_final(tmp_path / "dpo", "qwen2", base="nowhere", objective={"rm_weight": 0.0, "beta": 0.5})
+    dpo = save_tiny_final(tmp_path / "dpo", "llama", base="nowhere", objective={"rm_weight": 0.0, "beta": 0.5})
     models = [str(dpo), str(folder / "one")]
     options = from_candidates(folder, tmp_path / "out", model=models, reference=str(folder / "policy"))
     assert rank(options, alone()) == 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.model.attention import KERNELS
 from hafrm_ds.model.hybrid import HybridModel, layout_difference, tolerance_of
+from hafrm_ds.model.loading import set_gradient_checkpointing
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.gpu.environment import DEVICE, available_kernels
 from tests.tiny_models import FAMILIES, random_items, tiny_hybrid
@@ -98,7 +99,7 @@ def test_gradient_checkpointing_changes_nothing(family, kernel):
     model = model_of(family, torch.bfloat16)
     skip_what_cannot_run(kernel, model)
     expected = run(model, "shared_prefix", kernel)
-    model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_gradient_checkpointing(model.causal_lm, True)
     found = distances(run(model, "shared_prefix", kernel), expected)
     assert max(found["reward"], found["log-prob of a token"]) <= 1e-5
     assert found["gradient"] <= 0.02

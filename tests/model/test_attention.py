@@ -5,20 +5,37 @@ import types
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig
+import torch.nn.functional as F
+from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralConfig, PhimoeConfig, Qwen2MoeConfig
 
 from hafrm_ds.data.packing import PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model import attention
-from hafrm_ds.model.attention import KERNELS, ScoreRule, choose_kernel, import_problem, segment_attention, set_attention
+from hafrm_ds.model.attention import (
+    KERNELS,
+    ScoreRule,
+    UnsupportedAttention,
+    choose_kernel,
+    import_problem,
+    masked_type,
+    segment_attention,
+    set_attention,
+)
 from tests.tiny_models import tiny_causal_lm, tiny_hybrid, use_layout
 
 SEGMENTS = lay_out([PromptWithResponses([5, 6], ([7], [8, 9]))], "shared_prefix").segments
 
 
-def attend(mask: torch.Tensor | None = None, kernel: str = "segmented", **arguments):
+def layer_of(config, index: int = 0) -> torch.nn.Module:
+    """What segment attention reads of an attention layer."""
+    layer = torch.nn.Identity()
+    layer.config, layer.layer_idx = config, index
+    return layer
+
+
+def attend(mask: torch.Tensor | None = None, kernel: str = "segmented", config=None, **arguments):
     states = torch.randn(1, 2, 5, 8)
-    module = torch.nn.Identity()
+    module = layer_of(config or LlamaConfig())
     return segment_attention(KERNELS[kernel], module, states, states, states, mask, segments=SEGMENTS, **arguments)
 
 
@@ -31,8 +48,44 @@ def test_a_tensor_that_would_change_the_scores_is_refused(name):
 
 def test_a_mask_is_refused():
     """A model that builds one would hide what the segments show."""
-    with pytest.raises(ValueError, match="takes no mask"):
+    with pytest.raises(UnsupportedAttention, match=r"Identity makes an attention mask of its own.*layout padded"):
         attend(mask=torch.ones(5, 5))
+
+
+SLIDING_MOE = {"use_sliding_window": True, "sliding_window": 4, "num_hidden_layers": 2, "max_window_layers": 2}
+CHUNKED = {"attention_chunk_size": 4, "num_hidden_layers": 4}  # every fourth layer sees all
+
+
+@pytest.mark.parametrize(
+    ("config", "layer", "length", "expected"),
+    [
+        (LlamaConfig(), 0, 9, None),
+        (Qwen2MoeConfig(**SLIDING_MOE), 0, 9, "sliding_attention"),
+        (Qwen2MoeConfig(**SLIDING_MOE), 1, 9, None),  # in turns
+        (Qwen2MoeConfig(**{**SLIDING_MOE, "use_sliding_window": False}), 0, 9, None),
+        (Qwen2MoeConfig(**{**SLIDING_MOE, "max_position_embeddings": 5}), 0, 3, "sliding_attention"),
+        (Qwen2MoeConfig(**{**SLIDING_MOE, "max_position_embeddings": 4}), 0, 4, None),  # it holds all positions
+        (Qwen2MoeConfig(**{**SLIDING_MOE, "max_position_embeddings": 4}), 0, 5, "sliding_attention"),
+        (PhimoeConfig(sliding_window=4), 0, 9, "sliding_attention"),  # has no layer types
+        (PhimoeConfig(sliding_window=None), 0, 9, None),
+        (LlamaConfig(sliding_window=4, use_sliding_window=False), 0, 9, None),
+        (LlamaConfig(attention_chunk_size=4), 0, 9, "chunked_attention"),
+        (Llama4TextConfig(**CHUNKED), 0, 9, "chunked_attention"),
+        (Llama4TextConfig(**CHUNKED), 3, 9, None),
+        (LlamaConfig(layer_types=["indexed_attention"], num_hidden_layers=1), 0, 9, "indexed_attention"),
+    ],
+)
+def test_what_a_mask_would_hide_is_read_from_the_configuration(config, layer, length, expected):
+    assert masked_type(layer_of(config, layer), length) == expected
+
+
+def test_a_window_is_passed_on_or_refused():
+    """Mistral's layers pass it, Qwen2-MoE's have it in their mask alone, which segments do without. However short the
+    sequences: longer ones may follow."""
+    windowed = MistralConfig(sliding_window=100)
+    attend(config=windowed, sliding_window=100)
+    with pytest.raises(UnsupportedAttention, match=r"is sliding_attention by its attention mask alone.*layout padded"):
+        attend(config=windowed)
 
 
 def test_a_forward_without_segments_fails():
@@ -106,6 +159,45 @@ def test_segmented_attention_and_its_gradients_equal_a_naive_version_in_fp64(lay
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+class OnCuda(torch.Tensor):
+    """On the CPU, and says otherwise."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("tensor_type", "dtype", "num_queries", "window", "is_repeated"),
+    [
+        (torch.Tensor, torch.float32, 3, None, False),
+        (torch.Tensor, torch.float32, 6, 4, False),
+        (OnCuda, torch.bfloat16, 6, None, False),
+        (OnCuda, torch.bfloat16, 6, 4, True),
+        (OnCuda, torch.bfloat16, 3, None, True),  # the bottom rows
+        (OnCuda, torch.float32, 6, None, True),
+    ],
+)
+def test_torch_gets_no_grouped_heads_where_its_fused_kernels_take_none(
+    monkeypatch, tensor_type, dtype, num_queries, window, is_repeated
+):
+    told, original = [], F.scaled_dot_product_attention
+
+    def record(query, key, value, **options):
+        told.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return original(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    query, key, value = (
+        torch.randn(1, heads, length, 8, dtype=dtype).as_subclass(tensor_type)
+        for heads, length in ((4, num_queries), (2, 6), (2, 6))
+    )
+    output = attention.segment_sdpa(query, key, value, ScoreRule(scale=None, window=window, softcap=None))
+    assert told == [(4, 4, False) if is_repeated else (2, 2, True)]
+    flat = [tensor.as_subclass(torch.Tensor)[0].transpose(0, 1).double() for tensor in (query, key, value)]
+    expected = naive_attention(*flat, [0, num_queries], [0, 6], scale=None, window=window, softcap=None)
+    actual = output.as_subclass(torch.Tensor)[0].transpose(0, 1).double()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 def test_bfloat16_on_the_cpu_is_computed_in_fp32():
     segments, inputs = attention_inputs("shared_prefix", torch.bfloat16)
     output = KERNELS["segmented"].run(*inputs, segments, RULES["plain"])
@@ -136,7 +228,9 @@ def test_what_the_flash_packages_are_told(monkeypatch, kernel, module, layout, r
         causal,
         softcap,
         window_size=(-1, -1),
+        deterministic=False,
     ):
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
         assert causal and (max_seqlen_q, max_seqlen_k) == tuple(map(max, lengths))
         left, right = window_size
@@ -150,7 +244,10 @@ def test_what_the_flash_packages_are_told(monkeypatch, kernel, module, layout, r
     for name in {module, module.split(".")[0]}:
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(flash_attn_varlen_func=stand_in))
     segments, inputs = attention_inputs(layout)
-    torch.testing.assert_close(KERNELS[kernel].run(*inputs, segments, rule), naive(inputs, segments, rule))
+    expected = naive(inputs, segments, rule)
+    torch.testing.assert_close(KERNELS[kernel].run(*inputs, segments, rule), expected)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    torch.testing.assert_close(KERNELS[kernel].run(*inputs, segments, rule), expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -188,11 +285,22 @@ def test_what_varlen_attention_is_told(monkeypatch, layout, name, is_grouped):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def imported(monkeypatch):
+    """Packages that were looked for, of which FlashAttention 3 is not installed."""
+    names = []
+
+    def look_for(package: str) -> str | None:
+        names.append(package)
+        return f"the package {package} is not installed" if package == "flash_attn_interface" else None
+
+    monkeypatch.setattr(attention, "import_problem", look_for)
+    return names
+
+
+@pytest.fixture
+def hopper(monkeypatch, imported):
     """An H100 with the packages of FlashAttention 2 and 4."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    problems = {"flash_attn_interface": "the package flash_attn_interface is not installed"}
-    monkeypatch.setattr(attention, "import_problem", problems.get)
     return torch.device("cuda", 0)
 
 
@@ -207,6 +315,20 @@ def test_auto_takes_the_first_that_can(hopper):
 
 
 @pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [
+        (9, torch.bfloat16, ["flash_attn_interface", "flash_attn_2_cuda"]),
+        (8, torch.bfloat16, ["flash_attn_2_cuda"]),  # an A100 has no use for the others
+        (9, torch.float32, ["torch"]),
+    ],
+)
+def test_auto_imports_no_package_that_it_does_not_need(monkeypatch, imported, capability, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    choose_kernel("auto", torch.device("cuda", 0), dtype, LLAMA)
+    assert imported == expected
+
+
+@pytest.mark.parametrize(
     ("name", "config", "reason"),
     [
         ("fa3", LLAMA, "the package flash_attn_interface is not installed. What can: fa2, fa4, varlen, segmented"),
@@ -218,12 +340,24 @@ def test_a_kernel_that_cannot_is_refused_with_those_that_can(hopper, name, confi
         choose_kernel(name, hopper, torch.bfloat16, config)
 
 
-def test_a_package_that_cannot_be_imported_is_named_with_the_reason(tmp_path, monkeypatch):
-    """As one that was built for another torch."""
-    (tmp_path / "broken_kernel.py").write_text("raise ImportError('undefined symbol')")
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise ImportError('undefined symbol')", "cannot be imported: undefined symbol"),  # built for another torch
+        ("raise RuntimeError('no CUDA')", "cannot be imported: no CUDA"),
+        ("raise OSError", "cannot be imported: OSError"),
+        ("import no_such", "cannot be imported: it needs no_such, which is not installed"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_named_with_the_reason(tmp_path, monkeypatch, code, reason):
+    (tmp_path / "broken_kernel.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    assert import_problem("broken_kernel") == "the package broken_kernel cannot be imported: undefined symbol"
-    assert import_problem("no_such.kernel") == "the package no_such.kernel is not installed"
+    assert import_problem("broken_kernel") == f"the package broken_kernel {reason}"
+
+
+def test_a_package_that_is_not_installed_is_named():
+    assert import_problem("no_such.kernel") == "the package no_such is not installed"
+    assert import_problem("torch.no_such") == "the package torch.no_such is not installed"
     assert import_problem("torch") is None
 
 

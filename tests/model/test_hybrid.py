@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from hafrm_ds.data import packing
 from hafrm_ds.data.packing import PromptWithResponses, lay_out
+from hafrm_ds.errors import ModelError
 from hafrm_ds.model import token_logprobs
+from hafrm_ds.model.attention import UnsupportedAttention
 from hafrm_ds.model.hybrid import (
     HybridModel,
     disable_dropout,
@@ -22,6 +24,7 @@ from hafrm_ds.model.hybrid import (
     sum_by_response,
     tolerance_of,
 )
+from hafrm_ds.model.loading import set_gradient_checkpointing
 from hafrm_ds.model.token_logprobs import HeadTransform
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.tiny_models import FAMILIES, random_items, tiny_causal_lm, tiny_hybrid, use_layout
@@ -237,7 +240,7 @@ def test_gradient_checkpointing_changes_nothing():
     items = random_items(seed=1)
     model = tiny_hybrid("llama")
     reward, logprob, gradients = run(model, items, "shared_prefix")
-    model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    set_gradient_checkpointing(model.causal_lm, True)
     again_reward, again_logprob, again_gradients = run(model, items, "shared_prefix")
     assert torch.equal(again_reward, reward)
     assert torch.equal(again_logprob, logprob)
@@ -282,6 +285,34 @@ def test_a_model_that_does_not_keep_packed_answers_apart_is_found():
     assert layout_difference(leaking, leaking, items, "packed", with_logprob=True) > 10 * tolerance_of(leaking)
     assert layout_difference(sound, sound, items, "packed", with_logprob=True) < tolerance_of(sound)
     assert sound.causal_lm.config._attn_implementation == "hafrm_segmented"
+
+
+@pytest.mark.parametrize("window", [16, 128])
+def test_a_window_that_only_the_mask_holds_is_refused_or_holds_everything(window):
+    """Qwen2-MoE's layers do not pass their window on. One of as many tokens as the model knows positions hides none."""
+    model = tiny_hybrid("qwen2-moe", sliding_window=window)
+    use_layout(model, "shared_prefix")
+    for lengths in ((2,), (30,)):  # a window must not be found by long sequences alone
+        items = random_items(seed=3, num_items=2, prompt_lengths=lengths, response_lengths=lengths)
+        if window == 16:
+            with pytest.raises(UnsupportedAttention, match="Qwen2MoeAttention is sliding_attention"):
+                layout_difference(model, model, items, "shared_prefix", with_logprob=True)
+        else:
+            assert layout_difference(model, model, items, "shared_prefix", with_logprob=True) < tolerance_of(model)
+
+
+def test_a_comparison_that_fails_leaves_the_attention_as_it_was():
+    model = tiny_hybrid("llama")
+    use_layout(model, "packed")
+
+    def fails_when_padded(batch, **heads):
+        if batch.segments is None:
+            raise ModelError("no room")
+        return model(batch, **heads)
+
+    with pytest.raises(ModelError, match="no room"):
+        layout_difference(model, fails_when_padded, random_items(seed=3), "packed", with_logprob=True)
+    assert model.causal_lm.config._attn_implementation == "hafrm_segmented"
 
 
 def test_reward_head_is_the_same_on_every_rank_and_has_the_stated_spread():

@@ -122,7 +122,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, quantize, missi
     check_packages(LoraOptions())
     monkeypatch.setattr(lora, "import_problem", lambda package: "is missing" if package == missing else None)
     extra = "lora" if missing == "peft" else "qlora"
-    with pytest.raises(ModelError, match=rf"needs the package {missing}: pip install 'hafrm_ds\[{extra}\]'"):
+    with pytest.raises(ModelError, match=rf"needs the package {missing}: pip install -e '\.\[{extra}\]'"):
         check_packages(LoraOptions(rank=4, quantize=quantize))
 
 

@@ -12,7 +12,7 @@ from hafrm_ds import HybridRewardModel
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.export import export_model
-from hafrm_ds.model.opening import load_scorer, open_model, open_reward_model
+from hafrm_ds.model.opening import load_scorer, open_model, open_reference, open_reward_model
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 CONVERSATIONS = [
@@ -83,6 +83,21 @@ def test_without_a_reward_head_the_implicit_reward_scores(tmp_path):
         open_reward_model(moved)
     with pytest.raises(ModelError, match=r"no reward head.*give --reference"):
         open_reward_model(base)
+
+
+def test_a_reference_that_would_read_other_tokens_is_refused(final, tmp_path):
+    saved = open_model(final)
+    other_words = save_tiny_model(tmp_path / "words")
+    tokenizer = json.loads((other_words / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = list(vocabulary)[5:7]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other_words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="words has another vocabulary than"):
+        open_reference(str(other_words), saved)
+    other_kind = save_tiny_model(tmp_path / "kind", "qwen2")
+    with pytest.raises(ModelError, match=r"kind is a qwen2 model, .* a llama model"):
+        open_reference(str(other_kind), saved)
 
 
 def test_a_reward_head_scores_without_a_reference(final):

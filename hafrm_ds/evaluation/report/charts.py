@@ -29,7 +29,10 @@ MAX_POINTS = 300
 """Of a curve: more rows are drawn as the means of groups of consecutive rows."""
 SMOOTHING_SHARE = 1 / 15
 """Width of the running mean, as a share of the curve."""
-MAX_BINS = 40
+MIN_BINS, MAX_BINS = 9, 40
+"""Of a histogram. The smallest number is odd: values that are all alike then stand in the middle of a bin."""
+ALIKE = 1e-6
+"""Values whose range is below this share of their size, or of 1, are drawn as one."""
 LOG_SCALE_RATIO = 50
 """A curve whose largest value is this many times its median is drawn on a logarithmic axis, where that is allowed."""
 LABEL_LENGTH = 46
@@ -245,9 +248,8 @@ def curves_chart(
 @matplotlib.rc_context(STYLE)
 def histogram_chart(title: str, unit: str, values: dict[str, np.ndarray]) -> Chart:
     """Name -> values: how often each of them occurs, in the same bins."""
-    everything = np.concatenate(list(values.values()))
-    num_bins = int(np.clip(len(np.histogram_bin_edges(everything, bins="fd")) - 1, 8, MAX_BINS))
-    edges = np.histogram_bin_edges(everything, bins=num_bins)
+    values = {name: each.astype(np.float64) for name, each in values.items()}
+    edges = histogram_edges(np.concatenate(list(values.values())))
     figure, axes = new_figure()
     for series, each in enumerate(values.values()):
         counts, _ = np.histogram(each, edges)
@@ -266,6 +268,23 @@ def histogram_chart(title: str, unit: str, values: dict[str, np.ndarray]) -> Cha
         f"{name}: mean {each.mean():.3g}, deviation {each.std():.3g}" for name, each in values.items()
     )
     return Chart(title, to_svg(figure, f"{title}: {described}"), keys, "Dashed: the means.")
+
+
+def histogram_edges(values: np.ndarray) -> np.ndarray:
+    """Ends of equal bins over all values [N] float64: [bins + 1].
+
+    There are as many as Freedman & Diaconis (1981) say, between MIN_BINS and MAX_BINS. numpy's own count has no limit:
+    one outlier asks for more memory than there is, and a range of a few roundings cannot be divided.
+    """
+    low, high = float(values.min()), float(values.max())
+    size = max(1.0, abs(low), abs(high))
+    if high - low < ALIKE * size:
+        middle = (low + high) / 2
+        return np.linspace(middle - size / 2, middle + size / 2, MIN_BINS + 1)
+    quartiles = np.quantile(values, [0.25, 0.75])
+    width = 2 * float(quartiles[1] - quartiles[0]) / len(values) ** (1 / 3)
+    num_bins = math.ceil(min(MAX_BINS, (high - low) / width)) if width else MIN_BINS
+    return np.linspace(low, high, max(MIN_BINS, num_bins) + 1)
 
 
 @matplotlib.rc_context(STYLE)
@@ -302,14 +321,11 @@ def intervals_chart(
     series: dict[str, int],
     *,
     legend: bool = True,
-    neutral: float = 0.5,
-    unit: str = "accuracy",
+    are_differences: bool = False,
 ) -> Chart:
-    """Shares with intervals: group (a set or source) -> name -> interval. Groups stand below one another.
-
-    Args:
-        neutral: where the dashed line stands: the accuracy of a coin, or 0 for differences.
-    """
+    """Accuracies, or differences of them, with intervals: group (a set or source) -> name -> interval. Groups stand
+    below one another; the dashed line is the accuracy of a coin, or no difference."""
+    neutral = 0.0 if are_differences else 0.5
     rows = sum(1.3 + len(intervals) for intervals in groups.values())
     figure, axes = new_figure(height=int(44 + 15 * rows), left=8, top=4)
     y, described = 0.0, []
@@ -331,15 +347,15 @@ def intervals_chart(
         y += 0.3
     axes.axvline(neutral, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_ylim(y - 0.5, -0.6)
-    if neutral:
-        axes.set_xlim(max(0, min(ends) - 0.03), 1.0)
-    else:
+    if are_differences:
         axes.set_xlim(min(ends) - 0.03, max(ends) + 0.03)
+    else:
+        axes.set_xlim(max(0, min(ends) - 0.03), 1.0)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(unit)
+    axes.set_xlabel("difference in accuracy" if are_differences else "accuracy")
     keys = tuple(Key(name, number, "dot") for name, number in series.items()) if legend else ()
     return Chart(title, to_svg(figure, f"{title}: {'; '.join(described)}"), keys, "Bars: 95% intervals.")
 
@@ -354,7 +370,7 @@ def length_chart(title: str, bins: list[dict], series: dict[str, int]) -> Chart:
         estimates = [each["accuracy"][judge] for each in bins]
         shift = (number - (len(judges) - 1) / 2) * 0.17
         value = np.array([each["value"] for each in estimates])
-        low, high = (np.array([each[end] for each in estimates]) for end in ("low", "high"))
+        low, high = (np.array([each[end] for each in estimates], dtype=float) for end in ("low", "high"))
         colour = series_colour(series[judge])
         axes.vlines(places + shift, low, high, color=colour, linewidth=2.2)
         axes.plot(places + shift, value, color=colour, marker="o", markersize=5.5, linestyle="none")

@@ -17,7 +17,8 @@ OF_THE_PLACE = ("output_dir", "resume")
 
 @dataclass
 class ComparisonPage:
-    """The parts of comparison.html, in their order; what is empty is left out."""
+    """The parts of comparison.html, in their order; what is empty is left out. The page of methods shows all but its
+    title below the methods."""
 
     title: str
     subtitle: str

@@ -1,9 +1,9 @@
 """What stands on the page of a comparison of methods over seeds (launch/compare.py), above its runs side by side."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from hafrm_ds.evaluation.comparison import OTHERS, points
+from hafrm_ds.evaluation.comparison import points, seeds_in_words, shown_columns
 from hafrm_ds.evaluation.report.charts import Chart, Interval, intervals_chart
 from hafrm_ds.evaluation.report.comparison_page import ComparisonPage, comparison_page
 from hafrm_ds.evaluation.report.reading import Results
@@ -17,28 +17,29 @@ METHODS_NOTE = (
 )
 
 
-@dataclass(kw_only=True)
-class MethodsPage(ComparisonPage):
-    """A comparison page with the methods in front. heading: of them."""
+@dataclass
+class MethodsPage:
+    """The parts of methods.html, in their order. runs: all of them side by side."""
 
+    title: str
+    subtitle: str
     heading: str
-    methods: list[Table]
-    method_charts: list[Chart]
-    methods_note: str = METHODS_NOTE
+    tables: list[Table]
+    charts: list[Chart]
+    runs: ComparisonPage
+    note: str = METHODS_NOTE
 
 
 def methods_page(comparison: dict[str, Any], results: list[Results]) -> MethodsPage:
     """Args: comparison: as comparison.json has it. results: of the runs, with names that tell them apart."""
-    runs = comparison_page(results)
-    columns = [*comparison["sets"], *([OTHERS] if len(comparison["sets"]) > 2 else [])]
+    columns = shown_columns(comparison)
     methods, differences = comparison["methods"], comparison["differences"]
-    seeds = "1 seed" if len(comparison["seeds"]) == 1 else f"{len(comparison['seeds'])} seeds"
-    own = {field.name: getattr(runs, field.name) for field in fields(runs)}
     return MethodsPage(
-        **own | {"title": f"{len(methods)} methods, {seeds}", "subtitle": " · ".join(methods)},
+        title=f"{len(methods)} methods, {seeds_in_words(comparison)}",
+        subtitle=" · ".join(methods),
         heading=f"In distribution: {columns[0]}. Out of distribution: {', '.join(columns[1:]) or 'not measured'}",
-        methods=[accuracy_table(methods, columns), differences_table(differences, columns)],
-        method_charts=[
+        tables=[accuracy_table(methods, columns), differences_table(differences, columns)],
+        charts=[
             intervals_chart(
                 "Accuracy",
                 {
@@ -51,10 +52,10 @@ def methods_page(comparison: dict[str, Any], results: list[Results]) -> MethodsP
                 "Paired differences",
                 {name: {pair: as_interval(each[name]) for pair, each in differences.items()} for name in columns},
                 {pair: place for place, pair in enumerate(differences)},
-                neutral=0.0,
-                unit="difference in accuracy",
+                are_differences=True,
             ),
         ],
+        runs=comparison_page(results),
     )
 
 

@@ -1,4 +1,5 @@
-"""The folder of a run or of an evaluation as plain data: what a report shows, and nothing of how it looks.
+"""The folder of a run, an evaluation or a comparison of methods as plain data: what a report shows, and nothing
+of how it looks.
 
 Legend: R rows of metrics.jsonl.
 """
@@ -16,6 +17,7 @@ import yaml
 from hafrm_ds.data.report import DataReport
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.comparison import COMPARISON_FILE, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, load_all
 from hafrm_ds.evaluation.tables import JUDGES
 from hafrm_ds.options import options_of
@@ -36,6 +38,7 @@ ANALYSIS_KEYS = {
     "agreement",
 }
 BENCHMARK_KEYS = {"cut", "judges"}
+COMPARISON_KEYS = {"seeds", "planned_seeds", "sets", "pairs", "methods", "differences"}
 
 
 @dataclass(frozen=True)
@@ -120,17 +123,40 @@ class Results:
     benchmarks: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """results: as `compare` gives them. runs: the folders of the trainings, seed by seed."""
+
+    results: dict[str, Any]
+    runs: list[Path]
+
+
 def read_results(folder: Path) -> Results:
-    """Whatever lies in the folder.
+    """The run or the evaluation in the folder.
 
     Raises:
-        DataError: the folder holds neither a run nor an evaluation, or one of its files cannot be read.
+        DataError: the folder holds neither, or one of its files cannot be read.
     """
     if (folder / METRICS_FILE).exists() or (folder / CONFIG_FILE).exists():
         return read_run(folder)
     if (folder / EVALUATION_FILE).exists():
         return read_evaluation(folder)
+    if (folder / COMPARISON_FILE).exists():
+        raise DataError(f"{folder} holds a comparison of methods, which is drawn alone; name the runs in it instead")
     raise DataError(f"{folder} holds neither a run ({METRICS_FILE}) nor an evaluation ({EVALUATION_FILE})")
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """A comparison of methods. Raises DataError as `read_results` does."""
+    file = folder / COMPARISON_FILE
+    results = read_mapping(file)
+    if missing := COMPARISON_KEYS - set(results):
+        raise DataError(
+            f"{file} has no {', '.join(sorted(missing))}: it is none of this version. launch/compare.py writes it anew "
+            "when it is started again"
+        )
+    runs = [run_folder(folder, method, seed) for seed in results["seeds"] for method in results["methods"]]
+    return Comparison(results, runs)
 
 
 def read_run(folder: Path) -> Results:

@@ -42,7 +42,7 @@ from hafrm_ds.evaluation.report.tables import (
     share,
     share_estimate,
 )
-from hafrm_ds.evaluation.tables import JUDGES, length_range
+from hafrm_ds.evaluation.tables import JUDGES, agreement_of, length_range
 from hafrm_ds.options import options_of
 
 ACCURACY_NOTE = (
@@ -282,10 +282,6 @@ def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
         Table(by_source, ("accuracy by source", "pairs", *judges)),
         Table(yardsticks, ("whoever always takes", "accuracy")),
     ]
-
-
-def agreement_of(agreement: dict[str, float], one: str, other: str) -> float | None:
-    return agreement.get(f"{one}/{other}", agreement.get(f"{other}/{one}"))
 
 
 def mistakes(scores: PairScores) -> list[Mistake]:

@@ -1,7 +1,7 @@
 """Tables of a report, and how numbers are written in them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,19 +53,21 @@ def number(value: float | None) -> Cell:
     return Cell(NOTHING if value is None else short(value))
 
 
-def share_estimate(estimate: dict[str, float] | None) -> Cell:
+def share_estimate(estimate: dict[str, float | None] | None) -> Cell:
     """A share with its interval, where that is known."""
-    if estimate is None:
-        return Cell(NOTHING)
-    interval = f"{estimate['low']:.1%} to {estimate['high']:.1%}" if "low" in estimate else ""
-    return Cell(f"{estimate['value']:.1%}", interval)
+    return estimate_cell(estimate, "{:.1%}".format)
 
 
-def number_estimate(estimate: dict[str, float] | None) -> Cell:
+def number_estimate(estimate: dict[str, float | None] | None) -> Cell:
+    return estimate_cell(estimate, short)
+
+
+def estimate_cell(estimate: dict[str, float | None] | None, form: Callable[[float], str]) -> Cell:
     if estimate is None:
         return Cell(NOTHING)
-    interval = f"{short(estimate['low'])} to {short(estimate['high'])}" if "low" in estimate else ""
-    return Cell(short(estimate["value"]), interval)
+    is_known = estimate.get("low") is not None
+    interval = f"{form(estimate['low'])} to {form(estimate['high'])}" if is_known else ""
+    return Cell(form(estimate["value"]), interval)
 
 
 def value_of_option(value: Any) -> Cell:

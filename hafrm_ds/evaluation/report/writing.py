@@ -1,4 +1,5 @@
-"""report.html: one file that needs nothing else, for a run, an evaluation, or several of them side by side."""
+"""report.html: one file that needs nothing else, for a run, an evaluation, several of them side by side, or a
+comparison of methods."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,54 +11,38 @@ from markupsafe import Markup
 
 from hafrm_ds import __version__
 from hafrm_ds.data.report import printable
-from hafrm_ds.errors import UserError
+from hafrm_ds.durability import write_whole
+from hafrm_ds.evaluation.comparison import COMPARISON_FILE
 from hafrm_ds.evaluation.report.comparison_page import comparison_page
 from hafrm_ds.evaluation.report.methods_page import methods_page
-from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_evaluation, read_results, read_run
+from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_comparison, read_results
 from hafrm_ds.evaluation.report.results_page import results_page
 
 REPORT_FILE = "report.html"
 
 
-def write_run_report(run_folder: Path) -> Path:
-    """Write RUN/report.html, whatever state the run is in; returns the file.
+def write_report(folder: Path, file: Path | None = None) -> Path:
+    """The page of a run, whatever state it is in, of an evaluation, or of a comparison of methods; returns the file.
+
+    Args:
+        file: default: FOLDER/report.html.
 
     Raises:
-        DataError: a file of the run cannot be read; the message names it.
-        UserError: the report cannot be written.
+        DataError: the folder holds none of these, a file in it cannot be read, or the report cannot be written.
     """
-    return write(run_folder / REPORT_FILE, "results.html", results_page(read_run(run_folder)))
+    file = file or folder / REPORT_FILE
+    if (folder / COMPARISON_FILE).exists():
+        comparison = read_comparison(folder)
+        return write(file, "methods.html", methods_page(comparison.results, named_results(comparison.runs)))
+    return write(file, "results.html", results_page(read_results(folder)))
 
 
-def write_evaluation_report(folder: Path) -> Path:
-    """Write report.html into the folder of an evaluation (evaluation.json, evaluation/SET.parquet); returns the file.
-
-    Raises as `write_run_report` does.
-    """
-    return write(folder / REPORT_FILE, "results.html", results_page(read_evaluation(folder)))
+write_run_report = write_evaluation_report = write_report
 
 
-def write_report(folder: Path, file: Path | None = None) -> Path:
-    """The report of a run or an evaluation, whichever the folder holds. Raises as `write_run_report` does."""
-    return write(file or folder / REPORT_FILE, "results.html", results_page(read_results(folder)))
-
-
-def write_comparison_report(run_folders: list[Path], file: Path) -> Path:
-    """Lay several runs or evaluations side by side on one page; returns the file.
-
-    Raises as `write_run_report` does.
-    """
-    return write(file, "comparison.html", comparison_page(named_results(run_folders)))
-
-
-def write_methods_report(comparison: dict[str, Any], run_folders: list[Path], file: Path) -> Path:
-    """The page of a comparison of methods, with all of its runs side by side; returns the file.
-
-    Args: comparison: as comparison.json has it.
-
-    Raises as `write_run_report` does.
-    """
-    return write(file, "comparison.html", methods_page(comparison, named_results(run_folders)))
+def write_comparison_report(folders: list[Path], file: Path) -> Path:
+    """Lay several runs or evaluations side by side on one page; returns the file. Raises as `write_report` does."""
+    return write(file, "comparison.html", comparison_page(named_results(folders)))
 
 
 def named_results(folders: list[Path]) -> list[Results]:
@@ -78,12 +63,7 @@ def write(file: Path, template: str, page: Any) -> Path:
     )
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     html = environment.get_template(template).render(page=page, version=__version__, written=written)
-    draft = file.with_name(f".{file.name}")
-    try:
-        draft.write_text(html, encoding="utf-8")
-        draft.replace(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}") from error
+    write_whole(file, html.encode())
     return file
 
 

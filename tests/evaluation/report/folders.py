@@ -9,6 +9,7 @@ import yaml
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.report import Counts, DataReport, Example, TemplateFacts
 from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.comparison import COMPARISON_FILE, Method, compare, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
 from tests.evaluation.benchmarks.rows import rm_bench_row, summary
 
@@ -119,6 +120,33 @@ def write_evaluation(folder: Path) -> Path:
         "environment": {"python": "3.99"},
     }
     (folder / EVALUATION_FILE).write_text(json.dumps(content))
+    return folder
+
+
+def write_comparison(folder: Path, shares: dict[str, list[float]], planned_seeds: range) -> Path:
+    """A comparison of methods. shares: method -> of each seed's training, the share of 100 pairs that it judges right,
+    of both sets."""
+    methods = []
+    for name, of_seeds in shares.items():
+        trainings = []
+        for seed, share in enumerate(of_seeds):
+            right = np.random.default_rng(seed).permutation(np.arange(100) < 100 * share)
+            reward = np.stack([right, np.full(100, 0.5)], axis=1).astype(np.float32)
+            names, lengths = [str(place) for place in range(100)], np.ones((100, 2), dtype=np.int64)
+            trainings.append(
+                {
+                    each: PairScores(each, 5, 0.1, names, ["s"] * 100, names, lengths, reward=reward)
+                    for each in ("near", "far <b>")
+                }
+            )
+            run = run_folder(folder, name, seed)
+            for scores in trainings[-1].values():
+                scores.save(run / SCORES_FOLDER)
+            write_rows(run, training_rows(5, policy=False))
+        methods.append(Method(name, "reward", trainings))
+    seeds = range(len(next(iter(shares.values()))))
+    results = compare(methods, ["near", "far <b>"], seeds, planned_seeds)
+    (folder / COMPARISON_FILE).write_text(json.dumps(results))
     return folder
 
 

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from hafrm_ds.evaluation.report.charts import (
+    MAX_BINS,
     MAX_POINTS,
+    MIN_BINS,
     Condensed,
     Curve,
     Interval,
     curves_chart,
     histogram_chart,
+    histogram_edges,
     intervals_chart,
     length_chart,
     running_mean,
@@ -81,6 +84,42 @@ def test_names_of_sources_are_texts_and_never_markup():
 def test_equal_scores_have_a_histogram():
     chart = histogram_chart("Scores", "", {"chosen": np.zeros(5), "rejected": np.zeros(5)})
     assert [key.label for key in chart.legend] == ["chosen, mean 0", "rejected, mean 0"]
+
+
+def test_scores_a_few_roundings_apart_are_drawn_as_one():
+    steps = np.random.default_rng(0).integers(-3, 4, size=100)
+    scores = np.float32(5) + steps.astype(np.float32) * np.spacing(np.float32(5))
+    assert len(set(scores)) > 1 and scores.dtype == np.float32
+    edges = histogram_edges(scores.astype(np.float64))
+    assert len(edges) == MIN_BINS + 1 and sorted(np.histogram(scores, edges)[0])[-2:] == [0, 100]
+    assert "mean 5, deviation" in histogram_chart("Scores", "", {"chosen": scores, "rejected": scores[:9]}).svg
+
+
+def test_an_outlier_costs_no_more_bins_than_there_may_be():
+    values = np.random.default_rng(0).normal(size=2000)
+    with_outlier = np.concatenate([values, [3e38]])
+    edges = histogram_edges(with_outlier)
+    assert len(edges) == MAX_BINS + 1 and (edges[0], edges[-1]) == (values.min(), 3e38)
+    chart = histogram_chart("Scores", "", {"chosen": np.full(3, 3e38, dtype=np.float32), "rejected": values})
+    assert chart.legend[0].label == "chosen, mean 3e+26T"
+
+
+def test_the_number_of_bins_is_that_of_freedman_and_diaconis():
+    for size in (200, 1000):
+        values = np.random.default_rng(size).normal(size=size)
+        expected = np.histogram_bin_edges(values, bins="fd")
+        assert MIN_BINS < len(expected) - 1 < MAX_BINS
+        np.testing.assert_allclose(histogram_edges(values), expected)
+    few = np.array([0.0] * 90 + [1.0] * 10)  # both quartiles are 0
+    np.testing.assert_allclose(histogram_edges(few), np.linspace(0, 1, MIN_BINS + 1))
+
+
+def test_differences_stand_around_zero_and_accuracies_end_at_all():
+    groups = {"set": {"one": Interval(0.1, 0.05, 0.15)}}
+    differences = intervals_chart("A", groups, {"one": 0}, are_differences=True).svg
+    accuracies = intervals_chart("A", groups, {"one": 0}).svg
+    assert "difference in accuracy" in differences and ">100%<" not in differences
+    assert "difference" not in accuracies and ">100%<" in accuracies
 
 
 def test_length_bins_are_named_by_their_ends_and_pairs():

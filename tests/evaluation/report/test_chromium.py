@@ -2,9 +2,9 @@
 
 import pytest
 
-from hafrm_ds.evaluation.report.writing import write_comparison_report, write_run_report
+from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
 from tests.evaluation.report.chromium import DESKTOP, PHONE, PROGRAM, Chromium
-from tests.evaluation.report.folders import write_run
+from tests.evaluation.report.folders import write_comparison, write_evaluation, write_run
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium is installed")
 
@@ -56,7 +56,15 @@ def browser(tmp_path_factory):
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     runs = [write_run(folder / name) for name in ("a_run_with_quite_a_long_name_that_goes_on", "two")]
-    return write_run_report(runs[0]), write_comparison_report(runs, folder / "both.html")
+    evaluation, methods = folder / "evaluation", folder / "methods"
+    evaluation.mkdir()
+    write_comparison(methods, {"baseline": [0.6], "haf-alpha0.2-beta0.1": [0.8]}, range(2))
+    return (
+        write_report(runs[0]),
+        write_comparison_report(runs, folder / "both.html"),
+        write_report(write_evaluation(evaluation)),
+        write_report(methods),
+    )
 
 
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
