@@ -9,6 +9,7 @@ from hafrm_ds.config import BatchConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 from hafrm_ds.errors import ConfigError, DataError, UserError
+from hafrm_ds.evaluation.report import leaving
 from hafrm_ds.model.card import base_license
 from hafrm_ds.model.loading import fetch_model, local_folder
 from hafrm_ds.model.lora import check_packages, trained_share
@@ -194,15 +195,9 @@ def save_final(
 
 
 def leave_report(config: TrainConfig, log: RunLog) -> None:
-    """Draw report.html of what the run has written. What can go wrong in it must not cost the run: it is a warning."""
-    if log.metrics_file is None or not config.logging.report:
-        return
-    try:
-        from hafrm_ds.evaluation.report.writing import write_run_report  # matplotlib, which nothing else needs
-
-        log.print(f"report: {write_run_report(config.output_dir)}")
-    except Exception as error:
-        log.warn(f"no report was drawn: {error!r}; later: python launch/report.py {config.output_dir}")
+    """Draw report.html of what the run has written, if it has written anything and the report is wanted."""
+    if log.metrics_file is not None and config.logging.report:
+        leaving.leave_report(config.output_dir, log)
 
 
 def precompute_reference(config: TrainConfig, processes: Processes) -> None:
