@@ -23,7 +23,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.17",
         "accelerate>=1.1",  # transformers asks for it before it loads a model in shards for ZeRO-3
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.2",  # earlier ones round the rotary frequencies to bfloat16 with the weights
         "ninja",  # DeepSpeed compiles its CPU communication and optimizer ops at the first start
         "datasets>=4.3",  # Dataset.from_generator takes a fingerprint
         "pyarrow",
@@ -41,10 +41,11 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "cuda": ["flash-attn-4>=4.0.0b1", "liger-kernel>=0.8"],
+        "cuda": ["flash-attn-4>=4.0.0b1"],
         "lora": ["peft>=0.18"],
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
         "wandb": ["wandb"],
+        "gpu-test": ["liger-kernel>=0.8"],  # tests/gpu compares with it
         "test": ["pytest", "hypothesis", "ruff", "trl>=1.16", "peft>=0.18"],
     },
 )

@@ -158,6 +158,18 @@ class ObjectiveConfig(Section):
     def uses_reference(self) -> bool:
         return self.uses_policy and self.policy_loss in ("dpo", "ipo", "hinge")
 
+    @property
+    def measures(self) -> list[str]:
+        """Metrics of an evaluation by which steps can be told better from worse. The first is the usual one."""
+        judges = {"reward": self.uses_reward, "implicit": self.uses_reference, "logprob": self.uses_policy}
+        losses = {"reward": self.uses_reward, "policy": self.uses_policy}
+        return [
+            f"{kind}/{name}"
+            for kind, names in (("accuracy", judges), ("margin", judges), ("loss", losses))
+            for name, is_there in names.items()
+            if is_there
+        ]
+
 
 class BatchConfig(Section):
     """How pairs become optimizer steps and micro-batches. The order of pairs never depends on the number of GPUs."""
@@ -222,8 +234,11 @@ class EvaluationConfig(Section):
     max_pairs: PositiveInt | None = None
     """Use at most this many pairs of each set: a fixed random choice."""
     best_metric: str | None = None
-    """SET/METRIC whose best step is remembered, for example hh/accuracy/reward. Default: the first set's accuracy of
-    the reward head, or the implicit reward's when rm_weight is 0."""
+    """SET/METRIC whose best step is remembered, for example hh/accuracy/reward; a loss (hh/loss/reward) is better when
+    it is smaller. Default: the first set's accuracy of the reward head, or the implicit reward's when rm_weight is 0.
+    """
+    patience: PositiveInt | None = None
+    """End the run early when best_metric has not improved in this many evaluations, one after another."""
 
 
 class CheckpointConfig(Section):
@@ -235,9 +250,12 @@ class CheckpointConfig(Section):
     """Save when this many minutes have passed since the last save; 0: not by time."""
     keep_last: PositiveInt = 2
     """Keep this many of the newest checkpoints. Of those that were evaluated the best is kept besides."""
+    final: Literal["last", "best"] = "last"
+    """Which weights final/ gets. last: those after the last step. best: those after the best evaluation by
+    evaluation.best_metric; each evaluation that is the best so far is then followed by a save."""
     allow_changed: list[str] = []
-    """Options that may differ from the run that is resumed, for example [optimizer.learning_rate]. data.train,
-    data.eval and reference.store stand for the content of these."""
+    """Options that may differ from the run that is resumed, for example [optimizer.learning_rate]. model.name_or_path,
+    data.train and data.eval stand for the content of these."""
 
 
 class LoggingConfig(Section):
@@ -295,6 +313,19 @@ def option_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
+def unknown_best_metric(config: TrainConfig) -> str | None:
+    """What is wrong with evaluation.best_metric, if it is given and no evaluation has it."""
+    best, sets, measures = config.evaluation.best_metric, config.data.eval, config.objective.measures
+    known = [f"{name}/{measure}" for name in sets for measure in measures]
+    if best is None or best in known:
+        return None
+    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(best, known, n=1))
+    return (
+        f"evaluation.best_metric {best!r} is not measured in this run{near} (SET/METRIC, with a set of data.eval, "
+        f"known: {', '.join(sets) or 'none'}, and one of {', '.join(measures)})"
+    )
+
+
 def contradictions(config: TrainConfig) -> list[str]:
     """Rules between options: one message for each that is broken."""
     objective, problems = config.objective, []
@@ -316,10 +347,14 @@ def contradictions(config: TrainConfig) -> list[str]:
             f"evaluation.every_steps is {config.evaluation.every_steps}, but data.eval names no evaluation set; "
             "give data.eval, or set evaluation.every_steps to 0"
         )
-    best = config.evaluation.best_metric
-    if best is not None and best.split("/")[0] not in config.data.eval:
-        known = ", ".join(config.data.eval) or "none"
-        problems.append(f"evaluation.best_metric {best!r} names no set of data.eval (known: {known})")
+    for name, needs in (
+        ("evaluation.patience", config.evaluation.patience is not None),
+        ("checkpoint.final best", config.checkpoint.final == "best"),
+    ):
+        if needs and not (config.evaluation.every_steps and config.data.eval):
+            problems.append(f"{name} needs evaluations during training: set evaluation.every_steps and data.eval")
+    if unknown := unknown_best_metric(config):
+        problems.append(unknown)
     lora = config.model.lora
     if lora.quantize != "none" and not lora.rank:
         problems.append(

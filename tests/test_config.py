@@ -200,7 +200,25 @@ def test_no_contradiction_with_the_default_of_a_faulty_option_is_named():
         ({"objective.policy_label_smoothing": "0.1", "objective.policy_loss": "ipo"}, ["label_smoothing", "ipo"]),
         ({"objective.use_margin": "true", "objective.rm_weight": "0"}, ["use_margin", "objective.rm_weight is 0"]),
         ({"evaluation.every_steps": "5"}, ["evaluation.every_steps is 5", "data.eval"]),
-        ({"data.eval": "{hh: b.jsonl}", "evaluation.best_metric": "hx/accuracy/reward"}, ["hx/acc", "known: hh"]),
+        (
+            {"data.eval": "{hh: b.jsonl}", "evaluation.best_metric": "hx/accuracy/reward"},
+            ["'hx/accuracy/reward'", "did you mean hh/accuracy/reward?", "known: hh"],
+        ),
+        ({"evaluation.best_metric": "hh/accuracy/reward"}, ["'hh/accuracy/reward'", "known: none"]),
+        ({"evaluation.patience": "3", "data.eval": "{hh: b.jsonl}"}, ["evaluation.patience needs", "every_steps"]),
+        ({"checkpoint.final": "best"}, ["checkpoint.final best needs", "data.eval"]),
+        (
+            {"data.eval": "{hh: b.jsonl}", "evaluation.best_metric": "hh/acuracy/reward"},
+            ["did you mean hh/accuracy/reward?", "accuracy/logprob", "loss/policy"],
+        ),
+        (
+            {"data.eval": "{hh: b.jsonl}", "evaluation.best_metric": "hh/accuracy/implicit", "objective.alpha": "0"},
+            ["'hh/accuracy/implicit'", "one of accuracy/reward, margin/reward, loss/reward)"],
+        ),
+        (
+            {"data.eval": "{hh: b.jsonl}", "evaluation.best_metric": "hh/loss/reward", "objective.rm_weight": "0"},
+            ["'hh/loss/reward'", "margin/logprob, loss/policy)"],
+        ),
         (
             {"model.lora.quantize": "4bit", "deepspeed": "ds_configs/zero2.json"},
             ["model.lora.quantize is 4bit", "lora.rank is 0"],

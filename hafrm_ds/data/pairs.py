@@ -17,13 +17,17 @@ from hafrm_ds.errors import DataError
 if TYPE_CHECKING:
     from hafrm_ds.data.sources import Source
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache key of read data: raise it whenever a format makes another outcome of the same row."""
 
 # Outcomes that several formats share.
 TIE = "tie"
 MORE_TURNS = "more than one turn"
 NO_PROMPT = "no common prompt"
+TOOL_CALLS = "has tool calls, which are not supported"
+
+NO_TOOLS = (None, [], "", "[]")
+"""What stands in the column `tools` of a row without any: a list, or its JSON."""
 
 Message = dict[str, str]
 """{"role": ..., "content": ...}, both text."""
@@ -63,6 +67,10 @@ class Dropped:
 Outcome = PreferencePair | Deselected | Dropped
 
 
+class ToolCallsError(DataError):
+    """A conversation calls tools, or may: rendered without them it would be another one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row as it was read. The methods give one field in the type that was asked for, or raise DataError."""
@@ -98,13 +106,21 @@ class Row:
         return value
 
     def messages(self, field: str) -> list[Message]:
-        """A list of messages; keys other than role and content are left out."""
+        """A list of messages; keys other than role and content are left out.
+
+        Raises:
+            ToolCallsError: a message calls tools, or the row has `tools` for them.
+        """
         value = self.value(field)
+        if self.fields.get("tools") not in NO_TOOLS:
+            raise ToolCallsError(f"{self.id}: {TOOL_CALLS} (field 'tools')")
         if not isinstance(value, list) or not value:
             raise self.fault(f"field {field!r}", value, "a list of messages")
         return [self.message(item, f"message {n} of field {field!r}") for n, item in enumerate(value, start=1)]
 
     def message(self, value: Any, place: str) -> Message:
+        if isinstance(value, dict) and (value.get("tool_calls") or value.get("function_call")):
+            raise ToolCallsError(f"{self.id}: {place} {TOOL_CALLS}")
         if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
             raise self.fault(place, value, "an object with role and content")
         return {
@@ -321,7 +337,10 @@ def read_pair(row: Row, format_name: str, source: "Source") -> Outcome:
     Raises:
         DataError: for a field that is missing, null or of the wrong type.
     """
-    return FORMATS[format_name].convert(row, source)
+    try:
+        return FORMATS[format_name].convert(row, source)
+    except ToolCallsError:
+        return Dropped(TOOL_CALLS)
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------

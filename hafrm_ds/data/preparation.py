@@ -130,6 +130,7 @@ def prepare_pairs(
     uncut = table["uncut_length"].to_numpy()
     uncut = uncut[uncut > 0]
     report = summarize(table, lengths, keys, uncut, formatter, data, role)
+    report.with_margin = len(kept) - table["margin"].take(kept).null_count
     check_enough_left(report, data)
     pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
     prepared = PreparedPairs(pairs, lengths, keys, prompt_keys, uncut, report)

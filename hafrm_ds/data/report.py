@@ -129,6 +129,8 @@ class DataReport:
     could be rendered) -> percentile -> tokens."""
     template: TemplateFacts
     examples: list[Example]
+    with_margin: int = 0
+    """Kept pairs that have a margin."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping for data_report.json."""
@@ -156,6 +158,7 @@ class DataReport:
                 f"{self.total.cut} pairs cut to {self.max_length} tokens ({self.truncation}), {self.duplicates} exact "
                 f"duplicates, {self.both_orders} pairs present in both orders"
             ),
+            *self._margins(),
             self._lengths_table(),
             Text(f"Template: {self.template.in_words}"),
             *(render_example(example) for example in self.examples if with_examples),
@@ -180,6 +183,15 @@ class DataReport:
         for reason, number in self.total.dropped.items():
             table.add_row(as_text(f"dropped: {reason}"), f"{number:,}", as_text(self.first_dropped[reason]))
         return table
+
+    def _margins(self) -> list[Text]:
+        """A line if some pairs have a margin and others have none: in the loss the latter count with a margin of 0."""
+        if self.with_margin in (0, self.total.kept):
+            return []
+        share = self.with_margin / self.total.kept
+        return [
+            Text(f"{self.with_margin} of {self.total.kept} pairs ({share:.1%}) have a margin; the others count as 0")
+        ]
 
     def _lengths_table(self) -> Table:
         table = number_table("Tokens", *PERCENTILES)

@@ -64,6 +64,7 @@ def open_model(
     raise ModelError(
         f"{folder} is no model that scores: it is neither the final/ folder of a training ({METADATA_FILE}) nor does "
         f"its config.json name a ...ForSequenceClassification or ...ForCausalLM (it names {architectures[0] or 'none'})"
+        ". Of a checkpoint launch/export.py --format hybrid makes a folder like final/"
     )
 
 

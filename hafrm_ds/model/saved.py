@@ -163,7 +163,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         metadata = json.loads(file.read_text())
     except FileNotFoundError:
         raise ModelError(
-            f"{folder} has no {METADATA_FILE}: it is no final/ folder of a training with hafrm_ds"
+            f"{folder} has no {METADATA_FILE}: it is no final/ folder of a training with hafrm_ds (launch/export.py "
+            "--format hybrid makes one of a checkpoint)"
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error

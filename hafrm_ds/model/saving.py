@@ -54,7 +54,7 @@ def save_hybrid_model(
             function together.
         is_writer: True on the one rank that writes.
         metadata: further content of hafrm.json and of the card: base, training, data, evaluation, config, each where
-            known (`hafrm_ds.training.run.run_metadata`).
+            known (`hafrm_ds.training.final.run_metadata`).
 
     Raises:
         ModelError: what is read back from the disk is not what was written.

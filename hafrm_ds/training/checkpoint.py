@@ -18,7 +18,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,8 +60,10 @@ class TrainingState:
     reference: name of the namespace of the start weights, on which reference log-probs and frozen weights rest.
     metric: value of the best metric at this step, None where it was not evaluated.
     best_step, best_value: the best evaluation so far.
+    evaluations_since_best: how many have followed it.
     evaluation_is_due: the evaluation after this step was not made.
     last_evaluation: set -> its metrics at the last evaluation.
+    uses_stock_logits: of the model (`HybridModel`), as the run has found at its start.
     """
 
     step: int
@@ -75,6 +77,13 @@ class TrainingState:
     best_value: float | None
     evaluation_is_due: bool
     last_evaluation: dict[str, dict[str, float]]
+    uses_stock_logits: bool = False
+    evaluations_since_best: int = 0
+
+    @property
+    def evaluation_of_step(self) -> dict[str, dict[str, float]]:
+        """Set -> its metrics after this very step; {} if it was not evaluated."""
+        return {} if self.metric is None else self.last_evaluation
 
 
 def checkpoint_name(step: int) -> str:
@@ -204,8 +213,13 @@ def write_synced(path: Path, content: dict) -> FileFacts:
     return FileFacts(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best evaluated one. Damaged ones count as none."""
+def prune(root: Path, keep_last: int, best_step: int | None, is_better: Callable[[float, float], bool]) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best evaluated one. Damaged ones count as none.
+
+    Args:
+        best_step: of the best evaluation. If it was not saved, the best that was is kept, of equal ones the older.
+        is_better: whether the first of two values of the best metric is the better one.
+    """
     good = []
     for folder in saved_steps(root).values():
         try:
@@ -213,10 +227,15 @@ def prune(root: Path, keep_last: int) -> None:
             good.append((folder, read_state(folder).metric))
         except (CheckpointError, OSError, ValueError, TypeError):
             continue
-    evaluated = [(metric, -place) for place, (_, metric) in enumerate(good) if metric is not None]
-    best = -max(evaluated)[1] if evaluated else None
-    for place, (folder, _) in enumerate(good):
-        if place >= keep_last and place != best:
+    best, best_value = None, None
+    for folder, value in reversed(good):
+        if best_step is not None and folder.name == checkpoint_name(best_step):
+            best = folder
+            break
+        if value is not None and (best is None or is_better(value, best_value)):
+            best, best_value = folder, value
+    for folder, _ in good[keep_last:]:
+        if folder != best:
             # Renamed first: one that is deleted in part must not look like a checkpoint.
             shutil.rmtree(folder.rename(root / f".{folder.name}"))
 

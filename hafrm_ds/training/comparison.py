@@ -37,7 +37,7 @@ from hafrm_ds.training.processes import FailedElsewhere, Processes
 from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
 from hafrm_ds.training.stopping import STOPPED_STATUS, Stopped
 
-CONTENT = ("data.train", "data.eval")
+CONTENT = ("model.name_or_path", "model.revision", "data.train", "data.eval")
 """When a run goes on, the content of these is compared. Of a finished run it is not read again: their words count."""
 
 

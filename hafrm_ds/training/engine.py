@@ -91,7 +91,9 @@ class Engine:
     def __init__(self, model: HybridModel, deepspeed_config: dict, **training):
         import deepspeed
 
+        buffers = buffer_dtypes(model)
         self.deepspeed, _, _, _ = deepspeed.initialize(model=model, config=deepspeed_config, **training)
+        check_buffers(buffers, buffer_dtypes(model), deepspeed.__version__)
         self.stage = zero_stage(deepspeed_config)
         self.model = model
         if self.stage == 3:
@@ -122,6 +124,24 @@ class Engine:
 
         with deepspeed.zero.GatheredParameters(list(parameters)):
             yield
+
+
+def buffer_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Name -> dtype of each buffer of floating-point numbers, such as the inverse frequencies of rotary embeddings."""
+    return {name: buffer.dtype for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
+def check_buffers(before: dict[str, torch.dtype], after: dict[str, torch.dtype], version: str) -> None:
+    """Raises UserError if DeepSpeed has changed the dtype of a buffer while it took over the model: positions in
+    bfloat16 are other positions, silently."""
+    changed = [
+        f"{name} from {dtype} to {after.get(name)}" for name, dtype in before.items() if after.get(name) != dtype
+    ]
+    if changed:
+        raise UserError(
+            f"DeepSpeed {version} has turned {len(changed)} buffers of the model into another type ({changed[0]}), "
+            "which changes what it computes. Install deepspeed 0.19.2 or newer"
+        )
 
 
 class TrainingEngine(Engine):

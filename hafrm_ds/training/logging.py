@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ SUMMARY_FILE = "summary.json"
 """In the run folder of a finished run."""
 STOPPED_FILE = "stopped.json"
 """In the run folder while a run that was asked to stop has not gone on: the reason, the step and the checkpoint."""
+WANDB_ID_FILE = "wandb_id.txt"
 LOG_WIDTH = 120
 LOG_LINE_SECONDS = 30
 """Without a terminal a progress bar becomes a line at most this often."""
@@ -101,7 +103,13 @@ class RunLog:
             import wandb
 
             self.wandb = wandb.init(
-                project=config.logging.wandb_project, dir=folder, config=config.model_dump(mode="json")
+                project=config.logging.wandb_project,
+                dir=folder.resolve(),
+                name=folder.resolve().name,
+                id=wandb_id(folder, goes_on=step > 0),
+                resume="allow",
+                config=config.model_dump(mode="json"),
+                allow_val_change=True,  # options that a resumed run may change
             )
         for kind, early_step, values, labels in self.waiting:
             self.metrics(kind, early_step, values, **labels)
@@ -229,6 +237,19 @@ def cut_rows(metrics: Path, step: int, evaluation_is_due: bool) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(metrics)
+
+
+def wandb_id(folder: Path, goes_on: bool) -> str:
+    """Under which W&B keeps the run, so that one that goes on stays one run there; W&B passes over the steps that it
+    has already. One that starts anew gets a new id.
+
+    Args:
+        goes_on: the run does not start at its first step.
+    """
+    file = folder / WANDB_ID_FILE
+    if not goes_on or not file.exists():
+        file.write_text(secrets.token_hex(8))
+    return file.read_text()
 
 
 def clock(seconds: float) -> str:

@@ -104,6 +104,7 @@ class Trainer:
             )
             for name, pairs in eval_pairs.items()
         }
+        self.steps_done = 0
         self.best = Best(config.evaluation.best_metric or default_best_metric(config))
         self.cost = ForwardCost.of(engine.model.causal_lm)
         self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
@@ -112,19 +113,30 @@ class Trainer:
         """From where the saver says to the last step. Raises Stopped when a signal has ended it and all is saved."""
         # For the dropout of adapters, the one thing that draws random numbers here; each rank has its own.
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.rank]).generate_state(1)[0]))
-        start = self.saver.restore(self.best)
+        self.steps_done = start = self.saver.restore(self.best)
         if self.saver.evaluation_is_due if start else self.config.evaluation.at_start:
             self.evaluate(start)
         self.saver.after_step(start, self.best, evaluation_is_due=True)
         every = self.config.evaluation.every_steps
         with self.log.progress("training", self.num_steps - start, "steps") as progress:
-            for step in range(start, self.num_steps):
-                metrics = self.train_step(step)
-                self.report(step + 1, metrics)
+            while self.steps_done < self.num_steps and not self.has_lost_patience:
+                metrics = self.train_step(self.steps_done)
+                self.steps_done = step = self.steps_done + 1
+                self.report(step, metrics)
                 progress.advance(1, describe(metrics))
-                is_due = step + 1 == self.num_steps or (every and (step + 1) % every == 0)
-                is_due = is_due and not self.evaluate(step + 1)
-                self.saver.after_step(step + 1, self.best, evaluation_is_due=bool(is_due))
+                is_due = step == self.num_steps or (every and step % every == 0)
+                is_due = is_due and not self.evaluate(step)
+                self.saver.after_step(step, self.best, evaluation_is_due=bool(is_due))
+        if self.steps_done < self.num_steps:
+            self.log.print(
+                f"ended early, after step {self.steps_done}: {self.best.metric} has not improved in "
+                f"{self.best.evaluations_since} evaluations since step {self.best.step} (evaluation.patience)"
+            )
+
+    @property
+    def has_lost_patience(self) -> bool:
+        patience = self.config.evaluation.patience
+        return patience is not None and self.best.evaluations_since >= patience
 
     # ---- one step ----
 
@@ -272,17 +284,41 @@ class Trainer:
             self.saver.last_evaluation[name] = metrics
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")
-            self.best.consider(step, {f"{name}/{metric}": value for metric, value in metrics.items()})
+        self.remember_best(step)
         return True
 
-    def summary(self) -> dict:
-        """What a reader wants to know first, for summary.json."""
+    def remember_best(self, step: int) -> None:
+        """Compare the evaluation after a step with the best one, by the value that rank 0 has: all ranks must find the
+        same, and processors of other kinds may round a mean otherwise."""
+        if self.best.metric is None:
+            return
+        name, kind, judge = self.best.metric.rsplit("/", 2)
+        value = torch.tensor(self.saver.last_evaluation[name][f"{kind}/{judge}"], dtype=torch.float64)
+        value = value.to(self.engine.device)
+        dist.broadcast(value, src=0)
+        self.best.consider(step, value.item())
+
+    def choose_final_weights(self) -> int:
+        """After `run`: put the weights that checkpoint.final asks for into the engine. Returns their step."""
+        best = self.best.step
+        if self.config.checkpoint.final == "last" or best in (None, self.steps_done):
+            return self.steps_done
+        return best if self.saver.go_back(best) else self.steps_done
+
+    def summary(self, final_step: int) -> dict:
+        """What a reader wants to know first, for summary.json.
+
+        Args:
+            final_step: final/ has the weights after it.
+        """
         return {
-            "steps": self.num_steps,
-            "pairs": int(self.num_steps * self.plan.global_batch_size),
+            "steps": self.steps_done,
+            "pairs": int(self.steps_done * self.plan.global_batch_size),
+            "ended_early": self.steps_done < self.num_steps,
             "best": {"metric": self.best.metric, "step": self.best.step, "value": self.best.value}
             if self.best.step is not None
             else None,
+            "final_step": final_step,
             "peak_flops_per_process": self.peak_flops,
         }
 
@@ -292,8 +328,7 @@ class Trainer:
 
 
 def default_best_metric(config: TrainConfig) -> str | None:
-    judge = "reward" if config.objective.uses_reward else "implicit" if config.objective.uses_reference else "logprob"
-    return next((f"{name}/accuracy/{judge}" for name in config.data.eval), None)
+    return next((f"{name}/{config.objective.measures[0]}" for name in config.data.eval), None)
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -34,6 +34,9 @@ KEEPALIVE = {
     socket.TCP_USER_TIMEOUT: 1000 * UNREACHABLE_SECONDS,  # the same for what was sent and not received
 }
 CONNECT_SECONDS = 60
+"""So long a rank may take to be connected, and to say who it is: its host may be busy."""
+LONGEST_INTRODUCTION = 1024
+"""Bytes of the line in which a rank says who it is, at most."""
 UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 
 
@@ -65,6 +68,8 @@ class PeerWatch(threading.Thread):
         self.selector = selectors.DefaultSelector()
         self.peers: dict[socket.socket, str] = {}
         """Open connections and the name of the rank at the other end."""
+        self.strangers: dict[socket.socket, tuple[bytearray, float]] = {}
+        """Connections that have not said yet who they are: what they have said of it, and until when they may."""
         self.listener: socket.socket | None = None
         if rank == 0:
             self.token = secrets.token_hex(8)  # a stranger who tries the port is none of the ranks
@@ -81,16 +86,40 @@ class PeerWatch(threading.Thread):
 
     def accept(self) -> None:
         connection, _ = self.listener.accept()
-        connection.settimeout(TICK_SECONDS)
+        connection.setblocking(False)
+        self.strangers[connection] = bytearray(), time.monotonic() + CONNECT_SECONDS
+        self.selector.register(connection, selectors.EVENT_READ)
+
+    def get_to_know(self, stranger: socket.socket) -> None:
+        """Read on in the first line of a connection, which makes it one of the ranks or ends it."""
+        said, _ = self.strangers[stranger]
+        is_over = False
         try:
-            token, name = connection.recv(1024).decode().strip().split(maxsplit=1)
-        except (OSError, ValueError):
-            token = None
-        if token != self.token:
-            connection.close()
+            while not said.endswith(b"\n") and not is_over:
+                byte = stranger.recv(1)  # what follows the line is for `hear`
+                said += byte
+                is_over = not byte or len(said) == LONGEST_INTRODUCTION
+        except BlockingIOError:
             return
-        connection.settimeout(None)
-        self.add(connection, name)
+        except OSError:
+            is_over = True
+        self.forget(stranger)
+        token, _, name = said.decode(errors="replace").strip().partition(" ")
+        if is_over or token != self.token:
+            stranger.close()
+            return
+        stranger.setblocking(True)
+        self.add(stranger, name)
+
+    def forget(self, stranger: socket.socket) -> None:
+        self.selector.unregister(stranger)
+        del self.strangers[stranger]
+
+    def drop_the_silent(self) -> None:
+        now = time.monotonic()
+        for stranger in [each for each, (_, deadline) in self.strangers.items() if now > deadline]:
+            self.forget(stranger)
+            stranger.close()
 
     def add(self, connection: socket.socket, name: str) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -104,8 +133,11 @@ class PeerWatch(threading.Thread):
             for key, _ in self.selector.select(TICK_SECONDS):
                 if key.fileobj is self.listener:
                     self.accept()
+                elif key.fileobj in self.strangers:
+                    self.get_to_know(key.fileobj)
                 else:
                     self.hear(key.fileobj)
+            self.drop_the_silent()
             self.on_tick()
             if time.monotonic() > self.deadline and not self.is_leaving:
                 print(f"{self.title} stops: {self.verdict}", file=sys.stderr, flush=True)

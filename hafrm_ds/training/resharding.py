@@ -11,6 +11,7 @@ Frozen parameters and buffers have not changed since the model was loaded: they 
 """
 
 import math
+import pickle
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Piece:
 
 
 class Shards:
-    """The pieces of every trained parameter in a checkpoint.
+    """The pieces of every trained parameter in a checkpoint of stage 1, 2 or 3.
 
     Args:
         folder: where DeepSpeed has saved.
@@ -61,22 +62,48 @@ class Shards:
         return self.pieces[name][0].step
 
 
-def read(folder: Path, rank: int, kind: str) -> dict:
-    (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+def trained_weights(folder: Path, zero_stage: int, world_size: int) -> dict[str, Tensor]:
+    """Every trained parameter of a checkpoint: in the dtype of the model, whole; under stage 3 in fp32, flat.
+
+    Args: as for `Shards`; here the stage may also be 0.
+    """
+    if zero_stage < 3:  # each rank has all of them, and rank 0 has saved them
+        return read(folder, "mp_rank_00_model_states.pt")["module"]
+    shards = Shards(folder, zero_stage, world_size)
+    return {name: shards.whole(name, "fp32") for name in shards.pieces}
+
+
+def read(folder: Path, pattern: str) -> dict:
+    """Content of the file that a pattern names, mapped. Of what a pickle may hold only tensors, plain containers and
+    the classes that DeepSpeed's optimizers put beside them are made.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    (path,) = folder.glob(pattern)
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds something that DeepSpeed does not write: {error}") from error
+
+
+def read_shard(folder: Path, rank: int, kind: str) -> dict:
+    return read(folder, f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
 
 
 def flat_tensors(weights: Tensor, state: dict) -> tuple[dict[str, Tensor], float]:
-    if not {*MOMENTS, "step"} <= state.keys():
-        raise CheckpointError(
-            f"the checkpoint was not written by Adam (its optimizer has {', '.join(state) or 'no state'}): it can be "
-            "gone on from under the same ZeRO stage and number of processes only"
-        )
-    return {"fp32": weights.detach(), **{key: state[key] for key in MOMENTS}}, float(state["step"])
+    """(what there is of fp32 and Adam's moments, Adam's count of steps); another optimizer has none of the latter."""
+    moments = {key: state[key] for key in MOMENTS if key in state}
+    return {"fp32": weights.detach(), **moments}, float(state.get("step", math.nan))
 
 
 def pieces_of_stages_1_and_2(folder: Path, rank: int, world_size: int) -> Iterator[tuple[str, Piece]]:
-    saved = read(folder, rank, "optim")["optimizer_state_dict"]
+    saved = read_shard(folder, rank, "optim")["optimizer_state_dict"]
     states = saved["base_optimizer_state"]["state"]
     for group, addresses in enumerate(saved["param_slice_mappings"]):
         tensors, step = flat_tensors(saved["single_partition_of_fp32_groups"][group], states[group])
@@ -85,9 +112,9 @@ def pieces_of_stages_1_and_2(folder: Path, rank: int, world_size: int) -> Iterat
 
 
 def pieces_of_stage_3(folder: Path, rank: int, world_size: int) -> Iterator[tuple[str, Piece]]:
-    saved = read(folder, rank, "optim")["optimizer_state_dict"]
+    saved = read_shard(folder, rank, "optim")["optimizer_state_dict"]
     states = saved["optimizer_state_dict"]["state"]
-    for group, shapes in enumerate(read(folder, rank, "model")["param_shapes"]):
+    for group, shapes in enumerate(read_shard(folder, rank, "model")["param_shapes"]):
         tensors, step = flat_tensors(saved["fp32_flat_groups"][group], states[group])
         start = 0
         for name, shape in shapes.items():
@@ -108,6 +135,11 @@ def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank:
     if trained.keys() != shards.pieces.keys():
         named = ", ".join(sorted(trained.keys() ^ shards.pieces.keys())[:3])
         raise CheckpointError(f"the checkpoint and this run do not train the same parameters: {named}")
+    if any(not {*MOMENTS} <= piece.tensors.keys() for pieces in shards.pieces.values() for piece in pieces):
+        raise CheckpointError(
+            "the checkpoint was not written by Adam: it can be gone on from under the same ZeRO stage and number of "
+            "processes only"
+        )
     if zero_stage == 3:
         deal_out_stage_3(shards, trained, optimizer, rank)
     else:

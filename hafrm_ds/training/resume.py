@@ -31,6 +31,8 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
     "data.num_proc",
     # The content of these is compared instead of their places.
+    "model.name_or_path",
+    "model.revision",
     "data.train",
     "data.eval",
     "reference.",
@@ -74,9 +76,9 @@ class ResumePoint:
                 known = " (the set was not there)" if name not in self.state.data else known
                 differences[option] = f"{option}: the pairs of {name!r} have changed{known}"
         if self.state.reference != reference:
-            differences["reference.store"] = (
-                f"reference.store: the start weights are those of {reference} here, of {self.state.reference} there: "
-                "other weights, dtype or version"
+            differences["model.name_or_path"] = (
+                f"model.name_or_path: the start weights are those of {reference} here, of {self.state.reference} "
+                "there: other weights, dtype or version"
             )
         self.refuse(differences, "does not fit this run")
 

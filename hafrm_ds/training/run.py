@@ -9,24 +9,28 @@ from hafrm_ds.config import BatchConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
 from hafrm_ds.errors import ConfigError, DataError, UserError
+from hafrm_ds.evaluation.report import leaving
 from hafrm_ds.model.card import base_license
 from hafrm_ds.model.loading import fetch_model, local_folder
 from hafrm_ds.model.lora import check_packages, trained_share
 from hafrm_ds.model.saving import save_hybrid_model
 from hafrm_ds.reference.job import ReferenceSource, precompute, shared_namespace
+from hafrm_ds.reference.store import Namespace
 from hafrm_ds.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
 from hafrm_ds.training.engine import (
     Engine,
+    TrainingEngine,
     check_build_tools,
     load_scoring_engine,
     load_training_engine,
     zero_stage,
 )
+from hafrm_ds.training.final import DATA_REPORT_FILE, run_metadata
 from hafrm_ds.training.logging import STOPPED_FILE, SUMMARY_FILE, RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import check_budgets, settle_batch
 from hafrm_ds.training.processes import Processes
-from hafrm_ds.training.resume import find_resume_point, fingerprints_of, options_of
+from hafrm_ds.training.resume import ResumePoint, find_resume_point, fingerprints_of, options_of
 from hafrm_ds.training.saver import CheckpointSaver, leave_behind
 from hafrm_ds.training.stopping import Stopped
 
@@ -53,45 +57,20 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> None:
     """`train`, without what is left to do when it is cut short."""
-    compare_options(config, processes)
-    if config.batch.global_batch_size < processes.world_size:
-        raise ConfigError(
-            [
-                f"batch.global_batch_size is {config.batch.global_batch_size} pairs, fewer than the "
-                f"{processes.world_size} processes of this run; every process needs a pair in each step"
-            ]
-        )
-    deepspeed_config = resolve_deepspeed_config(config, processes.world_size, processes.machine_size)
-    check_build_tools(processes.device, deepspeed_config)
-    check_packages(config.model.lora)
-    summary_file = config.output_dir / SUMMARY_FILE
-    if config.resume == "auto" and processes.from_first("finished", lambda: str(summary_file.exists())) == "True":
+    check_options(config, processes)
+    if is_finished(config, processes):
         log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to go on with")
         return
-    resume_point = find_resume_point(config, processes, log)
-    if resume_point is not None:
-        config = resume_point.settle(config)
-        resume_point.check_stage(zero_stage(deepspeed_config))
+    config, resume_point = settle_resume_point(config, processes, log)
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
     base_licence = base_license(local_folder(config.model))  # now: the folder may be gone after days of training
-    if len(train_pairs) < config.batch.global_batch_size:
-        raise DataError(
-            f"data.train has {len(train_pairs)} usable pairs, fewer than one global batch of "
-            f"{config.batch.global_batch_size} (and this run has {processes.world_size} processes); "
-            "lower --batch.global_batch_size or give more pairs"
-        )
-
-    start = shared_namespace(config, processes)
-    uses_reference = config.objective.uses_reference
-    reference_source = ReferenceSource.open(config, start, processes, log) if uses_reference else None
+    check_training_pairs(train_pairs, config, processes)
     sets = named_sets(train_pairs, eval_pairs)
-    data = fingerprints_of(sets)
-    processes.must_agree("data", data)
-    if resume_point is not None:
-        resume_point.check_content(data, start.name)
-    log.write_json(
-        config.output_dir / "data_report.json", {name: pairs.report.to_json() for name, pairs in sets.items()}
-    )
+    start = shared_namespace(config, processes)
+    data = agree_on_content(sets, start, resume_point, processes)
+    reference_source = ReferenceSource.open(config, start, processes, log) if config.objective.uses_reference else None
+    log.write_json(config.output_dir / DATA_REPORT_FILE, {name: pairs.report.to_json() for name, pairs in sets.items()})
+
     processes.start_group()
     engine = load_training_engine(config, processes)
     log.print(trained_share(engine.model))
@@ -106,6 +85,100 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     log.start(config, saver.last_step, saver.evaluation_is_due)
     trainer.run()
 
+    final_step = trainer.choose_final_weights()
+    counts = {name: pairs.report.total for name, pairs in {"train": train_pairs, **eval_pairs}.items()}
+    metadata = run_metadata(config, base_licence, counts, final_step, saver.last_evaluation)
+    save_final(config, engine, formatter, metadata, processes, log)
+    log.write_json(config.output_dir / SUMMARY_FILE, trainer.summary(final_step))
+    leave_report(config, log)
+
+
+def check_options(config: TrainConfig, processes: Processes) -> None:
+    """See that all hosts have read the same options, and that these processes and what is installed can run them.
+
+    Raises:
+        UserError: naming what differs or is missing.
+    """
+    compare_options(config, processes)
+    if config.batch.global_batch_size < processes.world_size:
+        raise ConfigError(
+            [
+                f"batch.global_batch_size is {config.batch.global_batch_size} pairs, fewer than the "
+                f"{processes.world_size} processes of this run; every process needs a pair in each step"
+            ]
+        )
+    check_build_tools(processes.device, deepspeed_config_of(config, processes))
+    check_packages(config.model.lora)
+
+
+def deepspeed_config_of(config: TrainConfig, processes: Processes) -> dict:
+    return resolve_deepspeed_config(config, processes.world_size, processes.machine_size)
+
+
+def is_finished(config: TrainConfig, processes: Processes) -> bool:
+    """Whether the run that is to be gone on with has come to its end. The same on all ranks."""
+    file = config.output_dir / SUMMARY_FILE
+    return config.resume == "auto" and processes.from_first("finished", lambda: str(file.exists())) == "True"
+
+
+def settle_resume_point(
+    config: TrainConfig, processes: Processes, log: RunLog
+) -> tuple[TrainConfig, ResumePoint | None]:
+    """Where the run goes on, and its configuration with what `auto` leaves open decided as it was there.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or was written under other options.
+    """
+    resume_point = find_resume_point(config, processes, log)
+    if resume_point is None:
+        return config, None
+    resume_point.check_stage(zero_stage(deepspeed_config_of(config, processes)))
+    return resume_point.settle(config), resume_point
+
+
+def check_training_pairs(pairs: PreparedPairs, config: TrainConfig, processes: Processes) -> None:
+    """Raises DataError when there are too few for a step, or none has the margin that the loss is to use."""
+    if len(pairs) < config.batch.global_batch_size:
+        raise DataError(
+            f"data.train has {len(pairs)} usable pairs, fewer than one global batch of "
+            f"{config.batch.global_batch_size} (and this run has {processes.world_size} processes); "
+            "lower --batch.global_batch_size or give more pairs"
+        )
+    if config.objective.use_margin and not pairs.report.with_margin:
+        raise DataError(
+            f"objective.use_margin is true, but none of the {len(pairs)} pairs of data.train has a margin: the rows "
+            "need a field `margin`, or `score_chosen` and `score_rejected`; or set --objective.use_margin false"
+        )
+
+
+def agree_on_content(
+    sets: dict[str, PreparedPairs], start: Namespace, resume_point: ResumePoint | None, processes: Processes
+) -> dict[str, str]:
+    """Fingerprints of the sets, the same on all ranks and those of the checkpoint, as the start weights are.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    data = fingerprints_of(sets)
+    processes.must_agree("data", data)
+    if resume_point is not None:
+        resume_point.check_content(data, start.name)
+    return data
+
+
+def save_final(
+    config: TrainConfig,
+    engine: TrainingEngine,
+    formatter: ChatFormatter,
+    metadata: dict[str, Any],
+    processes: Processes,
+    log: RunLog,
+) -> None:
+    """Write final/. All ranks call this together.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     final = config.output_dir / "final"
     try:
         save_hybrid_model(
@@ -114,47 +187,17 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
             final,
             gathered=engine.gathered,
             is_writer=processes.is_first,
-            metadata=run_metadata(config, base_licence, {"train": train_pairs, **eval_pairs}, trainer),
+            metadata=metadata,
         )
     except OSError as error:
         raise UserError(f"the trained model cannot be written to {final}: {error.strerror}") from error
-    log.write_json(summary_file, trainer.summary())
-    log.print(f"\nthe trained model is in {final}")
-    leave_report(config, log)
+    log.print(f"\nthe trained model, after step {metadata['training']['steps']}, is in {final}")
 
 
 def leave_report(config: TrainConfig, log: RunLog) -> None:
-    """Draw report.html of what the run has written. What can go wrong in it must not cost the run: it is a warning."""
-    if log.metrics_file is None or not config.logging.report:
-        return
-    try:
-        from hafrm_ds.evaluation.report.writing import write_run_report  # matplotlib, which nothing else needs
-
-        log.print(f"report: {write_run_report(config.output_dir)}")
-    except Exception as error:
-        log.warn(f"no report was drawn: {error!r}; later: python launch/report.py {config.output_dir}")
-
-
-def run_metadata(
-    config: TrainConfig, base_licence: str | None, sets: dict[str, PreparedPairs], trainer: Trainer
-) -> dict[str, Any]:
-    """What a saved model says of the run that made it, in hafrm.json and in its card."""
-    counted = {name: pairs.report.total for name, pairs in sets.items()}
-    return {
-        "base": {"model": config.model.name_or_path, "revision": config.model.revision, "license": base_licence},
-        "training": {"steps": trainer.num_steps, "pairs": trainer.num_steps * config.batch.global_batch_size},
-        "data": {
-            name: {
-                "read": total.read,
-                "kept": total.kept,
-                "dropped": sum(total.dropped.values()),
-                "cut": total.cut,
-            }
-            for name, total in counted.items()
-        },
-        "evaluation": trainer.saver.last_evaluation,
-        "config": config.model_dump(mode="json"),
-    }
+    """Draw report.html of what the run has written, if it has written anything and the report is wanted."""
+    if log.metrics_file is not None and config.logging.report:
+        leaving.leave_report(config.output_dir, log)
 
 
 def precompute_reference(config: TrainConfig, processes: Processes) -> None:

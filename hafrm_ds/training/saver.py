@@ -1,7 +1,6 @@
 """Saving and going on, all ranks together: when a checkpoint is due, how it is written, and when the run stops."""
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from hafrm_ds.training.checkpoint import (
     publish,
     random_file,
     random_state,
+    read_state,
     reason_of,
     restore_random_state,
     set_aside,
@@ -31,7 +31,7 @@ from hafrm_ds.training.checkpoint import (
 from hafrm_ds.training.engine import TrainingEngine
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.processes import Processes
-from hafrm_ds.training.resume import ResumePoint
+from hafrm_ds.training.resume import ResumePoint, why_not_whole
 from hafrm_ds.training.stopping import Stopped, reason_of_vote
 
 MINUTE = 60.0
@@ -39,20 +39,30 @@ MINUTE = 60.0
 
 @dataclass
 class Best:
-    """The best evaluation so far by one metric, SET/METRIC, and the value at the last evaluation."""
+    """The best evaluation so far by one metric, SET/METRIC, and the value at the last evaluation. Of equal ones the
+    first is the best; the evaluation before the first step is none of them, as nothing was trained."""
 
     metric: str | None
-    value: float = -math.inf
+    value: float | None = None
     step: int | None = None
+    evaluations_since: int = 0
     latest_value: float | None = None
     latest_step: int | None = None
 
-    def consider(self, step: int, metrics: dict[str, float]) -> None:
-        if self.metric not in metrics:
+    def is_better(self, value: float, other: float) -> bool:
+        """Losses are better when they are smaller, everything else when it is larger."""
+        is_loss = self.metric is not None and self.metric.split("/")[-2] == "loss"
+        return value < other if is_loss else value > other
+
+    def consider(self, step: int, value: float) -> None:
+        """Take note of the value of the metric at an evaluation."""
+        if not step:
             return
-        self.latest_value, self.latest_step = metrics[self.metric], step
-        if self.latest_value > self.value:
-            self.value, self.step = self.latest_value, step
+        self.latest_value, self.latest_step = value, step
+        if self.value is None or self.is_better(value, self.value):
+            self.value, self.step, self.evaluations_since = value, step, 0
+        else:
+            self.evaluations_since += 1
 
 
 class CheckpointSaver:
@@ -126,8 +136,7 @@ class CheckpointSaver:
         own = folder / random_file(dist.get_rank())
         if own.exists():  # a rank that was not there before has the state of a fresh start
             restore_random_state(json.loads(own.read_text()))
-        if state.best_step is not None:
-            best.step, best.value = state.best_step, state.best_value
+        best.step, best.value, best.evaluations_since = state.best_step, state.best_value, state.evaluations_since_best
         self.log.print(
             f"going on after step {state.step} from {folder}"
             + ("" if state.world_size == dist.get_world_size() else f", written by {state.world_size} processes")
@@ -143,10 +152,23 @@ class CheckpointSaver:
             CheckpointError: the checkpoint cannot be written.
         """
         by_steps = self.options.every_steps and step % self.options.every_steps == 0
-        if step > self.last_step and (by_steps or self.is_time or self.stop_reason):
+        is_best = self.options.final == "best" and best.step == step
+        if step > self.last_step and (by_steps or is_best or self.is_time or self.stop_reason):
             self.save(step, best, evaluation_is_due)
         if self.stop_reason is not None:
             raise Stopped(self.stop_reason, step, checkpoint_name(step) if step else None)
+
+    def go_back(self, step: int) -> bool:
+        """Take over the weights and the evaluation after an earlier step, once the run is over; False, with a warning,
+        if its checkpoint is not whole."""
+        folder = self.root / checkpoint_name(step)
+        if problem := why_not_whole(folder, self.processes.for_job("best")):
+            self.log.warn(f"final/ gets the weights after the last step, as {folder} cannot be used: {problem}")
+            return False
+        state = read_state(folder)
+        self.engine.load(folder / DEEPSPEED_FOLDER, state.zero_stage, state.world_size)
+        self.last_evaluation = state.evaluation_of_step
+        return True
 
     def save(self, step: int, best: Best, evaluation_is_due: bool) -> None:
         started = time.perf_counter()
@@ -162,9 +184,11 @@ class CheckpointSaver:
             reference=self.reference,
             metric=best.latest_value if best.latest_step == step else None,
             best_step=best.step,
-            best_value=best.value if best.step is not None else None,
+            best_value=best.value,
+            evaluations_since_best=best.evaluations_since,
             evaluation_is_due=evaluation_is_due,
             last_evaluation=self.last_evaluation,
+            uses_stock_logits=self.engine.model.uses_stock_logits,
         )
 
         def finish() -> None:
@@ -173,7 +197,7 @@ class CheckpointSaver:
             self.log.metrics("checkpoint", step, {"seconds": time.perf_counter() - started, "bytes": size})
             self.log.sync()
             publish(draft, self.root, state, files)
-            prune(self.root, self.options.keep_last)
+            prune(self.root, self.options.keep_last, best.step, best.is_better)
 
         self.on_first(finish, draft)
         self.last_step, self.last_time, self.is_time = step, time.monotonic(), False

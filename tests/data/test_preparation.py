@@ -108,6 +108,21 @@ def test_faults_found_while_reading_count_as_dropped(prepare):
     assert (report.total.dropped, report.total.deselected) == ({"no common prompt": 1}, {"over max_pairs": 1})
 
 
+def test_margins_are_counted_and_said_if_some_pairs_have_none(prepare):
+    some = prepare([row("Q", "good", "bad", margin=0.5), row("R", "", "bad", margin=1.0), *GOOD_ROWS]).report
+    assert (some.with_margin, some.total.kept) == (1, 1 + len(GOOD_ROWS))
+    assert f"1 of {1 + len(GOOD_ROWS)} pairs ({1 / (1 + len(GOOD_ROWS)):.1%}) have a margin" in shown(some)
+    for report in (prepare(GOOD_ROWS).report, prepare([row("Q", "good", "bad", margin=0.0)]).report):
+        assert report.with_margin in (0, report.total.kept)
+        assert "margin" not in shown(report)
+
+
+def shown(report: DataReport) -> str:
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(report.render(with_examples=False))
+    return console.export_text()
+
+
 def test_report_names_the_formats_of_each_source(prepare):
     unread = row("Q", "a", "b", deselected="row filter split=train") | {"format": ""}
     other = row("Q", "a", "b", source="two") | {"format": "transcripts"}

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hafrm_ds.model.lora import ADAPTER_WEIGHTS, PEFT_PREFIX, merged
+from hafrm_ds.training.final import export_checkpoint
 from tests.distributed.launching import as_options, rows, write_pairs
 from tests.distributed.test_resume import compared_rows, run_cases
 from tests.distributed.test_training import final_weights, largest_difference
@@ -60,7 +61,7 @@ def runs(tmp_path_factory) -> Path:
 
     cases = [[options("full", 3, {}), None]]
     for name, (before, after, changes) in RESUMED.items():
-        straight = options(f"straight {name}", before, LORA | changes)
+        straight = options(f"straight {name}", before, LORA | changes | {"checkpoint.every_steps": STEPS})
         if before == after:
             cases.append([straight, None])
         cases.append([options(name, before, LORA | changes), [STOP, 1, "SIGTERM"]])
@@ -102,6 +103,14 @@ def test_the_reference_of_full_training_is_found_and_no_other_is_made(runs):
     start = rows(runs / "straight stage 3", "eval")[0]
     assert (start["margin/implicit"], start["ties/implicit"]) == (0, start["pairs"])
     assert start["accuracy/reward"] == rows(runs / "full", "eval")[0]["accuracy/reward"]
+
+
+@pytest.mark.parametrize("name", ["straight stage 0", "straight stage 2", "straight stage 3"])
+def test_the_last_checkpoint_is_exported_as_final_bit_for_bit(runs, tmp_path, name):
+    """Merged, and the adapter; the order of the layers' names in its configuration is that of a set."""
+    export_checkpoint(runs / name / "checkpoints/latest", tmp_path / "export")
+    for file in ("model.safetensors", "reward_head.safetensors", "hafrm.json", f"adapter/{ADAPTER_WEIGHTS}"):
+        assert (tmp_path / "export" / file).read_bytes() == (runs / name / "final" / file).read_bytes(), file
 
 
 def rows_of_all_kinds(run: Path) -> list[dict]:

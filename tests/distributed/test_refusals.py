@@ -101,6 +101,7 @@ def cases(tmp_path_factory) -> dict[str, tuple[dict, str]]:
             r"(?s)longer than max_length.*data.max_length",
         ),
         "fewer pairs than a batch": (data("few", GOOD), r"1 usable pairs, fewer than one global batch"),
+        "no margins": ({"objective.use_margin": "true"}, r"none of the 40 pairs of data.train has a margin.*`margin`"),
         "pair above the budget": (
             {"batch.max_tokens_per_micro_batch": 120, "batch.layout": "padded"},
             r"pairs.jsonl:\d+ \(\d+ tokens\).*--batch.max_tokens_per_micro_batch",

@@ -6,14 +6,20 @@ HAFRM_RESUME=all tries every change of ranks and stage, and prints the differenc
     HAFRM_RESUME=all python -m pytest -s tests/distributed/test_resume.py
 """
 
+import filecmp
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from hafrm_ds.errors import ModelError
+from hafrm_ds.training.checkpoint import CheckpointError
+from hafrm_ds.training.final import export_checkpoint
 from tests.distributed.launching import as_options, launch, rows, write_pairs
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
@@ -21,6 +27,7 @@ from tests.tiny_models import save_tiny_model
 pytestmark = pytest.mark.distributed
 
 STEPS, STOP = 8, 5
+PATIENCE = 2
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 COMBINATIONS = [(stage, dtype) for dtype in ("float32", "bfloat16") for stage in range(4)]
 ALL = os.environ.get("HAFRM_RESUME") == "all"
@@ -109,6 +116,10 @@ def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
             resumed(seed=4, optimizer__learning_rate=1e-3),
             r"other options: - optimizer.learning_rate: 0.003 there, 0.001 here - seed: 0 there, 4 here",
         ),
+        "start weights": (
+            resumed(model__name_or_path=save_tiny_model(folder / "other model", "llama")),
+            r"model.name_or_path: the start weights are those of \w+\S* here, of \w+\S* there",
+        ),
         "pairs": (resumed(data__train=other_pairs), r"data.train: the pairs of 'train' have changed"),
         "stage 0": (resumed(stage=0), r"written under ZeRO stage 3, and this run has stage 0"),
         "missing reference": (
@@ -136,7 +147,8 @@ def runs(setting) -> tuple[Path, str]:
         return [[options(name, stage, dtype), fault] for name, (ranks, stage), dtype in ways if ranks == num_ranks]
 
     run_cases(1, changed(0, 1, stop))
-    cases = [[options(f"straight-{stage}-{dtype}", stage, dtype), None] for stage, dtype in COMBINATIONS]
+    at_the_end = {"checkpoint__every_steps": STEPS}
+    cases = [[options(f"straight-{stage}-{dtype}", stage, dtype, **at_the_end), None] for stage, dtype in COMBINATIONS]
     for number, (stage, dtype) in enumerate(COMBINATIONS):
         # Also the other rank, the other signals, and the step that an evaluation follows, and inside that.
         where = [STOP - number % 2, number % 2, SIGNALS[number % 3] + " evaluating" * (number % 4 == 1)]
@@ -145,11 +157,15 @@ def runs(setting) -> tuple[Path, str]:
     gathered = {"deepspeed": folder / "gather_all.json"}
     cases += [[options("gathered", 3, **gathered), stop], [options("gathered", 3, **gathered), None]]
     cases += changed(0, 2, stop) + changed(1, 2, None)
+    patient = {"evaluation__every_steps": 1, "evaluation__patience": PATIENCE, "checkpoint__final": "best"}
+    cases += [[options(f"patient-{stage}", stage, **patient), None] for stage in (0, 3)]
+    cases += [[options("patient, resumed", 3, **patient), fault] for fault in ([2, 1, "SIGTERM"], None)]
     cases += [[options("to be refused", 3), stop]]
     refused_from = len(cases)
     cases += [case for case, _ in refusals(folder, options).values()]
-    # What was refused has harmed nothing; and an option may change by name.
+    # What was refused has harmed nothing; an option may change by name, and the start weights may be moved.
     allowed = {"optimizer__learning_rate": 1e-3, "checkpoint__allow_changed": "[optimizer.learning_rate]"}
+    allowed |= {"model__name_or_path": shutil.copytree(folder / "model", folder / "moved model")}
     cases += [[options("to be refused", 3, **allowed), None]]
     output = run_cases(2, cases)
     run_cases(1, changed(1, 1, None))
@@ -163,6 +179,69 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, stage, dtype):
     straight, resumed = (folder / f"{kind}-{stage}-{dtype}" for kind in ("straight", "resumed"))
     assert len(rows(straight, "train")) == STEPS
     assert len(rows(resumed, "check")) == 1, "the reference is checked again, and logged once"
+    assert compared_rows(resumed) == compared_rows(straight)
+    expected, actual = final_weights(straight), final_weights(resumed)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
+def test_the_last_checkpoint_is_exported_as_final_bit_for_bit(runs, tmp_path, stage, dtype):
+    folder, _ = runs
+    straight = folder / f"straight-{stage}-{dtype}"
+    assert export_checkpoint(straight / "checkpoints/latest", tmp_path / "export") == STEPS
+    assert_same_files(tmp_path / "export", straight / "final")
+
+
+def assert_same_files(actual: Path, expected: Path) -> None:
+    names = [sorted(str(file.relative_to(folder)) for file in folder.rglob("*")) for folder in (actual, expected)]
+    assert names[0] == names[1]
+    files = [name for name in names[0] if (expected / name).is_file()]
+    _, different, unreadable = filecmp.cmpfiles(actual, expected, files, shallow=False)
+    assert not different and not unreadable
+
+
+def test_an_export_of_a_checkpoint_needs_the_weights_that_the_run_started_from(runs, tmp_path):
+    folder, _ = runs
+    straight = folder / "straight-3-float32"
+    checkpoint = straight / "checkpoints/latest"
+    other = save_tiny_model(tmp_path / "other", "llama")
+    with pytest.raises(CheckpointError, match=r"trained from other weights than .*other holds: give --base"):
+        export_checkpoint(checkpoint, tmp_path / "export", base=str(other))
+    with pytest.raises(ModelError, match=r"step-000008 started from are needed \(--base\)"):
+        export_checkpoint(checkpoint, tmp_path / "export", base=str(tmp_path / "none"))
+    moved = shutil.copytree(folder / "model", tmp_path / "moved")
+    export_checkpoint(checkpoint, tmp_path / "export", base=str(moved))
+    expected, actual = final_weights(straight), load_file(tmp_path / "export/model.safetensors")
+    assert all(torch.equal(expected[name], actual[name]) for name in actual)
+    with pytest.raises(ModelError, match=r"export is already there"):
+        export_checkpoint(checkpoint, tmp_path / "export")
+    shutil.copytree(checkpoint.resolve(), tmp_path / "step-000008")
+    (file,) = (tmp_path / "step-000008").glob("deepspeed/*rank_1*optim*")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"step-000008 is no whole checkpoint: deepspeed/.* bytes instead of"):
+        export_checkpoint(tmp_path / "step-000008", tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["patient-0", "patient-3"])
+def test_a_run_ends_when_patience_is_lost_and_final_is_the_best_step(runs, tmp_path, name):
+    folder, _ = runs
+    run = folder / name
+    summary = json.loads((run / "summary.json").read_text())
+    values = {row["step"]: row["accuracy/reward"] for row in rows(run, "eval") if row["step"]}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert best + PATIENCE == max(values) < STEPS, values
+    assert (summary["steps"], summary["final_step"], summary["ended_early"]) == (best + PATIENCE, best, True)
+    assert export_checkpoint(run / f"checkpoints/step-{best:06}", tmp_path / "best") == best
+    assert_same_files(tmp_path / "best", run / "final")
+    export_checkpoint(folder / "patient, resumed/checkpoints/latest", tmp_path / "later")
+    assert not torch.equal(
+        *(load_file(tmp_path / side / "reward_head.safetensors")["weight"] for side in ("best", "later"))
+    )
+
+
+def test_patience_survives_a_stop(runs):
+    folder, _ = runs
+    straight, resumed = folder / "patient-3", folder / "patient, resumed"
     assert compared_rows(resumed) == compared_rows(straight)
     expected, actual = final_weights(straight), final_weights(resumed)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -6,12 +6,12 @@
 #
 # OUT=DIR                the tables of the benchmark are also written to DIR/benchmark.md
 # HAFRM_WHEELS=DIR       packages that are missing are installed from the wheels in DIR, not from a package index
-# HAFRM_EXTRAS=test,cuda also installs FlashAttention 4 and Liger
+# HAFRM_EXTRAS=test,cuda,gpu-test  also installs FlashAttention 4, and Liger to compare with
 # HAFRM_VENV=DIR         where the virtual environment is; launch/environment.sh says more
 #
 # To fill a folder of wheels, on a connected machine with the same python and platform, from the repository's root:
 #
-#   pip wheel --wheel-dir DIR 'setuptools>=77' '.[test]'         or '.[test,cuda]'
+#   pip wheel --wheel-dir DIR 'setuptools>=77' '.[test]'         or '.[test,cuda,gpu-test]'
 #
 # A torch that the GPU machine's python has is used as it is: the wheels of torch, triton and CUDA may then be deleted.
 set -euo pipefail

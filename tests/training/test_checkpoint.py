@@ -2,6 +2,7 @@
 
 import errno
 import json
+import operator
 import os
 import random
 import shutil
@@ -162,13 +163,21 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_user(tmp_path):
         start_draft(tmp_path / "file/checkpoints", 10, 0)
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    metrics = {10: 0.6, 20: 0.8, 30: None, 40: 0.8, 50: 0.5, 60: None, 70: 0.7}
+@pytest.mark.parametrize(("is_better", "best"), [(operator.gt, 20), (operator.lt, 50)])
+def test_the_last_ones_and_the_best_are_kept(tmp_path, is_better, best):
+    metrics = {10: 0.6, 20: 0.8, 30: None, 40: 0.8, 50: 0.5, 60: None, 70: 0.7, 80: 0.5}
     for step, metric in metrics.items():
         save(tmp_path, step, metric)
-        prune(tmp_path, keep_last=2)
+        prune(tmp_path, 2, None, is_better)
         assert step in saved_steps(tmp_path)
-    assert list(saved_steps(tmp_path)) == [70, 60, 40]  # of two equal ones the later
+    assert list(saved_steps(tmp_path)) == [80, 70, best]  # of two equal ones the earlier
+
+
+def test_the_step_of_the_best_evaluation_is_kept_although_it_was_saved_before_it(tmp_path):
+    for step, metric in {10: 0.6, 20: None, 30: 0.5, 40: None}.items():
+        save(tmp_path, step, metric)
+    prune(tmp_path, 1, 20, operator.gt)
+    assert list(saved_steps(tmp_path)) == [40, 20]
 
 
 def test_damaged_ones_do_not_count_and_the_only_good_one_stays(tmp_path):
@@ -176,7 +185,7 @@ def test_damaged_ones_do_not_count_and_the_only_good_one_stays(tmp_path):
         save(tmp_path, step)
     for step in (20, 30):
         truncate(tmp_path / checkpoint_name(step))
-    prune(tmp_path, keep_last=1)
+    prune(tmp_path, 1, None, operator.gt)
     assert list(saved_steps(tmp_path)) == [30, 20, 10]
 
 
@@ -190,7 +199,7 @@ def test_one_that_is_killed_while_it_is_deleted_is_no_checkpoint(tmp_path, monke
 
     monkeypatch.setattr(module.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune(tmp_path, keep_last=1)
+        prune(tmp_path, 1, None, operator.gt)
     monkeypatch.undo()
     assert list(saved_steps(tmp_path)) == [20]
     save(tmp_path, 30)

@@ -3,6 +3,7 @@
 import errno
 import socket
 import time
+from contextlib import suppress
 
 import pytest
 import torch.distributed as dist
@@ -96,6 +97,56 @@ def test_a_stranger_at_the_port_is_nobody(watches):
     assert ended == []
     die(ranks[2])
     wait_for(lambda: len(ended) == 2)
+
+
+def connect(watch: PeerWatch) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", watch.listener.getsockname()[1]))
+
+
+def test_a_rank_may_take_its_time_to_say_who_it_is(watches, capsys):
+    """Longer than a tick, and a byte at a time: its host is busy."""
+    ranks, ended = watches
+    with connect(ranks[0]) as slow:
+        time.sleep(0.3)
+        for byte in f"{ranks[0].token} rank 3 on n2\n".encode():
+            slow.sendall(bytes([byte]))
+            time.sleep(0.01)
+        wait_for(lambda: len(ranks[0].peers) == 3)
+    wait_for(lambda: len(ended) == 3)
+    assert "rank 0 stops: rank 3 on n2 has ended" in capsys.readouterr().err
+
+
+def test_what_a_rank_says_right_after_its_name_is_heard(watches):
+    ranks, ended = watches
+    with connect(ranks[0]) as hasty:
+        hasty.sendall(f"{ranks[0].token} rank 3\n{module.LEAVES}\n".encode())
+        assert hasty.recv(1) == b"", "rank 0 has closed its side"
+    time.sleep(0.6)
+    assert ended == []
+    assert ranks[0].verdict is None
+
+
+def test_a_silent_stranger_is_dropped_in_time_and_holds_nobody_up(watches):
+    ranks, ended = watches
+    with connect(ranks[0]) as silent:
+        wait_for(lambda: ranks[0].strangers)
+        with connect(ranks[0]) as endless:
+            endless.sendall(b"x" * 5000)
+            endless.settimeout(5)
+            with suppress(ConnectionResetError):  # not all of it was read
+                assert endless.recv(1) == b""
+        ((stranger, (said, deadline)),) = ranks[0].strangers.items()
+        assert 0 < deadline - time.monotonic() <= module.CONNECT_SECONDS
+        ranks[0].strangers[stranger] = said, time.monotonic()
+        silent.settimeout(5)
+        assert silent.recv(1) == b""
+        wait_for(lambda: not ranks[0].strangers)
+        assert len(ranks[0].peers) == 2
+        assert ended == []
+    with connect(ranks[0]):
+        wait_for(lambda: ranks[0].strangers)
+        die(ranks[2])
+        wait_for(lambda: len(ended) == 2)
 
 
 def test_what_else_is_watched_is_looked_at_again_and_again():

@@ -121,6 +121,8 @@ def test_what_changes_no_number_may_change(tmp_path):
             logging__every_steps=3,
             batch__max_tokens_per_micro_batch=4096,
             data__train="moved.jsonl",
+            model__name_or_path="moved",
+            model__revision="main",
             reference__store="moved",
         )
     )
@@ -145,7 +147,7 @@ def test_other_pairs_and_other_reference_weights_are_refused(tmp_path):
         point.check_content({"train": "z", "eval held_out": "b"}, "n")
     with pytest.raises(CheckpointError, match=r"data.eval: the pairs of 'eval held_out' have changed"):
         point.check_content({"train": "a"}, "n")
-    with pytest.raises(CheckpointError, match=r"reference.store: .* of m here, of n there"):
+    with pytest.raises(CheckpointError, match=r"model.name_or_path: .* of m here, of n there"):
         point.check_content({"train": "a", "eval held_out": "b"}, "m")
     replace(point, allow_changed=("data.train",)).check_content({"train": "z", "eval held_out": "b"}, "n")
 

@@ -16,7 +16,8 @@ def make(tmp_path, monkeypatch):
     """A saver of a rank, and the steps that it saves."""
 
     def make(rank: int = 0, **options) -> tuple[CheckpointSaver, list[int]]:
-        config = config_of(tmp_path, **{f"checkpoint__{name}": value for name, value in options.items()})
+        evaluated = {"data__eval": "{hh: b.jsonl}", "evaluation__every_steps": 1}
+        config = config_of(tmp_path, **evaluated, **{f"checkpoint__{name}": value for name, value in options.items()})
         saver = CheckpointSaver(config, None, Processes(rank, rank, 2, dist.HashStore()), None, {}, None, None)
         saved: list[int] = []
 
@@ -77,8 +78,34 @@ def test_a_stop_before_the_first_step_saves_nothing(make):
 
 def test_the_best_evaluation_is_remembered_with_the_last():
     best = Best("held_out/accuracy/reward")
-    for step, value in ((10, 0.6), (20, 0.8), (30, 0.7)):
-        best.consider(step, {"held_out/accuracy/reward": value})
-        best.consider(step, {"other/accuracy/reward": 0.9})
+    for step, value in ((0, 0.9), (10, 0.6), (20, 0.8), (30, 0.8), (40, 0.7)):
+        best.consider(step, value)
     assert (best.step, best.value) == (20, 0.8)
-    assert (best.latest_step, best.latest_value) == (30, 0.7)
+    assert (best.latest_step, best.latest_value) == (40, 0.7)
+
+
+def test_evaluations_without_improvement_are_counted():
+    best, counts = Best("hh/loss/reward"), []
+    for step, value in enumerate((0.6, 0.7, 0.6, 0.5, 0.5, 0.4), start=1):
+        best.consider(step, value)
+        counts.append(best.evaluations_since)
+    assert counts == [0, 1, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("final", "steps"), [("last", []), ("best", [2])])
+def test_the_best_step_is_saved_for_a_final_that_is_made_of_it(make, final, steps):
+    saver, saved = make(final=final)
+    for step in (1, 2, 3):
+        saver.after_step(step, Best("hh/accuracy/reward", 0.5, step=2), evaluation_is_due=False)
+    assert saved == steps
+
+
+@pytest.mark.parametrize(
+    ("metric", "step"),
+    [("hh/loss/reward", 20), ("hh/loss/policy", 20), ("hh/margin/implicit", 30), ("org/loss/accuracy/reward", 30)],
+)
+def test_a_loss_is_better_when_it_is_smaller(metric, step):
+    best = Best(metric)
+    for at, value in ((10, 0.6), (20, 0.3), (30, 0.9)):
+        best.consider(at, value)
+    assert best.step == step

@@ -37,9 +37,6 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
     return write(file, "results.html", results_page(read_results(folder)))
 
 
-write_run_report = write_evaluation_report = write_report
-
-
 def write_comparison_report(folders: list[Path], file: Path) -> Path:
     """Lay several runs or evaluations side by side on one page; returns the file. Raises as `write_report` does."""
     return write(file, "comparison.html", comparison_page(named_results(folders)))

@@ -1,0 +1,160 @@
+"""The trained model as a folder: what final/ says of its run, and the same folder made of a checkpoint.
+
+    checkpoint + start weights -> HybridModel on the CPU -> folder like final/
+
+A checkpoint holds what was trained, in DeepSpeed's files. The rest is loaded as the run has loaded it. No launcher and
+no GPU are needed, and no pickle is read but of tensors and of the few classes that DeepSpeed puts beside them.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hafrm_ds.config import ModelConfig, TrainConfig
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.report import Counts, DataReport
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.card import base_license
+from hafrm_ds.model.hybrid import HybridModel
+from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer, local_folder
+from hafrm_ds.model.lora import add_adapters, check_packages
+from hafrm_ds.model.saving import save_hybrid_model
+from hafrm_ds.reference.job import namespace_of
+from hafrm_ds.training.checkpoint import (
+    DEEPSPEED_FOLDER,
+    CheckpointError,
+    TrainingState,
+    damaged_file,
+    read_manifest,
+    read_state,
+)
+from hafrm_ds.training.engine import freeze_unused_heads
+from hafrm_ds.training.resharding import trained_weights
+
+DATA_REPORT_FILE = "data_report.json"
+
+
+def run_metadata(
+    config: TrainConfig,
+    base_licence: str | None,
+    data: Mapping[str, Counts],
+    step: int,
+    evaluation: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """What a saved model says of the run that made it, in hafrm.json and in its card.
+
+    Args:
+        data: set -> what became of its pairs.
+        step: the weights are those after it.
+        evaluation: set -> its metrics after this step.
+    """
+    return {
+        "base": {"model": config.model.name_or_path, "revision": config.model.revision, "license": base_licence},
+        "training": {"steps": step, "pairs": step * config.batch.global_batch_size},
+        "data": {
+            name: {
+                "read": total.read,
+                "kept": total.kept,
+                "dropped": sum(total.dropped.values()),
+                "cut": total.cut,
+            }
+            for name, total in data.items()
+        },
+        "evaluation": evaluation,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def export_checkpoint(
+    checkpoint: Path, output_dir: Path, *, base: str | None = None, trust_remote_code: bool = False
+) -> int:
+    """Make of a checkpoint the folder that the run would have left as final/ after its step, which is returned.
+
+    Args:
+        checkpoint: RUN/checkpoints/step-N, written by any number of processes under any ZeRO stage.
+        output_dir: must not exist.
+        base: folder or hub id of the weights that the run started from. Default: where they were.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or belongs to other start weights.
+        ModelError: the start weights cannot be loaded.
+    """
+    if output_dir.exists():
+        raise ModelError(f"--output_dir {output_dir} is already there; choose another folder")
+    checkpoint = checkpoint.resolve()  # `latest` is a link
+    state = read_whole(checkpoint)
+    config = TrainConfig.model_validate(state.config)
+    # The kernel changes no weight, and that of the run may need a GPU.
+    start = config.model.model_copy(update={"attention": "auto", "trust_remote_code": trust_remote_code})
+    if base is not None:
+        start = start.model_copy(update={"name_or_path": base, "revision": None})
+    check_start(checkpoint, state, config, start)
+    model = load_model(checkpoint, state, config, start)
+    formatter = ChatFormatter.create(load_tokenizer(start), config.data.chat_template, config.data.template_date)
+    report = checkpoint.parents[1] / DATA_REPORT_FILE
+    save_hybrid_model(
+        model,
+        formatter,
+        output_dir,
+        gathered=lambda parameters: nullcontext(),
+        is_writer=True,
+        metadata=run_metadata(
+            config,
+            base_license(local_folder(start)),
+            counts_of(json.loads(report.read_text())) if report.is_file() else {},
+            state.step,
+            state.evaluation_of_step,
+        ),
+    )
+    return state.step
+
+
+def read_whole(checkpoint: Path) -> TrainingState:
+    try:
+        problem = damaged_file(checkpoint, read_manifest(checkpoint).items())
+    except CheckpointError as error:
+        problem = str(error)
+    if problem:
+        raise CheckpointError(f"{checkpoint} is no whole checkpoint: {problem}")
+    return read_state(checkpoint)
+
+
+def check_start(checkpoint: Path, state: TrainingState, config: TrainConfig, start: ModelConfig) -> None:
+    """Raises CheckpointError unless the start weights are those of the run: what is frozen is taken from them."""
+    check_packages(start.lora)
+    try:
+        found = namespace_of(config.model_copy(update={"model": start}))
+    except ModelError as error:
+        raise ModelError(f"the weights that {checkpoint} started from are needed (--base): {error}") from error
+    if found.name != state.reference:
+        raise CheckpointError(
+            f"{checkpoint} was trained from other weights than {start.name_or_path} holds: give --base the folder of "
+            f"those that the run started from ({state.reference} there, {found.name} here)"
+        )
+
+
+def load_model(checkpoint: Path, state: TrainingState, config: TrainConfig, start: ModelConfig) -> HybridModel:
+    """The start weights on the CPU, with those that were trained put over them."""
+    model = load_hybrid_model(start, layout=config.batch.layout, seed=config.seed, device=torch.device("cpu"))
+    if start.lora.rank:
+        add_adapters(model.causal_lm, start, config.seed)
+    freeze_unused_heads(model, config)
+    trained: dict[str, Tensor] = trained_weights(checkpoint / DEEPSPEED_FOLDER, state.zero_stage, state.world_size)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if missing := sorted(parameters.keys() - trained.keys()):
+        raise CheckpointError(f"{checkpoint} lacks {len(missing)} trained parameters: {', '.join(missing[:3])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(trained[name].view(parameter.shape))
+    model.uses_stock_logits = state.uses_stock_logits
+    return model
+
+
+def counts_of(data_report: Mapping[str, Any]) -> dict[str, Counts]:
+    """Set -> what became of its pairs, from the content of a run's data_report.json."""
+    return {name.removeprefix("eval "): DataReport.from_json(content).total for name, content in data_report.items()}

@@ -1,0 +1,68 @@
+"""What a run writes down."""
+
+import importlib.machinery
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch.distributed as dist
+
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.processes import Processes
+from tests.training.test_resume import config_of
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> list[dict]:
+    """A stand-in for wandb, with the arguments of `init` that its documentation names; gives those of each run."""
+    module, started = ModuleType("wandb"), []
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+
+    class Run:
+        def log(self, data: dict, step: int | None = None) -> None:
+            started[-1].setdefault("logged", []).append((step, data))
+
+        def finish(self) -> None:
+            started[-1]["finished"] = True
+
+    def init(
+        entity=None, project=None, dir=None, id=None, name=None, notes=None, tags=None, config=None,
+        config_exclude_keys=None, config_include_keys=None, allow_val_change=None, group=None, job_type=None, mode=None,
+        force=None, reinit=None, resume=None, resume_from=None, fork_from=None, save_code=None, tensorboard=None,
+        sync_tensorboard=None, monitor_gym=None, settings=None,
+    ) -> Run:  # fmt: skip
+        started.append({"project": project, "dir": dir, "id": id, "name": name, "resume": resume, "config": config})
+        return Run()
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return started
+
+
+def start(folder: Path, step: int) -> None:
+    config = config_of(folder, logging__wandb_project="preferences", logging__tensorboard=False)
+    log = RunLog(config, Processes(0, 0, 1, dist.HashStore()))
+    log.start(config, step)
+    log.metrics("eval", step + 1, {"accuracy/reward": 0.5}, set="held_out")
+    log.close()
+
+
+def test_a_run_that_goes_on_stays_one_run_of_wandb(tmp_path, wandb):
+    for name, step in (("a", 0), ("a", 4), ("a", 8), ("b", 0), ("a", 0)):
+        start(tmp_path / name, step)
+    first, second, third, other, anew = wandb
+    assert first["id"] == second["id"] == third["id"]
+    assert len({first["id"], other["id"], anew["id"]}) == 3
+    assert first["name"] == "a" and other["name"] == "b"
+    assert first["dir"] == tmp_path / "a" and first["project"] == "preferences"
+    assert {run["resume"] for run in wandb} == {"allow"}
+    assert first["config"]["logging"]["wandb_project"] == "preferences"
+    assert second["logged"] == [(5, {"eval/held_out/accuracy/reward": 0.5})]
+    assert all(run["finished"] for run in wandb)
+
+
+def test_a_run_from_before_the_id_was_kept_gets_one(tmp_path, wandb):
+    start(tmp_path, 4)
+    start(tmp_path, 6)
+    assert wandb[0]["id"] == wandb[1]["id"] != ""

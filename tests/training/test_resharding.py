@@ -1,0 +1,30 @@
+"""The files of a checkpoint, read without DeepSpeed's loader."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hafrm_ds.training.checkpoint import CheckpointError
+from hafrm_ds.training.resharding import trained_weights
+
+
+class Intruder:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_no_code_in_a_pickle_is_run(tmp_path):
+    name = "causal_lm.model.norm.weight"
+    file = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": {name: torch.ones(3)}}, file)
+    assert torch.equal(trained_weights(tmp_path, 2, 2)[name], torch.ones(3))
+    torch.save({"module": {name: torch.ones(3)}, "more": Intruder(tmp_path / "made")}, file)
+    with pytest.raises(CheckpointError, match=r"model_states.pt holds something that DeepSpeed does not write"):
+        trained_weights(tmp_path, 2, 2)
+    assert not (tmp_path / "made").exists()
