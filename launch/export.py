@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--trust_pickle", action="store_true", help="read weights that are not in safetensors")
     parser.add_argument("--base", help="hybrid: folder or hub id of the weights that the run started from")
     arguments = parser.parse_args()
+    if arguments.base and arguments.format != "hybrid":
+        parser.error("--base is for --format hybrid, which starts from a checkpoint")
     if arguments.format == "hybrid":
         from hafrm_ds.training.final import export_checkpoint
 

@@ -82,7 +82,7 @@ def test_prompts_are_told_apart_by_their_tokens(prepare):
 def test_a_prompt_that_is_cut_differently_beside_each_pair_of_answers_is_one_prompt(prepare):
     prompt = "what is it? " * 20
     pairs = prepare("train", (prompt, "a", "b"), (prompt, "a much longer answer", "b"), (f"x{prompt}", "a", "b"))
-    cut = [pairs[k].prompt_ids for k in range(3)]
+    cut = [list(pairs[k].prompt_ids) for k in range(3)]
     assert cut[0] != cut[1] and cut[0] == cut[2]
     keys = pairs.prompt_keys
     assert keys[0] == keys[1] != keys[2]

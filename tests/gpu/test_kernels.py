@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from hafrm_ds.data.packing import AttentionSegments, PromptWithResponses, lay_out
 from hafrm_ds.model.attention import KERNELS, ScoreRule, segment_attention
@@ -112,11 +113,13 @@ def errors(
     visible = mask(segments, rule.window)
     states = random_states(len(visible), heads, dtype)
     on_device = segments.to(DEVICE)
+    layer = nn.Identity()
+    layer.config = LlamaConfig()  # a model without windows of its own
 
     def under_test(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output, _ = segment_attention(
             KERNELS[kernel],
-            nn.Identity(),
+            layer,
             query,
             key,
             value,

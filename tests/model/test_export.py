@@ -131,22 +131,23 @@ def test_the_card_says_where_the_model_comes_from(tmp_path):
     assert (config["mean"], config["std"]) == (0.5, 2.0)  # of the reward on the evaluation set
 
 
-def launch(monkeypatch, **options) -> None:
+def launch(monkeypatch, **options) -> int:
+    """Exit status."""
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["export.py", *words])
-    runpy.run_path(str(ROOT / "launch/export.py"), run_name="__main__")
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "launch/export.py"), run_name="__main__")
+    return left.value.code
 
 
 def test_the_launch_file(tmp_path, monkeypatch, capsys):
     final = save_tiny_final(tmp_path / "final")
     options = {"model": final, "format": "sequence-classification", "output_dir": tmp_path / "export"}
-    launch(monkeypatch, **options)
+    assert launch(monkeypatch, **options) == 0
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'export'}: pad token '<|im_start|>'" in printed and "reopened: scores that differ" in printed
     for changes, message in (({}, "is already there"), ({"format": "onnx"}, "it is one of policy, sequence-class")):
-        with pytest.raises(SystemExit) as stopped:
-            launch(monkeypatch, **options | changes)
-        assert stopped.value.code != 0
+        assert launch(monkeypatch, **options | changes) != 0
         assert message in capsys.readouterr().err
 
 
