@@ -20,7 +20,7 @@ import yaml
 
 from hafrm_ds.config import ObjectiveConfig, TrainConfig, contradictions
 from hafrm_ds.durability import write_whole
-from hafrm_ds.errors import ConfigError, UserError
+from hafrm_ds.errors import ConfigError, DataError, UserError
 from hafrm_ds.evaluation.comparison import (
     COMPARISON_FILE,
     Method,
@@ -133,7 +133,7 @@ def train_and_compare(
 
     Raises:
         Stopped: a signal has ended it; the same command goes on.
-        DataError: a training was evaluated on other pairs than the rest.
+        DataError: a training has seen other pairs than the rest.
     """
     log = RunLog(None, processes, files=False)
     # Seed by seed, so that what there is after a while compares all arms.
@@ -142,6 +142,8 @@ def train_and_compare(
         for number, arm in enumerate(arms, start=place * len(arms) + 1):
             title = f"training {number} of {len(seeds) * len(arms)}"
             has_trained |= train_unless_finished(run_config(config, arm, seed), title, train_script, processes, log)
+        if processes.is_first:
+            check_same_data([run_config(config, arm, seed).output_dir for arm in arms])
         if processes.is_first and (has_trained or is_last):
             results = compare_trained(config, arms, seeds[: place + 1], seeds)
             file = config.output_dir / COMPARISON_FILE
@@ -162,6 +164,17 @@ def compare_trained(
     ]
     methods = [Method(arm.name, arm.judge, each) for arm, each in zip(arms, scores, strict=True)]
     return compare(methods, list(config.data.eval), seeds, planned_seeds)
+
+
+def check_same_data(runs: Sequence[Path]) -> None:
+    """Raises DataError if the trainings of a seed have not seen the same pairs: a file was changed between them."""
+    first, *others = [json.loads((run / SUMMARY_FILE).read_text()).get("data", {}) for run in runs]
+    for run, data in zip(runs[1:], others):
+        if differing := [name for name in first if data.get(name) != first[name]]:
+            raise DataError(
+                f"{run} has seen other pairs of {differing[0]} than {runs[0]}: the data was changed between the two "
+                "trainings. Remove the runs with the old data to train them anew"
+            )
 
 
 def train_unless_finished(run: TrainConfig, title: str, train_script: Path, processes: Processes, log: RunLog) -> bool:

@@ -1,13 +1,15 @@
 """A comparison of methods: which trainings it takes, and what it leaves after each seed. The trainings are played."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.errors import ConfigError
+from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.report import writing
 from hafrm_ds.training import comparison
 from hafrm_ds.training.comparison import arms_of, train_and_compare
@@ -17,10 +19,12 @@ from tests.evaluation.report.folders import pair_scores, training_rows, write_ro
 
 
 def config_of(folder, **changes) -> TrainConfig:
+    train = Path(folder) / "train.jsonl"
+    train.write_text("pairs")
     given = {
         "output_dir": str(folder),
         "model": {"name_or_path": "some/model"},
-        "data": {"train": "train.jsonl", "eval": {"held out": "held.jsonl"}},
+        "data": {"train": str(train), "eval": {"held out": "held.jsonl"}},
     }
     return TrainConfig.model_validate(given | changes)
 
@@ -42,7 +46,8 @@ def played(monkeypatch):
         scores.save(run.output_dir / "evaluation")
         write_rows(run.output_dir, training_rows(3, policy=uses_policy))
         (run.output_dir / "config.yaml").write_text(run.to_yaml())
-        (run.output_dir / "summary.json").write_text(json.dumps({"steps": 3}))
+        data = {"train": Path(run.data.train[0].path).read_text()}
+        (run.output_dir / "summary.json").write_text(json.dumps({"steps": 3, "data": data}))
 
     monkeypatch.setattr(comparison, "train_in_child", train)
     return seen
@@ -69,6 +74,15 @@ def test_results_are_written_after_every_seed(tmp_path, played, capsys):
     results = start(config_of(tmp_path), range(3, 6))
     assert list(played) == [f"{arm}-seed5" for arm in arms] and results["seeds"] == [3, 4, 5]
     assert capsys.readouterr().out.count("is finished") == 6
+
+
+def test_data_that_changed_between_two_trainings_is_found(tmp_path, played):
+    config = config_of(tmp_path)
+    start(config, range(1))
+    shutil.rmtree(tmp_path / "runs/haf-seed0")
+    Path(config.data.train[0].path).write_text("other pairs")
+    with pytest.raises(DataError, match=r"haf-seed0 has seen other pairs of train than \S+baseline-seed0"):
+        start(config, range(1))
 
 
 def test_a_page_that_cannot_be_drawn_costs_no_results(tmp_path, played, capsys, monkeypatch):
