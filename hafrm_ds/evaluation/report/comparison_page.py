@@ -92,10 +92,11 @@ def judges_of(results: list[Results], name: str) -> list[str]:
 
 
 def accuracy_table(caption: str, results: list[Results], columns: dict[str, tuple[str, str]]) -> Table:
-    """A row for each run and the yardstick. columns: title -> (set, judge)."""
+    """A row for each run that has any of it, and the yardstick. columns: title -> (set, judge)."""
     rows = [
         (each.name, [share_estimate(accuracy_of(each, name).get(judge)) for name, judge in columns.values()])
         for each in results
+        if any(judge in accuracy_of(each, name) for name, judge in columns.values())
     ]
     rows.append(("the longer answer", [share_estimate(longer_answer(results, name)) for name, _ in columns.values()]))
     return Table(rows, ("", *columns), caption=caption)
