@@ -21,7 +21,7 @@ def setting(tmp_path_factory):
     """(folder, function from the name of an output to the arguments)"""
     folder = tmp_path_factory.mktemp("evaluate")
     save_tiny_final(folder / "final", pad_token="</s>")
-    save_tiny_model(folder / "base", "mistral", pad_token="</s>")
+    save_tiny_model(folder / "base", "llama", pad_token="</s>")
     source = random.Random(0)
     for name in ("near", "far"):
         with (folder / f"{name}.jsonl").open("w") as file:
