@@ -23,5 +23,6 @@ def test_everything_that_the_package_needs_is_pinned(monkeypatch):
     needed = [canonical(each) for each in given["install_requires"]]
     needed += [canonical(each) for extra in IN_THE_IMAGES for each in given["extras_require"][extra]]
     assert {"torch", "matplotlib", "peft", "flash-attn-4"} <= set(needed)
-    pinned = {canonical(line) for line in (ROOT / "docker/constraints.txt").read_text().splitlines() if not line.startswith("#")}
+    lines = (ROOT / "docker/constraints.txt").read_text().splitlines()
+    pinned = {canonical(line) for line in lines if not line.startswith("#")}
     assert [name for name in needed if name not in pinned] == []
