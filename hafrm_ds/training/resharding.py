@@ -84,9 +84,16 @@ def read(folder: Path, pattern: str) -> dict:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def stage_by_name(kind: type, name: str) -> ZeroStageEnum:
+        """In place of getattr, by which Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+        if kind is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"an attribute {name} of {kind}")
+        return ZeroStageEnum[name]
+
     (path,) = folder.glob(pattern)
+    known = [LossScaler, ZeroStageEnum, fragment_address, (stage_by_name, "builtins.getattr")]
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(known):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds something that DeepSpeed does not write: {error}") from error

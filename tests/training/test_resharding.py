@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hafrm_ds.training.checkpoint import CheckpointError
-from hafrm_ds.training.resharding import trained_weights
+from hafrm_ds.training.resharding import read, trained_weights
 
 
 class Intruder:
@@ -28,3 +28,25 @@ def test_no_code_in_a_pickle_is_run(tmp_path):
     with pytest.raises(CheckpointError, match=r"model_states.pt holds something that DeepSpeed does not write"):
         trained_weights(tmp_path, 2, 2)
     assert not (tmp_path / "made").exists()
+
+
+class ByName:
+    """Is pickled as Python 3.11.0 to 3.11.3 do it with a member of an enum."""
+
+    def __init__(self, kind: type, name: str):
+        self.kind, self.name = kind, name
+
+    def __reduce__(self):
+        return getattr, (self.kind, self.name)
+
+
+def test_a_stage_is_read_whichever_python_has_written_it(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = tmp_path / "mp_rank_00_model_states.pt"
+    for stage in (ZeroStageEnum.weights, ByName(ZeroStageEnum, "weights")):
+        torch.save({"module": {}, "stage": stage}, file)
+        assert read(tmp_path, file.name)["stage"] == 3
+    torch.save({"module": {}, "stage": ByName(Path, "touch")}, file)
+    with pytest.raises(CheckpointError, match="touch|Path"):
+        read(tmp_path, file.name)
