@@ -48,5 +48,5 @@ def test_a_stage_is_read_whichever_python_has_written_it(tmp_path):
         torch.save({"module": {}, "stage": stage}, file)
         assert read(tmp_path, file.name)["stage"] == 3
     torch.save({"module": {}, "stage": ByName(Path, "touch")}, file)
-    with pytest.raises(CheckpointError, match="touch|Path"):
+    with pytest.raises(CheckpointError, match="DeepSpeed does not write"):
         read(tmp_path, file.name)
