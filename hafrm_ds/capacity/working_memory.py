@@ -167,7 +167,7 @@ def working_bytes(model: HybridModel, items: Sequence[PromptWithResponses], how:
         for each in depths:
             with first_layers(causal_lm, each):
                 peaks.append(peak_of(model, batch, how))
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{type(causal_lm).__name__} cannot be planned, as its code asks for more than shapes: {first_line(error)}"
         ) from error

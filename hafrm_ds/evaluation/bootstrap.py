@@ -31,7 +31,7 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def estimate(values: np.ndarray, prompts: Sequence[str], seed: int = 0) -> Estimate:
+def estimate(values: np.ndarray, prompts: Sequence[str]) -> Estimate:
     """Mean of `values` with its 95% interval.
 
     The difference of two models on the same pairs is the estimate of their differences pair by pair: a paired
@@ -42,22 +42,21 @@ def estimate(values: np.ndarray, prompts: Sequence[str], seed: int = 0) -> Estim
             independently of the prompts. Few of them say little of their spread: it is underestimated by about the
             factor sqrt((S - 1) / S).
         prompts: [P] the prompt of each pair, by any name.
-        seed: of the resamples.
 
     Raises:
         ValueError: there is no pair.
     """
-    return estimates({"": values}, prompts, seed)[""]
+    return estimates({"": values}, prompts)[""]
 
 
-def estimates(columns: dict[str, np.ndarray], prompts: Sequence[str], seed: int = 0) -> dict[str, Estimate]:
+def estimates(columns: dict[str, np.ndarray], prompts: Sequence[str]) -> dict[str, Estimate]:
     """`estimate` of several values of the same pairs, of equal shapes, from the same resamples."""
     if not columns:
         return {}
     if not len(prompts):
         raise ValueError("a mean over no pairs")
     values = np.stack([np.atleast_2d(np.asarray(column, dtype=np.float64)) for column in columns.values()])
-    center, means = values.mean(axis=(1, 2)), resampled_means(values, prompts, seed)
+    center, means = values.mean(axis=(1, 2)), resampled_means(values, prompts, seed=0)
     clusters = len(set(prompts))
     return {name: from_resamples(center[k], means[:, k], clusters) for k, name in enumerate(columns)}
 

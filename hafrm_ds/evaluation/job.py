@@ -28,7 +28,7 @@ from hafrm_ds.evaluation.questions import encode_question
 from hafrm_ds.evaluation.report.leaving import leave_report
 from hafrm_ds.evaluation.scoring import Group, ModelForGroups, score_groups
 from hafrm_ds.evaluation.tables import render_evaluation
-from hafrm_ds.model.loading import load_model_config
+from hafrm_ds.model.loading import known_positions, load_model_config
 from hafrm_ds.model.opening import Saved, open_model, open_reference, trained_beta, trained_with
 from hafrm_ds.model.policy import SavedPolicy
 from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS
@@ -304,9 +304,7 @@ def prepare_sets(
 
 def longest_conversation(options: EvaluationOptions, saved: Saved) -> int:
     """Tokens that the model knows and a micro-batch holds."""
-    config = load_model_config(saved.config).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    return min(options.max_tokens_per_micro_batch, positions or options.max_tokens_per_micro_batch)
+    return min(options.max_tokens_per_micro_batch, known_positions(load_model_config(saved.config)))
 
 
 def read_benchmarks(

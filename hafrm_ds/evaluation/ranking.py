@@ -19,7 +19,7 @@ from hafrm_ds.data.tables import file_table
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.best_of_n import compare_with_gold
-from hafrm_ds.evaluation.sampling import SUMMARY_FILE, SamplingJob, SamplingOptions
+from hafrm_ds.evaluation.sampling import SAMPLING_FILE, SamplingJob, SamplingOptions
 from hafrm_ds.evaluation.tables import render_best_of_n
 from hafrm_ds.model.opening import open_model
 from hafrm_ds.model.scorer import DEFAULT_MAX_TOKENS
@@ -105,13 +105,11 @@ def rank(options: RankingOptions, processes: Processes) -> int:
     scorers = {f"scores-{number}.jsonl": model for number, model in enumerate(options.model, start=1)}
     if options.gold is not None:
         scorers[GOLD_FILE] = options.gold
-    if options.reference is not None and all(has_reward_head(name, options) for name in scorers.values()):
+    scorings = {file: scoring_of(name, folder / file, options) for file, name in scorers.items()}
+    if options.reference is not None and all(each.reference is None for each in scorings.values()):
         raise ConfigError(["--reference is for models without a reward head, and all of these have one"])
     identity: dict[str, Any] = {
-        "models": {
-            file: {"name": name} | identity_of_model(scoring_of(name, folder / file, options).open())
-            for file, name in scorers.items()
-        },
+        "models": {file: {"name": name} | identity_of_model(scorings[file].open()) for file, name in scorers.items()},
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }
 
@@ -123,25 +121,22 @@ def rank(options: RankingOptions, processes: Processes) -> int:
         if processes.from_first("claim", lambda: claim(candidates, identity)) == "open":
             job.sample(candidates, processes.for_job("sampling"), log)
     for file, name in scorers.items():
-        score(name, folder / file, options, processes, log)
+        score(name, scorings[file], processes, log)
 
     num_bad = processes.from_first("results", lambda: str(write_results(options, scorers, log)))
     leave_together(processes)
     return int(num_bad)
 
 
-def has_reward_head(name: str, options: RankingOptions) -> bool:
-    return "reward" in open_model(name, **options.loading()).heads
-
-
 def scoring_of(name: str, output: Path, options: RankingOptions) -> ScoringOptions:
-    """How a model scores the candidates."""
+    """How a model scores the candidates: the reference is for models without a reward head."""
+    needs_reference = "reward" not in open_model(name, **options.loading()).heads
     return ScoringOptions(
         model=Path(name),
         input=options.output_dir / CANDIDATES_FILE,
         output=output,
         max_tokens_per_micro_batch=options.max_tokens_per_micro_batch,
-        reference=None if has_reward_head(name, options) else options.reference,
+        reference=options.reference if needs_reference else None,
         **options.loading(),
     )
 
@@ -193,8 +188,9 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def score(name: str, output: Path, options: RankingOptions, processes: Processes, log: RunLog) -> None:
+def score(name: str, scoring: ScoringOptions, processes: Processes, log: RunLog) -> None:
     """Score the candidates with one model, unless it has been done."""
+    output = scoring.output
 
     def state() -> str:
         return "done" if output.exists() and not output.with_name(f"{output.name}.parts").exists() else "open"
@@ -202,7 +198,7 @@ def score(name: str, output: Path, options: RankingOptions, processes: Processes
     if processes.from_first(f"state of {output.name}", state) == "done":
         return
     log.print(f"scoring with {escape(name)}")
-    score_file(scoring_of(name, output, options), processes.for_job(output.name))
+    score_file(scoring, processes.for_job(output.name))
 
 
 def write_results(options: RankingOptions, scorers: dict[str, str], log: RunLog) -> int:
@@ -232,7 +228,7 @@ def write_results(options: RankingOptions, scorers: dict[str, str], log: RunLog)
         "candidates": {"fewest": min(sizes), "most": max(sizes)},
     }
     if options.sampling is not None:
-        results["sampling"] = json.loads((folder / SUMMARY_FILE).read_text())
+        results["sampling"] = json.loads((folder / SAMPLING_FILE).read_text())
     if has_gold:
         scores = {model: [prompt.scores[model] for prompt in prompts] for model in options.model}
         names = [prompt.name for prompt in prompts]

@@ -29,7 +29,7 @@ from hafrm_ds.data.pairs import Row
 from hafrm_ds.data.tables import file_table
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
-from hafrm_ds.model.loading import load_model_config
+from hafrm_ds.model.loading import known_positions, load_model_config
 from hafrm_ds.model.opening import Saved, open_model
 from hafrm_ds.model.policy import SavedPolicy
 from hafrm_ds.model.saved import SavedModel
@@ -40,7 +40,7 @@ from hafrm_ds.training.processes import Processes
 
 PART = 16
 SAMPLERS = ("auto", "transformers", "vllm")
-SUMMARY_FILE = "sampling.json"
+SAMPLING_FILE = "sampling.json"
 # Why a prompt is dropped.
 TOO_FEW = "too few different answers"
 TOO_LONG = "longer than the policy takes with max_new_tokens"
@@ -140,8 +140,8 @@ class SamplingJob:
         return settings | {"policy": identity_of_model(self.policy)}
 
     def sample(self, output: Path, processes: Processes, log: RunLog) -> None:
-        """Write `output` (JSON lines of id, prompt, responses and ended) and SUMMARY_FILE beside it. All processes call
-        this together; parts that are there are not sampled again.
+        """Write `output` (JSON lines of id, prompt, responses and ended) and SAMPLING_FILE beside it. All processes
+        call this together; parts that are there are not sampled again.
 
         Raises:
             DataError: no prompt is left.
@@ -226,7 +226,7 @@ class SamplingJob:
         if cut:
             log.warn(f"{cut:,} of {len(kept) * self.options.num_candidates:,} candidates were cut at max_new_tokens")
         summary = {"prompts": len(rows), "dropped": dropped, "candidates_cut": cut, "sampler": self.sampler}
-        write_whole(output.with_name(SUMMARY_FILE), json.dumps(summary, indent=2).encode())
+        write_whole(output.with_name(SAMPLING_FILE), json.dumps(summary, indent=2).encode())
         write_whole(output, b"".join(map(json_line, kept)))
         shutil.rmtree(output.with_suffix(".parts"))
         return "yes"
@@ -240,8 +240,7 @@ def request_for(prompt_ids: list[int], number: int, attempt: int, options: Sampl
 
 
 def longest_prompt(policy: Saved, max_new_tokens: int) -> float:
-    positions = getattr(load_model_config(policy.config).get_text_config(), "max_position_embeddings", None)
-    return (positions or float("inf")) - max_new_tokens
+    return known_positions(load_model_config(policy.config)) - max_new_tokens
 
 
 def stop_ids(eos: int | list[int] | None, formatter: ChatFormatter) -> list[int]:

@@ -16,6 +16,7 @@ from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.tokenization import ConversationIds, tokenize_conversation
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.batched_scoring import score_items
+from hafrm_ds.model.loading import known_positions
 from hafrm_ds.objective import ResponseScores
 
 Conversation = list[Message]
@@ -46,8 +47,7 @@ class Scorer(ABC):
 
     def __init__(self, formatter: ChatFormatter, config: PretrainedConfig, *, layout: str, max_tokens: int):
         self.formatter, self.layout, self.max_tokens = formatter, layout, max_tokens
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(max_tokens, positions or max_tokens)
+        self.max_length = min(max_tokens, known_positions(config))
 
     @abstractmethod
     def forward(self, batch: PackedBatch, *, with_reward: bool, with_logprob: bool) -> ResponseScores:

@@ -1,14 +1,14 @@
 """From sources to the pairs of a set: outcomes of rows, formats, the cache, and the real files."""
 
 import os
-from pathlib import Path
 
 import pytest
 
 from hafrm_ds.data import reading, tables
 from tests.data.row_files import error_of, outcomes, rows_of, write_lines
 
-SHARED_DATA = Path(__file__).parents[3] / "shared/data"
+REAL_DATA = os.environ.get("HAFRM_REAL_DATA")
+"""A folder with the public sets as JSON lines."""
 
 
 def test_ties_are_selection(read):
@@ -104,7 +104,7 @@ def test_nothing_is_kept_of_a_file_with_an_error(read):
 # ---- real data -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the folder shared/data is not here")
+@pytest.mark.skipif(REAL_DATA is None, reason="HAFRM_REAL_DATA=FOLDER")
 @pytest.mark.parametrize(
     ("name", "train", "test", "single_turn"),
     [
@@ -116,7 +116,7 @@ def test_nothing_is_kept_of_a_file_with_an_error(read):
     ],
 )
 def test_real_files(read, name, train, test, single_turn):
-    path = str(SHARED_DATA / f"{name}.jsonl")
+    path = f"{REAL_DATA}/{name}.jsonl"
     pairs = read(path)
     assert outcomes(pairs) == {"": train + test}
     assert all(row["prompt"][-1]["role"] == "user" and len(row["chosen"]) == 1 for row in pairs)

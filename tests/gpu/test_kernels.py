@@ -24,7 +24,7 @@ OUTPUT_FACTOR, GRADIENT_FACTOR = 2, 3
 LONG = 400 if IS_GPU else 24
 """Tokens of a long prompt: more than one tile of every kernel, and no multiple of a tile."""
 HEAD_DIMS = (64, 128, 256) if IS_GPU else (64,)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
