@@ -25,6 +25,7 @@ setup(
         "accelerate>=1.1",  # transformers asks for it before it loads a model in shards for ZeRO-3
         "deepspeed>=0.19.2",  # earlier ones round the rotary frequencies to bfloat16 with the weights
         "ninja",  # DeepSpeed compiles its CPU communication and optimizer ops at the first start
+        "huggingface_hub",
         "datasets>=4.3",  # Dataset.from_generator takes a fingerprint
         "pyarrow",
         "sentencepiece",
@@ -32,6 +33,7 @@ setup(
         "safetensors",
         "numpy",
         "jinja2",
+        "markupsafe",
         "matplotlib>=3.11",
         "pyyaml",
         "pydantic>=2.10",
@@ -46,6 +48,6 @@ setup(
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
         "wandb": ["wandb"],
         "gpu-test": ["liger-kernel>=0.8"],  # tests/gpu compares with it
-        "test": ["pytest", "hypothesis", "ruff", "trl>=1.16", "peft>=0.18"],
+        "test": ["pytest", "hypothesis", "ruff", "import-linter", "trl>=1.16", "peft>=0.18"],
     },
 )

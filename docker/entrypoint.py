@@ -27,7 +27,7 @@ from types import FrameType
 
 import psutil
 
-from hafrm_ds.training.stopping import STOPPED_STATUS
+from hafrm_ds.processes.stopping import STOPPED_STATUS
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 OWNER = "HAFRM_ENTRY_POINT"

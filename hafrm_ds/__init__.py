@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hafrm_ds.model.reward_model import HybridRewardModel
+    from hafrm_ds.saved.reward_model import HybridRewardModel
 
 __version__ = "0.1.0"
 __all__ = ["HybridRewardModel"]
@@ -12,7 +12,7 @@ __all__ = ["HybridRewardModel"]
 def __getattr__(name: str):
     """Load what users import from here when they ask for it: it takes seconds, and few modules need it."""
     if name == "HybridRewardModel":
-        from hafrm_ds.model.reward_model import HybridRewardModel
+        from hafrm_ds.saved.reward_model import HybridRewardModel
 
         return HybridRewardModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,13 +5,18 @@ The docstring under a field is its help text. `hafrm_ds.options` reads the tree 
 
 import datetime
 import difflib
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 
 from hafrm_ds.data.sources import EvalSources, TrainSources
+
+if TYPE_CHECKING:
+    from hafrm_ds.data.preparation import PreparationOptions
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -119,6 +124,14 @@ class DataConfig(Section):
     """Processes that tokenise. Default: one per core, at most 16."""
     cache_dir: Path | None = None
     """Where prepared data is kept between runs. Default: the cache folder of Hugging Face datasets."""
+
+    @property
+    def preparation(self) -> "PreparationOptions":
+        """What preparing pairs takes of these options."""
+        from hafrm_ds.data.preparation import PreparationOptions  # takes seconds to import, and --help needs none of it
+
+        names = [field.name for field in fields(PreparationOptions)]
+        return PreparationOptions(**{name: getattr(self, name) for name in names})
 
 
 class ObjectiveConfig(Section):
@@ -311,6 +324,15 @@ def option_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             names.append(prefix + name)
     return names
+
+
+def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted option name -> value, for the options of all sections; data sources are values, whatever they hold."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and prefix != "data.":
+            yield from options_of(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def unknown_best_metric(config: TrainConfig) -> str | None:

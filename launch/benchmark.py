@@ -9,7 +9,7 @@ the real pairs and keeps nothing.
 import argparse
 
 from hafrm_ds.options import load_config
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
 
 
 def main(arguments: list[str], processes: Processes) -> None:
@@ -17,7 +17,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     parser.add_argument("--steps", type=int, default=10)
     own, rest = parser.parse_known_args(arguments)
     config = load_config(rest, about=__doc__, own=vars(own))
-    from hafrm_ds.training.benchmark import benchmark  # after the options are known to be right
+    from hafrm_ds.training.benchmark import benchmark
 
     benchmark(config, processes, own.steps)
 

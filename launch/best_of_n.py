@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hafrm_ds.errors import ConfigError
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
 
 PROMPTS_NOT_SCORED = 3
 
@@ -55,8 +55,8 @@ def read_command_line(arguments: list[str]) -> dict[str, Any]:
 
 def main(arguments: list[str], processes: Processes) -> None:
     options = read_command_line(arguments)
-    from hafrm_ds.evaluation.ranking import RankingOptions, rank  # after the options are read: it loads for seconds
-    from hafrm_ds.evaluation.sampling import SamplingOptions
+    from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
+    from hafrm_ds.evaluation.best_of_n.sampling import SamplingOptions
 
     asked = {field.name: options.pop(field.name) for field in fields(SamplingOptions)}
     given = {name: value for name, value in asked.items() if value is not None}

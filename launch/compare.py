@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.options import load_config
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
 
 
 def numbers(option: str, text: str) -> list[float]:
@@ -38,7 +38,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     config = load_config(rest, about=__doc__, own=vars(own))
     if own.seeds < 1:
         raise ConfigError([f"--seeds is {own.seeds}; it must be at least 1"])
-    from hafrm_ds.training.comparison import arms_of, train_and_compare  # after the options are known to be right
+    from hafrm_ds.training.compare import arms_of, train_and_compare
 
     arms = arms_of(config, numbers("alphas", own.alphas), numbers("betas", own.betas))
     seeds = range(config.seed, config.seed + own.seeds)

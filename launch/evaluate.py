@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from hafrm_ds.data.sources import EvalSources, Source, suggestion
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
 
 
 def read_command_line(arguments: list[str]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def read_benchmark_names(words: list[str]) -> dict[str, str | None]:
 
 def main(arguments: list[str], processes: Processes) -> None:
     options = read_command_line(arguments)
-    from hafrm_ds.evaluation.job import EvaluationOptions, evaluate  # after the options are read: it loads for seconds
+    from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
 
     evaluate(EvaluationOptions(**options), processes)
 

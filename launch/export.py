@@ -41,7 +41,7 @@ def main() -> None:
         )
         print(f"{arguments.output_dir}: the model after step {step}, as final/ would be")
         return
-    from hafrm_ds.model.export import FORMATS, export_model  # after the options are read: it loads for seconds
+    from hafrm_ds.saved.export import FORMATS, export_model
 
     if arguments.format not in FORMATS:
         parser.error(f"--format {arguments.format}: it is one of {', '.join(FORMATS)} and hybrid")

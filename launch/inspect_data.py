@@ -39,7 +39,10 @@ def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str
     sets = {"train": ("train", config.data.train)}
     sets |= {f"eval: {name}": ("eval", sources) for name, sources in config.data.eval.items()}
     for title, (role, sources) in sets.items():
-        yield title, prepare_pairs(sources, formatter=formatter, data=config.data, role=role, seed=config.seed)
+        yield (
+            title,
+            prepare_pairs(sources, formatter=formatter, options=config.data.preparation, role=role, seed=config.seed),
+        )
 
 
 def inspect(config: TrainConfig, own: argparse.Namespace, console: Console) -> None:

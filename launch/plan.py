@@ -71,9 +71,9 @@ def read_command_line(arguments: list[str]) -> tuple[argparse.Namespace, TrainCo
 
 def main() -> None:
     own, config = read_command_line(sys.argv[1:])
-    from hafrm_ds.capacity.devices import find_device  # after the options are known to be right
-    from hafrm_ds.capacity.job import plan_run
     from hafrm_ds.capacity.plan import Machines
+    from hafrm_ds.capacity.planner import plan_run
+    from hafrm_ds.hardware.devices import find_device
 
     device = find_device(own.device, {name: getattr(own, name) for name in DEVICE_NUMBERS})
     console = Console()

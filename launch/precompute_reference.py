@@ -8,12 +8,12 @@ do: the values do not depend on them.
 """
 
 from hafrm_ds.options import load_config
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
 
 
 def main(arguments: list[str], processes: Processes) -> None:
     config = load_config(arguments, about=__doc__)
-    from hafrm_ds.training.run import precompute_reference  # after the options are known to be right
+    from hafrm_ds.training.run import precompute_reference
 
     precompute_reference(config, processes)
 

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run, evaluation or comparison")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: FOLDER/report.html; comparison.html here")
     arguments = parser.parse_args()
-    from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report  # loads for seconds
+    from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
 
     if len(arguments.folders) == 1:
         file = write_report(arguments.folders[0], arguments.output)

@@ -16,7 +16,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
 
 ROWS_NOT_SCORED = 3
 
@@ -50,7 +50,7 @@ def read_command_line(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str], processes: Processes) -> None:
     options = read_command_line(arguments)
-    from hafrm_ds.scoring.job import ScoringOptions, score_file  # after the options are read: it loads for seconds
+    from hafrm_ds.scoring.files import ScoringOptions, score_file
 
     asked = {field.name: getattr(options, field.name) for field in fields(ScoringOptions)}
     if score_file(ScoringOptions(**asked), processes):

@@ -6,12 +6,12 @@
 """
 
 from hafrm_ds.options import load_config
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
 
 
 def main(arguments: list[str], processes: Processes) -> None:
     config = load_config(arguments, about=__doc__)
-    from hafrm_ds.training.run import train  # after the options are known to be right: it loads for seconds
+    from hafrm_ds.training.run import train
 
     train(config, processes)
 

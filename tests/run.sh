@@ -9,6 +9,8 @@ source "$root/launch/environment.sh" test
 cd "$root"
 
 python -m ruff check .
+python -m ruff format --check .
+lint-imports  # which room may import which: .importlinter
 # The tests for GPUs run on the CPU here: that finds mistakes in them.
 HAFRM_GPU_TESTS_ON_CPU=1 python -m pytest -q -m "not distributed and not slow"
 python -m pytest -q -m distributed

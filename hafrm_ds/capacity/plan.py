@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from hafrm_ds.capacity.devices import Device
-from hafrm_ds.capacity.flops import ForwardCost
 from hafrm_ds.capacity.shapes import count_parameters
 from hafrm_ds.capacity.traffic import Traffic, step_traffic
 from hafrm_ds.capacity.working_memory import Pass, WorkingMemory, recomputing, working_bytes
@@ -14,8 +12,10 @@ from hafrm_ds.capacity.zero import FP32, Parameters, StateBytes, ZeroSettings, s
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.content_keys import KEY_BYTES
 from hafrm_ds.data.packing import PromptWithResponses
+from hafrm_ds.engine.deepspeed_config import REPOSITORY, resolve_deepspeed_config
+from hafrm_ds.hardware.devices import Device
+from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.training.deepspeed_config import REPOSITORY, resolve_deepspeed_config
 
 USABLE_SHARE = 0.9
 """Of a device's memory: the rest is left to its driver, the libraries of communication, and fragments."""

@@ -7,10 +7,9 @@ from transformers import AutoModelForCausalLM
 from hafrm_ds.capacity.zero import Parameters
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.model.hybrid import HybridModel, disable_dropout, freeze_unused_heads, make_reward_head
 from hafrm_ds.model.loading import DTYPES, first_line, load_model_config
 from hafrm_ds.model.lora import add_adapters, check_packages
-from hafrm_ds.training.engine import freeze_unused_heads
 
 QUANTIZED_BYTES = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
 """Of a weight in bitsandbytes: NF4 with an fp32 scale for 64 weights; int8, whose scale for each row is left out."""
@@ -39,7 +38,7 @@ def model_of_shapes(config: TrainConfig) -> HybridModel:
     if config.model.lora.rank:
         with torch.device("meta"):
             add_adapters(causal_lm, config.model, config.seed)
-    freeze_unused_heads(model, config)
+    freeze_unused_heads(model, config.objective)
     return model
 
 

@@ -6,8 +6,8 @@ all-reduce twice that (Patarasuk and Yuan 2009; the ZeRO paper, section 7, calls
 
 from dataclasses import dataclass
 
-from hafrm_ds.capacity.devices import Device
 from hafrm_ds.capacity.zero import FP32, Parameters, ZeroSettings
+from hafrm_ds.hardware.devices import Device
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hafrm_ds.capacity.flops import ForwardCost
 from hafrm_ds.data.packing import padded_rows, token_costs
 from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches, imbalance, occupied
+from hafrm_ds.hardware.flops import ForwardCost
 
 SAMPLED_STEPS = 32
 """Steps of the plan that are really cut into micro-batches; the others are like them."""

@@ -10,7 +10,7 @@ Legend: P parameters, N processes, b bytes of a weight.
 
 from dataclasses import dataclass
 
-from hafrm_ds.training.deepspeed_config import is_offloaded
+from hafrm_ds.engine.deepspeed_config import is_offloaded
 
 FP32 = 4
 MOMENTS = 8

@@ -3,7 +3,9 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,20 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hafrm_ds.config import DataConfig
 from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.progress_bars import progress_bars_on_a_terminal
 from hafrm_ds.data.reading import read_pairs
-from hafrm_ds.data.report import (
-    DataReport,
-    Example,
-    TemplateFacts,
-    count_outcomes,
-    count_repeats,
-    percentiles,
-)
+from hafrm_ds.data.report import DataReport, Example, TemplateFacts, count_outcomes, count_repeats, percentiles
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import (
     IDENTICAL_AFTER_CUT,
@@ -101,12 +94,37 @@ class PreparedPairs:
         return TokenizedPair(**ids, **{name: row[name][0].as_py() for name in ("margin", "source", "id")})
 
 
+@dataclass(frozen=True)
+class PreparationOptions:
+    """How rows become usable pairs. The fields are those of `data.*` (`hafrm_ds.config`), where their help stands."""
+
+    max_length: int
+    truncation: Truncation
+    max_dropped_share: float = 0.05
+    num_proc: int | None = None
+    cache_dir: Path | None = None
+
+
+@contextmanager
+def progress_bars_on_a_terminal() -> Iterator[None]:
+    """Let datasets show progress bars only where stderr is a terminal, and from rank 0 alone."""
+    wanted = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    hidden = not wanted and not datasets.are_progress_bars_disabled()
+    if hidden:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()
+
+
 @progress_bars_on_a_terminal()
 def prepare_pairs(
     sources: list[Source],
     *,
     formatter: ChatFormatter,
-    data: DataConfig,
+    options: PreparationOptions,
     role: Role,
     seed: int,
 ) -> PreparedPairs:
@@ -117,11 +135,11 @@ def prepare_pairs(
     are compared on it.
 
     Raises:
-        DataError: a source cannot be read, more than data.max_dropped_share of the selected pairs is unusable, or no
+        DataError: a source cannot be read, more than options.max_dropped_share of the selected pairs is unusable, or no
             pair is left.
     """
-    rows = read_pairs(sources, role=role, seed=seed if role == "train" else 0, cache_dir=data.cache_dir)
-    tokenized = tokenize_rows(rows, formatter, data)
+    rows = read_pairs(sources, role=role, seed=seed if role == "train" else 0, cache_dir=options.cache_dir)
+    tokenized = tokenize_rows(rows, formatter, options)
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
     lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in ("prompt", "chosen", "rejected")}
@@ -129,9 +147,9 @@ def prepare_pairs(
     prompt_keys = keys_of_column(table["prompt_key"])[kept]
     uncut = table["uncut_length"].to_numpy()
     uncut = uncut[uncut > 0]
-    report = summarize(table, lengths, keys, uncut, formatter, data, role)
+    report = summarize(table, lengths, keys, uncut, formatter, options, role)
     report.with_margin = len(kept) - table["margin"].take(kept).null_count
-    check_enough_left(report, data)
+    check_enough_left(report, options)
     pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
     prepared = PreparedPairs(pairs, lengths, keys, prompt_keys, uncut, report)
     for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
@@ -148,21 +166,23 @@ def choose_examples(num_pairs: int, num_examples: int, seed: int) -> list[int]:
 # ---- tokenising all rows -------------------------------------------------------------------------------------------
 
 
-def tokenize_rows(rows: datasets.Dataset, formatter: ChatFormatter, data: DataConfig) -> datasets.Dataset:
+def tokenize_rows(rows: datasets.Dataset, formatter: ChatFormatter, options: PreparationOptions) -> datasets.Dataset:
     """Tokenise every selected row -> Dataset of PAIR_FEATURES and FATE_FEATURES, one row for each row read.
 
     Loaded from the cache when the same rows were tokenised before under the same formatter, length and policy.
     """
-    fingerprint = tokenization_cache_key(rows._fingerprint, formatter.fingerprint, data.max_length, data.truncation)
-    folder = data.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds"
+    fingerprint = tokenization_cache_key(
+        rows._fingerprint, formatter.fingerprint, options.max_length, options.truncation
+    )
+    folder = options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds"
     folder.mkdir(parents=True, exist_ok=True)
     return rows.map(
         tokenize_batch,
         batched=True,
-        fn_kwargs={"formatter": formatter, "max_length": data.max_length, "truncation": data.truncation},
+        fn_kwargs={"formatter": formatter, "max_length": options.max_length, "truncation": options.truncation},
         remove_columns=rows.column_names,
         features=datasets.Features(PAIR_FEATURES | FATE_FEATURES),
-        num_proc=num_processes(len(rows), data.num_proc),
+        num_proc=num_processes(len(rows), options.num_proc),
         cache_file_name=str(folder / f"tokenized-{fingerprint}.arrow"),
         # Given, because datasets would else hash the pickled formatter, whose bytes differ from process to process.
         new_fingerprint=fingerprint,
@@ -225,7 +245,7 @@ def summarize(
     keys: np.ndarray,
     uncut_lengths: np.ndarray,
     formatter: ChatFormatter,
-    data: DataConfig,
+    options: PreparationOptions,
     role: str,
 ) -> DataReport:
     """The report of a tokenised table, without examples. The arrays are those of `PreparedPairs`."""
@@ -235,8 +255,8 @@ def summarize(
     tokens = lengths | {"conversation": conversation, "conversation_before_cut": uncut_lengths}
     return DataReport(
         role=role,
-        max_length=data.max_length,
-        truncation=data.truncation,
+        max_length=options.max_length,
+        truncation=options.truncation,
         total=total,
         by_source=by_source,
         first_dropped={reason: first_id(table, reason) for reason in total.dropped},
@@ -254,22 +274,22 @@ def first_id(table: pa.Table, reason: str) -> str:
     return table["id"][pc.index(matches, True).as_py()].as_py()
 
 
-def check_enough_left(report: DataReport, data: DataConfig) -> None:
+def check_enough_left(report: DataReport, options: PreparationOptions) -> None:
     """Raise DataError when more was dropped than the user allows, or when nothing is left."""
     total = report.total
-    if total.dropped_share <= data.max_dropped_share and total.kept:
+    if total.dropped_share <= options.max_dropped_share and total.kept:
         return
     # Rounded up, so that the number named here does let this very set through.
     share = math.ceil(total.dropped_share * 1000) / 1000
     head = (
         f"{report.role} data: {sum(total.dropped.values())} of {total.selected} selected pairs ({share:.1%}) would be "
-        f"dropped, {total.kept} are left; data.max_dropped_share is {data.max_dropped_share}:"
+        f"dropped, {total.kept} are left; data.max_dropped_share is {options.max_dropped_share}:"
     )
     lines = [head, *counted(total.dropped, report.first_dropped)]
     if uncut := report.tokens["conversation_before_cut"]:
         lines.append(
             f"Longer conversation of a pair: {uncut['p90']} tokens at the 90th percentile, {uncut['p99']} at the 99th, "
-            f"{uncut['max']} at most. data.max_length is {data.max_length}, data.truncation {data.truncation}."
+            f"{uncut['max']} at most. data.max_length is {options.max_length}, data.truncation {options.truncation}."
         )
     by_length = TOO_LONG in total.dropped or IDENTICAL_AFTER_CUT in total.dropped
     remedy = (
@@ -285,3 +305,14 @@ def counted(reasons: dict[str, int], first: dict[str, str]) -> Iterable[str]:
     """One line for each reason, the most frequent first."""
     for reason, number in sorted(reasons.items(), key=lambda item: -item[1]):
         yield f"  {number:>8}  {reason} (first: {first[reason]})"
+
+
+def fingerprints_of(sets: Mapping[str, PreparedPairs]) -> dict[str, str]:
+    """Name of a set -> hash of its pairs in order: tokens and margins."""
+    return {name: fingerprint(pairs) for name, pairs in sets.items()}
+
+
+def fingerprint(pairs: PreparedPairs) -> str:
+    digest = hashlib.sha256(pairs.keys.tobytes())
+    digest.update(np.array(list(pairs.pairs["margin"]), dtype=np.float32).tobytes())
+    return digest.hexdigest()

@@ -1,13 +1,7 @@
 """The paper's data sets by name: what `preset:NAME` stands for in training and in evaluation."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from hafrm_ds.data.places import HUB_FIELDS, has_splits
-
-if TYPE_CHECKING:
-    from hafrm_ds.data.sources import Source
+from typing import Any, Literal
 
 Role = Literal["train", "eval"]
 
@@ -47,20 +41,3 @@ PRESETS = {
         eval={"portion": ":10%"},
     ),
 }
-
-
-def resolve_preset(source: "Source", role: Role) -> "Source":
-    """The source with the fields of its preset for this role filled in, wherever the user gave none.
-
-    When the user points the preset at local data, what names a place on the hub is left out: a local file has no split.
-    A folder that holds several splits keeps it.
-    """
-    if source.preset is None:
-        return source
-    preset = PRESETS[source.preset]
-    fields = preset.both | (preset.train if role == "train" else preset.eval)
-    if source.path and Path(source.path).exists():
-        kept = ("split",) if has_splits(Path(source.path)) else ()
-        fields = {name: value for name, value in fields.items() if name not in HUB_FIELDS or name in kept}
-    given = {name: getattr(source, name) for name in source.model_fields_set}
-    return type(source).model_validate(fields | given)

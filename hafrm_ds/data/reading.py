@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 
+from hafrm_ds.data.files import Table, find_tables
 from hafrm_ds.data.pairs import (
     FORMAT_VERSION,
     Deselected,
@@ -25,11 +26,10 @@ from hafrm_ds.data.pairs import (
     in_words,
     read_pair,
 )
-from hafrm_ds.data.presets import Role, resolve_preset
+from hafrm_ds.data.presets import Role
 from hafrm_ds.data.row_filter import RowFilter
 from hafrm_ds.data.selection import SELECTION_FIELDS, mix, select
-from hafrm_ds.data.sources import Source, all_or_no_weights
-from hafrm_ds.data.tables import Table, find_tables
+from hafrm_ds.data.sources import Source, all_or_no_weights, resolve_preset
 from hafrm_ds.errors import DataError
 
 MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]

@@ -4,6 +4,7 @@ Importing this loads nothing heavy: the configuration does so before anything is
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,9 +22,14 @@ from pydantic import (
 )
 
 from hafrm_ds.data.pairs import FORMATS
-from hafrm_ds.data.places import is_hub_id
 from hafrm_ds.data.portions import parse_portion
-from hafrm_ds.data.presets import PRESETS
+from hafrm_ds.data.presets import PRESETS, Role
+
+DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")
+HUB_FIELDS = ("config", "data_dir", "revision", "split")
+"""Fields of a `Source` that say which part of a hub data set is meant."""
 
 
 class Source(BaseModel):
@@ -121,6 +127,15 @@ class Source(BaseModel):
         return report_label(self.name, self.preset, self.path)
 
 
+def is_hub_id(path: str) -> bool:
+    return HUB_ID.fullmatch(path) is not None and not path.endswith(DATA_SUFFIXES) and not Path(path).exists()
+
+
+def has_splits(path: Path) -> bool:
+    """Whether save_to_disk wrote this folder from a DatasetDict."""
+    return (path / "dataset_dict.json").is_file()
+
+
 def report_label(name: str | None, preset: str | None, path: str) -> str:
     return name or preset or (Path(path).name.split(".")[0] if Path(path).exists() else path)
 
@@ -128,6 +143,23 @@ def report_label(name: str | None, preset: str | None, path: str) -> str:
 def suggestion(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def resolve_preset(source: Source, role: Role) -> Source:
+    """The source with the fields of its preset for this role filled in, wherever the user gave none.
+
+    When the user points the preset at local data, what names a place on the hub is left out: a local file has no split.
+    A folder that holds several splits keeps it.
+    """
+    if source.preset is None:
+        return source
+    preset = PRESETS[source.preset]
+    fields = preset.both | (preset.train if role == "train" else preset.eval)
+    if source.path and Path(source.path).exists():
+        kept = ("split",) if has_splits(Path(source.path)) else ()
+        fields = {name: value for name, value in fields.items() if name not in HUB_FIELDS or name in kept}
+    given = {name: getattr(source, name) for name in source.model_fields_set}
+    return type(source).model_validate(fields | given)
 
 
 # ---- how it may be written -----------------------------------------------------------------------------------------

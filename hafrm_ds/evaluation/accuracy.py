@@ -6,8 +6,7 @@ from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.evaluation.pair_scores import PairScores
-from hafrm_ds.objective import ResponseScores, bradley_terry_loss, preference_metrics
-from hafrm_ds.training.losses import configured_policy_loss
+from hafrm_ds.objective import ResponseScores, bradley_terry_loss, configured_policy_loss, preference_metrics
 
 
 def set_metrics(scores: PairScores, objective: ObjectiveConfig) -> dict[str, float]:

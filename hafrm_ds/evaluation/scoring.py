@@ -12,11 +12,11 @@ from urllib.parse import quote
 import numpy as np
 
 from hafrm_ds.data.tokenization import ConversationIds
-from hafrm_ds.model.opening import Saved
-from hafrm_ds.scoring.loading import load_for_job
-from hafrm_ds.scoring.parts import work_through
-from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.processes import Processes
+from hafrm_ds.processes.console import Console
+from hafrm_ds.processes.parts import work_through
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.saved.opening import Saved
+from hafrm_ds.saved.sharded import load_for_job
 
 SMALLEST_PART = 64
 
@@ -52,7 +52,7 @@ def score_groups(
     groups: Sequence[Group],
     folder: Path,
     processes: Processes,
-    log: RunLog,
+    log: Console,
 ) -> dict[str, list[np.ndarray]]:
     """What the model says of every conversation. All processes call this together; what `folder` has is not done again.
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import set_attention, stock_attention
@@ -158,6 +159,15 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
+
+
+def freeze_unused_heads(model: HybridModel, objective: ObjectiveConfig) -> None:
+    """A head whose loss has no weight is not trained. A tied LM head is the embedding, which is."""
+    if not objective.uses_reward:
+        model.reward_head.requires_grad_(False)
+    head, embedding = model.lm_head, model.causal_lm.get_input_embeddings()
+    if not objective.uses_policy and head.weight is not embedding.weight:
+        head.requires_grad_(False)
 
 
 def lm_head_difference(model: HybridModel, forward: Callable[..., ResponseScores], batch: PackedBatch) -> float:

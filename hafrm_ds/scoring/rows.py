@@ -5,11 +5,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hafrm_ds.data.files import parse_json
 from hafrm_ds.data.pairs import Message, Row, assistant, prompt_from_text
-from hafrm_ds.data.tables import parse_json
 from hafrm_ds.data.tokenization import ConversationIds
 from hafrm_ds.errors import DataError
-from hafrm_ds.model.scorer import Scorer
+from hafrm_ds.saved.scorer import Scorer
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from rich.table import Table
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import token_costs
+from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
+from hafrm_ds.engine.engine import check_build_tools, load_training_engine
+from hafrm_ds.engine.scoring import score_pairs
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.model.lora import check_packages
-from hafrm_ds.reference.compute import ReferenceLogprobs
-from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
-from hafrm_ds.training.engine import check_build_tools, load_training_engine
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.reference.offline_pass import ReferenceLogprobs
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import settle_batch
-from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.run import prepare_data
 from hafrm_ds.training.saver import CheckpointSaver
-from hafrm_ds.training.scoring import score_pairs
 
 WARM_UP_STEPS = 2
 

@@ -18,14 +18,7 @@ from torch import Tensor
 from hafrm_ds.config import ModelConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.report import Counts, DataReport
-from hafrm_ds.errors import ModelError
-from hafrm_ds.model.card import base_license
-from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer, local_folder
-from hafrm_ds.model.lora import add_adapters, check_packages
-from hafrm_ds.model.saving import save_hybrid_model
-from hafrm_ds.reference.job import namespace_of
-from hafrm_ds.training.checkpoint import (
+from hafrm_ds.engine.checkpoint import (
     DEEPSPEED_FOLDER,
     CheckpointError,
     TrainingState,
@@ -33,8 +26,14 @@ from hafrm_ds.training.checkpoint import (
     read_manifest,
     read_state,
 )
-from hafrm_ds.training.engine import freeze_unused_heads
-from hafrm_ds.training.resharding import trained_weights
+from hafrm_ds.engine.resharding import trained_weights
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.hybrid import HybridModel, freeze_unused_heads
+from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer, local_folder
+from hafrm_ds.model.lora import add_adapters, check_packages
+from hafrm_ds.reference.provide import namespace_of
+from hafrm_ds.saved.card import base_license
+from hafrm_ds.saved.writing import save_hybrid_model
 
 DATA_REPORT_FILE = "data_report.json"
 
@@ -143,7 +142,7 @@ def load_model(checkpoint: Path, state: TrainingState, config: TrainConfig, star
     model = load_hybrid_model(start, layout=config.batch.layout, seed=config.seed, device=torch.device("cpu"))
     if start.lora.rank:
         add_adapters(model.causal_lm, start, config.seed)
-    freeze_unused_heads(model, config)
+    freeze_unused_heads(model, config.objective)
     trained: dict[str, Tensor] = trained_weights(checkpoint / DEEPSPEED_FOLDER, state.zero_stage, state.world_size)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if missing := sorted(parameters.keys() - trained.keys()):

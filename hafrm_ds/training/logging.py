@@ -3,41 +3,23 @@
 import importlib.util
 import json
 import os
-import platform
 import secrets
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-
-import torch
-from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import UserError
-from hafrm_ds.training.agreement import versions
-from hafrm_ds.training.processes import Processes
+from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
+from hafrm_ds.processes.agreement import environment
+from hafrm_ds.processes.console import Console
+from hafrm_ds.processes.ranks import Processes
 
-SUMMARY_FILE = "summary.json"
-"""In the run folder of a finished run."""
-STOPPED_FILE = "stopped.json"
-"""In the run folder while a run that was asked to stop has not gone on: the reason, the step and the checkpoint."""
 WANDB_ID_FILE = "wandb_id.txt"
-LOG_WIDTH = 120
-LOG_LINE_SECONDS = 30
-"""Without a terminal a progress bar becomes a line at most this often."""
 
 
-class RunLog:
+class RunLog(Console):
     """What rank 0 prints and writes down; on other ranks every method does nothing.
 
     Args:
-        config: needed for files alone.
         files: also keep metrics in config.output_dir, from `start` on. Unless the run is resumed, it must not hold one
             already.
 
@@ -45,11 +27,8 @@ class RunLog:
         UserError: the output folder cannot be used, or wandb is asked for and not installed.
     """
 
-    def __init__(self, config: TrainConfig | None, processes: Processes, files: bool = True):
-        self.is_first, self.num_ranks = processes.is_first, processes.world_size
-        width = None if sys.stdout.isatty() else LOG_WIDTH
-        self.console = Console(quiet=not self.is_first, width=width, highlight=False)
-        self.bars: Progress | None = None
+    def __init__(self, config: TrainConfig, processes: Processes, files: bool = True):
+        super().__init__(processes)
         self.writes = self.is_first and files
         self.config, self.device = config, processes.device
         self.metrics_file = self.tensorboard = self.wandb = None
@@ -134,42 +113,6 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
 
-    def warn(self, text: str) -> None:
-        self.console.print(f"[bold yellow]WARNING[/bold yellow] {escape(text)}", soft_wrap=True)
-
-    def print(self, content: RenderableType) -> None:
-        """Text lines are left whole, for grep; tables and panels keep to the width."""
-        self.console.print(content, soft_wrap=isinstance(content, str))
-
-    @contextmanager
-    def progress(self, description: str, total: int, unit: str) -> Iterator["ProgressBar"]:
-        """A progress bar with ETA on a terminal, a line now and then elsewhere. Bars may stand inside one another."""
-        if not self.is_first or not self.console.is_terminal:
-            yield ProgressBar(self.console, None, description, total, unit, self.num_ranks)
-            return
-        if self.bars is None:
-            self.bars = Progress(
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=12),
-                MofNCompleteColumn(table_column=Column(no_wrap=True)),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                # What does not fit is cut here, not taken from the columns before.
-                TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-                console=self.console,
-                expand=True,
-            )
-        if not self.bars.tasks:
-            self.bars.start()
-        bar = ProgressBar(self.console, self.bars, description, total, unit, self.num_ranks)
-        try:
-            yield bar
-        finally:
-            self.bars.remove_task(bar.task)
-            if not self.bars.tasks:
-                self.bars.stop()
-
     def sync(self) -> None:
         """See to it that all rows so far are on disk."""
         if self.writes:
@@ -183,40 +126,6 @@ class RunLog:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-class ProgressBar:
-    """Progress of `total` units; `advance` may carry a text that stands behind the bar."""
-
-    def __init__(
-        self, console: Console, bars: Progress | None, description: str, total: int, unit: str, num_ranks: int
-    ):
-        self.console, self.bars, self.num_ranks = console, bars, num_ranks
-        self.description, self.total, self.unit = description, total, unit
-        self.done, self.started, self.last_line = 0, time.monotonic(), time.monotonic()
-        self.task = bars.add_task(description, total=total, text="") if bars is not None else None
-
-    def advance_for_all_ranks(self, count: int) -> None:
-        """Advance by what this rank has done as if every rank had done as much: they work alike."""
-        self.advance(min(count * self.num_ranks, self.total - self.done))
-
-    def advance(self, count: int, text: str = "") -> None:
-        if not count:
-            return
-        self.done += count
-        if self.bars is not None:
-            self.bars.update(self.task, advance=count, text=text)
-            return
-        now = time.monotonic()
-        if now - self.last_line >= LOG_LINE_SECONDS or self.done >= self.total:
-            self.last_line = now
-            elapsed = now - self.started
-            remaining = elapsed / self.done * max(0, self.total - self.done)
-            self.console.print(
-                f"{self.description} {self.done:,}/{self.total:,} {self.unit}  "
-                f"{clock(elapsed)}, ETA {clock(remaining)}  {text}".rstrip(),
-                soft_wrap=True,
-            )
 
 
 def cut_rows(metrics: Path, step: int, evaluation_is_due: bool) -> None:
@@ -250,24 +159,3 @@ def wandb_id(folder: Path, goes_on: bool) -> str:
     if not goes_on or not file.exists():
         file.write_text(secrets.token_hex(8))
     return file.read_text()
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
-
-
-def environment(world_size: int, device: torch.device) -> dict:
-    """Versions, hardware and command of a run, for environment.json."""
-    cuda = torch.cuda.is_available()
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "world_size": world_size,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
-        "cuda": torch.version.cuda if cuda else None,
-        "cores": os.cpu_count(),
-        "packages": versions(),
-    }

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,24 +12,25 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import padded_rows, token_costs
 from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches, imbalance
 from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.engine.engine import TrainingEngine
+from hafrm_ds.engine.scoring import score_pairs
+from hafrm_ds.engine.shapes import full_shape
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
-from hafrm_ds.objective import JointLoss, ResponseScores, preference_metrics
-from hafrm_ds.reference.compute import ReferenceLogprobs
-from hafrm_ds.reference.job import ReferenceSource, provide_reference
-from hafrm_ds.training.engine import TrainingEngine
+from hafrm_ds.hardware.flops import ForwardCost
+from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
+from hafrm_ds.objective import JointLoss, ResponseScores, configured_joint_loss, preference_metrics
+from hafrm_ds.reference.offline_pass import ReferenceLogprobs
+from hafrm_ds.reference.provide import ReferenceSource, provide_reference
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.losses import configured_joint_loss
 from hafrm_ds.training.saver import Best, CheckpointSaver
 from hafrm_ds.training.schedule import learning_rate_factor
-from hafrm_ds.training.scoring import score_pairs
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Trainer:
         }
         self.steps_done = 0
         self.best = Best(config.evaluation.best_metric or default_best_metric(config))
-        self.cost = ForwardCost.of(engine.model.causal_lm)
+        self.cost = ForwardCost.of(engine.model.causal_lm, full_shape)
         self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
 
     def run(self) -> None:
@@ -249,7 +251,14 @@ class Trainer:
         pairs, positions = [each.pairs for each in sets], [each.index for each in sets]
         may_compute = not self.saver.is_resuming
         found = provide_reference(
-            self.reference_source, self.engine, self.config.batch, pairs, positions, self.log, may_compute
+            self.reference_source,
+            self.engine,
+            self.config.batch,
+            pairs,
+            positions,
+            self.log,
+            record=partial(self.log.metrics, "check", 0),
+            may_compute=may_compute,
         )
         for pair_set, reference in zip(sets, found, strict=True):
             pair_set.reference = reference

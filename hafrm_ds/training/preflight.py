@@ -10,12 +10,12 @@ from hafrm_ds.config import BatchConfig, TrainConfig
 from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out, token_costs
 from hafrm_ds.data.planning import BatchPlan, check_budget
 from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.engine.engine import Engine, TrainingEngine
+from hafrm_ds.engine.scoring import over_all_ranks
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import UnsupportedAttention, stock_attention
 from hafrm_ds.model.hybrid import layout_difference, lm_head_difference, tolerance_of
-from hafrm_ds.training.engine import Engine, TrainingEngine
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.scoring import over_all_ranks
 from hafrm_ds.training.token_budget import find_token_budget
 
 CHECKED_PAIRS = 2

@@ -1,17 +1,12 @@
 """Where a run goes on: the newest whole checkpoint, and whether this run is the one that wrote it."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from hafrm_ds.config import TrainConfig
-from hafrm_ds.data.preparation import PreparedPairs
-from hafrm_ds.options import options_of
-from hafrm_ds.training.checkpoint import (
+from hafrm_ds.config import TrainConfig, options_of
+from hafrm_ds.engine.checkpoint import (
     CheckpointError,
     TrainingState,
     damaged_file,
@@ -19,8 +14,8 @@ from hafrm_ds.training.checkpoint import (
     read_state,
     saved_steps,
 )
+from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.processes import Processes
 
 FREE_TO_CHANGE = (
     "output_dir",
@@ -146,14 +141,3 @@ def why_not_whole(folder: Path, processes: Processes) -> str | None:
         own = str(error)
     found = processes.texts_of_all(f"check {folder}", own or "")
     return processes.from_first(f"verdict on {folder}", lambda: next(filter(None, found), "")) or None
-
-
-def fingerprints_of(sets: Mapping[str, PreparedPairs]) -> dict[str, str]:
-    """Name of a set -> hash of its pairs in order: tokens and margins."""
-    return {name: fingerprint(pairs) for name, pairs in sets.items()}
-
-
-def fingerprint(pairs: PreparedPairs) -> str:
-    digest = hashlib.sha256(pairs.keys.tobytes())
-    digest.update(np.array(list(pairs.pairs["margin"]), dtype=np.float32).tobytes())
-    return digest.hexdigest()

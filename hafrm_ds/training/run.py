@@ -4,20 +4,11 @@ import json
 import time
 from typing import Any
 
-from hafrm_ds.capacity import peak_memory_bytes
-from hafrm_ds.config import BatchConfig, TrainConfig
+from hafrm_ds.config import BatchConfig, TrainConfig, options_of
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
-from hafrm_ds.errors import ConfigError, DataError, UserError
-from hafrm_ds.evaluation.report import leaving
-from hafrm_ds.model.card import base_license
-from hafrm_ds.model.loading import fetch_model, local_folder
-from hafrm_ds.model.lora import check_packages, trained_share
-from hafrm_ds.model.saving import save_hybrid_model
-from hafrm_ds.reference.job import ReferenceSource, precompute, shared_namespace
-from hafrm_ds.reference.store import Namespace
-from hafrm_ds.training.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
-from hafrm_ds.training.engine import (
+from hafrm_ds.data.preparation import PreparedPairs, fingerprints_of, prepare_pairs
+from hafrm_ds.engine.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
+from hafrm_ds.engine.engine import (
     Engine,
     TrainingEngine,
     check_build_tools,
@@ -25,14 +16,25 @@ from hafrm_ds.training.engine import (
     load_training_engine,
     zero_stage,
 )
+from hafrm_ds.engine.shapes import trained_share
+from hafrm_ds.errors import ConfigError, DataError, UserError
+from hafrm_ds.evaluation.report import writing as leaving
+from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
+from hafrm_ds.hardware.measurement import peak_memory_bytes
+from hafrm_ds.model.loading import fetch_model, local_folder
+from hafrm_ds.model.lora import check_packages
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.processes.stopping import Stopped
+from hafrm_ds.reference.provide import ReferenceSource, precompute, shared_namespace
+from hafrm_ds.reference.store import Namespace
+from hafrm_ds.saved.card import base_license
+from hafrm_ds.saved.writing import save_hybrid_model
 from hafrm_ds.training.final import DATA_REPORT_FILE, run_metadata
-from hafrm_ds.training.logging import STOPPED_FILE, SUMMARY_FILE, RunLog
+from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import check_budgets, settle_batch
-from hafrm_ds.training.processes import Processes
-from hafrm_ds.training.resume import ResumePoint, find_resume_point, fingerprints_of, options_of
+from hafrm_ds.training.resume import ResumePoint, find_resume_point
 from hafrm_ds.training.saver import CheckpointSaver, leave_behind
-from hafrm_ds.training.stopping import Stopped
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
@@ -254,7 +256,7 @@ def prepare_data(
     # Fetched from the hub by one rank of each node, and before the process group: a download outlasts a collective.
     tokenizer = processes.in_turns("model", lambda: fetch_model(config.model))
     formatter = ChatFormatter.create(tokenizer, config.data.chat_template, config.data.template_date)
-    shared = {"formatter": formatter, "data": config.data, "seed": config.seed}
+    shared = {"formatter": formatter, "options": config.data.preparation, "seed": config.seed}
 
     def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:
         return (

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.training.checkpoint import (
+from hafrm_ds.engine.checkpoint import (
     DEEPSPEED_FOLDER,
     CheckpointError,
     FileFacts,
@@ -28,11 +28,11 @@ from hafrm_ds.training.checkpoint import (
     start_draft,
     write_synced,
 )
-from hafrm_ds.training.engine import TrainingEngine
+from hafrm_ds.engine.engine import TrainingEngine
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.processes.stopping import Stopped, reason_of_vote
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.resume import ResumePoint, why_not_whole
-from hafrm_ds.training.stopping import Stopped, reason_of_vote
 
 MINUTE = 60.0
 

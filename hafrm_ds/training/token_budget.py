@@ -7,13 +7,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.capacity import free_memory_bytes, peak_growth_bytes
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import PackedBatch, token_costs
 from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.engine.engine import Engine, TrainingEngine
+from hafrm_ds.engine.scoring import over_all_ranks
 from hafrm_ds.errors import UserError
-from hafrm_ds.training.engine import Engine, TrainingEngine
-from hafrm_ds.training.scoring import over_all_ranks
+from hafrm_ds.hardware.measurement import free_memory_bytes, peak_growth_bytes
 
 SAFE_SHARE = 0.85
 """Share of the free memory that is planned with: the rest is for fragments and for what the line does not catch."""

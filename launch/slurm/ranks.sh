@@ -14,7 +14,7 @@
 #   HAFRM_CONTAINER_RUNTIME   pyxis (srun's plugin for enroot; the default) or apptainer
 #   HAFRM_CONTAINER_MOUNTS    folders to show in it besides the folder of submission: /data,/models:/m
 
-STOPPED_STATUS=75 # hafrm_ds/training/stopping.py: was asked to stop, has saved, can go on
+STOPPED_STATUS=75 # hafrm_ds/processes/stopping.py: was asked to stop, has saved, can go on
 
 srun_options=()
 interpreter=() # what runs an entry file

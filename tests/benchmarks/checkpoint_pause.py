@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from hafrm_ds.engine.engine import load_training_engine
 from hafrm_ds.options import load_config
-from hafrm_ds.training.engine import load_training_engine
+from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import settle_batch
-from hafrm_ds.training.processes import Processes, run_entry
 from hafrm_ds.training.run import prepare_data
 from hafrm_ds.training.saver import CheckpointSaver
 

@@ -23,9 +23,9 @@ from hafrm_ds.data.planning import BatchPlan
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
-from hafrm_ds.model.saved import SavedModel
+from hafrm_ds.objective import configured_joint_loss
 from hafrm_ds.options import load_config
-from hafrm_ds.training.losses import configured_joint_loss
+from hafrm_ds.saved.folder import SavedModel
 
 NUM_PAIRS, PAIRS_AT_ONCE = 32, 4
 
@@ -61,7 +61,9 @@ def main() -> None:
     config = load_config(rest, about=__doc__, own=vars(own))
     device = torch.device("cpu")
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    pairs = prepare_pairs(config.data.train, formatter=formatter, data=config.data, role="train", seed=config.seed)
+    pairs = prepare_pairs(
+        config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
+    )
     plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)
     steps = -(-NUM_PAIRS // config.batch.global_batch_size)
     order = np.concatenate([plan.global_batch(step) for step in range(steps)])[:NUM_PAIRS]

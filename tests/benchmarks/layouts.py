@@ -33,7 +33,9 @@ def main() -> None:
     config = load_config(sys.argv[1:])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    pairs = prepare_pairs(config.data.train, formatter=formatter, data=config.data, role="train", seed=config.seed)
+    pairs = prepare_pairs(
+        config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
+    )
     plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)
     model = load_hybrid_model(config.model, layout="shared_prefix", seed=config.seed, device=device).to(device)
 

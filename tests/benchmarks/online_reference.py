@@ -16,13 +16,13 @@ import torch.distributed as dist
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.engine.engine import Engine, load_scoring_engine, load_training_engine
 from hafrm_ds.options import load_config
-from hafrm_ds.reference.job import ReferenceSource, shared_namespace
-from hafrm_ds.training.engine import Engine, load_scoring_engine, load_training_engine
+from hafrm_ds.processes.ranks import Processes, run_entry
+from hafrm_ds.reference.provide import ReferenceSource, shared_namespace
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import settle_batch
-from hafrm_ds.training.processes import Processes, run_entry
 from hafrm_ds.training.run import prepare_data
 from hafrm_ds.training.saver import CheckpointSaver
 

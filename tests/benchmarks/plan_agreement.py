@@ -23,16 +23,16 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hafrm_ds.capacity import measure_matmul_peak, peak_memory_bytes
-from hafrm_ds.capacity.devices import Device
-from hafrm_ds.capacity.job import workload_of
 from hafrm_ds.capacity.plan import Machines, Plan
+from hafrm_ds.capacity.planner import workload_of
 from hafrm_ds.capacity.shapes import model_of_shapes
 from hafrm_ds.config import TrainConfig
+from hafrm_ds.hardware.devices import Device
+from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes
 from hafrm_ds.options import load_config
+from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.training.benchmark import trainer_for_measuring
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.processes import Processes, run_entry
 
 WARM_UP, STEPS = 1, 3
 PROBE_BYTES = 2**28

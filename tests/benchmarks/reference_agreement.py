@@ -49,7 +49,9 @@ def main() -> None:
     config = load_config(sys.argv[2:])
     tokenizer = load_tokenizer(config.model)
     formatter = ChatFormatter.create(tokenizer, config.data.chat_template, config.data.template_date)
-    pairs = prepare_pairs(config.data.train, formatter=formatter, data=config.data, role="train", seed=config.seed)
+    pairs = prepare_pairs(
+        config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
+    )
     namespace = Namespace(fingerprint_weights(config.model), config.model.dtype, LOGPROB_VERSION)
     stored = ReferenceStore(Path(sys.argv[1]), namespace).logprobs(pairs.keys.reshape(-1)).reshape(-1, 2)
     theirs = trl_logprobs(config, pairs, formatter.tokenizer)

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hafrm_ds.capacity import peak_memory_bytes
 from hafrm_ds.data.content_keys import KEY_DTYPE, unique_keys
+from hafrm_ds.hardware.measurement import peak_memory_bytes
 from hafrm_ds.reference.store import SCHEMA, Namespace, ReferenceStore, write_shard
 
 SHARD = 1_000_000

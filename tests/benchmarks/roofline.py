@@ -18,16 +18,17 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM
 
-from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, synchronize
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.planning import BatchPlan
 from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.hardware.flops import ForwardCost
+from hafrm_ds.hardware.measurement import measure_matmul_peak, synchronize
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import DTYPES, load_hybrid_model, load_tokenizer
+from hafrm_ds.objective import configured_joint_loss
 from hafrm_ds.options import load_config
-from hafrm_ds.training.losses import configured_joint_loss
 
 ROUNDS = 8
 WARM_UP = 2
@@ -66,7 +67,9 @@ def main() -> None:
     config = load_config(sys.argv[1:])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    pairs = prepare_pairs(config.data.train, formatter=formatter, data=config.data, role="train", seed=config.seed)
+    pairs = prepare_pairs(
+        config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
+    )
     plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)
     ours = load_hybrid_model(config.model, layout="shared_prefix", seed=config.seed, device=device).to(device)
     plain = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=DTYPES[config.model.dtype]).to(device)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from hafrm_ds.config import ModelConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.engine.engine import load_training_engine
 from hafrm_ds.model.loading import load_tokenizer
-from hafrm_ds.model.saving import save_hybrid_model
-from hafrm_ds.training.engine import load_training_engine
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
+from hafrm_ds.saved.writing import save_hybrid_model
 
 MIB = 2**20
 

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from hafrm_ds.capacity import peak_growth_bytes, synchronize
+from hafrm_ds.hardware.measurement import peak_growth_bytes, synchronize
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
 
 

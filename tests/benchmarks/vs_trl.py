@@ -53,11 +53,10 @@ from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.data.reading import read_pairs
 from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.engine.engine import make_optimizer, parameter_groups
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head, model_inputs, sum_by_response
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
-from hafrm_ds.objective import ResponseScores
-from hafrm_ds.training.engine import make_optimizer, parameter_groups
-from hafrm_ds.training.losses import configured_joint_loss
+from hafrm_ds.objective import ResponseScores, configured_joint_loss
 
 MAX_LENGTH = 512
 """Longer pairs are left out: 16 padded rows of 1,024 tokens do not fit into 24 GB beside the models."""
@@ -92,7 +91,9 @@ class Batches:
 
 def load_batches(config: TrainConfig, num_steps: int) -> Batches:
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    prepared = prepare_pairs(config.data.train, formatter=formatter, data=config.data, role="train", seed=config.seed)
+    prepared = prepare_pairs(
+        config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
+    )
     messages = read_pairs(config.data.train, role="train", seed=config.seed, cache_dir=config.data.cache_dir)
     place = {name: row for row, name in enumerate(messages["id"])}
     plan = BatchPlan(len(prepared), config.batch.global_batch_size, config.seed)

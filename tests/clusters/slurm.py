@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
-from hafrm_ds.training.launchers import first_host
+from hafrm_ds.processes.launchers import first_host
 from tests.clusters.namespaces import call, enter_namespaces, say, wait_for
 from tests.clusters.tiny_run import options, show_equal, steps, write_setting
 from tests.distributed.launching import REPOSITORY
@@ -187,7 +187,7 @@ def launch(case: Case) -> None:
     plain = [
         sys.executable,
         "-c",
-        "from hafrm_ds.training.processes import Processes as P; print('processes:', P.join().world_size)",
+        "from hafrm_ds.processes.ranks import Processes as P; print('processes:', P.join().world_size)",
     ]
     script = case.folder / "plain.sh"
     script.write_text(f"#!/bin/bash\n{shlex.join(plain)}\n")

@@ -1,7 +1,7 @@
 import pytest
 
 from hafrm_ds.config import DataConfig
-from hafrm_ds.data.progress_bars import progress_bars_on_a_terminal
+from hafrm_ds.data.preparation import progress_bars_on_a_terminal
 from hafrm_ds.data.reading import read_pairs
 from tests.tiny_tokenizers import byte_level_tokenizer
 

@@ -24,7 +24,7 @@ def prepare(make_tokenizer, tmp_path):
         named = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
         file.write_text("".join(json.dumps(row) + "\n" for row in named))
         data = DataConfig(train=str(file), cache_dir=tmp_path / "cache", max_length=100, max_dropped_share=1.0)
-        return prepare_pairs(data.train, formatter=formatter, data=data, role="train", seed=0)
+        return prepare_pairs(data.train, formatter=formatter, options=data.preparation, role="train", seed=0)
 
     return run
 

@@ -49,7 +49,9 @@ def prepare(monkeypatch, tmp_path, formatter):
         dataset = datasets.Dataset.from_dict(columns, features=FEATURES)
         monkeypatch.setattr(preparation, "read_pairs", lambda sources, **_: dataset)
         data = DataConfig(train="pairs.jsonl", cache_dir=tmp_path / "cache", **options)
-        return prepare_pairs([Source(path="pairs.jsonl")], formatter=formatter, data=data, role="train", seed=seed)
+        return prepare_pairs(
+            [Source(path="pairs.jsonl")], formatter=formatter, options=data.preparation, role="train", seed=seed
+        )
 
     return prepare
 
@@ -242,7 +244,7 @@ def test_an_evaluation_set_with_a_cap_is_the_same_under_every_seed(formatter, tm
     data = DataConfig(train={"path": str(file), "max_pairs": 5}, cache_dir=tmp_path / "cache")
 
     def ids(role: str, seed: int) -> list[str]:
-        pairs = prepare_pairs(data.train, formatter=formatter, data=data, role=role, seed=seed)
+        pairs = prepare_pairs(data.train, formatter=formatter, options=data.preparation, role=role, seed=seed)
         return pairs.pairs["id"][:]
 
     assert ids("eval", 0) == ids("eval", 1)

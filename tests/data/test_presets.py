@@ -1,8 +1,8 @@
 import pytest
 
-from hafrm_ds.data.presets import PRESETS, resolve_preset
+from hafrm_ds.data.presets import PRESETS
 from hafrm_ds.data.selection import selected, take_portion
-from hafrm_ds.data.sources import Source
+from hafrm_ds.data.sources import Source, resolve_preset
 from tests.data.row_files import outcomes, prompts, rows_of, write_lines, write_rows
 
 

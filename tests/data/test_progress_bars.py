@@ -3,7 +3,7 @@ import sys
 import datasets
 import pytest
 
-from hafrm_ds.data.progress_bars import progress_bars_on_a_terminal
+from hafrm_ds.data.preparation import progress_bars_on_a_terminal
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from hafrm_ds.data import reading, tables
+from hafrm_ds.data import files as tables
+from hafrm_ds.data import reading
 from tests.data.row_files import error_of, outcomes, rows_of, write_lines
 
 REAL_DATA = os.environ.get("HAFRM_REAL_DATA")

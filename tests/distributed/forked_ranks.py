@@ -23,7 +23,7 @@ def run_rank(arguments: list[str], environment: dict[str, str], log: Path) -> No
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from hafrm_ds.training.processes import run_entry
+    from hafrm_ds.processes.ranks import run_entry
     from launch.train import main
 
     sys.argv = ["launch/train.py", *arguments]

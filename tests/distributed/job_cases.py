@@ -6,7 +6,7 @@ import json
 import torch.distributed as dist
 
 from hafrm_ds.options import load_config
-from hafrm_ds.training.processes import Processes, run_entry
+from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.training.run import precompute_reference, train
 
 JOBS = {"train": train, "precompute": precompute_reference}

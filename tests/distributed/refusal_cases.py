@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hafrm_ds.errors import UserError
 from hafrm_ds.options import load_config
-from hafrm_ds.training.processes import Processes
+from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.run import train
 
 

@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from hafrm_ds.errors import UserError
 from hafrm_ds.options import load_config
+from hafrm_ds.processes.ranks import FailedElsewhere, Processes, run_entry
+from hafrm_ds.processes.stopping import Stopped, StopRequest
 from hafrm_ds.training.loop import Trainer
-from hafrm_ds.training.processes import FailedElsewhere, Processes, run_entry
 from hafrm_ds.training.run import train
 from hafrm_ds.training.saver import CheckpointSaver
-from hafrm_ds.training.stopping import Stopped, StopRequest
 
 
 class Fault:

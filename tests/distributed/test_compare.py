@@ -10,7 +10,7 @@ import time
 import pytest
 
 from hafrm_ds.evaluation.pair_scores import load_all
-from hafrm_ds.training.stopping import STOPPED_STATUS
+from hafrm_ds.processes.stopping import STOPPED_STATUS
 from tests.distributed.launching import REPOSITORY, as_options, write_pairs
 from tests.tiny_models import save_tiny_model
 

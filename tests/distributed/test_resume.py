@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hafrm_ds.engine.checkpoint import CheckpointError
 from hafrm_ds.errors import ModelError
-from hafrm_ds.training.checkpoint import CheckpointError
 from hafrm_ds.training.final import export_checkpoint
 from tests.distributed.launching import as_options, launch, rows, write_pairs
 from tests.distributed.test_training import final_weights, largest_difference

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hafrm_ds.training.checkpoint import damaged_file, read_manifest, saved_steps
+from hafrm_ds.engine.checkpoint import damaged_file, read_manifest, saved_steps
 from tests.distributed.forked_ranks import Ranks
 from tests.distributed.launching import as_options, rows, write_pairs
 from tests.distributed.test_reference_faults import mounted

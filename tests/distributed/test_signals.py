@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hafrm_ds.training.checkpoint import read_state, saved_steps
-from hafrm_ds.training.stopping import LAUNCHER_LOST, STOPPED_STATUS
+from hafrm_ds.engine.checkpoint import read_state, saved_steps
+from hafrm_ds.processes.stopping import LAUNCHER_LOST, STOPPED_STATUS
 from tests.distributed.launching import LAUNCHER, REPOSITORY, as_options, free_port, rows, write_pairs
 from tests.tiny_models import save_tiny_model
 

@@ -27,16 +27,16 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from hafrm_ds.capacity import ForwardCost, measure_matmul_peak, peak_growth_bytes, peak_memory_bytes, synchronize
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
+from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
+from hafrm_ds.engine.engine import TrainingEngine
+from hafrm_ds.hardware.flops import ForwardCost
+from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_growth_bytes, peak_memory_bytes, synchronize
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
-from hafrm_ds.objective import ResponseScores
-from hafrm_ds.training.deepspeed_config import resolve_deepspeed_config
-from hafrm_ds.training.engine import TrainingEngine
-from hafrm_ds.training.losses import configured_joint_loss
-from hafrm_ds.training.processes import Processes
+from hafrm_ds.objective import ResponseScores, configured_joint_loss
+from hafrm_ds.processes.ranks import Processes
 from tests.gpu.environment import DEVICE, IS_ALLOWED_ON_CPU, IS_GPU, available_kernels, hardware, table
 from tests.gpu.liger import IS_AVAILABLE as HAS_LIGER
 from tests.gpu.liger import liger_logprobs

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hafrm_ds.capacity import peak_growth_bytes
+from hafrm_ds.hardware.measurement import peak_growth_bytes
 from hafrm_ds.model.token_logprobs import CHUNK_BYTES, HeadTransform, token_logprobs
 from tests.gpu.environment import DEVICE, IS_GPU
 from tests.gpu.liger import IS_AVAILABLE, liger_logprobs

@@ -14,10 +14,11 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model import lora
-from hafrm_ds.model.export import CONVERSATIONS, export_model
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
-from hafrm_ds.model.lora import ADAPTER, adapted_layers, adapters_off, add_adapters, check_packages, merged_tensors
-from hafrm_ds.model.saving import save_hybrid_model
+from hafrm_ds.model.lora import ADAPTER, adapted_layers, adapters_off, add_adapters, check_packages
+from hafrm_ds.saved.adapters import merged_tensors
+from hafrm_ds.saved.export import CONVERSATIONS, export_model
+from hafrm_ds.saved.writing import save_hybrid_model
 from tests.tiny_models import FAMILIES, random_items, save_tiny_final, save_tiny_model, tiny_hybrid, use_layout
 from tests.tiny_tokenizers import byte_level_tokenizer
 

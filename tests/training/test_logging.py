@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import torch.distributed as dist
 
+from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.processes import Processes
 from tests.training.test_resume import config_of
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch.distributed as dist
 
 from hafrm_ds.data.content_keys import KEY_DTYPE
+from hafrm_ds.data.preparation import fingerprint
+from hafrm_ds.engine.checkpoint import CheckpointError
 from hafrm_ds.options import load_config
-from hafrm_ds.training.checkpoint import CheckpointError
+from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import cut_rows
-from hafrm_ds.training.processes import Processes
-from hafrm_ds.training.resume import ResumePoint, find_resume_point, fingerprint
-from tests.training.test_checkpoint import flip_a_byte, save, state_at, truncate
+from hafrm_ds.training.resume import ResumePoint, find_resume_point
+from tests.engine.test_checkpoint import flip_a_byte, save, state_at, truncate
 
 
 class Log:

@@ -4,8 +4,8 @@ import pytest
 import torch.distributed as dist
 
 from hafrm_ds.options import load_config
+from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.processes import Processes
 from hafrm_ds.training.run import leave_report, train
 from tests.distributed.launching import write_pairs
 from tests.tiny_models import save_tiny_model

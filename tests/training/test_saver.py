@@ -5,9 +5,9 @@ import time
 import pytest
 import torch.distributed as dist
 
-from hafrm_ds.training.processes import Processes
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.processes.stopping import Stopped
 from hafrm_ds.training.saver import Best, CheckpointSaver
-from hafrm_ds.training.stopping import Stopped
 from tests.training.test_resume import config_of
 
 

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hafrm_ds.data.files import Table, find_tables
 from hafrm_ds.data.pairs import Message, Row, assistant, in_words
-from hafrm_ds.data.places import has_splits, is_hub_id
 from hafrm_ds.data.row_filter import RowFilter
-from hafrm_ds.data.sources import Source, source_from_string, suggestion
-from hafrm_ds.data.tables import Table, find_tables
+from hafrm_ds.data.sources import Source, has_splits, is_hub_id, source_from_string, suggestion
 from hafrm_ds.errors import DataError, ModelError
 
 

@@ -9,7 +9,7 @@ from hafrm_ds.evaluation.report.curves import comparison_charts
 from hafrm_ds.evaluation.report.reading import Results, differences
 from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, intervals, objective_in_words
 from hafrm_ds.evaluation.report.tables import Cell, Folded, Table, count, number, share_estimate, value_of_option
-from hafrm_ds.evaluation.tables import JUDGES
+from hafrm_ds.evaluation.terminal import JUDGES
 
 OF_THE_PLACE = ("output_dir", "resume")
 """Options that differ between any two runs."""

@@ -8,7 +8,7 @@ from hafrm_ds.evaluation.report.charts import Chart, Interval, intervals_chart
 from hafrm_ds.evaluation.report.comparison_page import ComparisonPage, comparison_page
 from hafrm_ds.evaluation.report.reading import Results
 from hafrm_ds.evaluation.report.tables import Cell, Table, share_estimate
-from hafrm_ds.evaluation.tables import JUDGES
+from hafrm_ds.evaluation.terminal import JUDGES
 
 METHODS_NOTE = (
     "A method is judged by its reward head, or by its implicit reward where it has none. Intervals are 95%, by a "

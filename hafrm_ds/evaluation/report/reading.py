@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, load_all
-from hafrm_ds.evaluation.tables import JUDGES
-from hafrm_ds.options import options_of
-from hafrm_ds.training.logging import STOPPED_FILE, SUMMARY_FILE
+from hafrm_ds.evaluation.terminal import JUDGES
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -39,6 +38,11 @@ ANALYSIS_KEYS = {
 }
 BENCHMARK_KEYS = {"cut", "judges"}
 COMPARISON_KEYS = {"seeds", "planned_seeds", "sets", "pairs", "methods", "differences"}
+
+SUMMARY_FILE = "summary.json"
+"""In the run folder of a finished run."""
+STOPPED_FILE = "stopped.json"
+"""In the run folder while a run that was asked to stop has not gone on: the reason, the step and the checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport, Example
 from hafrm_ds.evaluation.calibration import sigmoid
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
@@ -42,8 +43,7 @@ from hafrm_ds.evaluation.report.tables import (
     share,
     share_estimate,
 )
-from hafrm_ds.evaluation.tables import JUDGES, agreement_of, length_range
-from hafrm_ds.options import options_of
+from hafrm_ds.evaluation.terminal import JUDGES, agreement_of, length_range
 
 ACCURACY_NOTE = (
     "Share of pairs in which the chosen answer gets the higher value; a tie counts half. Below it the 95% interval, "

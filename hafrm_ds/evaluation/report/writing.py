@@ -17,6 +17,7 @@ from hafrm_ds.evaluation.report.comparison_page import comparison_page
 from hafrm_ds.evaluation.report.methods_page import methods_page
 from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_comparison, read_results
 from hafrm_ds.evaluation.report.results_page import results_page
+from hafrm_ds.processes.console import Console
 
 REPORT_FILE = "report.html"
 
@@ -67,3 +68,12 @@ def write(file: Path, template: str, page: Any) -> Path:
 def as_shown(value: Any) -> Any:
     """Control characters of the data are shown as escapes; charts are markup already."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def leave_report(folder: Path, log: Console) -> None:
+    """Draw FOLDER/report.html of what has been written there. What can go wrong in it must not cost the results: it is
+    a warning."""
+    try:
+        log.print(f"report: {write_report(folder)}")
+    except Exception as error:
+        log.warn(f"no report was drawn: {error!r}; later: python launch/report.py {folder}")

@@ -1,0 +1,201 @@
+"""Tables: where the rows of a source are read from. Files, folders and hub data sets, opened and read row by row.
+
+Every row comes with its number, counted from 1; a line that is passed over is counted too.
+"""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from huggingface_hub import hf_hub_download
+
+from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, has_splits, is_hub_id
+from hafrm_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file, or a data set opened by datasets."""
+
+    name: str
+    """As it stands in the ids of rows."""
+    files: list[Path]
+    """What lies on disk: the content is taken as unchanged while their sizes and times of change are."""
+    rows: Callable[[], Iterator[tuple[int, Any]]]
+    """Reads (row number counted from 1, row) one after another."""
+
+
+def find_tables(source: Source, cache_dir: Path | None) -> list[Table]:
+    """The tables of a source, opened but not read.
+
+    Raises:
+        DataError: if there is no such file, folder or hub data set, or it holds no data.
+    """
+    path = Path(source.path)
+    if path.exists():
+        tables = local_tables(path, source)
+    elif match := HUB_FILE.fullmatch(source.path):
+        tables = [hub_file(source, *match.groups())]
+    elif is_hub_id(source.path):
+        tables = [hub_table(source, cache_dir)]
+    else:
+        raise DataError(f"{source.path}: no such file or folder, and not the form of a hub id (ORG/NAME)")
+    return tables
+
+
+def local_tables(path: Path, source: Source) -> list[Table]:
+    if has_splits(path) or (path / "state.json").is_file():
+        return [saved_table(path, source)]
+    for name in HUB_FIELDS:
+        if getattr(source, name) is not None:
+            hint = "; rows are chosen with where, or with portion" if name == "split" else ""
+            raise DataError(f"{path}: {name} {getattr(source, name)!r} was given, but this is local data{hint}")
+    if not path.is_dir():
+        return [file_table(path, source.path)]
+    files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(DATA_SUFFIXES))
+    if not files:
+        raise DataError(f"{path}: this folder holds no data file ({', '.join(DATA_SUFFIXES)})")
+    return [file_table(file, str(file)) for file in files]
+
+
+def file_table(path: Path, name: str) -> Table:
+    if path.name.endswith(".parquet"):
+        read = read_parquet
+    elif path.name.endswith((".json", ".json.gz")):
+        read = read_json
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        read = read_json_lines
+    else:
+        raise DataError(f"{name}: unknown kind of file; known are {', '.join(DATA_SUFFIXES)}")
+    return Table(name, [path], partial(read, path, name))
+
+
+def saved_table(path: Path, source: Source) -> Table:
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged folder shows as almost any error of pyarrow, json or the file system
+        raise DataError(f"{path}: datasets cannot load this folder: {one_line(error)}") from error
+    name = str(path)
+    if isinstance(data, datasets.DatasetDict):
+        split = source.split or "train"
+        if split not in data:
+            raise DataError(f"{path}: has no split {split!r} (splits: {', '.join(data)})")
+        data, name = data[split], f"{path}[{split}]"
+    elif source.split is not None:
+        raise DataError(f"{path}: split {source.split!r} was given, but this folder holds one data set without splits")
+    return arrow_table(data, name)
+
+
+def hub_table(source: Source, cache_dir: Path | None) -> Table:
+    split = source.split or "train"
+    try:
+        data = datasets.load_dataset(
+            source.path,
+            name=source.config,
+            data_dir=source.data_dir,
+            revision=source.revision,
+            split=split,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+        )
+    except Exception as error:  # no common base: hub, network, split and parsing errors all come through here
+        raise hub_error(source, split, error) from error
+    return arrow_table(data, f"{source.path}[{split}]")
+
+
+def hub_file(source: Source, repository: str, file: str) -> Table:
+    try:
+        path = hf_hub_download(repository, file, repo_type="dataset", revision=source.revision)
+    except Exception as error:  # as above
+        raise hub_error(source, None, error) from error
+    return file_table(Path(path), source.path)
+
+
+def hub_error(source: Source, split: str | None, error: Exception) -> DataError:
+    wanted = [("config", source.config), ("data_dir", source.data_dir), ("revision", source.revision), ("split", split)]
+    details = ", ".join(f"{name} {value}" for name, value in wanted if value is not None)
+    return DataError(
+        f"{source.path}: no such file or folder here, and it could not be had from the Hugging Face hub"
+        f"{f' ({details})' if details else ''}: {one_line(error)}"
+    )
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def arrow_table(data: datasets.Dataset, name: str) -> Table:
+    return Table(name, [Path(file["filename"]) for file in data.cache_files], partial(read_arrow, data))
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def read_arrow(data: datasets.Dataset) -> Iterator[tuple[int, Any]]:
+    number = 0
+    for batch in data.with_format("arrow").iter(batch_size=1000):
+        for row in batch.to_pylist():
+            yield (number := number + 1), row
+
+
+def read_parquet(path: Path, name: str) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    yield (number := number + 1), row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{name}: cannot be read as parquet: {one_line(error)}") from error
+
+
+def read_json(path: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """A JSON array of objects; a file that does not begin with [ is read as JSON lines."""
+    with open_data(path, name) as file:
+        start = read_some(file, name, partial(file.read, 1024))
+        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            yield from enumerate(parse_json(start + read_some(file, name, file.read), name), start=1)
+            return
+    yield from read_json_lines(path, name)
+
+
+def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """One JSON object a line; empty lines are passed over but counted."""
+    with open_data(path, name) as file:
+        number = 0
+        while line := read_some(file, name, file.readline):
+            number += 1
+            if line.strip():
+                yield number, parse_json(line.rstrip(), f"{name}:{number}")
+
+
+def open_data(path: Path, name: str) -> IO[bytes]:
+    try:
+        return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror}") from error
+
+
+def read_some(file: IO[bytes], name: str, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except (OSError, EOFError, zlib.error) as error:  # damaged or cut-off gzip shows only while reading
+        raise DataError(f"{name}: cannot be read: {error}") from error
+
+
+def parse_json(data: bytes, place: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: is not UTF-8 (byte {error.start + 1} is {data[error.start]:#04x})") from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{place}: is not valid JSON: {error.msg} ({line}column {error.colno})") from error

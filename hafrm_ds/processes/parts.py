@@ -1,0 +1,94 @@
+"""Work that is cut into parts, done by any number of processes, and may be killed at any time.
+
+A part is written under another name, synced and renamed, so it exists whole or not at all; a job that was killed goes
+on with the parts that are missing. Which work makes a part must depend on the job alone, and what is computed together
+must lie within a part: then the results depend neither on kills nor on the number of processes, unless a model is
+sharded over them.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hafrm_ds.durability import write_whole
+from hafrm_ds.errors import DataError
+from hafrm_ds.processes.console import Console
+from hafrm_ds.processes.ranks import Processes
+
+
+def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
+    """Make the folder of a job's parts, or go on with it.
+
+    Args:
+        identity: what the parts depend on, for JSON.
+
+    Raises:
+        DataError: it holds parts of another job, or cannot be written.
+    """
+    text, file = json.dumps(identity, indent=2), folder / "job.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.read_text() != text:
+            raise DataError(
+                f"{folder} holds parts of a job with another model, input or setting ({file}); remove it to start anew"
+            )
+        write_whole(file, text.encode())
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def stamp(file: Path) -> list[Any]:
+    facts = file.stat()
+    return [str(file.resolve()), facts.st_size, facts.st_mtime_ns]
+
+
+def work_through(
+    name: str,
+    todo: dict[Path, int],
+    make: Callable[[Path], bytes],
+    processes: Processes,
+    log: Console,
+    *,
+    unit: str,
+    together: bool,
+) -> None:
+    """Make every file of `todo`, all processes at once; returns when all are there.
+
+    Args:
+        name: of the work, for the progress and for what the processes tell each other; each only once in a job.
+        todo: file -> the units of work in it, the same on all processes.
+        make: the content of a file.
+        together: all processes make every file together, as a sharded model needs; else each takes the next that no
+            other has taken.
+    """
+    files, total = list(todo), sum(todo.values())
+    mine = iter(files) if together else claimed(files, f"{name}: taken", processes)
+    with log.progress(name, total, unit) as progress:
+
+        def done(count: int) -> int:
+            so_far = processes.store.add(f"{name}: done", count)
+            if processes.is_first:
+                progress.advance(so_far - progress.done)
+            return so_far
+
+        for file in mine:
+            content = make(file)
+            if processes.is_first or not together:
+                write_whole(file, content)
+                done(todo[file])
+        if processes.is_first:
+            processes.wait(lambda: done(0) == total)
+
+
+def claimed(files: list[Path], key: str, processes: Processes) -> Iterator[Path]:
+    """The files that this process takes: each the next that no other has taken."""
+    while (place := processes.store.add(key, 1) - 1) < len(files):
+        yield files[place]
+
+
+def leave_together(processes: Processes) -> None:
+    """The first process keeps the store that the others still ask: it leaves last."""
+    processes.store.add("left", 1)
+    if processes.is_first:
+        processes.wait(lambda: processes.store.add("left", 0) == processes.world_size)

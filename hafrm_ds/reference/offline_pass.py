@@ -1,0 +1,204 @@
+"""Log-probs of the reference policy: from the store where they are there, from the start weights where not."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hafrm_ds.config import BatchConfig
+from hafrm_ds.data.content_keys import unique_keys
+from hafrm_ds.data.packing import PromptWithResponses, token_costs
+from hafrm_ds.data.planning import DUMMY
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.engine.engine import Engine
+from hafrm_ds.engine.scoring import score_items, sum_over_ranks
+from hafrm_ds.errors import DataError
+from hafrm_ds.objective import ResponseScores
+from hafrm_ds.reference.store import ReferenceStore, ShardWriter
+
+
+@dataclass(frozen=True)
+class ReferenceLogprobs:
+    """log pi_ref of a set of pairs.
+
+    values: [pairs, 2] fp32, (chosen, rejected), NaN where none is known.
+    """
+
+    values: np.ndarray
+
+    def of(self, index: np.ndarray) -> Tensor:
+        """[P] positions -> [2P] fp32, ordered chosen, rejected, chosen, ...
+
+        A missing value is an error, never 0; only dummies, which count nothing, get 0.
+        """
+        found = np.where((index == DUMMY)[:, None], np.float32(0), self.values[index])
+        if np.isnan(found).any():
+            missing = index[np.isnan(found).any(axis=1)]
+            raise RuntimeError(f"no reference log-prob for pairs {missing[:10].tolist()}")
+        return torch.from_numpy(found.reshape(-1))
+
+
+@dataclass
+class Responses:
+    """The responses of several sets of pairs, each content once.
+
+    Legend: I pairs over all sets, U different responses.
+
+    sets: the sets, laid end to end.
+    index: [I, 2] (set, position in it) of the pairs that are wanted.
+    keys: [U] KEY_DTYPE; place: [I, 2] which of them each chosen and rejected response is.
+    """
+
+    sets: Sequence[PreparedPairs]
+    index: np.ndarray
+    keys: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def of(cls, sets: Sequence[PreparedPairs], positions: Sequence[np.ndarray]) -> "Responses":
+        """Args: positions: for each set, the positions of the wanted pairs."""
+        index = np.concatenate(
+            [np.stack([np.full(len(part), number), part], axis=1) for number, part in enumerate(positions)]
+        )
+        every = np.concatenate([pairs.keys[part] for pairs, part in zip(sets, positions, strict=True)])
+        keys, place = unique_keys(every.reshape(-1))
+        return cls(sets, index, keys, place.reshape(-1, 2))
+
+    def by_set(self, values: np.ndarray) -> list[ReferenceLogprobs]:
+        """Values [U] -> those of each set's pairs, NaN for pairs that were not wanted."""
+        result = []
+        for number, pairs in enumerate(self.sets):
+            mine = self.index[:, 0] == number
+            table = np.full((len(pairs), 2), np.nan, dtype=np.float32)
+            table[self.index[mine, 1]] = values[self.place[mine]]
+            result.append(ReferenceLogprobs(table))
+        return result
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be computed: prompts with those of their responses that are missing.
+
+    Legend: I items.
+
+    pair: [I] place in Responses.index; sides: [I, 2] bool, which of its responses; lengths: of prompt, chosen and
+    rejected, each [I].
+    """
+
+    responses: Responses
+    pair: np.ndarray
+    sides: np.ndarray
+    lengths: dict[str, np.ndarray]
+
+    @classmethod
+    def missing(cls, responses: Responses, values: np.ndarray) -> "Work":
+        """Each response without a value, once, with the first pair that has it."""
+        wanted = np.isnan(values)[responses.place]
+        first = np.zeros(wanted.shape, dtype=bool)
+        _, where = np.unique(responses.place.reshape(-1), return_index=True)
+        first.reshape(-1)[where] = True
+        sides = wanted & first
+        pair = np.flatnonzero(sides.any(axis=1))
+        lengths = {name: np.empty(len(pair), dtype=np.int64) for name in ("prompt", "chosen", "rejected")}
+        for number, pairs in enumerate(responses.sets):
+            mine = responses.index[pair, 0] == number
+            for name, column in lengths.items():
+                column[mine] = pairs.lengths[name][responses.index[pair[mine], 1]]
+        return cls(responses, pair, sides[pair], lengths)
+
+    def __len__(self) -> int:
+        return len(self.pair)
+
+    def costs(self, layout: str) -> np.ndarray:
+        """[I] tokens of each item in a layout."""
+        return token_costs(self.lengths, layout, self.sides)
+
+    def item(self, position: int) -> PromptWithResponses:
+        number, row = self.responses.index[self.pair[position]]
+        pair = self.responses.sets[number][int(row)]
+        both = (pair.chosen_ids, pair.rejected_ids)
+        return PromptWithResponses(pair.prompt_ids, tuple(both[side] for side in np.flatnonzero(self.sides[position])))
+
+    def places(self, positions: list[int]) -> np.ndarray:
+        """Places among the different responses, in the order in which the items' responses are laid out."""
+        return self.responses.place[self.pair[positions]][self.sides[positions]]
+
+
+def compute_missing(
+    engine: Engine,
+    work: Work,
+    batch: BatchConfig,
+    writer: ShardWriter,
+    *,
+    per_token: bool,
+    on_progress: Callable[[int], None],
+) -> np.ndarray:
+    """Compute what is missing; each rank writes what it computes into the store as it goes.
+
+    Args:
+        writer: of this rank.
+        per_token: store the log-prob of each token too.
+        on_progress: told how many tokens this rank has computed since the last call.
+
+    Returns:
+        [U] fp32, NaN for responses that were not computed; the same on all ranks.
+
+    Raises:
+        DataError: a log-prob is not finite.
+    """
+    num_responses = len(work.responses.keys)
+    table = torch.zeros(num_responses, 2, dtype=torch.float64)  # value, how often it was computed
+    costs = work.costs(batch.layout)
+
+    def keep(positions: list[int], scores: ResponseScores) -> None:
+        places, logprobs = work.places(positions), scores.logprob.float().cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            raise DataError(f"a reference log-prob is not finite, in {', '.join(ids_of(work, positions)[:10])}")
+        counts = scores.num_tokens.tolist()
+        tokens: list = [None] * len(counts)
+        if per_token:
+            tokens = np.split(scores.token_logprobs.cpu().numpy(), np.cumsum(counts)[:-1])
+        for place, logprob, count, token_logprobs in zip(places.tolist(), logprobs, counts, tokens, strict=True):
+            writer.add(work.responses.keys[place].tobytes(), logprob, count, token_logprobs)
+        table[places, 0] = torch.from_numpy(logprobs).double()
+        table[places, 1] += 1
+        on_progress(int(costs[positions].sum()))
+
+    with writer:
+        score_items(
+            engine,
+            work.item,
+            costs,
+            num_responses=work.sides.sum(axis=1),
+            layout=batch.layout,
+            max_tokens=batch.max_tokens_per_micro_batch,
+            on_scores=keep,
+            with_reward=False,
+            rank=dist.get_rank(),
+            num_ranks=dist.get_world_size(),
+        )
+    total = sum_over_ranks(table, engine.device)
+    assert bool((total[:, 1] <= 1).all()), "a response was computed by several ranks"
+    return np.where(total[:, 1] == 1, total[:, 0], np.nan).astype(np.float32)
+
+
+def ids_of(work: Work, positions: list[int]) -> list[str]:
+    rows = work.responses.index[work.pair[positions]]
+    return [work.responses.sets[number][int(row)].id for number, row in rows]
+
+
+def stored_values(store: ReferenceStore | None, responses: Responses, device: torch.device) -> np.ndarray:
+    """What the store holds of the responses: [U] fp32, NaN where nothing.
+
+    Rank 0 looks up and tells the others, so that all ranks see the same although another job may be writing; `store`
+    is None on the others.
+    """
+    values = np.zeros(len(responses.keys), dtype=np.float32)
+    if store is not None:
+        values = store.logprobs(responses.keys)
+    shared = torch.from_numpy(values).to(device)
+    dist.broadcast(shared, src=0)
+    return shared.cpu().numpy()

@@ -1,0 +1,66 @@
+"""Reward models as transformers' AutoModelForSequenceClassification with one label: our exports, and other people's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.packing import PackedBatch
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.loading import DTYPES, first_line, origin
+from hafrm_ds.objective import ResponseScores
+from hafrm_ds.saved.folder import SavedStockModel
+from hafrm_ds.saved.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class SavedClassifier(SavedStockModel):
+    """A folder with a sequence-classification model."""
+
+    heads = ("reward",)
+
+    @classmethod
+    def check(cls, folder: Path, config: PretrainedConfig) -> None:
+        if config.num_labels != 1:
+            raise ModelError(
+                f"{folder}: the model has {config.num_labels} labels; a reward model has one, whose logit is the reward"
+            )
+
+
+class ClassifierModel(Scorer):
+    """The logit of a sequence-classification model, as its own forward reads it: where that is, is its own affair."""
+
+    heads = SavedClassifier.heads
+
+    def __init__(self, model: PreTrainedModel, formatter: ChatFormatter, *, max_tokens: int):
+        super().__init__(formatter, model.config, layout="padded", max_tokens=max_tokens)
+        self.model = model
+
+    @classmethod
+    def load(cls, saved: SavedClassifier, device: torch.device, max_tokens: int) -> "ClassifierModel":
+        """Raises ModelError if the weights cannot be loaded, or lack the score."""
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                **origin(saved.config), dtype=DTYPES[saved.config.dtype], output_loading_info=True
+            )
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            raise ModelError(f"{saved.folder} cannot be loaded: {first_line(error)}") from error
+        if missing := sorted(report["missing_keys"]):  # transformers only warns, and goes on with random values
+            raise ModelError(
+                f"{saved.folder}: the weight files lack {', '.join(missing[:5])}, so the scores would be random"
+            )
+        return cls(model.eval().requires_grad_(False).to(device), saved.formatter(), max_tokens=max_tokens)
+
+    def forward(self, batch: PackedBatch, *, with_reward: bool, with_logprob: bool) -> ResponseScores:
+        batch = batch.to(next(self.model.parameters()).device)
+        pad = self.model.config.get_text_config().pad_token_id
+        if pad is None:  # the stock class then takes single rows alone
+            rows = [ids[mask.bool()][None] for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+            logits = torch.cat([self.model(ids, use_cache=False).logits for ids in rows])
+        else:
+            ids = torch.where(batch.attention_mask.bool(), batch.input_ids, pad)
+            logits = self.model(ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return ResponseScores(logits[:, 0].float(), None, batch.num_tokens)

@@ -1,0 +1,184 @@
+"""Any model that scores: what lies in a folder, what it was trained from, and the scorer for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hafrm_ds.config import ModelConfig
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.loading import load_model_config, load_tokenizer, local_folder
+from hafrm_ds.processes.parts import stamp
+from hafrm_ds.saved.classifier import ClassifierModel, SavedClassifier
+from hafrm_ds.saved.folder import SavedModel, refuse_pickles
+from hafrm_ds.saved.implicit import ImplicitRewardModel, SavedImplicitReward
+from hafrm_ds.saved.policy import PolicyModel, SavedPolicy
+from hafrm_ds.saved.reward_model import HybridRewardModel
+from hafrm_ds.saved.scorer import NO_REWARD, Scorer
+from hafrm_ds.saved.writing import METADATA_FILE
+
+Saved = SavedModel | SavedClassifier | SavedPolicy
+SavedScorer = Saved | SavedImplicitReward
+"""What `load_scorer` takes."""
+SCORERS: dict[type, type[Scorer]] = {
+    SavedModel: HybridRewardModel,
+    SavedClassifier: ClassifierModel,
+    SavedPolicy: PolicyModel,
+    SavedImplicitReward: ImplicitRewardModel,
+}
+BASE = "base"
+"""As --reference: the weights that the training started from, as hafrm.json names them."""
+DEFAULT_BETA = 0.1
+"""Where the model does not say what it was trained with."""
+
+
+def open_model(
+    name_or_path: str | Path,
+    *,
+    dtype: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    trust_pickle: bool = False,
+) -> Saved:
+    """Look at a model without loading its weights: the final/ folder of a training or an export of its adapter, a
+    sequence-classification model with one label, or a causal LM.
+
+    Args:
+        name_or_path: a folder or a hub id.
+        dtype: "bfloat16" or "float32". Default: that of the saved weights.
+        chat_template: name or file of a template for a tokenizer without one; a training's own model has one.
+
+    Raises:
+        ModelError: it is none of these, or cannot be used.
+    """
+    trust = {"trust_remote_code": trust_remote_code}
+    folder = local_folder(ModelConfig(name_or_path=str(name_or_path), **trust))
+    metadata = read_json(folder / METADATA_FILE)
+    if metadata.get("format") in ("hybrid", "adapter"):
+        return SavedModel.open(folder, dtype=dtype, trust_pickle=trust_pickle, **trust)
+    architectures = read_json(folder / "config.json").get("architectures") or [""]
+    for ending, kind in (("ForSequenceClassification", SavedClassifier), ("ForCausalLM", SavedPolicy)):
+        if architectures[0].endswith(ending):
+            refuse_pickles(folder, trust_pickle)
+            return kind.open(folder, {"name_or_path": str(folder), **trust}, dtype, metadata, chat_template)
+    raise ModelError(
+        f"{folder} is no model that scores: it is neither the final/ folder of a training ({METADATA_FILE}) nor does "
+        f"its config.json name a ...ForSequenceClassification or ...ForCausalLM (it names {architectures[0] or 'none'})"
+        ". Of a checkpoint launch/export.py --format hybrid makes a folder like final/"
+    )
+
+
+def open_reward_model(name_or_path: str | Path, *, reference: str | None = None, **loading: Any) -> SavedScorer:
+    """Look at a model that gives a reward: that of its head, and without one the implicit reward of its policy.
+
+    Args:
+        reference: for a model without a trained reward head, what its policy is measured against: a folder, a hub id
+            or "base". Default: "base", if the model says what that is.
+        loading: as for `open_model`.
+
+    Raises:
+        ModelError: it has neither reward, or has a reward head and is given a reference.
+    """
+    saved = open_model(name_or_path, **loading)
+    if "reward" in saved.heads:
+        if reference is not None:
+            raise ModelError(f"{name_or_path} has a reward head, which scores without a reference; leave it out")
+        return saved
+    if reference is None and base_of(saved) is None:
+        raise ModelError(f"{name_or_path}: {NO_REWARD}; give --reference")
+    against = open_reference(reference or BASE, saved, **loading)
+    return SavedImplicitReward(saved, against, trained_beta(saved))
+
+
+def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
+    """The reference policy of a model, which sees the model's tokens in the model's layout.
+
+    Args:
+        name: a folder, a hub id or "base". loading: as for `open_model`; the dtype is that of the model.
+
+    Raises:
+        ModelError: it is no causal LM of the same architecture and vocabulary, or the model has no policy or does not
+            say what it started from.
+    """
+    if "logprob" not in saved.heads:
+        raise ModelError(f"{saved.folder} has no LM head, so no implicit reward that needs a --reference")
+    if name == BASE:
+        name = base_of(saved)
+        if name is None:
+            raise ModelError(f"{saved.folder} does not say what it was trained from; give --reference a model")
+    try:
+        reference = open_model(name, **loading | {"dtype": saved.config.dtype})
+    except ModelError as error:
+        raise ModelError(f"the reference of {saved.folder} cannot be used (--reference): {error}") from error
+    if isinstance(reference, SavedModel) or "logprob" not in reference.heads:
+        raise ModelError(f"--reference {name} is no plain causal LM")
+    check_comparable(saved, reference)
+    known = {key: saved.metadata[key] for key in ("layout", "uses_stock_logits") if key in saved.metadata}
+    return SavedPolicy(reference.folder, reference.config, known, reference.chat_template)
+
+
+def check_comparable(saved: Saved, reference: SavedPolicy) -> None:
+    """Raises ModelError if the reference would take the tokens of the model for others, or its layout is of another
+    kind of network."""
+    kinds = [load_model_config(each.config).model_type for each in (saved, reference)]
+    if kinds[0] != kinds[1]:
+        raise ModelError(
+            f"--reference {reference.folder} is a {kinds[1]} model, {saved.folder} a {kinds[0]} model; an implicit "
+            "reward needs a reference of the same architecture"
+        )
+    fewer, more = sorted((vocabulary(each) for each in (saved, reference)), key=len)
+    if not fewer.items() <= more.items():  # a training may have added a pad token
+        raise ModelError(
+            f"--reference {reference.folder} has another vocabulary than {saved.folder}: it would read other tokens"
+        )
+
+
+def vocabulary(saved: Saved) -> dict[str, int]:
+    """Tokens and their ids."""
+    return load_tokenizer(saved.config.model_copy(update={"name_or_path": str(saved.folder)})).get_vocab()
+
+
+def base_of(saved: Saved) -> str | None:
+    """Name of the weights that a training started from; None of a model that does not say."""
+    return saved.metadata.get("base", {}).get("model")
+
+
+def trained_with(saved: Saved, section: str) -> dict[str, Any]:
+    """A section of the configuration that a model was trained with; {} where it does not say."""
+    return saved.metadata.get("config", {}).get(section, {})
+
+
+def trained_beta(saved: Saved) -> float:
+    """Scale of the implicit reward."""
+    return trained_with(saved, "objective").get("beta", DEFAULT_BETA)
+
+
+def load_scorer(saved: SavedScorer, device: torch.device, max_tokens: int) -> Scorer:
+    """Load what `open_model` or `open_reward_model` has looked at."""
+    return SCORERS[type(saved)].load(saved, device, max_tokens)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON object; {} where there is no such file."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+
+
+def identity_of_model(saved: SavedScorer) -> dict[str, Any]:
+    """What of a model the scores depend on."""
+    if isinstance(saved, SavedImplicitReward):
+        models = {"policy": saved.policy, "reference": saved.reference}
+        return {name: identity_of_model(each) for name, each in models.items()} | {"beta": saved.beta}
+    folders = dict.fromkeys([saved.folder, local_folder(saved.config)])  # an adapter's base lies elsewhere
+    files = [
+        file
+        for folder in folders
+        for kind in ("safetensors", "bin", "json")
+        for file in sorted(folder.glob(f"*.{kind}"))
+    ]
+    return {"files": [stamp(file) for file in files], "dtype": saved.config.dtype}

@@ -1,0 +1,193 @@
+"""Scoring a file of conversations on any number of processes, a part at a time (`scoring.parts`).
+
+IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> OUT.jsonl
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hafrm_ds.errors import DataError
+from hafrm_ds.processes.console import Console
+from hafrm_ds.processes.parts import claim_folder, leave_together, stamp, work_through
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.saved.implicit import SavedImplicitReward
+from hafrm_ds.saved.opening import SavedScorer, identity_of_model, open_reward_model
+from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS, Scorer
+from hafrm_ds.saved.sharded import load_for_job
+from hafrm_ds.scoring.rows import ScoredRow
+
+SMALLEST_PART, MOST_PARTS = 64, 2000
+"""A part has at least so many lines, and more where there would be more than so many parts."""
+ERRORS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What launch/score.py is asked for; its --help says what each means."""
+
+    model: Path
+    input: Path
+    output: Path
+    max_tokens_per_micro_batch: int = DEFAULT_MAX_TOKENS
+    dtype: str | None = None
+    deepspeed: Path | None = None
+    trust_remote_code: bool = False
+    trust_pickle: bool = False
+    chat_template: str | None = None
+    reference: str | None = None
+
+    def open(self) -> SavedScorer:
+        """Raises ModelError if the model cannot be used, or gives no reward."""
+        return open_reward_model(
+            self.model,
+            reference=self.reference,
+            dtype=self.dtype,
+            chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
+            trust_pickle=self.trust_pickle,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Lines of the input: `num_lines` from byte `start` on, the first of which is line `first_line` (from 1)."""
+
+    number: int
+    start: int
+    first_line: int
+    num_lines: int
+
+    def file(self, folder: Path) -> Path:
+        return folder / f"part-{self.number:06}.jsonl"
+
+
+def score_file(options: ScoringOptions, processes: Processes) -> int:
+    """Score every row of a file; returns how many could not be scored. All processes call this together.
+
+    Raises:
+        DataError: the files cannot be used. ModelError: the model cannot.
+    """
+    log = Console(processes)
+    saved = options.open()
+    if isinstance(saved, SavedImplicitReward):
+        log.print(f"{options.model} has no reward head: scored by its implicit reward against {saved.reference.folder}")
+    if options.max_tokens_per_micro_batch < 1:
+        raise DataError(f"--max_tokens_per_micro_batch is {options.max_tokens_per_micro_batch}; no row is so short")
+    folder = options.output.with_name(f"{options.output.name}.parts")
+    # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
+    plan = json.loads(processes.from_first("plan", lambda: json.dumps(plan_job(options, saved, folder))))
+    parts = [Part(**part) for part in plan["parts"]]
+    todo = {parts[number].file(folder): parts[number] for number in plan["missing"]}
+    if len(todo) < len(parts):
+        log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts are there already")
+    if todo:
+        model = load_for_job(saved, options.deepspeed, options.max_tokens_per_micro_batch, processes)
+        work_through(
+            "scoring",
+            {file: part.num_lines for file, part in todo.items()},
+            lambda file: score_part(todo[file], options.input, model),
+            processes,
+            log,
+            unit="rows",
+            together=options.deepspeed is not None,
+        )
+    num_bad = 0
+    if processes.is_first:
+        num_bad = join_parts(options.output, folder, parts, log)
+    leave_together(processes)
+    return num_bad
+
+
+# ---- what is to be done --------------------------------------------------------------------------------------------
+
+
+def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> dict[str, Any]:
+    """{"parts": all parts, "missing": numbers of those that are not there}; makes the folder of the parts.
+
+    Raises:
+        DataError: the output is there already, or its parts belong to another job.
+    """
+    if options.output.exists() and not folder.exists():
+        raise DataError(f"--output {options.output} is already there; choose another file")
+    parts = cut_into_parts(options.input)
+    claim_folder(folder, identity_of(options, saved))
+    missing = [part.number for part in parts if not part.file(folder).exists()]
+    return {"parts": [asdict(part) for part in parts], "missing": missing}
+
+
+def cut_into_parts(input: Path) -> list[Part]:
+    """Raises DataError if the input cannot be read or has no line."""
+    starts = [0]
+    try:
+        with input.open("rb") as file:
+            for line in file:
+                starts.append(starts[-1] + len(line))
+    except OSError as error:
+        raise DataError(f"--input {input} cannot be read: {error.strerror}") from error
+    num_lines = len(starts) - 1
+    if not num_lines:
+        raise DataError(f"--input {input} is empty")
+    length = max(SMALLEST_PART, -(-num_lines // MOST_PARTS))
+    firsts = range(0, num_lines, length)
+    return [Part(k, starts[line], line + 1, min(length, num_lines - line)) for k, line in enumerate(firsts)]
+
+
+def identity_of(options: ScoringOptions, saved: SavedScorer) -> dict[str, Any]:
+    """What the scores depend on: parts of another job never mix with these."""
+    return {
+        "input": stamp(options.input),
+        "model": identity_of_model(saved),
+        "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
+        "template": saved.formatter().fingerprint,
+    }
+
+
+# ---- doing it ------------------------------------------------------------------------------------------------------
+
+
+def score_part(part: Part, input: Path, model: Scorer) -> bytes:
+    """Content of a part's file: a line with the errors (a JSON list), then a line for each row. Empty lines are passed
+    over, but counted."""
+    with input.open("rb") as file:
+        file.seek(part.start)
+        lines = [file.readline() for _ in range(part.num_lines)]
+    places = [f"{input.name}:{part.first_line + number}" for number in range(len(lines))]
+    rows = [(ScoredRow.read(line.strip(), place, model), place) for line, place in zip(lines, places) if line.strip()]
+    scores = iter(model.score_ids([ids for row, _ in rows for ids in row.conversations]))
+    written, errors = [], []
+    for row, place in rows:
+        line, error = row.written([next(scores) for _ in row.conversations], place)
+        written.append(line)
+        if error:
+            errors.append(error)
+    return json.dumps(errors).encode() + b"\n" + b"".join(written)
+
+
+def join_parts(output: Path, folder: Path, parts: list[Part], log: Console) -> int:
+    """Put the parts together, remove them, and report the rows that could not be scored; returns how many."""
+    errors: list[str] = []
+    draft = folder / ".joined"
+    try:
+        with draft.open("wb") as joined:
+            for part in parts:
+                with part.file(folder).open("rb") as file:
+                    errors += json.loads(file.readline())
+                    shutil.copyfileobj(file, joined)
+            joined.flush()
+            os.fsync(joined.fileno())
+        draft.rename(output)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise DataError(f"--output {output} cannot be written: {error.strerror}; start again to join it") from error
+    if errors:
+        log.warn(f"{len(errors):,} rows could not be scored; their score is null:")
+        for error in errors[:ERRORS_SHOWN]:
+            log.warn(error)
+        if len(errors) > ERRORS_SHOWN:
+            log.warn(f"and {len(errors) - ERRORS_SHOWN:,} more, each with its reason in score_error")
+    log.print(f"the scores are in {output}")
+    return len(errors)

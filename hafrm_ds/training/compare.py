@@ -1,0 +1,251 @@
+"""The three objectives of the paper from the same start on the same data: Baseline, DPO and HaF, a run for each seed.
+
+Every training is a run of launch/train.py in processes of its own, one after another: an engine that has ended keeps
+its weights in memory, and a run that fails or is stopped must not take the others with it.
+"""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hafrm_ds.config import ObjectiveConfig, TrainConfig, contradictions
+from hafrm_ds.durability import write_whole
+from hafrm_ds.errors import ConfigError, DataError, UserError
+from hafrm_ds.evaluation.comparison import (
+    COMPARISON_FILE,
+    Method,
+    compare,
+    render_comparison,
+    run_folder,
+    seeds_in_words,
+)
+from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, load_all
+from hafrm_ds.evaluation.report.reading import SUMMARY_FILE
+from hafrm_ds.evaluation.report.writing import leave_report
+from hafrm_ds.processes.parts import leave_together
+from hafrm_ds.processes.ranks import FailedElsewhere, Processes
+from hafrm_ds.processes.stopping import STOPPED_STATUS, Stopped
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
+
+CONTENT = ("model.name_or_path", "model.revision", "data.train", "data.eval")
+"""When a run goes on, the content of these is compared. Of a finished run it is not read again: their words count."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method: what it changes in the objective."""
+
+    name: str
+    objective: ObjectiveConfig
+
+    @property
+    def judge(self) -> str:
+        if self.objective.uses_reward:
+            return "reward"
+        return "implicit" if self.objective.uses_reference else "logprob"
+
+
+def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]) -> list[Arm]:
+    """baseline (alpha 0), dpo (rm_weight 0) for each beta, haf for each alpha and beta; those of the configuration
+    where none are given.
+
+    Raises:
+        ConfigError: the configuration does not have both losses, an option of it needs both, it names no evaluation
+            set, or a value is none or there twice.
+    """
+    objective = config.objective
+    problems = []
+    if not (objective.uses_reward and objective.uses_policy):
+        problems.append(
+            f"a comparison turns the losses off one by one: objective.alpha (now {objective.alpha}) and "
+            f"objective.rm_weight (now {objective.rm_weight}) must be above 0"
+        )
+    if not config.data.eval:
+        problems.append("a comparison needs data.eval: first the set of the training distribution, then any others")
+    problems += [*faults("alphas", alphas), *faults("betas", betas)]
+    if problems:
+        raise ConfigError(problems)
+
+    def changed(**changes: float) -> ObjectiveConfig:
+        return ObjectiveConfig.model_validate(objective.model_dump() | changes)
+
+    def label(name: str, values: Sequence[float], value: float) -> str:
+        return f"-{name}{in_a_name(value)}" if len(values) > 1 else ""
+
+    alphas, betas = list(alphas) or [objective.alpha], list(betas) or [objective.beta]
+    arms = [Arm("baseline", changed(alpha=0.0))]
+    arms += [Arm(f"dpo{label('beta', betas, beta)}", changed(rm_weight=0.0, beta=beta)) for beta in betas]
+    arms += [
+        Arm(f"haf{label('alpha', alphas, alpha)}{label('beta', betas, beta)}", changed(alpha=alpha, beta=beta))
+        for alpha in alphas
+        for beta in betas
+    ]
+    problems = [
+        f"{arm.name}: {problem}"
+        for arm in arms
+        for problem in contradictions(config.model_copy(update={"objective": arm.objective}))
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return arms
+
+
+def faults(option: str, values: Sequence[float]) -> Iterator[str]:
+    """What is wrong with the values of an option, in words."""
+    yield from (
+        f"--{option} has a value of {value}; each must be a number above 0"
+        for value in values
+        if not 0 < value < math.inf
+    )
+    for name, times in Counter(map(in_a_name, values)).items():
+        if times > 1:
+            yield f"--{option} has {times} values that are written {name} in the names of the runs; give each only once"
+
+
+def in_a_name(value: float) -> str:
+    return f"{value:g}"
+
+
+def train_and_compare(
+    config: TrainConfig,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    train_script: Path,
+    processes: Processes,
+) -> None:
+    """Train every arm with every seed, where that is not done yet, and compare them on every set of data.eval.
+
+    Leaves runs/ARM-seedN/ in config.output_dir, and after every seed comparison.json and report.html of the seeds that
+    are complete. All processes call this together.
+
+    Args:
+        train_script: launch/train.py, which each training is a run of.
+
+    Raises:
+        Stopped: a signal has ended it; the same command goes on.
+        DataError: a training has seen other pairs than the rest.
+    """
+    log = RunLog(None, processes, files=False)
+    # Seed by seed, so that what there is after a while compares all arms.
+    for place, seed in enumerate(seeds):
+        is_last, has_trained = place == len(seeds) - 1, False
+        for number, arm in enumerate(arms, start=place * len(arms) + 1):
+            title = f"training {number} of {len(seeds) * len(arms)}"
+            has_trained |= train_unless_finished(run_config(config, arm, seed), title, train_script, processes, log)
+        if processes.is_first:
+            check_same_data([run_config(config, arm, seed).output_dir for arm in arms])
+        if processes.is_first and (has_trained or is_last):
+            results = compare_trained(config, arms, seeds[: place + 1], seeds)
+            file = config.output_dir / COMPARISON_FILE
+            write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
+            if is_last:
+                log.print(render_comparison(results))
+            log.print(f"\nthe results of {seeds_in_words(results)} are in {file}")
+            leave_report(config.output_dir, log)
+    leave_together(processes)
+
+
+def compare_trained(
+    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], planned_seeds: Sequence[int]
+) -> dict[str, Any]:
+    """What comparison.json says of the trainings with these seeds, all of which are finished."""
+    scores = [
+        [load_all(run_folder(config.output_dir, arm.name, seed) / SCORES_FOLDER) for seed in seeds] for arm in arms
+    ]
+    methods = [Method(arm.name, arm.judge, each) for arm, each in zip(arms, scores, strict=True)]
+    return compare(methods, list(config.data.eval), seeds, planned_seeds)
+
+
+def check_same_data(runs: Sequence[Path]) -> None:
+    """Raises DataError if the trainings of a seed have not seen the same pairs: a file was changed between them."""
+    first, *others = [json.loads((run / SUMMARY_FILE).read_text()).get("data", {}) for run in runs]
+    for run, data in zip(runs[1:], others):
+        if differing := [name for name in first if data.get(name) != first[name]]:
+            raise DataError(
+                f"{run} has seen other pairs of {differing[0]} than {runs[0]}: the data was changed between the two "
+                "trainings. Remove the runs with the old data to train them anew"
+            )
+
+
+def train_unless_finished(run: TrainConfig, title: str, train_script: Path, processes: Processes, log: RunLog) -> bool:
+    """Returns whether there was anything to do."""
+    name = run.output_dir.name
+    if processes.from_first(f"finished {name}", lambda: str(is_finished(run))) == "True":
+        log.print(f"{title}: {run.output_dir} is finished")
+        return False
+    log.print(f"\n[bold]{title}: {run.output_dir}[/bold]")
+    if processes.is_first:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(options_file(run), run.to_yaml().encode())
+    train_in_child(run, train_script, processes.from_first(f"port {name}", free_port), processes)
+    return True
+
+
+def run_config(config: TrainConfig, arm: Arm, seed: int) -> TrainConfig:
+    """The configuration of one training."""
+    folder = run_folder(config.output_dir, arm.name, seed)
+    return config.model_copy(update={"output_dir": folder, "seed": seed, "objective": arm.objective, "resume": "auto"})
+
+
+def options_file(run: TrainConfig) -> Path:
+    """What the training is started with: `--config` takes it to repeat it by hand."""
+    return run.output_dir.with_suffix(".yaml")
+
+
+def is_finished(run: TrainConfig) -> bool:
+    """Raises UserError if the folder holds a finished run with other options."""
+    if not (run.output_dir / SUMMARY_FILE).exists():
+        return False
+    saved = yaml.safe_load((run.output_dir / "config.yaml").read_text())
+    wanted = run.model_dump(mode="json")
+    for name, value in wanted["batch"].items():
+        if value == "auto":  # decided by the run
+            wanted["batch"][name] = saved["batch"][name]
+    free = tuple(name for name in FREE_TO_CHANGE if name not in CONTENT)
+    if changed := changed_options(saved, wanted, free):
+        lines = "".join(f"\n  - {text}" for text in changed.values())
+        raise UserError(
+            f"{run.output_dir} holds a finished run with other options:{lines}\nChoose another --output_dir, or remove "
+            "the run to train it anew"
+        )
+    return True
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return str(probe.getsockname()[1])
+
+
+def train_in_child(run: TrainConfig, train_script: Path, port: str, processes: Processes) -> None:
+    """Run a training in a child of each process; they meet at a port of their own. A signal is handed on.
+
+    Raises:
+        Stopped: the training was stopped. FailedElsewhere: it has failed, and has said why.
+    """
+    command = [sys.executable, str(train_script), "--config", str(options_file(run))]
+    # A store of torchrun's agent still holds what an earlier training has written.
+    own = {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    child = subprocess.Popen(command, env=environ | own)
+    try:
+        status = child.wait()
+    except Stopped as stop:
+        processes.stopping.defer()
+        child.terminate()
+        child.wait()
+        raise Stopped(f"{stop.reason}; the same command goes on") from None
+    if status == STOPPED_STATUS:
+        raise Stopped(f"the training in {run.output_dir} was stopped; the same command goes on")
+    if status:
+        raise FailedElsewhere

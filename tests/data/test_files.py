@@ -1,0 +1,162 @@
+"""Reading of every kind of file, folder and hub set, and the errors of those that cannot be read."""
+
+import gzip
+from pathlib import Path
+
+import datasets
+import pytest
+
+from hafrm_ds.data import files as tables
+from hafrm_ds.data.reading import FEATURES
+from tests.data.row_files import error_of, prompts, rows_of, write_lines, write_rows
+
+
+@pytest.mark.parametrize(
+    ("path", "first_id"),
+    [
+        ("x.jsonl", "x.jsonl:2"),
+        ("x.json", "x.json:1"),
+        ("x.jsonl.gz", "x.jsonl.gz:1"),
+        ("x.json.gz", "x.json.gz:1"),
+        ("x.parquet", "x.parquet:1"),
+        ("saved", "saved:1"),
+        ("splits", "splits[train]:1"),
+    ],
+)
+def test_every_kind_of_file(read, path, first_id):
+    write_rows(path, rows_of(3))
+    pairs = read(path)
+    assert pairs.features == FEATURES
+    assert pairs[0] == {
+        "prompt": [{"role": "user", "content": "p0"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+        "margin": None,
+        "source": path.split(".")[0],
+        "id": first_id,
+        "format": "explicit_prompt",
+        "dropped": "",
+        "deselected": "",
+    }
+    assert prompts(pairs) == ["p0", "p1", "p2"]
+
+
+def test_json_lines_in_a_json_file(read):
+    write_lines("x.json", rows_of(2))
+    assert read("x.json")["id"][:] == ["x.json:1", "x.json:2"]
+
+
+def test_columns_of_mixed_types_in_json_lines(read):
+    message = {"role": "user", "content": "p"}
+    write_lines("x.jsonl", [*rows_of(1, votes=3), *rows_of(1, prompt=[message], votes="all", margin=0.5)])
+    assert read("x.jsonl")["margin"][:] == [None, 0.5]
+
+
+def test_a_folder_of_files_is_read_in_order_of_names(read):
+    Path("data").mkdir()
+    write_lines("data/b.jsonl", rows_of(1))
+    write_rows("data/a.parquet", rows_of(2))
+    Path("data/README.md").write_text("not data")
+    assert read("data")["id"][:] == ["data/a.parquet:1", "data/a.parquet:2", "data/b.jsonl:1"]
+
+
+def test_a_split_of_a_saved_folder(read):
+    write_rows("splits", rows_of(3))
+    assert read({"path": "splits", "split": "test"})["id"][:] == ["splits[test]:1"]
+    assert "has no split 'validation' (splits: train, test)" in error_of(
+        read, {"path": "splits", "split": "validation"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("x.jsonl", b"", "x.jsonl: holds no rows"),
+        ("x.json", b"[]", "x.json: holds no rows"),
+        (
+            "x.jsonl",
+            b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": \n',
+            "x.jsonl:2: is not valid JSON: Expecting value (column 11)",
+        ),
+        ("x.jsonl", b'{"prompt": "\xe9"}\n', "x.jsonl:1: is not UTF-8 (byte 13 is 0xe9)"),
+        ("x.jsonl", b"[1, 2]\n", "x.jsonl:1: is a list of 2, expected an object with fields"),
+        ("x.json", b'[{"a": 1}', "x.json: is not valid JSON: Expecting ',' delimiter (column 10)"),
+        ("x.json", b"[3]", "x.json:1: is the int 3, expected an object with fields"),
+        ("x.jsonl.gz", b"plain", "x.jsonl.gz: cannot be read: Not a gzipped file (b'pl')"),
+        ("x.jsonl.gz", gzip.compress(b"{}\n" * 999)[:-20], "x.jsonl.gz: cannot be read: "),
+        ("x.parquet", b"plain", "x.parquet: cannot be read as parquet: ArrowInvalid"),
+        ("x.csv", b"a,b", "x.csv: unknown kind of file; known are .jsonl, .json, .jsonl.gz, .json.gz, .parquet"),
+        ("x.jsonl", b'{"question": "q"}', "x.jsonl:1: the columns question are of no known format"),
+        (
+            "x.jsonl",
+            b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n\n{"prompt": "p", "chosen": null, "rejected": "b"}\n',
+            "x.jsonl:3: field 'chosen' is null, expected a text or a list of messages",
+        ),
+    ],
+)
+def test_unreadable_files(read, path, content, message):
+    Path(path).write_bytes(content)
+    assert message in error_of(read, path)
+
+
+def test_places_without_data(read):
+    assert error_of(read, "no.jsonl") == "no.jsonl: no such file or folder, and not the form of a hub id (ORG/NAME)"
+    Path("empty").mkdir()
+    assert "empty: this folder holds no data file (.jsonl" in error_of(read, "empty")
+    Path("damaged").mkdir()
+    Path("damaged/state.json").write_text("{}")
+    assert "damaged: datasets cannot load this folder: " in error_of(read, "damaged")
+    write_lines("x.jsonl", rows_of(1))
+    message = error_of(read, {"path": "x.jsonl", "split": "train"})
+    assert (
+        message
+        == "x.jsonl: split 'train' was given, but this is local data; rows are chosen with where, or with portion"
+    )
+    assert "data_dir 'd' was given, but this is local data" in error_of(read, {"path": "x.jsonl", "data_dir": "d"})
+
+
+# ---- hub -----------------------------------------------------------------------------------------------------------
+
+
+def test_hub_sets_are_loaded_with_all_their_options(read, monkeypatch, tmp_path):
+    write_rows("saved", rows_of(2))
+    calls = []
+
+    def load_dataset(path, **options):
+        calls.append((path, options))
+        return datasets.load_from_disk("saved")
+
+    monkeypatch.setattr(tables.datasets, "load_dataset", load_dataset)
+    pairs = read({"path": "org/name", "config": "c", "data_dir": "d", "revision": "r", "split": "train[:2]"})
+    assert pairs["id"][:] == ["org/name[train[:2]]:1", "org/name[train[:2]]:2"]
+    assert pairs["source"][:] == ["org/name", "org/name"]
+    options = {
+        "name": "c",
+        "data_dir": "d",
+        "revision": "r",
+        "split": "train[:2]",
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    assert calls == [("org/name", options)]
+
+
+def test_a_hub_set_that_cannot_be_had(read, monkeypatch):
+    def load_dataset(path, **options):
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(tables.datasets, "load_dataset", load_dataset)
+    assert error_of(read, "org/name?config=c") == (
+        "org/name: no such file or folder here, and it could not be had from the Hugging Face hub "
+        "(config c, split train): ConnectionError: Couldn't reach the hub"
+    )
+
+
+def test_a_file_of_a_hub_set(read, monkeypatch, tmp_path):
+    write_lines("downloaded.json", rows_of(1))
+
+    def hf_hub_download(repository, file, *, repo_type, revision):
+        assert (repository, file, repo_type, revision) == ("org/name", "some/pairs.json", "dataset", None)
+        return str(tmp_path / "downloaded.json")
+
+    monkeypatch.setattr(tables, "hf_hub_download", hf_hub_download)
+    assert read("hf://datasets/org/name/some/pairs.json")["id"][:] == ["hf://datasets/org/name/some/pairs.json:1"]

@@ -1,0 +1,221 @@
+"""An evaluation from folders to files: against plain transformers code, and stopped and started again."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hafrm_ds.config import DataConfig
+from hafrm_ds.data.pairs import assistant, user
+from hafrm_ds.errors import DataError, ModelError
+from hafrm_ds.evaluation import scoring
+from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
+from hafrm_ds.evaluation.pair_scores import load_all
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.saved.export import export_model
+from tests.data.row_files import write_lines
+from tests.evaluation.benchmarks.rows import rewardbench_row
+from tests.tiny_models import save_tiny_final, save_tiny_model
+
+NUM_PAIRS = 50
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """final/, its two exports, base/ (other weights, the same tokenizer), and pairs.jsonl of two sources."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    save_tiny_final(folder / "final", pad_token="</s>")
+    export_model(folder / "final", "sequence-classification", folder / "classifier")
+    export_model(folder / "final", "policy", folder / "policy")
+    save_tiny_model(folder / "base", pad_token="</s>")
+    weights = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter.mul_(0.8)
+    weights.save_pretrained(folder / "base")
+    source = random.Random(0)
+
+    def text() -> str:
+        return "".join(source.choice("abc de") for _ in range(source.randrange(2, 40))).strip() or "x"
+
+    with (folder / "pairs.jsonl").open("w") as file:
+        for number in range(NUM_PAIRS):
+            row = {"prompt": text(), "chosen": text(), "rejected": text(), "source": "ab"[number % 2]}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def options_for(folder, model: str, output, **changes) -> EvaluationOptions:
+    data = DataConfig(train="unused", eval={"held out": str(folder / "pairs.jsonl")}).eval
+    given = {"model": str(folder / model), "output_dir": output, "data": data, "max_length": 500}
+    return EvaluationOptions(**given | changes)
+
+
+def run(options: EvaluationOptions) -> dict:
+    evaluate(options, Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore()))
+    return json.loads((options.output_dir / "evaluation.json").read_text())
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+
+
+def rendered(tokenizer, *messages) -> torch.Tensor:
+    return tokenizer.apply_chat_template(list(messages), return_tensors="pt", return_dict=True)["input_ids"]
+
+
+def stock_rewards(folder) -> np.ndarray:
+    """[P, 2] by plain transformers code: one conversation after another through the exported classifier."""
+    stock = AutoModelForSequenceClassification.from_pretrained(folder / "classifier").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "classifier")
+    with torch.no_grad():
+        return np.array(
+            [
+                [stock(rendered(tokenizer, user(row["prompt"]), assistant(row[side]))).logits[0, 0].item()
+                 for side in ("chosen", "rejected")]
+                for row in rows(folder)
+            ]
+        )  # fmt: skip
+
+
+def stock_logprobs(folder, model: str) -> np.ndarray:
+    """[P, 2] summed log-probs of the answers by plain transformers code."""
+    stock = AutoModelForCausalLM.from_pretrained(folder / model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+
+    def logprob(row: dict, side: str) -> float:
+        ids = rendered(tokenizer, user(row["prompt"]), assistant(row[side]))
+        start = tokenizer.apply_chat_template(
+            [user(row["prompt"])], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"].shape[1]
+        logprobs = stock(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        return logprobs.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+
+    with torch.no_grad():
+        return np.array([[logprob(row, side) for side in ("chosen", "rejected")] for row in rows(folder)])
+
+
+@pytest.mark.parametrize("model", ["final", "classifier"])
+def test_accuracies_are_those_of_plain_transformers_code(folder, tmp_path, model):
+    found = run(options_for(folder, model, tmp_path / "out"))["sets"]["held out"]
+    expected = stock_rewards(folder)
+    right = (np.sign(expected[:, 0] - expected[:, 1]) + 1) / 2
+    assert 0.2 < right.mean() < 0.8
+    assert found["pairs"] == NUM_PAIRS and found["ties"]["reward"] == 0
+    assert found["accuracy"]["reward"]["value"] == pytest.approx(right.mean(), abs=1e-12)
+    for place, source in enumerate("ab"):
+        by_source = found["by_source"][source]["accuracy"]["reward"]["value"]
+        assert by_source == pytest.approx(right[place::2].mean(), abs=1e-12)
+    scores = load_all(tmp_path / "out" / "evaluation")["held out"]
+    np.testing.assert_allclose(scores.reward, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["final", "policy"])
+def test_the_implicit_reward_is_policy_against_reference(folder, tmp_path, model):
+    results = run(options_for(folder, model, tmp_path / "out", reference=str(folder / "base"), beta=0.3))
+    found = results["sets"]["held out"]
+    policy, reference = stock_logprobs(folder, "policy"), stock_logprobs(folder, "base")
+    scores = load_all(tmp_path / "out" / "evaluation")["held out"]
+    np.testing.assert_allclose(scores.logprob, policy, atol=1e-3)
+    np.testing.assert_allclose(scores.reference, reference, atol=1e-3)
+    margins = 0.3 * ((policy - reference)[:, 0] - (policy - reference)[:, 1])
+    assert found["accuracy"]["implicit"]["value"] == pytest.approx((margins > 0).mean(), abs=1e-12)
+    assert found["margin"]["implicit"]["value"] == pytest.approx(margins.mean(), abs=1e-4)
+    assert found["accuracy"]["logprob"]["value"] == pytest.approx((policy[:, 0] > policy[:, 1]).mean(), abs=1e-12)
+    assert ("reward" in found["accuracy"]) == (model == "final")
+
+
+def test_a_benchmark_is_judged_by_every_judge_there_is(folder, tmp_path):
+    """The pairs of the set as rows of one subset: its score is the plain accuracy, but that a tie is lost."""
+    write_lines(tmp_path / "rows.jsonl", [rewardbench_row("math-prm", **row) for row in map(sides, rows(folder))])
+    asked = {"rewardbench": str(tmp_path / "rows.jsonl")}
+    options = options_for(
+        folder, "final", tmp_path / "out", data={}, benchmarks=asked, reference=str(folder / "base"), beta=0.3
+    )
+    found = run(options)["benchmarks"]["rewardbench"]
+    assert found["cut"] == 0 and found["judges"].keys() == {"reward", "logprob", "implicit"}
+    policy, reference = stock_logprobs(folder, "policy"), stock_logprobs(folder, "base")
+    expected = {"reward": stock_rewards(folder), "logprob": policy, "implicit": policy - reference}
+    for judge, values in expected.items():
+        result = found["judges"][judge]["categories"]["Reasoning"]["subsets"]["math-prm"]
+        assert result["score"] == pytest.approx((values[:, 0] > values[:, 1]).mean(), abs=1e-12)
+        assert result["questions"] == NUM_PAIRS
+
+
+def sides(row: dict) -> dict:
+    return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def test_a_stopped_evaluation_goes_on_with_what_is_missing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "SMALLEST_PART", 8)
+    whole = run(options_for(folder, "final", tmp_path / "whole"))
+    load, written = scoring.load_for_job, []
+
+    def dying_after(num_parts: int):
+        def loading(*arguments):
+            scorer = load(*arguments)
+            values = scorer.values
+
+            def counted(*given):
+                if len(written) == num_parts:
+                    raise Interrupted
+                written.append(None)
+                return values(*given)
+
+            scorer.values = counted
+            return scorer
+
+        return loading
+
+    options = options_for(folder, "final", tmp_path / "stopped")
+    monkeypatch.setattr(scoring, "load_for_job", dying_after(3))
+    with pytest.raises(Interrupted):
+        run(options)
+    written.clear()
+    monkeypatch.setattr(scoring, "load_for_job", dying_after(1000))
+    assert run(options)["sets"] == whole["sets"]
+    assert len(written) == 7 - 3  # parts of 8 pairs
+    written.clear()
+    assert run(options)["sets"] == whole["sets"] and not written  # it is finished
+    assert {path.name for path in options.output_dir.iterdir()} == {"evaluation", "evaluation.json", "report.html"}
+
+
+def test_results_of_two_evaluations_never_mix(folder, tmp_path):
+    options = options_for(folder, "final", tmp_path / "out", max_pairs=10)
+    assert run(options)["sets"]["held out"]["pairs"] == 10
+    for changed in (
+        dataclasses.replace(options, model=str(folder / "classifier")),
+        dataclasses.replace(options, max_pairs=11),
+    ):
+        with pytest.raises(DataError, match=r"evaluation\.json holds another evaluation; choose another --output_dir"):
+            run(changed)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("classifier", {"reference": "base"}, "has no LM head"),
+        ("final", {"reference": "final"}, "is no plain causal LM"),
+        ("final", {"max_length": 9000}, "do not fit --max_tokens_per_micro_batch 8,192"),
+        ("nothing", {}, "is no local folder"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(folder, tmp_path, model, changes, message):
+    if changes.get("reference") == "final":
+        changes = {"reference": str(folder / "final")}
+    with pytest.raises((DataError, ModelError), match=message):
+        run(options_for(folder, model, tmp_path / "out", **changes))
+
+
+def test_the_base_is_the_one_that_the_model_names(folder, tmp_path):
+    with pytest.raises(ModelError, match="example/tiny"):
+        run(options_for(folder, "final", tmp_path / "out", reference="base"))

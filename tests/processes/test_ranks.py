@@ -1,0 +1,269 @@
+"""Ranks as threads around one store: who works when, and who leaves when another has met an error."""
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from hafrm_ds.errors import DataError, UserError
+from hafrm_ds.processes import ranks as module
+from hafrm_ds.processes.launchers import Placement
+from hafrm_ds.processes.ranks import FailedElsewhere, Processes, run_entry
+from hafrm_ds.processes.stopping import Stopped
+
+WORLD_SIZE = 4
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A rank that would wait for ever fails instead."""
+    end = time.monotonic() + 20
+
+    def sleep(seconds: float) -> None:
+        if time.monotonic() > end:
+            raise TimeoutError("waits for ever")
+        time.sleep(seconds)
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
+
+
+@pytest.fixture
+def ranks() -> list[Processes]:
+    """Four ranks of one node."""
+    store = dist.HashStore()
+    return [Processes(rank, rank, WORLD_SIZE, store) for rank in range(WORLD_SIZE)]
+
+
+@pytest.mark.parametrize(("num_hosts", "number"), [(1, 4), (2, 2), (3, 1)])
+def test_processes_of_each_host(ranks, num_hosts, number):
+    assert replace(ranks[0], num_hosts=num_hosts).machine_size == number
+
+
+def at_once(ranks: list[Processes], action) -> list:
+    """What `action(processes)` returned on each rank, or the error it raised."""
+
+    def run(processes: Processes):
+        try:
+            return action(processes)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(run, ranks))
+
+
+@pytest.fixture
+def enter(monkeypatch):
+    """Runs an entry file as one of the ranks, while the others do nothing."""
+
+    def run(processes: Processes, main) -> None:
+        monkeypatch.setattr(Processes, "join", classmethod(lambda cls: processes))
+        monkeypatch.setattr(Processes, "must_agree", lambda *given: None)
+        run_entry(main)
+
+    return run
+
+
+def test_rank_0_works_alone_before_the_others(ranks):
+    started, finished = [], threading.Event()
+
+    def work(rank: int) -> int:
+        assert rank == 0 or finished.is_set()
+        started.append(rank)
+        if rank == 0:
+            time.sleep(0.5)  # long enough for the others to overtake it
+            finished.set()
+        return 10 * rank
+
+    assert at_once(ranks, lambda p: p.in_turns("data", lambda: work(p.rank))) == [0, 10, 20, 30]
+    assert started[0] == 0
+
+
+def test_the_first_rank_of_another_node_works_before_its_neighbours():
+    store, finished = dist.HashStore(), []
+
+    def turn(processes: Processes) -> list[int]:
+        def work() -> list[int]:
+            before = list(finished)
+            time.sleep(0.5 if processes.local_rank == 0 else 0)  # long enough for the others to overtake it
+            finished.append(processes.rank)
+            return before
+
+        return processes.in_turns("data", work)
+
+    before = at_once([Processes(rank, rank % 2, 4, store, host=f"node {rank // 2}") for rank in range(4)], turn)
+    assert before[0] == []
+    assert 0 in before[1] and 0 in before[2] and 2 in before[3]
+
+
+def test_the_first_rank_hears_what_every_rank_says(ranks):
+    said = at_once(ranks, lambda processes: processes.texts_of_all("state", f"of {processes.rank}"))
+    assert said == [["of 0", "of 1", "of 2", "of 3"], [], [], []]
+
+
+def test_a_run_that_was_asked_to_stop_says_so_once_and_can_be_told_from_an_error(ranks, enter, capsys):
+    def main(arguments: list[str], processes: Processes) -> None:
+        raise Stopped("SIGUSR1", 40, "step-000040")
+
+    for processes in ranks:
+        with pytest.raises(SystemExit, match="75"):
+            enter(processes, main)
+    said = "\nstopped: SIGUSR1 after step 40; --resume auto goes on from step-000040\n"
+    assert capsys.readouterr().err == said
+
+
+def test_an_error_is_reported_once_and_stops_the_ranks_that_wait(ranks, capsys):
+    def turn(processes: Processes) -> None:
+        def work() -> None:
+            raise DataError("pairs.jsonl:3: is no pair")
+
+        try:
+            processes.in_turns("data", work)
+        except DataError as error:
+            processes.report(error)
+            raise
+        except FailedElsewhere as error:
+            assert not processes.report(error)
+            raise
+
+    outcomes = at_once(ranks, turn)
+    assert [type(outcome) for outcome in outcomes] == [DataError, *[FailedElsewhere] * 3]
+    assert capsys.readouterr().err == "\nerror: pairs.jsonl:3: is no pair\n"
+
+
+def test_the_same_error_on_all_ranks_is_one_message(ranks, capsys):
+    printed = at_once(ranks, lambda processes: processes.report(DataError("the loss is not finite")))
+    assert sorted(printed) == [False, False, False, True]
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_group_is_not_started_without_a_rank_that_has_met_an_error(ranks):
+    """It would wait for that rank until its collectives time out."""
+
+    def start(processes: Processes) -> None:
+        if processes.rank == 2:
+            processes.report(DataError("cannot be read"))
+        else:
+            processes.start_group()
+
+    outcomes = at_once(ranks, start)
+    assert [type(outcome) for outcome in outcomes] == [FailedElsewhere, FailedElsewhere, type(None), FailedElsewhere]
+    assert not dist.is_initialized()
+
+
+def test_an_error_that_nobody_foresaw_also_stops_the_ranks_that_wait(ranks, enter, capsys):
+    def main(arguments: list[str], processes: Processes) -> None:
+        raise ZeroDivisionError("a bug on one rank")
+
+    with pytest.raises(SystemExit, match="1"):
+        enter(ranks[1], main)
+    assert "ZeroDivisionError: a bug on one rank" in capsys.readouterr().err
+    with pytest.raises(FailedElsewhere):
+        ranks[0].wait(lambda: False)
+    assert not ranks[0].report(DataError("of rank 0, after that"))
+
+
+def test_a_collective_that_fails_with_another_rank_is_no_error_of_its_own(ranks, enter, capsys):
+    def main(arguments: list[str], processes: Processes) -> None:
+        raise RuntimeError("[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:23945")
+
+    with pytest.raises(SystemExit, match="1"):
+        enter(ranks[1], main)
+    assert capsys.readouterr().err == "rank 1 stops: another process of the run has ended\n"
+    assert ranks[0].report(DataError("the error of rank 0, which is printed"))
+
+
+def test_a_store_that_is_gone_means_that_rank_0_has_left():
+    class Gone:
+        def check(self, *given):
+            raise dist.DistNetworkError("connection reset")
+
+        add = check
+
+    processes = Processes(1, 1, 2, Gone())
+    with pytest.raises(FailedElsewhere):
+        processes.wait(lambda: False)
+    assert not processes.report(DataError("of rank 1"))
+
+
+def test_waiting_ranks_ask_less_and_less_often(ranks, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=pauses.append))
+    ranks[1].wait(lambda: len(pauses) == 100)
+    assert pauses[0] == module.POLL_SECONDS
+    assert pauses == sorted(pauses)
+    assert max(pauses) == module.LONGEST_POLL_SECONDS
+
+
+def test_hosts_that_differ_are_named_once_with_what_differs(monkeypatch, capsys):
+    store = dist.HashStore()
+    ranks = [Processes(rank, rank % 2, 4, store, host=f"n{rank // 2 + 1}") for rank in range(4)]
+
+    def compare(processes: Processes) -> None:
+        facts = {"torch": "2.13.0", "deepspeed": "0.19.8"} if processes.host == "n1" else {"torch": "2.12.1"}
+        try:
+            processes.must_agree("software", facts)
+            processes.wait(lambda: False)
+        except UserError as error:
+            processes.report(error)
+            raise
+
+    outcomes = at_once(ranks, compare)
+    assert [type(outcome) for outcome in outcomes] == [UserError, *[FailedElsewhere] * 3]
+    assert capsys.readouterr().err == (
+        "\nerror: the hosts of this run differ from n1, where rank 0 runs, in software:\n"
+        "  - n2: torch is 2.12.1, and 2.13.0 on n1\n"
+        "  - n2: deepspeed is not there, and 0.19.8 on n1\n"
+    )
+
+
+def test_ranks_that_agree_go_on(ranks):
+    assert at_once(ranks, lambda processes: processes.must_agree("data", {"train": "ab12"})) == [None] * WORLD_SIZE
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "THP_MEM_ALLOC_ENABLE": "1"}),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "THP_MEM_ALLOC_ENABLE": "0"},
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "THP_MEM_ALLOC_ENABLE": "0"},
+        ),
+    ],
+)
+def test_allocators_are_chosen_unless_the_user_has_chosen(monkeypatch, given, expected):
+    monkeypatch.setattr(module, "os", SimpleNamespace(environ=dict(given)))
+    module.choose_allocators()
+    assert module.os.environ == expected
+
+
+@pytest.fixture
+def rank_0_on_loopback(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is as it was after the test
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
+def test_gloo_gets_the_interface_that_leads_to_rank_0(rank_0_on_loopback):
+    Processes(0, 0, 2, dist.HashStore(), host="n1").choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_loopback_address_of_rank_0_is_refused_by_the_other_hosts(rank_0_on_loopback):
+    store = dist.HashStore()
+    Processes(0, 0, 3, store, host="n1").choose_interface()
+    del os.environ["GLOO_SOCKET_IFNAME"]
+    with pytest.raises(UserError, match=r"127.0.0.1 is a loopback address on n1 itself.* n2 cannot answer"):
+        Processes(2, 0, 3, store, host="n2").choose_interface()
+    Processes(1, 1, 3, store, host="n1").choose_interface()
+
+
+def test_a_rank_0_that_cannot_be_found_is_one_message():
+    with pytest.raises(UserError, match=r"^n2 does not know the address n1.invalid of rank 0 .* set MASTER_ADDR"):
+        module.meet(Placement("n2", 1, 0, 2, 2, "n1.invalid", 23456), timedelta(seconds=1))

@@ -1,0 +1,134 @@
+"""A comparison of methods: which trainings it takes, and what it leaves after each seed. The trainings are played."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.errors import ConfigError, DataError
+from hafrm_ds.evaluation.report import writing
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.training import compare as comparison
+from hafrm_ds.training.compare import arms_of, train_and_compare
+from launch.compare import numbers
+from tests.evaluation.report.folders import pair_scores, training_rows, write_rows
+
+
+def config_of(folder, **changes) -> TrainConfig:
+    train = Path(folder) / "train.jsonl"
+    train.write_text("pairs")
+    given = {
+        "output_dir": str(folder),
+        "model": {"name_or_path": "some/model"},
+        "data": {"train": str(train), "eval": {"held out": "held.jsonl"}},
+    }
+    return TrainConfig.model_validate(given | changes)
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Trainings that leave what a run leaves at once: folder names, with the seeds and the page that were there before
+    each."""
+    seen = {}
+
+    def train(run, train_script, port, processes):
+        file, page = (run.output_dir.parents[1] / name for name in ("comparison.json", "report.html"))
+        title = page.read_text().split("<h1>")[1].split("</h1>")[0] if page.exists() else None
+        seen[run.output_dir.name] = json.loads(file.read_text())["seeds"] if file.exists() else None, title
+        uses_policy = run.objective.uses_policy
+        scores = pair_scores(policy=uses_policy, seed=run.seed)
+        if not run.objective.uses_reward:
+            scores = replace(scores, reward=None)
+        scores.save(run.output_dir / "evaluation")
+        write_rows(run.output_dir, training_rows(3, policy=uses_policy))
+        (run.output_dir / "config.yaml").write_text(run.to_yaml())
+        data = {"train": Path(run.data.train[0].path).read_text()}
+        (run.output_dir / "summary.json").write_text(json.dumps({"steps": 3, "data": data}))
+
+    monkeypatch.setattr(comparison, "train_in_child", train)
+    return seen
+
+
+def start(config: TrainConfig, seeds: range) -> dict:
+    processes = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
+    train_and_compare(config, arms_of(config, [], []), seeds, "train.py", processes)
+    return json.loads((config.output_dir / "comparison.json").read_text())
+
+
+def test_results_are_written_after_every_seed(tmp_path, played, capsys):
+    results = start(config_of(tmp_path), range(3, 5))
+    arms = ("baseline", "dpo", "haf")
+    assert played == {f"{arm}-seed3": (None, None) for arm in arms} | {
+        f"{arm}-seed4": ([3], "3 methods, 1 of 2 seeds") for arm in arms
+    }
+    assert (results["seeds"], results["planned_seeds"]) == ([3, 4], [3, 4])
+    assert "<h1>3 methods, 2 seeds</h1>" in (tmp_path / "report.html").read_text()
+    printed = capsys.readouterr().out
+    assert printed.count("Accuracy [95%]") == 1 and "the results of 1 of 2 seeds are in" in printed
+
+    played.clear()
+    results = start(config_of(tmp_path), range(3, 6))
+    assert list(played) == [f"{arm}-seed5" for arm in arms] and results["seeds"] == [3, 4, 5]
+    assert capsys.readouterr().out.count("is finished") == 6
+
+
+def test_data_that_changed_between_two_trainings_is_found(tmp_path, played):
+    config = config_of(tmp_path)
+    start(config, range(1))
+    shutil.rmtree(tmp_path / "runs/haf-seed0")
+    Path(config.data.train[0].path).write_text("other pairs")
+    with pytest.raises(DataError, match=r"haf-seed0 has seen other pairs of train than \S+baseline-seed0"):
+        start(config, range(1))
+
+
+def test_a_page_that_cannot_be_drawn_costs_no_results(tmp_path, played, capsys, monkeypatch):
+    def fail(folder):
+        raise MemoryError("too many bins")
+
+    monkeypatch.setattr(writing, "write_report", fail)
+    assert start(config_of(tmp_path), range(1))["seeds"] == [0]
+    printed = capsys.readouterr().out
+    assert "no report was drawn: MemoryError('too many bins')" in printed and "haf - baseline" in printed
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_arms_are_named_by_what_differs(tmp_path):
+    arms = {arm.name: arm for arm in arms_of(config_of(tmp_path), [0.05, 1], [0.1])}
+    assert list(arms) == ["baseline", "dpo", "haf-alpha0.05", "haf-alpha1"]
+    weights = {name: (arm.objective.rm_weight, arm.objective.alpha) for name, arm in arms.items()}
+    assert weights == {"baseline": (1, 0), "dpo": (0, 0.2), "haf-alpha0.05": (1, 0.05), "haf-alpha1": (1, 1)}
+    assert [arm.judge for arm in arms.values()] == ["reward", "implicit", "reward", "reward"]
+    assert isinstance(arms["haf-alpha1"].objective.alpha, float)
+
+
+@pytest.mark.parametrize(
+    ("alphas", "betas", "message"),
+    [
+        ([0.2, 0.2], [], "--alphas has 2 values that are written 0.2 in the names"),
+        ([], [1, 1.0000001, 2], "--betas has 2 values that are written 1 in the names"),
+        ([float("nan")], [], "--alphas has a value of nan; each must be a number above 0"),
+        ([0.1], [float("inf"), 0.1], "--betas has a value of inf; each must be a number above 0"),
+        ([0], [-1], "2 problems"),
+    ],
+)
+def test_values_that_make_no_arms_are_refused_by_name(tmp_path, alphas, betas, message):
+    with pytest.raises(ConfigError, match=message):
+        arms_of(config_of(tmp_path), alphas, betas)
+
+
+def test_an_option_that_an_arm_cannot_have_is_named_before_any_training(tmp_path):
+    config = config_of(tmp_path, objective={"use_margin": True, "alternate_every": 5})
+    with pytest.raises(ConfigError, match=r"baseline: objective\.alternate_every is 5") as caught:
+        arms_of(config, [], [])
+    assert any(problem.startswith("dpo: objective.use_margin") for problem in caught.value.problems)
+
+
+def test_numbers_of_the_command_line():
+    assert numbers("alphas", "[0.1, 2]") == [0.1, 2.0] and numbers("betas", "1e-2") == [0.01]
+    for text in ("[0.1, 0.2", "[a, b]", "", "{a: 1}", "[[1]]"):
+        with pytest.raises(ConfigError, match=r"--alphas .*must be a number or a list of numbers"):
+            numbers("alphas", text)
