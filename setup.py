@@ -48,6 +48,16 @@ setup(
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
         "wandb": ["wandb"],
         "gpu-test": ["liger-kernel>=0.8"],  # tests/gpu compares with it
-        "test": ["pytest", "hypothesis", "ruff", "import-linter", "mypy", "types-PyYAML", "types-psutil", "trl>=1.16", "peft>=0.18"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "import-linter",
+            "mypy",
+            "types-PyYAML",
+            "types-psutil",
+            "trl>=1.16",
+            "peft>=0.18",
+        ],
     },
 )

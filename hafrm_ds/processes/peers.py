@@ -33,15 +33,19 @@ KEEPALIVE = {
     socket.TCP_KEEPCNT: (UNREACHABLE_SECONDS - 5) // 2,
     socket.TCP_USER_TIMEOUT: 1000 * UNREACHABLE_SECONDS,  # the same for what was sent and not received
 }
-CONNECT_SECONDS = 60
-"""So long a rank may take to be connected, and to say who it is: its host may be busy."""
+REACH_SECONDS = 15
+"""A rank that has not reached the watch of rank 0 by then goes without: a firewall drops what is sent to its port."""
+INTRODUCTION_SECONDS = 60
+"""A connection that has not introduced itself by then is closed; a busy host may take a while."""
 LONGEST_INTRODUCTION = 1024
-"""Bytes of the line in which a rank says who it is, at most."""
+"""Most bytes of the line in which a rank introduces itself."""
 UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 
 
 class PeerWatch(threading.Thread):
     """A thread of each rank that ends the process when another rank has ended or failed.
+
+    A rank that cannot reach rank 0's port neither watches nor is watched (`problem` says why); it calls on_tick.
 
     Args:
         store: rendezvous store, by which rank 0 tells its address.
@@ -65,61 +69,67 @@ class PeerWatch(threading.Thread):
         self.verdict: str | None = None
         self.deadline = float("inf")
         self.is_leaving = False
+        self.problem: str | None = None
+        """Why this rank is not watched; None where it is."""
         self.selector = selectors.DefaultSelector()
         self.peers: dict[socket.socket, str] = {}
         """Open connections and the name of the rank at the other end."""
-        self.strangers: dict[socket.socket, tuple[bytearray, float]] = {}
-        """Connections that have not said yet who they are: what they have said of it, and until when they may."""
+        self.unauthenticated: dict[socket.socket, tuple[bytearray, float]] = {}
+        """Connections that have not introduced themselves: what they have sent so far, and until when they may."""
         self.listener: socket.socket | None = None
         if rank == 0:
-            self.token = secrets.token_hex(8)  # a stranger who tries the port is none of the ranks
+            self.token = secrets.token_hex(8)  # whoever else tries the port is none of the ranks
             self.listener = socket.create_server(("", 0), backlog=world_size)
             self.selector.register(self.listener, selectors.EVENT_READ)
             store.set("peer watch", f"{self.listener.getsockname()[1]} {self.token} {name}")
         else:
             port, token, first = store.get("peer watch").decode().split(maxsplit=2)
-            to_first = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
-            to_first.settimeout(None)
-            to_first.sendall(f"{token} {name}\n".encode())
-            self.add(to_first, first)
+            try:
+                to_first = socket.create_connection((host, int(port)), timeout=REACH_SECONDS)
+                to_first.settimeout(None)
+                to_first.sendall(f"{token} {name}\n".encode())
+                self.add(to_first, first)
+            except OSError as error:
+                self.problem = f"{host}:{port}: {error}"
         self.start()
 
     def accept(self) -> None:
         connection, _ = self.listener.accept()
         connection.setblocking(False)
-        self.strangers[connection] = bytearray(), time.monotonic() + CONNECT_SECONDS
+        self.unauthenticated[connection] = bytearray(), time.monotonic() + INTRODUCTION_SECONDS
         self.selector.register(connection, selectors.EVENT_READ)
 
-    def get_to_know(self, stranger: socket.socket) -> None:
-        """Read on in the first line of a connection, which makes it one of the ranks or ends it."""
-        said, _ = self.strangers[stranger]
+    def authenticate(self, connection: socket.socket) -> None:
+        """Read what has come of a connection's first line: its token makes it a rank, all else ends it."""
+        said, _ = self.unauthenticated[connection]
         is_over = False
         try:
             while not said.endswith(b"\n") and not is_over:
-                byte = stranger.recv(1)  # what follows the line is for `hear`
+                byte = connection.recv(1)  # what follows the line is for `receive`
                 said += byte
                 is_over = not byte or len(said) == LONGEST_INTRODUCTION
         except BlockingIOError:
             return
         except OSError:
             is_over = True
-        self.forget(stranger)
+        self.forget(connection)
         token, _, name = said.decode(errors="replace").strip().partition(" ")
         if is_over or token != self.token:
-            stranger.close()
+            connection.close()
             return
-        stranger.setblocking(True)
-        self.add(stranger, name)
+        connection.setblocking(True)
+        self.add(connection, name)
 
-    def forget(self, stranger: socket.socket) -> None:
-        self.selector.unregister(stranger)
-        del self.strangers[stranger]
+    def forget(self, connection: socket.socket) -> None:
+        self.selector.unregister(connection)
+        del self.unauthenticated[connection]
 
-    def drop_the_silent(self) -> None:
+    def close_the_silent(self) -> None:
+        """Close connections that have not introduced themselves in time."""
         now = time.monotonic()
-        for stranger in [each for each, (_, deadline) in self.strangers.items() if now > deadline]:
-            self.forget(stranger)
-            stranger.close()
+        for connection in [each for each, (_, deadline) in self.unauthenticated.items() if now > deadline]:
+            self.forget(connection)
+            connection.close()
 
     def add(self, connection: socket.socket, name: str) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -133,18 +143,19 @@ class PeerWatch(threading.Thread):
             for key, _ in self.selector.select(TICK_SECONDS):
                 if key.fileobj is self.listener:
                     self.accept()
-                elif key.fileobj in self.strangers:
-                    self.get_to_know(key.fileobj)
+                elif key.fileobj in self.unauthenticated:
+                    self.authenticate(key.fileobj)
                 else:
-                    self.hear(key.fileobj)
-            self.drop_the_silent()
+                    self.receive(key.fileobj)
+            self.close_the_silent()
             self.on_tick()
             if time.monotonic() > self.deadline and not self.is_leaving:
                 print(f"{self.title} stops: {self.verdict}", file=sys.stderr, flush=True)
                 self.end(1)
                 return
 
-    def hear(self, connection: socket.socket) -> None:
+    def receive(self, connection: socket.socket) -> None:
+        """Read what a peer reports, or that its connection has closed."""
         silence = f"{self.peers[connection]} has ended"
         try:
             said = connection.recv(1024).decode().splitlines()
@@ -154,13 +165,13 @@ class PeerWatch(threading.Thread):
                 silence = f"{self.peers[connection]} cannot be reached: its host, or the network between, is down"
         for line in said or [silence]:
             if line != LEAVES:
-                self.condemn(line)
+                self.fail(line)
         if not said or LEAVES in said:
             self.selector.unregister(connection)
             del self.peers[connection]
             connection.close()
 
-    def condemn(self, verdict: str) -> None:
+    def fail(self, verdict: str) -> None:
         """Note what has happened, tell the others, and give this process a moment to leave by itself."""
         if self.verdict is None:
             self.verdict, self.deadline = verdict, time.monotonic() + GRACE_SECONDS
@@ -173,10 +184,10 @@ class PeerWatch(threading.Thread):
                 connection.sendall(f"{message}\n".encode())
 
     def leave(self, verdict: str | None = None) -> None:
-        """Say that this rank ends, and, if the others cannot go on without it, why. Rank 0 leaves last if it can."""
+        """Say that this rank ends, and why, if the others cannot continue without it. Rank 0 leaves last if it can."""
         self.is_leaving = True
         if verdict is not None:
-            self.condemn(verdict)
+            self.fail(verdict)
             if self.rank != 0:
                 self.tell(verdict)
         end = time.monotonic() + LINGER_SECONDS

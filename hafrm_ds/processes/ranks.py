@@ -306,17 +306,25 @@ def meet(placement: Placement, timeout: timedelta) -> dist.Store:
 
 
 def watch_peers(processes: Processes, address: str, on_tick: Callable[[], None]) -> PeerWatch:
-    """Raises UserError if rank 0 cannot be reached."""
+    """Start the watch of this rank. Where a firewall is in its way the run continues without; each host says so once.
+
+    Raises:
+        UserError: the rendezvous store does not tell where the watch of rank 0 is.
+    """
+    store = processes.store
     try:
-        return PeerWatch(
-            processes.rank, processes.world_size, processes.store, address, name=processes.name, on_tick=on_tick
-        )
+        watch = PeerWatch(processes.rank, processes.world_size, store, address, name=processes.name, on_tick=on_tick)
+        if watch.problem is not None and store.add(f"watch/{processes.host}", 1) == 1:
+            print(
+                f"WARNING {processes.name} does not reach the watch of rank 0 ({watch.problem}): the run continues "
+                f"without it, and a rank that is killed may be noticed only when a collective times out, after "
+                f"{processes.timeout}. Open the ports above 1023 between the hosts of a run",
+                file=sys.stderr,
+                flush=True,
+            )
     except (OSError, dist.DistError) as error:
-        raise UserError(
-            f"{processes.name} reaches the rendezvous store at {address}, but not the watch of rank 0 beside it, whose "
-            f"port the system chooses ({reason_of(error)}). The hosts of a run must reach one another at all ports "
-            "above 1023"
-        ) from error
+        raise UserError(f"{processes.name} cannot start the watch over the other ranks: {reason_of(error)}") from error
+    return watch
 
 
 def reason_of(error: Exception) -> str:

@@ -87,11 +87,11 @@ def test_rank_0_waits_for_the_others_but_not_for_ever(watches):
     assert ended == [], "rank 2 was told that rank 0 leaves in order"
 
 
-def test_a_stranger_at_the_port_is_nobody(watches):
+def test_whoever_else_tries_the_port_is_nobody(watches):
     ranks, ended = watches
     for said in (b"GET / HTTP/1.1\r\n\r\n", b"token 1\n", b""):
-        with socket.create_connection(("127.0.0.1", ranks[0].listener.getsockname()[1])) as stranger:
-            stranger.sendall(said)
+        with socket.create_connection(("127.0.0.1", ranks[0].listener.getsockname()[1])) as other:
+            other.sendall(said)
     time.sleep(0.6)
     assert len(ranks[0].peers) == 2
     assert ended == []
@@ -126,25 +126,25 @@ def test_what_a_rank_says_right_after_its_name_is_heard(watches):
     assert ranks[0].verdict is None
 
 
-def test_a_silent_stranger_is_dropped_in_time_and_holds_nobody_up(watches):
+def test_a_silent_connection_is_closed_in_time_and_holds_nobody_up(watches):
     ranks, ended = watches
     with connect(ranks[0]) as silent:
-        wait_for(lambda: ranks[0].strangers)
+        wait_for(lambda: ranks[0].unauthenticated)
         with connect(ranks[0]) as endless:
             endless.sendall(b"x" * 5000)
             endless.settimeout(5)
             with suppress(ConnectionResetError):  # not all of it was read
                 assert endless.recv(1) == b""
-        ((stranger, (said, deadline)),) = ranks[0].strangers.items()
-        assert 0 < deadline - time.monotonic() <= module.CONNECT_SECONDS
-        ranks[0].strangers[stranger] = said, time.monotonic()
+        ((connection, (said, deadline)),) = ranks[0].unauthenticated.items()
+        assert 0 < deadline - time.monotonic() <= module.INTRODUCTION_SECONDS
+        ranks[0].unauthenticated[connection] = said, time.monotonic()
         silent.settimeout(5)
         assert silent.recv(1) == b""
-        wait_for(lambda: not ranks[0].strangers)
+        wait_for(lambda: not ranks[0].unauthenticated)
         assert len(ranks[0].peers) == 2
         assert ended == []
     with connect(ranks[0]):
-        wait_for(lambda: ranks[0].strangers)
+        wait_for(lambda: ranks[0].unauthenticated)
         die(ranks[2])
         wait_for(lambda: len(ended) == 2)
 
@@ -173,3 +173,27 @@ def test_a_host_that_falls_silent_is_told_from_a_process_that_has_ended(watches,
     reason = "rank 3 on n2 cannot be reached: its host, or the network between, is down"
     assert lines == {f"rank {rank} stops: {reason}" for rank in range(3)}
     other.close()
+
+
+def test_a_rank_that_cannot_reach_the_port_goes_without(monkeypatch):
+    """What a firewall that drops packets looks like from here: the connection is never made."""
+    monkeypatch.setattr(module, "REACH_SECONDS", 0.2)
+    monkeypatch.setattr(module, "LINGER_SECONDS", 2.0)
+    store, calls = dist.HashStore(), []
+    first = PeerWatch(0, 2, store, "127.0.0.1", "rank 0")
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:  # the queue of connections is full: the kernel drops what comes next
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        store.set("peer watch", f"{port} token rank 0")
+        watch = PeerWatch(1, 2, store, "127.0.0.1", "rank 1", on_tick=lambda: calls.append(1))
+        assert "timed out" in watch.problem
+        wait_for(lambda: calls)
+        watch.leave("rank 1 has met an error")
+        started = time.monotonic()
+        first.leave()
+        assert time.monotonic() - started < 1, "rank 0 waits for none that is not there"
+        for filler in fillers:
+            filler.close()
