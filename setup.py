@@ -50,6 +50,7 @@ setup(
         "gpu-test": ["liger-kernel>=0.8"],  # tests/gpu compares with it
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "import-linter",

@@ -1,16 +1,42 @@
 #!/usr/bin/env bash
-# The project's tests, as CI runs them: lint, then the fast tests, then those that start several processes.
+# The project's checks and tests, as CI runs them. Every part prints its seconds.
 #
-#   bash tests/run.sh
+#   bash tests/run.sh           all: checks, fast tests, and those that start several processes
+#   bash tests/run.sh fast      checks and fast tests: about two minutes on two cores
+#   bash tests/run.sh checks    lint, format, which room imports which, types
 set -euo pipefail
 
+what="${1:-all}"
+case "$what" in
+    all | fast | checks) ;;
+    *)
+        echo "usage: bash tests/run.sh [all | fast | checks]" >&2
+        exit 2
+        ;;
+esac
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/environment.sh" test
 cd "$root"
 
-python -m ruff check .
-python -m ruff format --check .
-lint-imports  # which room may import which: .importlinter
+timed() {
+    local started="$SECONDS"
+    echo "+ $*"
+    "$@"
+    echo "  $((SECONDS - started)) s"
+}
+
+timed python -m ruff check .
+timed python -m ruff format --check .
+timed lint-imports # .importlinter
+timed python -m mypy
+[[ "$what" == checks ]] && exit
+
+# Side by side, as many as there are cores; a test file stays with one process, whose fixtures it shares.
 # The tests for GPUs run on the CPU here: that finds mistakes in them.
-HAFRM_GPU_TESTS_ON_CPU=1 python -m pytest -q -m "not distributed and not slow"
-python -m pytest -q -m distributed
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+HAFRM_GPU_TESTS_ON_CPU=1 timed python -m pytest -q -m "not distributed and not slow" \
+    --numprocesses "$(nproc)" --dist loadfile --durations 10
+[[ "$what" == fast ]] && exit
+
+# These take all cores themselves.
+timed python -m pytest -q -m distributed --durations 15

@@ -1,6 +1,7 @@
 """From options to a plan on the screen, and to a recipe."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +73,9 @@ def workload_of(
 def lengths_of_sets(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Token lengths of the training pairs, and of all evaluation pairs, prepared as training prepares them."""
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    shared = {"formatter": formatter, "options": config.data.preparation, "seed": config.seed}
-    train = prepare_pairs(config.data.train, role="train", **shared).lengths
-    sets = [prepare_pairs(sources, role="eval", **shared).lengths for sources in config.data.eval.values()]
+    prepare = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
+    train = prepare(config.data.train, role="train").lengths
+    sets = [prepare(sources, role="eval").lengths for sources in config.data.eval.values()]
     return train, {name: np.concatenate([np.zeros(0, np.int64), *(each[name] for each in sets)]) for name in train}
 
 

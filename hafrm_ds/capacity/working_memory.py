@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
 from hafrm_ds.errors import ModelError
@@ -207,7 +207,7 @@ def recomputing(model: HybridModel, checkpointing: bool) -> Iterator[None]:
 
 
 @contextmanager
-def first_layers(causal_lm: nn.Module, depth: int) -> Iterator[None]:
+def first_layers(causal_lm: PreTrainedModel, depth: int) -> Iterator[None]:
     """Inside, the body has its first `depth` layers alone."""
     layers = causal_lm.config.get_text_config().num_hidden_layers
     found = [

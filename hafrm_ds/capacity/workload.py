@@ -21,7 +21,6 @@ class Operations:
     """Of a pass over some pairs. Forward and backward count as `ForwardCost` does; recomputed is what gradient
     checkpointing adds, the forward pass of the body."""
 
-    forward: float
     training: float
     recomputed: float
 
@@ -76,7 +75,6 @@ class Workload:
         body, head, attention = cost.parts_of(*counts(self.lengths, self.layout, with_logprob))
         times = self.global_batch_size * self.num_steps / self.num_pairs
         return Operations(
-            forward=times * (body + head + attention),
             training=times * ((2 + cost.trained_share) * body + (2 + cost.trained_head_share) * head + 3 * attention),
             recomputed=times * (body + attention),
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import datasets
 import pyarrow
@@ -179,7 +179,7 @@ def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
 
 def open_data(path: Path, name: str) -> IO[bytes]:
     try:
-        return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
+        return cast(IO[bytes], gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from error
 

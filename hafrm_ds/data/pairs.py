@@ -26,7 +26,7 @@ MORE_TURNS = "more than one turn"
 NO_PROMPT = "no common prompt"
 TOOL_CALLS = "has tool calls, which are not supported"
 
-NO_TOOLS = (None, [], "", "[]")
+NO_TOOLS: tuple[Any, ...] = (None, [], "", "[]")
 """What stands in the column `tools` of a row without any: a list, or its JSON."""
 
 Message = dict[str, str]

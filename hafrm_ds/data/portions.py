@@ -31,7 +31,7 @@ def parse_portion(text: str) -> tuple[Bound, Bound]:
             return Bound(Fraction(default), is_share=True)
         return Bound(Fraction(number) / 100, is_share=True) if percent else Bound(Fraction(number), is_share=False)
 
-    start, stop = bound(*match.group(1, 2), default=0), bound(*match.group(3, 4), default=1)
+    start, stop = bound(match[1], match[2], default=0), bound(match[3], match[4], default=1)
     if any(end.is_share and end.amount > 1 for end in (start, stop)):
         raise ValueError(f"portion {text!r} goes beyond 100%")
     if any(not end.is_share and end.amount.denominator > 1 for end in (start, stop)):

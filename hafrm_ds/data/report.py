@@ -1,5 +1,6 @@
 """What became of the data: counts, lengths and examples of one prepared set, for terminal and data_report.json."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -209,7 +210,8 @@ def count_outcomes(table: pa.Table) -> tuple[Counts, dict[str, Counts]]:
     Args:
         table: columns source, format, deselected, dropped (string) and cut (bool).
     """
-    total, by_source = Counts(), {}
+    total = Counts()
+    by_source: dict[str, Counts] = {}
     fates = table.group_by(["source", "format", "deselected", "dropped", "cut"], use_threads=False)
     groups = fates.aggregate([([], "count_all")])
     for group in groups.to_pylist():
@@ -288,6 +290,6 @@ def render_tokens(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> Pa
     return Panel(Group(*lines), title=as_text(f"{pair.id} ({pair.source})"), title_align="left")
 
 
-def spelled(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def spelled(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Each token in quotes, so that spaces and newlines show."""
     return " ".join(repr(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids)

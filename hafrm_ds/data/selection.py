@@ -27,10 +27,11 @@ def select(reasons: list[str], source: Source, seed: int) -> list[str]:
 
 def mix(reasons: list[list[str]], sources: list[Source], seed: int) -> list[list[str]]:
     """Apply the weights, if there are any: no pair is used twice. Raises DataError if a source would get no pair."""
-    if any(source.weight is None for source in sources):
+    weights = [source.weight for source in sources if source.weight is not None]
+    if len(weights) < len(sources):
         return reasons
     available = [len(selected(of_source)) for of_source in reasons]
-    counts = mixed_counts(available, [source.weight for source in sources])
+    counts = mixed_counts(available, weights)
     if 0 in counts:
         raise DataError(
             "the weights leave a source without pairs: "

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hafrm_ds.errors import ConfigError
+
 if TYPE_CHECKING:
     from hafrm_ds.config import TrainConfig
 
@@ -126,8 +128,8 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
 def is_offloaded(deepspeed_config: dict, section: str) -> bool:
     """Whether a DeepSpeed configuration moves the optimizer ("offload_optimizer") or the parameters ("offload_param")
     out of the GPU."""
-    section = (deepspeed_config.get("zero_optimization") or {}).get(section)
-    return isinstance(section, dict) and section.get("device", "none") != "none"
+    offload = (deepspeed_config.get("zero_optimization") or {}).get(section)
+    return isinstance(offload, dict) and offload.get("device", "none") != "none"
 
 
 def resolve_deepspeed_config(config: "TrainConfig", world_size: int, machine_size: int = 1) -> dict:
@@ -138,10 +140,12 @@ def resolve_deepspeed_config(config: "TrainConfig", world_size: int, machine_siz
     Args:
         machine_size: processes of one machine, which a secondary copy of the weights (hpZ) is split over.
     """
-    content, _ = read_deepspeed_json(config.deepspeed)
+    content, problems = read_deepspeed_json(config.deepspeed)
+    if content is None:
+        raise ConfigError(problems)
 
     def filled(tree: dict, prefix: str) -> dict:
-        result = {}
+        result: dict[str, Any] = {}
         for key, value in tree.items():
             name = prefix + key
             if isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Devices that are rented by the hour, by their vendor's data sheets."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from hafrm_ds.errors import ConfigError
 
@@ -71,8 +72,8 @@ def find_device(name: str, numbers: dict[str, float | None]) -> Device:
     Raises:
         ConfigError: it is not known, and not all of its numbers are given.
     """
-    given = {field: numbers[option] * unit for option, (field, unit) in NUMBERS.items() if numbers.get(option)}
-    known = vars(DEVICES[name]) if name in DEVICES else {}
+    given = {field: number * unit for option, (field, unit) in NUMBERS.items() if (number := numbers.get(option))}
+    known: dict[str, Any] = vars(DEVICES[name]) if name in DEVICES else {}
     if missing := [f"--{option}" for option, (field, _) in NUMBERS.items() if field not in known | given]:
         known_names = ", ".join(DEVICES)
         raise ConfigError([f"--device {name} is not known ({known_names}), so it needs {', '.join(missing)}"])

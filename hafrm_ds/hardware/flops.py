@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hafrm_ds.data.packing import PackedBatch
 
@@ -31,7 +31,9 @@ class ForwardCost:
 
     @classmethod
     def of(
-        cls, causal_lm: nn.Module, shape_of: Callable[[nn.Parameter], Sequence[int]] = lambda parameter: parameter.shape
+        cls,
+        causal_lm: PreTrainedModel,
+        shape_of: Callable[[nn.Parameter], Sequence[int]] = lambda parameter: parameter.shape,
     ) -> "ForwardCost":
         """The cost of a causal LM.
 
@@ -60,12 +62,8 @@ class ForwardCost:
             trained_head_share=float(head.requires_grad),
         )
 
-    def forward_flops(self, batch: PackedBatch, with_logprob: bool) -> float:
-        """Operations that the batch needs; padding is not among them."""
-        return sum(self.parts(batch, with_logprob))
-
     def training_flops(self, batch: PackedBatch, with_logprob: bool) -> float:
-        """Operations of forward and backward."""
+        """Operations of forward and backward that the batch needs; padding is not among them."""
         body, head, attention = self.parts(batch, with_logprob)
         return (2 + self.trained_share) * body + (2 + self.trained_head_share) * head + 3 * attention
 
@@ -74,6 +72,7 @@ class ForwardCost:
         if batch.segments is not None:
             q, k = np.array(batch.segments.q_lengths), np.array(batch.segments.k_lengths)
         else:
+            assert batch.attention_mask is not None  # a padded batch has one
             q = k = batch.attention_mask.sum(1).numpy()
         visible_keys = (q * (k - q) + q * (q + 1) // 2).sum()
         return self.parts_of(q.sum(), len(batch.target_ids) if with_logprob else 0, visible_keys)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,14 +220,14 @@ def segment_sdpa(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> 
     query [1, Q, q, D], key and value [1, G, k, D] -> [1, Q, q, D]
     """
     q_length, k_length = query.shape[2], key.shape[2]
-    has_window = rule.window is not None and rule.window < k_length
-    visible = None  # the mask, where is_causal does not say it
-    if has_window or q_length != k_length or rule.softcap is not None:
+    window = rule.window if rule.window is not None and rule.window < k_length else None
+    visible: Tensor | None = None  # the mask, where is_causal does not say it
+    if window is not None or q_length != k_length or rule.softcap is not None:
         query_position = torch.arange(k_length - q_length, k_length, device=query.device)[:, None]
         key_position = torch.arange(k_length, device=query.device)[None]
         visible = key_position <= query_position
-        if has_window:
-            visible &= key_position > query_position - rule.window
+        if window is not None:
+            visible &= key_position > query_position - window
     if rule.softcap is None:
         # On CUDA grouped heads with a mask, or in fp32, run in no fused kernel of torch: the scores would be held.
         if query.is_cuda and (visible is not None or query.dtype == torch.float32):
@@ -245,6 +246,7 @@ def segment_sdpa(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule) -> 
     key, value = repeat_groups(key, query.shape[1], dim=1), repeat_groups(value, query.shape[1], dim=1)
     scores = query @ key.transpose(2, 3) * (rule.scale if rule.scale is not None else query.shape[-1] ** -0.5)
     scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    assert visible is not None  # a soft cap always has its mask
     scores = scores.masked_fill(~visible, float("-inf"))
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
@@ -259,12 +261,12 @@ def run_varlen(query: Tensor, key: Tensor, value: Tensor, segments: AttentionSeg
     """torch's own variable-length FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    grouping = {}
+    grouping: dict[str, Any] = {}
     if takes_groups(varlen_attn):
         grouping = {"enable_gqa": query.shape[1] != key.shape[1]}
     else:
         key, value = repeat_groups(key, query.shape[1], dim=1), repeat_groups(value, query.shape[1], dim=1)
-    return varlen_attn(
+    output = varlen_attn(
         query,
         key,
         value,
@@ -276,6 +278,7 @@ def run_varlen(query: Tensor, key: Tensor, value: Tensor, segments: AttentionSeg
         window_size=(-1, 0) if rule.window is None else flash_window(rule.window),  # (-1, 0): causal
         **grouping,
     )
+    return output[0] if isinstance(output, tuple) else output
 
 
 @cache  # reading a signature takes longer than a kernel's launch
@@ -293,7 +296,7 @@ def run_flash_package(
     tells them.
     """
     function = importlib.import_module(module).flash_attn_varlen_func
-    options = {} if rule.window is None else {"window_size": flash_window(rule.window)}
+    options: dict[str, Any] = {} if rule.window is None else {"window_size": flash_window(rule.window)}
     if torch.are_deterministic_algorithms_enabled():
         options["deterministic"] = True
     output = function(

@@ -89,7 +89,7 @@ class HybridModel(nn.Module):
                 per_token = self.response_logprobs(states[batch.predict_index], self.lm_head, batch.target_ids)
         return ResponseScores(
             reward=self.reward_head(states[batch.readout_index]) if with_reward else None,
-            logprob=sum_by_response(per_token, batch) if with_logprob else None,
+            logprob=None if per_token is None else sum_by_response(per_token, batch),
             num_tokens=batch.num_tokens,
             token_logprobs=per_token,
         )
@@ -180,6 +180,7 @@ def lm_head_difference(model: HybridModel, forward: Callable[..., ResponseScores
     """
     with torch.no_grad():
         fused = forward(batch, with_reward=False).logprob
+        assert fused is not None
         _, per_token = model.states_and_stock_logprobs(batch)
     return ((fused - sum_by_response(per_token, batch)).abs() / batch.num_tokens).max().item()
 
@@ -206,15 +207,20 @@ def layout_difference(
         scores = [forward(lay_out(items, layout), with_logprob=with_logprob)]
         with under_stock_attention(causal_lm):
             scores.append(forward(lay_out(items, "padded"), with_logprob=with_logprob))
-    compared = [[each.reward for each in scores]]
-    if with_logprob:
-        compared.append([each.logprob / each.num_tokens.to(each.logprob.device) for each in scores])
-    if not all(values.isfinite().all() for pair in compared for values in pair):
+
+    def compared(each: ResponseScores) -> list[Tensor]:
+        assert each.reward is not None
+        if each.logprob is None:
+            return [each.reward]
+        return [each.reward, each.logprob / each.num_tokens.to(each.logprob.device)]
+
+    ours, padded = map(compared, scores)
+    if not all(values.isfinite().all() for values in (*ours, *padded)):
         raise ModelError(
             f"{type(causal_lm).__name__} gives scores that are not finite before any training: its weights hold NaN or "
             f"infinity, or overflow in {model.reward_head.weight.dtype}"
         )
-    return max(((ours - padded).abs() / (1 + padded.abs())).max().item() for ours, padded in compared)
+    return max(((a - b).abs() / (1 + b.abs())).max().item() for a, b in zip(ours, padded))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ HASH = re.compile("[0-9a-f]{64}")
 
 def versions() -> dict[str, str | None]:
     """Package -> its version, None where it is not installed."""
-    found = {}
+    found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

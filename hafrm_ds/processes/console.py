@@ -9,7 +9,15 @@ from datetime import timedelta
 from rich import console as rich_console
 from rich.console import RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 
 from hafrm_ds.processes.ranks import Processes
@@ -80,7 +88,7 @@ class ProgressBar:
         self.console, self.bars, self.num_ranks = console, bars, num_ranks
         self.description, self.total, self.unit = description, total, unit
         self.done, self.started, self.last_line = 0, time.monotonic(), time.monotonic()
-        self.task = bars.add_task(description, total=total, text="") if bars is not None else None
+        self.task = bars.add_task(description, total=total, text="") if bars is not None else TaskID(0)
 
     def advance_for_all_ranks(self, count: int) -> None:
         """Advance by what this rank has done as if every rank had done as much: they work alike."""

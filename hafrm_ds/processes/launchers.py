@@ -92,8 +92,8 @@ def first_host(node_list: str) -> str:
 
     Read here and not by scontrol, which containers do not have.
     """
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", node_list)[0]
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0] if first else node_list)
 
 
 def port_of(job: int, step: int) -> int:

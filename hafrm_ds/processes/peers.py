@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import cast
 
 import torch.distributed as dist
 
@@ -93,8 +94,8 @@ class PeerWatch(threading.Thread):
                 self.problem = f"{host}:{port}: {error}"
         self.start()
 
-    def accept(self) -> None:
-        connection, _ = self.listener.accept()
+    def accept(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
         connection.setblocking(False)
         self.unauthenticated[connection] = bytearray(), time.monotonic() + INTRODUCTION_SECONDS
         self.selector.register(connection, selectors.EVENT_READ)
@@ -141,12 +142,13 @@ class PeerWatch(threading.Thread):
     def run(self) -> None:
         while True:
             for key, _ in self.selector.select(TICK_SECONDS):
-                if key.fileobj is self.listener:
-                    self.accept()
-                elif key.fileobj in self.unauthenticated:
-                    self.authenticate(key.fileobj)
+                ready = cast(socket.socket, key.fileobj)
+                if ready is self.listener:
+                    self.accept(ready)
+                elif ready in self.unauthenticated:
+                    self.authenticate(ready)
                 else:
-                    self.receive(key.fileobj)
+                    self.receive(ready)
             self.close_the_silent()
             self.on_tick()
             if time.monotonic() > self.deadline and not self.is_leaving:

@@ -49,7 +49,7 @@ class Processes:
     host: name of this host.
     num_hosts: as far as the launcher tells; 1 if it does not.
     timeout: of each collective.
-    errors: the store in which ranks say that they have met an error; the same for all jobs of `for_job`.
+    first_store: that of all jobs, where `store` is of one of them (`for_job`).
     """
 
     rank: int
@@ -61,15 +61,16 @@ class Processes:
     host: str = field(default_factory=socket.gethostname)
     num_hosts: int = 1
     timeout: timedelta = field(default_factory=lambda: timeout_of(os.environ))
-    errors: dist.Store | None = None
+    first_store: dist.Store | None = None
 
-    def __post_init__(self):
-        if self.errors is None:
-            self.errors = self.store
+    @property
+    def errors(self) -> dist.Store:
+        """The store in which ranks say that they have met an error."""
+        return self.first_store or self.store
 
     def for_job(self, name: str) -> "Processes":
         """These processes for one of several jobs one after another, with names of its own in the store."""
-        return replace(self, store=dist.PrefixStore(name, self.store))
+        return replace(self, store=dist.PrefixStore(name, self.store), first_store=self.errors)
 
     @classmethod
     def join(cls) -> "Processes":
@@ -358,7 +359,8 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    status, verdict = 1, f"{processes.name} has met an error"
+    status: int = 1
+    verdict: str | None = f"{processes.name} has met an error"
     try:
         processes.must_agree("software", software())
         main(sys.argv[1:], processes)

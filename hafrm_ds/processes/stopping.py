@@ -42,7 +42,7 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """What has asked this process to stop, if anything has."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reason: str | None = None
         self.is_deferred = False
         self.owner = os.getpid()
@@ -55,13 +55,14 @@ class StopRequest:
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.owner:  # a worker process that was forked while data is prepared
             os._exit(128 + number)
-        self.note(signal.Signals(number).name)
+        reason = self.note(signal.Signals(number).name)
         if not self.is_deferred:
-            raise Stopped(self.reason)
+            raise Stopped(reason)
 
-    def note(self, reason: str) -> None:
-        """Ask for a stop. The first reason counts: a launcher answers Ctrl-C with SIGTERM as well."""
+    def note(self, reason: str) -> str:
+        """Ask for a stop; returns the reason that counts, the first: a launcher answers Ctrl-C with SIGTERM as well."""
         self.reason = self.reason or reason
+        return self.reason
 
     def defer(self) -> None:
         """From now on a signal is noted and raises nothing."""
@@ -72,7 +73,9 @@ class StopRequest:
         if self.reason is None and launcher.is_lost():
             self.note(LAUNCHER_LOST)
             if not self.is_deferred:
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                main = threading.main_thread().ident
+                assert main is not None  # it has been started
+                signal.pthread_kill(main, signal.SIGTERM)
 
     @property
     def vote(self) -> float:

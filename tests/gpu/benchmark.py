@@ -202,7 +202,7 @@ def time_steps(name: str, peak_flops: float) -> list[StepTime]:
                 seconds,
                 tokens=batch.num_positions - batch.num_padding,
                 pairs=len(pairs),
-                mfu=3 * cost.forward_flops(batch, with_logprob=True) / seconds / peak_flops,
+                mfu=3 * sum(cost.parts(batch, with_logprob=True)) / seconds / peak_flops,
                 memory_bytes=peak_memory_bytes(DEVICE),
             )
         )
