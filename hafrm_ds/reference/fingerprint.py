@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hafrm_ds.config import ModelConfig
-from hafrm_ds.errors import ModelError
+from hafrm_ds.durability import write_whole
+from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.loading import local_folder
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -79,8 +80,6 @@ class HashMemory:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.file.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(self.known))
-            draft.rename(self.file)
-        except OSError:
+            write_whole(self.file, json.dumps(self.known).encode())
+        except (OSError, DataError):
             pass  # a read-only home costs a second hashing, nothing else

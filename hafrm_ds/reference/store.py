@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from hafrm_ds.data.content_keys import KEY_BYTES, KEY_DTYPE
-from hafrm_ds.durability import sync_folder
+from hafrm_ds.durability import sync_folder, write_whole
 from hafrm_ds.errors import UserError
 
 SHARD_NAME = re.compile(r"[0-9a-f]{64}\.arrow")
@@ -380,9 +380,7 @@ def write_namespace_file(folder: Path, namespace: Namespace, notes: dict) -> Non
     file = folder / NAMESPACE_FILE
     if file.exists():
         return
-    draft = folder / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
-    draft.write_text(json.dumps(asdict(namespace) | notes, indent=2) + "\n")
-    os.rename(draft, file)
+    write_whole(file, (json.dumps(asdict(namespace) | notes, indent=2) + "\n").encode())
 
 
 def read_namespaces(root: Path) -> dict[str, dict]:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from hafrm_ds.data.pairs import assistant, user
+from hafrm_ds.durability import whole_folder
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel, tolerance_of
 from hafrm_ds.saved.folder import SavedModel
@@ -36,7 +37,6 @@ from hafrm_ds.saved.writing import (
     ADAPTER_FOLDER,
     REWARD_HEAD_FILE,
     generation_config_of,
-    whole_or_not_at_all,
     write_beside_weights,
     write_tokenizer_and_card,
 )
@@ -103,7 +103,7 @@ def export_policy(live: HybridRewardModel, saved: SavedModel, output_dir: Path) 
         config.pad_token_id = pad.id
         if generation_config is not None:
             generation_config.pad_token_id = pad.id
-    with whole_or_not_at_all(output_dir) as draft:
+    with whole_folder(output_dir) as draft:
         write_sharded(tensors_of(causal_lm), draft)
         metadata = saved.metadata | {"format": "policy"}
         write_beside_weights(draft, config, generation_config, padding_tokenizer(live, pad), metadata)
@@ -154,7 +154,7 @@ def export_classifier(live: HybridRewardModel, saved: SavedModel, output_dir: Pa
     stock_class = classifier_class(config)
     config.architectures = [stock_class.__name__]
     tensors = classifier_tensors(live.model, stock_class, config)
-    with whole_or_not_at_all(output_dir) as draft:
+    with whole_folder(output_dir) as draft:
         write_sharded(tensors, draft)
         metadata = saved.metadata | {"format": "sequence-classification"}
         write_beside_weights(draft, config, None, padding_tokenizer(live, pad), metadata)
@@ -237,7 +237,7 @@ def export_adapter(live: HybridRewardModel, saved: SavedModel, output_dir: Path)
             f"{source} was trained on weights in {quantize}, and on those of its base it would score otherwise: "
             "export the policy, which is merged from the quantised weights"
         )
-    with whole_or_not_at_all(output_dir) as draft:
+    with whole_folder(output_dir) as draft:
         for file in (*source.iterdir(), saved.folder / REWARD_HEAD_FILE):
             shutil.copyfile(file, draft / file.name)
         write_tokenizer_and_card(draft, live.formatter.tokenizer, saved.metadata | {"format": "adapter"})

@@ -9,10 +9,8 @@ does reopen what it writes and compares scores.)
 
 import copy
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 import hafrm_ds
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
 from hafrm_ds.data.report import TemplateFacts
+from hafrm_ds.durability import whole_folder
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.lora import adapted_layers
 from hafrm_ds.saved.adapters import merged_tensors, save_adapter
@@ -47,7 +46,7 @@ def save_hybrid_model(
 
     Adapters are merged into the policy, and written into adapter/ besides.
 
-    The folder appears whole or not at all: it is written under another name and renamed.
+    The folder is there whole or not at all, and one of that name is replaced without a moment in which neither is.
 
     Args:
         formatter: that the model was trained with. Its tokenizer, template included, is saved.
@@ -60,7 +59,7 @@ def save_hybrid_model(
     Raises:
         ModelError: what is read back from the disk is not what was written.
     """
-    with whole_or_not_at_all(folder) if is_writer else nullcontext(folder) as draft:
+    with whole_folder(folder) if is_writer else nullcontext(folder) as draft:
         write_sharded(merged_tensors(model.causal_lm, gathered), draft, is_writer)
         write_tensors(tensors_of(model.reward_head, gathered), draft / REWARD_HEAD_FILE, is_writer)
         if adapted_layers(model.causal_lm):
@@ -82,24 +81,6 @@ def save_hybrid_model(
             config.architectures = [type(model.causal_lm).__name__]
             config.dtype = model.reward_head.weight.dtype
             write_beside_weights(draft, config, generation_config_of(model.causal_lm), formatter.tokenizer, metadata)
-
-
-@contextmanager
-def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
-    """A draft to write into, which takes the place of `folder` if nothing is raised inside."""
-    draft = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    for file in filter(Path.is_file, draft.rglob("*")):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
 
 
 def template_facts(formatter: ChatFormatter) -> dict[str, Any]:

@@ -4,12 +4,12 @@ IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> 
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hafrm_ds.durability import whole_file
 from hafrm_ds.errors import DataError
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp, work_through
@@ -170,16 +170,12 @@ def score_part(part: Part, input: Path, model: Scorer) -> bytes:
 def join_parts(output: Path, folder: Path, parts: list[Part], log: Console) -> int:
     """Put the parts together, remove them, and report the rows that could not be scored; returns how many."""
     errors: list[str] = []
-    draft = folder / ".joined"
     try:
-        with draft.open("wb") as joined:
+        with whole_file(output) as joined:
             for part in parts:
                 with part.file(folder).open("rb") as file:
                     errors += json.loads(file.readline())
                     shutil.copyfileobj(file, joined)
-            joined.flush()
-            os.fsync(joined.fileno())
-        draft.rename(output)
         shutil.rmtree(folder)
     except OSError as error:
         raise DataError(f"--output {output} cannot be written: {error.strerror}; start again to join it") from error

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from hafrm_ds.config import TrainConfig
+from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
 from hafrm_ds.processes.agreement import environment
@@ -140,12 +141,7 @@ def cut_rows(metrics: Path, step: int, evaluation_is_due: bool) -> None:
             break
         if row["step"] <= step and step and not (evaluation_is_due and (row["step"], row["kind"]) == (step, "eval")):
             kept.append(line)
-    draft = metrics.with_name(f".{metrics.name}")
-    with draft.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(metrics)
+    write_whole(metrics, "".join(kept).encode())
 
 
 def wandb_id(folder: Path, goes_on: bool) -> str:

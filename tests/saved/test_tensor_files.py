@@ -1,4 +1,4 @@
-"""Files written as a stream are read by the format's own library, and what the disk does not hold is noticed."""
+"""What is written is what is read back, one tensor is open at a time, and what the disk does not hold is noticed."""
 
 from contextlib import contextmanager
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from hafrm_ds.errors import ModelError
 from hafrm_ds.saved import tensor_files
-from hafrm_ds.saved.tensor_files import TensorSource, check_file, plan_shards, write_tensors
+from hafrm_ds.saved.tensor_files import TensorSource, check_file, write_sharded, write_tensors
 
 TENSORS = {
     "flags": torch.tensor([True, False, True]),
@@ -79,6 +79,25 @@ def test_a_disk_that_loses_something_is_noticed(tmp_path, monkeypatch, change, m
         write_tensors(sources(), file)
 
 
-def test_plan_shards(monkeypatch):
+def test_a_shard_holds_what_fits_and_a_larger_tensor_has_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(tensor_files, "MAX_SHARD_BYTES", 10)
-    assert plan_shards({"a": 4, "b": 6, "c": 1, "d": 25, "e": 3}) == [["a", "b"], ["c"], ["d"], ["e"]]
+    sizes = {"a": 4, "b": 6, "c": 1, "d": 25, "e": 3}
+    write_sharded(
+        {name: TensorSource.of(torch.zeros(size, dtype=torch.uint8)) for name, size in sizes.items()}, tmp_path
+    )
+    files = [load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert {name: len(tensor) for file in files for name, tensor in file.items()} == sizes
+    assert all(len(file) == 1 or sum(map(len, file.values())) <= 10 for file in files)
+
+
+def test_parameters_that_are_views_of_one_buffer_are_written(tmp_path):
+    """As under ZeRO 1 and 2."""
+    flat = torch.arange(10.0)
+    write_tensors({"a": TensorSource.of(flat[:4]), "b": TensorSource.of(flat[4:])}, tmp_path / "all.safetensors")
+    assert load_file(tmp_path / "all.safetensors")["b"].tolist() == [4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+
+
+def test_a_full_disk_is_said(tmp_path):
+    (tmp_path / "all.safetensors").mkdir()
+    with pytest.raises(ModelError, match=r"all.safetensors cannot be written: "):
+        write_tensors(sources(), tmp_path / "all.safetensors")
