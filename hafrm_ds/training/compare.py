@@ -32,10 +32,10 @@ from hafrm_ds.evaluation.comparison import (
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, load_all
 from hafrm_ds.evaluation.report.reading import SUMMARY_FILE
 from hafrm_ds.evaluation.report.writing import leave_report
+from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import leave_together
 from hafrm_ds.processes.ranks import FailedElsewhere, Processes
 from hafrm_ds.processes.stopping import STOPPED_STATUS, Stopped
-from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
 
 CONTENT = ("model.name_or_path", "model.revision", "data.train", "data.eval")
@@ -136,7 +136,7 @@ def train_and_compare(
         Stopped: a signal has ended it; the same command goes on.
         DataError: a training has seen other pairs than the rest.
     """
-    log = RunLog(None, processes, files=False)
+    log = Console(processes)
     # Seed by seed, so that what there is after a while compares all arms.
     for place, seed in enumerate(seeds):
         is_last, has_trained = place == len(seeds) - 1, False
@@ -178,7 +178,7 @@ def check_same_data(runs: Sequence[Path]) -> None:
             )
 
 
-def train_unless_finished(run: TrainConfig, title: str, train_script: Path, processes: Processes, log: RunLog) -> bool:
+def train_unless_finished(run: TrainConfig, title: str, train_script: Path, processes: Processes, log: Console) -> bool:
     """Returns whether there was anything to do."""
     name = run.output_dir.name
     if processes.from_first(f"finished {name}", lambda: str(is_finished(run))) == "True":

@@ -29,7 +29,7 @@ from hafrm_ds.objective import JointLoss, ResponseScores, configured_joint_loss,
 from hafrm_ds.reference.offline_pass import ReferenceLogprobs
 from hafrm_ds.reference.provide import ReferenceSource, provide_reference
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.saver import Best, CheckpointSaver
+from hafrm_ds.training.saver import CheckpointSaver
 from hafrm_ds.training.schedule import learning_rate_factor
 
 
@@ -76,7 +76,7 @@ class Trainer:
         train_pairs: prepared training pairs.
         eval_pairs: prepared pairs of each evaluation set.
         reference_source: where reference log-probs come from; None when the objective uses none.
-        saver: knows where the run goes on, saves it and stops it.
+        saver: knows where the run resumes, saves its state and stops it.
         tokenizer: turns the most confident mistakes of an evaluation back into text.
     """
 
@@ -106,8 +106,7 @@ class Trainer:
             )
             for name, pairs in eval_pairs.items()
         }
-        self.steps_done = 0
-        self.best = Best(config.evaluation.best_metric or default_best_metric(config))
+        self.state = saver.state
         self.cost = ForwardCost.of(engine.model.causal_lm, full_shape)
         self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
 
@@ -115,30 +114,30 @@ class Trainer:
         """From where the saver says to the last step. Raises Stopped when a signal has ended it and all is saved."""
         # For the dropout of adapters, the one thing that draws random numbers here; each rank has its own.
         torch.manual_seed(int(np.random.SeedSequence([self.config.seed, self.rank]).generate_state(1)[0]))
-        self.steps_done = start = self.saver.restore(self.best)
-        if self.saver.evaluation_is_due if start else self.config.evaluation.at_start:
-            self.evaluate(start)
-        self.saver.after_step(start, self.best, evaluation_is_due=True)
-        every = self.config.evaluation.every_steps
-        with self.log.progress("training", self.num_steps - start, "steps") as progress:
-            while self.steps_done < self.num_steps and not self.has_lost_patience:
-                metrics = self.train_step(self.steps_done)
-                self.steps_done = step = self.steps_done + 1
+        self.saver.begin()
+        state, every = self.state, self.config.evaluation.every_steps
+        if state.evaluation_is_due if state.step else self.config.evaluation.at_start:
+            self.evaluate(state.step)
+        self.saver.after_step()
+        with self.log.progress("training", self.num_steps - state.step, "steps") as progress:
+            while state.step < self.num_steps and not self.has_lost_patience:
+                metrics = self.train_step(state.step)
+                state.step = step = state.step + 1
                 self.report(step, metrics)
                 progress.advance(1, describe(metrics))
                 is_due = step == self.num_steps or (every and step % every == 0)
-                is_due = is_due and not self.evaluate(step)
-                self.saver.after_step(step, self.best, evaluation_is_due=bool(is_due))
-        if self.steps_done < self.num_steps:
+                state.evaluation_is_due = bool(is_due and not self.evaluate(step))
+                self.saver.after_step()
+        if state.step < self.num_steps:
             self.log.print(
-                f"ended early, after step {self.steps_done}: {self.best.metric} has not improved in "
-                f"{self.best.evaluations_since} evaluations since step {self.best.step} (evaluation.patience)"
+                f"ended early, after step {state.step}: {state.best.metric} has not improved in "
+                f"{state.best.evaluations_since} evaluations since step {state.best.step} (evaluation.patience)"
             )
 
     @property
     def has_lost_patience(self) -> bool:
         patience = self.config.evaluation.patience
-        return patience is not None and self.best.evaluations_since >= patience
+        return patience is not None and self.state.best.evaluations_since >= patience
 
     # ---- one step ----
 
@@ -290,29 +289,18 @@ class Trainer:
             if self.log.writes:
                 pair_scores.keep_texts(pair_set.pairs, pair_set.index, self.tokenizer)
                 pair_scores.save(self.config.output_dir / SCORES_FOLDER)
-            self.saver.last_evaluation[name] = metrics
+            self.state.last_evaluation[name] = metrics
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")
-        self.remember_best(step)
+        self.state.note_best(step)
         return True
-
-    def remember_best(self, step: int) -> None:
-        """Compare the evaluation after a step with the best one, by the value that rank 0 has: all ranks must find the
-        same, and processors of other kinds may round a mean otherwise."""
-        if self.best.metric is None:
-            return
-        name, kind, judge = self.best.metric.rsplit("/", 2)
-        value = torch.tensor(self.saver.last_evaluation[name][f"{kind}/{judge}"], dtype=torch.float64)
-        value = value.to(self.engine.device)
-        dist.broadcast(value, src=0)
-        self.best.consider(step, value.item())
 
     def choose_final_weights(self) -> int:
         """After `run`: put the weights that checkpoint.final asks for into the engine. Returns their step."""
-        best = self.best.step
-        if self.config.checkpoint.final == "last" or best in (None, self.steps_done):
-            return self.steps_done
-        return best if self.saver.go_back(best) else self.steps_done
+        best, step = self.state.best.step, self.state.step
+        if self.config.checkpoint.final == "last" or best is None or best == step:
+            return step
+        return best if self.saver.go_back(best) else step
 
     def summary(self, final_step: int) -> dict:
         """What a reader wants to know first, for summary.json.
@@ -320,13 +308,12 @@ class Trainer:
         Args:
             final_step: final/ has the weights after it.
         """
+        best = self.state.best
         return {
-            "steps": self.steps_done,
-            "pairs": int(self.steps_done * self.plan.global_batch_size),
-            "ended_early": self.steps_done < self.num_steps,
-            "best": {"metric": self.best.metric, "step": self.best.step, "value": self.best.value}
-            if self.best.step is not None
-            else None,
+            "steps": self.state.step,
+            "pairs": int(self.state.step * self.plan.global_batch_size),
+            "ended_early": self.state.step < self.num_steps,
+            "best": {"metric": best.metric, "step": best.step, "value": best.value} if best.step is not None else None,
             "final_step": final_step,
             "peak_flops_per_process": self.peak_flops,
         }
@@ -334,10 +321,6 @@ class Trainer:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         if step % self.config.logging.every_steps == 0 or step == self.num_steps:
             self.log.metrics("train", step, metrics)
-
-
-def default_best_metric(config: TrainConfig) -> str | None:
-    return next((f"{name}/{config.objective.measures[0]}" for name in config.data.eval), None)
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -34,7 +34,7 @@ from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import check_budgets, settle_batch
 from hafrm_ds.training.resume import ResumePoint, find_resume_point
-from hafrm_ds.training.saver import CheckpointSaver, leave_behind
+from hafrm_ds.training.saver import CheckpointSaver
 
 
 def train(config: TrainConfig, processes: Processes) -> None:
@@ -82,14 +82,11 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     trainer.load_reference()
     # What could be refused has been: from here on what an earlier start has left is touched, and a signal waits.
     processes.stopping.defer()
-    if log.writes:
-        leave_behind(config, saver.last_step, log)
-    log.start(config, saver.last_step, saver.evaluation_is_due)
     trainer.run()
 
     final_step = trainer.choose_final_weights()
     counts = {name: pairs.report.total for name, pairs in {"train": train_pairs, **eval_pairs}.items()}
-    metadata = run_metadata(config, base_licence, counts, final_step, saver.last_evaluation)
+    metadata = run_metadata(config, base_licence, counts, final_step, saver.state.last_evaluation)
     save_final(config, engine, formatter, metadata, processes, log)
     log.write_json(config.output_dir / SUMMARY_FILE, trainer.summary(final_step) | {"data": data})
     leave_report(config, log)

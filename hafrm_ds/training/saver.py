@@ -1,10 +1,9 @@
-"""Saving and going on, all ranks together: when a checkpoint is due, how it is written, and when the run stops."""
+"""Saving and resuming, all ranks together: when a checkpoint is due, how it is written, and when the run stops."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,57 +11,24 @@ import torch.distributed as dist
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.engine.checkpoint import (
-    DEEPSPEED_FOLDER,
     CheckpointError,
     FileFacts,
-    TrainingState,
     checkpoint_name,
     prune,
     publish,
-    random_file,
-    random_state,
     read_state,
     reason_of,
-    restore_random_state,
     set_aside,
     start_draft,
-    write_synced,
 )
 from hafrm_ds.engine.engine import TrainingEngine
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.processes.stopping import Stopped, reason_of_vote
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.resume import ResumePoint, why_not_whole
+from hafrm_ds.training.run_state import Best, RunState
 
 MINUTE = 60.0
-
-
-@dataclass
-class Best:
-    """The best evaluation so far by one metric, SET/METRIC, and the value at the last evaluation. Of equal ones the
-    first is the best; the evaluation before the first step is none of them, as nothing was trained."""
-
-    metric: str | None
-    value: float | None = None
-    step: int | None = None
-    evaluations_since: int = 0
-    latest_value: float | None = None
-    latest_step: int | None = None
-
-    def is_better(self, value: float, other: float) -> bool:
-        """Losses are better when they are smaller, everything else when it is larger."""
-        is_loss = self.metric is not None and self.metric.split("/")[-2] == "loss"
-        return value < other if is_loss else value > other
-
-    def consider(self, step: int, value: float) -> None:
-        """Take note of the value of the metric at an evaluation."""
-        if not step:
-            return
-        self.latest_value, self.latest_step = value, step
-        if self.value is None or self.is_better(value, self.value):
-            self.value, self.step, self.evaluations_since = value, step, 0
-        else:
-            self.evaluations_since += 1
 
 
 class CheckpointSaver:
@@ -70,7 +36,7 @@ class CheckpointSaver:
 
     Args:
         data, reference: what the checkpoints belong to, as ResumePoint.check_content takes it.
-        resume_point: where the run goes on; None if it starts.
+        resume_point: where the run resumes; None if it starts.
     """
 
     def __init__(
@@ -87,21 +53,16 @@ class CheckpointSaver:
         self.processes = processes
         self.data, self.reference, self.resume_point = data, reference, resume_point
         self.root = config.output_dir / "checkpoints"
+        self.state = RunState(engine, Best.of(config))
+        """What it saves."""
         self.last_step = resume_point.state.step if resume_point else 0
         self.last_time = time.monotonic()
         self.stop_reason: str | None = None
         self.is_time = False
-        self.last_evaluation: dict[str, dict[str, float]] = resume_point.state.last_evaluation if resume_point else {}
-        """Set -> its metrics at the last evaluation."""
 
     @property
     def is_resuming(self) -> bool:
         return self.resume_point is not None
-
-    @property
-    def evaluation_is_due(self) -> bool:
-        """The evaluation at the resume point was not made."""
-        return self.is_resuming and self.resume_point.state.evaluation_is_due
 
     # ---- what the ranks agree on ----
 
@@ -127,77 +88,63 @@ class CheckpointSaver:
 
     # ---- around the steps ----
 
-    def restore(self, best: Best) -> int:
-        """Go on from the resume point: weights, optimizer, random numbers and evaluations. Returns the step."""
+    def begin(self) -> None:
+        """Restore the state that the resume point has, or begin with the first step. All ranks call this together."""
+        if self.log.writes:
+            set_aside_later(self.config, self.last_step, self.log)
         if self.resume_point is None:
-            return 0
-        folder, state = self.resume_point.folder, self.resume_point.state
-        self.engine.load(folder / DEEPSPEED_FOLDER, state.zero_stage, state.world_size)
-        own = folder / random_file(dist.get_rank())
-        if own.exists():  # a rank that was not there before has the state of a fresh start
-            restore_random_state(json.loads(own.read_text()))
-        best.step, best.value, best.evaluations_since = state.best_step, state.best_value, state.evaluations_since_best
+            self.log.start(self.config, 0)
+            return
+        folder, saved = self.resume_point.folder, self.resume_point.state
+        self.state.restore(folder, saved, self.config, self.log)
         self.log.print(
-            f"going on after step {state.step} from {folder}"
-            + ("" if state.world_size == dist.get_world_size() else f", written by {state.world_size} processes")
-            + ("" if state.zero_stage == self.engine.stage else f", written under ZeRO stage {state.zero_stage}")
+            f"resuming after step {saved.step} from {folder}"
+            + ("" if saved.world_size == dist.get_world_size() else f", written by {saved.world_size} processes")
+            + ("" if saved.zero_stage == self.engine.stage else f", written under ZeRO stage {saved.zero_stage}")
         )
-        return state.step
 
-    def after_step(self, step: int, best: Best, evaluation_is_due: bool) -> None:
+    def after_step(self) -> None:
         """Save if it is due.
 
         Raises:
             Stopped: a rank was asked to stop; the step has been saved.
             CheckpointError: the checkpoint cannot be written.
         """
+        step = self.state.step
         by_steps = self.options.every_steps and step % self.options.every_steps == 0
-        is_best = self.options.final == "best" and best.step == step
+        is_best = self.options.final == "best" and self.state.best.step == step
         if step > self.last_step and (by_steps or is_best or self.is_time or self.stop_reason):
-            self.save(step, best, evaluation_is_due)
+            self.save()
         if self.stop_reason is not None:
             raise Stopped(self.stop_reason, step, checkpoint_name(step) if step else None)
 
     def go_back(self, step: int) -> bool:
-        """Take over the weights and the evaluation after an earlier step, once the run is over; False, with a warning,
-        if its checkpoint is not whole."""
+        """Restore the weights and the evaluation after an earlier step, once the run is over; False, with a warning, if
+        its checkpoint is not whole."""
         folder = self.root / checkpoint_name(step)
         if problem := why_not_whole(folder, self.processes.for_job("best")):
             self.log.warn(f"final/ gets the weights after the last step, as {folder} cannot be used: {problem}")
             return False
-        state = read_state(folder)
-        self.engine.load(folder / DEEPSPEED_FOLDER, state.zero_stage, state.world_size)
-        self.last_evaluation = state.evaluation_of_step
+        saved = read_state(folder)
+        self.state.restore_weights(folder, saved)
+        self.state.last_evaluation = saved.evaluation_of_step
         return True
 
-    def save(self, step: int, best: Best, evaluation_is_due: bool) -> None:
-        started = time.perf_counter()
+    def save(self) -> None:
+        """Write a checkpoint of the state. All ranks call this together."""
+        started, step = time.perf_counter(), self.state.step
         draft = self.root / f".{checkpoint_name(step)}"
         self.on_first(lambda: start_draft(self.root, step, self.engine.expected_checkpoint_bytes()))
         files = self.write_parts(draft)
-        state = TrainingState(
-            step=step,
-            world_size=dist.get_world_size(),
-            zero_stage=self.engine.stage,
-            config=self.config.model_dump(mode="json"),
-            data=self.data,
-            reference=self.reference,
-            metric=best.latest_value if best.latest_step == step else None,
-            best_step=best.step,
-            best_value=best.value,
-            evaluations_since_best=best.evaluations_since,
-            evaluation_is_due=evaluation_is_due,
-            last_evaluation=self.last_evaluation,
-            uses_stock_logits=self.engine.model.uses_stock_logits,
-        )
+        saved = self.state.saved_with(self.config, self.data, self.reference)
 
         def finish() -> None:
-            # The row comes first: if the process dies between the two, resuming from the one before cuts it off.
+            # The row comes first: if the process dies between the two, resuming from the one before truncates it.
             size = sum(facts.bytes for facts in files.values())
             self.log.metrics("checkpoint", step, {"seconds": time.perf_counter() - started, "bytes": size})
             self.log.sync()
-            publish(draft, self.root, state, files)
-            prune(self.root, self.options.keep_last, best.step, best.is_better)
+            publish(draft, self.root, saved, files)
+            prune(self.root, self.options.keep_last, saved.best_step, self.state.best.is_better)
 
         self.on_first(finish, draft)
         self.last_step, self.last_time, self.is_time = step, time.monotonic(), False
@@ -210,9 +157,7 @@ class CheckpointSaver:
         """
         problem, files = None, {}
         try:
-            files = self.engine.save(draft / DEEPSPEED_FOLDER)
-            name = random_file(dist.get_rank())
-            files[name] = write_synced(draft / name, random_state())
+            files = self.state.save(draft)
         except (OSError, RuntimeError) as error:
             reason = reason_of(error) if isinstance(error, OSError) else str(error)
             problem = f"rank {dist.get_rank()} cannot write its part: {reason}"
@@ -220,7 +165,7 @@ class CheckpointSaver:
         dist.gather_object((problem, {name: asdict(facts) for name, facts in files.items()}), parts)
 
         def check() -> None:
-            if problems := [problem for problem, _ in parts if problem]:
+            if problems := [problem for problem, _ in parts or () if problem]:
                 raise CheckpointError(problems[0])
 
         self.on_first(check, draft)
@@ -228,7 +173,7 @@ class CheckpointSaver:
 
     def on_first(self, work: Callable[[], object], draft: Path | None = None) -> None:
         """Do something on rank 0; if it fails, remove the draft and raise CheckpointError on all ranks."""
-        problem = [None]
+        problem: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
                 work()
@@ -242,7 +187,7 @@ class CheckpointSaver:
             raise CheckpointError(f"the checkpoint could not be saved: {problem[0]} ({kept})")
 
 
-def leave_behind(config: TrainConfig, step: int, log: RunLog) -> None:
-    """Move checkpoints after `step` out of the way: damaged ones, and those of a past that is not gone on from."""
+def set_aside_later(config: TrainConfig, step: int, log: RunLog) -> None:
+    """Move checkpoints after `step` out of the way: damaged ones, and those of a past that is not resumed."""
     for place in set_aside(config.output_dir / "checkpoints", step):
         log.warn(f"a checkpoint after step {step} was moved to {place}")

@@ -22,7 +22,7 @@ def main() -> None:
     outcomes = {}
     for name, options in json.loads(file.read_text()).items():
         store = dist.PrefixStore(name, shared.store)
-        processes = dataclasses.replace(shared, store=store, errors=store)
+        processes = dataclasses.replace(shared, store=store, first_store=None)
         try:
             train(load_config(options), processes)
             outcomes[name] = [None, False]

@@ -72,7 +72,7 @@ def main(arguments: list[str], processes: Processes) -> None:
         store = dist.PrefixStore(f"case {number}", processes.store)
         with Fault(processes.rank, fault):
             try:
-                own = dataclasses.replace(processes, store=store, errors=store, stopping=stopping)
+                own = dataclasses.replace(processes, store=store, first_store=None, stopping=stopping)
                 train(load_config(options), own)
                 assert fault is None, f"case {number} was not stopped"
             except Stopped as stopped:

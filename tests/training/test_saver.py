@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.processes.stopping import Stopped
-from hafrm_ds.training.saver import Best, CheckpointSaver
+from hafrm_ds.training.run_state import Best
+from hafrm_ds.training.saver import CheckpointSaver
 from tests.training.test_resume import config_of
 
 
@@ -21,9 +22,9 @@ def make(tmp_path, monkeypatch):
         saver = CheckpointSaver(config, None, Processes(rank, rank, 2, dist.HashStore()), None, {}, None, None)
         saved: list[int] = []
 
-        def save(step: int, best: Best, evaluation_is_due: bool) -> None:
-            saved.append(step)
-            saver.last_step, saver.last_time = step, time.monotonic()
+        def save() -> None:
+            saved.append(saver.state.step)
+            saver.last_step, saver.last_time = saver.state.step, time.monotonic()
 
         monkeypatch.setattr(saver, "save", save)
         return saver, saved
@@ -34,7 +35,8 @@ def make(tmp_path, monkeypatch):
 def run(saver: CheckpointSaver, num_steps: int) -> None:
     for step in range(1, num_steps + 1):
         saver.hear(saver.votes())
-        saver.after_step(step, Best(None), evaluation_is_due=False)
+        saver.state.step = step
+        saver.after_step()
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6])])
@@ -61,8 +63,9 @@ def test_only_the_clock_of_rank_0_counts(make):
 def test_a_stop_of_another_rank_saves_and_ends_this_one(make):
     saver, saved = make()
     saver.hear([3.0, 0.0])
+    saver.state.step = 4
     with pytest.raises(Stopped) as stopped:
-        saver.after_step(4, Best(None), evaluation_is_due=False)
+        saver.after_step()
     assert saved == [4]
     assert (stopped.value.reason, stopped.value.step, stopped.value.checkpoint) == ("SIGTERM", 4, "step-000004")
 
@@ -71,41 +74,15 @@ def test_a_stop_before_the_first_step_saves_nothing(make):
     saver, saved = make()
     saver.hear([2.0, 0.0])
     with pytest.raises(Stopped) as stopped:
-        saver.after_step(0, Best(None), evaluation_is_due=True)
+        saver.after_step()
     assert saved == []
     assert stopped.value.checkpoint is None
-
-
-def test_the_best_evaluation_is_remembered_with_the_last():
-    best = Best("held_out/accuracy/reward")
-    for step, value in ((0, 0.9), (10, 0.6), (20, 0.8), (30, 0.8), (40, 0.7)):
-        best.consider(step, value)
-    assert (best.step, best.value) == (20, 0.8)
-    assert (best.latest_step, best.latest_value) == (40, 0.7)
-
-
-def test_evaluations_without_improvement_are_counted():
-    best, counts = Best("hh/loss/reward"), []
-    for step, value in enumerate((0.6, 0.7, 0.6, 0.5, 0.5, 0.4), start=1):
-        best.consider(step, value)
-        counts.append(best.evaluations_since)
-    assert counts == [0, 1, 2, 0, 1, 0]
 
 
 @pytest.mark.parametrize(("final", "steps"), [("last", []), ("best", [2])])
 def test_the_best_step_is_saved_for_a_final_that_is_made_of_it(make, final, steps):
     saver, saved = make(final=final)
     for step in (1, 2, 3):
-        saver.after_step(step, Best("hh/accuracy/reward", 0.5, step=2), evaluation_is_due=False)
+        saver.state.step, saver.state.best = step, Best("hh/accuracy/reward", 0.5, step=2)
+        saver.after_step()
     assert saved == steps
-
-
-@pytest.mark.parametrize(
-    ("metric", "step"),
-    [("hh/loss/reward", 20), ("hh/loss/policy", 20), ("hh/margin/implicit", 30), ("org/loss/accuracy/reward", 30)],
-)
-def test_a_loss_is_better_when_it_is_smaller(metric, step):
-    best = Best(metric)
-    for at, value in ((10, 0.6), (20, 0.3), (30, 0.9)):
-        best.consider(at, value)
-    assert best.step == step
