@@ -8,7 +8,7 @@
     OUTPUT_DIR/checkpoints/set_aside/                    checkpoints that were passed over or left behind
 
 A checkpoint is written under a name that begins with a dot, synced, and renamed when every rank has written its part.
-Nothing here knows DeepSpeed or the other ranks. DeepSpeed's files are pickles: go on from checkpoints of your own only.
+Nothing here knows DeepSpeed or the other ranks. DeepSpeed's files are pickles: resume your own checkpoints only.
 """
 
 import errno
@@ -37,7 +37,7 @@ FORMAT = 1
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written or gone on from."""
+    """A checkpoint cannot be written or resumed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides the weights and the optimizer to go on.
+    """What a run needs besides the weights and the optimizer to be resumed.
 
     step: optimizer steps done.
     world_size, zero_stage: of the processes that saved.
@@ -240,7 +240,7 @@ def prune(root: Path, keep_last: int, best_step: int | None, is_better: Callable
 
 
 def set_aside(root: Path, after_step: int) -> list[Path]:
-    """Move checkpoints after a step out of the way, before a run goes on from that step; returns their new places."""
+    """Move checkpoints after a step out of the way, before a run resumes from it; returns their new places."""
     places = []
     for step, folder in saved_steps(root).items():
         if step > after_step:

@@ -1,4 +1,4 @@
-"""Going on with another number of processes or another ZeRO stage: the shards of a checkpoint, read parameter by
+"""Resuming with another number of processes or another ZeRO stage: the shards of a checkpoint, read parameter by
 parameter and dealt out anew.
 
 DeepSpeed cuts fp32 weights and Adam's moments into flat pieces, one a rank and group: under stage 3 each parameter is
@@ -144,7 +144,7 @@ def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank:
         raise CheckpointError(f"the checkpoint and this run do not train the same parameters: {named}")
     if any(not {*MOMENTS} <= piece.tensors.keys() for pieces in shards.pieces.values() for piece in pieces):
         raise CheckpointError(
-            "the checkpoint was not written by Adam: it can be gone on from under the same ZeRO stage and number of "
+            "the checkpoint was not written by Adam: it can be resumed under the same ZeRO stage and number of "
             "processes only"
         )
     if zero_stage == 3:

@@ -48,7 +48,7 @@ class ClassifierModel(Scorer):
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise ModelError(f"{saved.folder} cannot be loaded: {first_line(error)}") from error
-        if missing := sorted(report["missing_keys"]):  # transformers only warns, and goes on with random values
+        if missing := sorted(report["missing_keys"]):  # transformers only warns, and takes random values
             raise ModelError(
                 f"{saved.folder}: the weight files lack {', '.join(missing[:5])}, so the scores would be random"
             )

@@ -307,7 +307,7 @@ class Trainer:
         best, step = self.state.best.step, self.state.step
         if self.config.checkpoint.final == "last" or best is None or best == step:
             return step
-        return best if self.saver.go_back(best) else step
+        return best if self.saver.restore_step(best) else step
 
     def summary(self, final_step: int) -> dict:
         """What a reader wants to know first, for summary.json.
