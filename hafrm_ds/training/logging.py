@@ -59,7 +59,7 @@ class RunLog(Console):
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
 
     def start(self, config: TrainConfig, step: int, evaluation_is_due: bool = False) -> None:
-        """Begin to write, after `step` steps of an earlier start: later rows of it are cut off.
+        """Begin to write, after `step` steps of an earlier start: later rows of it are removed.
 
         Args:
             config: with everything decided that `auto` left open.

@@ -82,8 +82,8 @@ class ResumePoint:
         if refused:
             lines = "".join(f"\n  - {text}" for text in refused.values())
             raise CheckpointError(
-                f"{self.folder} {reason}:{lines}\nResume it as it was, start anew in another --output_dir, or allow the "
-                f"change: --checkpoint.allow_changed '[{', '.join(sorted(refused))}]'"
+                f"{self.folder} {reason}:{lines}\nResume it as it was, start anew in another --output_dir, or allow "
+                f"the change: --checkpoint.allow_changed '[{', '.join(sorted(refused))}]'"
             )
 
     def check_stage(self, zero_stage: int) -> None:
