@@ -5,13 +5,16 @@ per pair ([P]); nothing here averages. The loop divides once, by the pairs of th
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
+
+Values = TypeVar("Values", Tensor, np.ndarray)
 
 
 class ResponseScores(NamedTuple):
@@ -63,8 +66,8 @@ def centering_penalty(reward: Tensor) -> Tensor:
 # ---- policy losses -------------------------------------------------------------------------------------------------
 
 
-def implicit_reward(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """beta * (log pi - log pi_ref), [N] -> [N] (Rafailov et al. 2023, eq. 5, up to a constant of the prompt)."""
+def implicit_reward(logprob: Values, reference: Values, beta: float) -> Values:
+    """beta * (log pi - log pi_ref) of each response (Rafailov et al. 2023, eq. 5, up to a constant of the prompt)."""
     return beta * (logprob - reference)
 
 
@@ -109,113 +112,109 @@ def sft_loss(logprob: Tensor, num_tokens: Tensor) -> Tensor:
 # ---- the joint loss ------------------------------------------------------------------------------------------------
 
 
+class HeadWeights(NamedTuple):
+    """What the two losses weigh at a step. A head of weight 0 is not computed in it."""
+
+    reward: float
+    policy: float
+
+
+def weights_at(objective: ObjectiveConfig, step: int) -> HeadWeights:
+    """The weights at optimizer step `step` (from 0): rm_weight and alpha, or one of them alone in the paper's
+    alternating schedule.
+
+    Blocks of alternate_every steps: the first with the policy loss alone, the second with the reward loss alone, and so
+    on. They depend on the step alone, so all ranks run the same heads.
+    """
+    every = objective.alternate_every
+    if every == 0:
+        return HeadWeights(objective.rm_weight, objective.alpha)
+    is_policy_block = (step // every) % 2 == 0
+    return HeadWeights(0.0, objective.alpha) if is_policy_block else HeadWeights(objective.rm_weight, 0.0)
+
+
 @dataclass(frozen=True)
 class JointLoss:
-    """Per-pair losses: total [P] and its parts before weighting (None where a part is not computed)."""
+    """Losses of each pair. total: [P], what is minimised. parts: name in metrics.jsonl -> [P], before weighting; those
+    of a head of weight 0 are absent."""
 
     total: Tensor
-    reward: Tensor | None
-    policy: Tensor | None
+    parts: dict[str, Tensor]
 
 
-def policy_loss(
-    name: str,
+def joint_loss(
+    objective: ObjectiveConfig,
+    weights: HeadWeights,
     scores: ResponseScores,
     reference: Tensor | None,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    simpo_gamma: float = 0.0,
-) -> Tensor:
-    """The policy loss called `name` for each pair: [P]. `reference` [N] is needed by dpo, ipo and hinge."""
+    margin: Tensor,
+) -> JointLoss:
+    """weights.reward * L_reward + weights.policy * L_policy for each pair (HAF-RM, L_H), of which one may be absent.
+
+    Args:
+        reference: [N], where the policy loss uses one.
+        margin: [P], used where objective.use_margin asks for it.
+
+    Returns:
+        Its parts are loss/reward, loss/policy and, where margin, label smoothing or centering make the reward loss
+        another than the plain one, loss/reward_trained. loss/reward is the plain Bradley-Terry loss in every row, of
+        training and of evaluation: that alone can be compared across runs and sets. So loss/total is the weighted sum
+        of loss/reward_trained, where it is there, and loss/policy.
+    """
+    weighted, parts = [], {}
+    if weights.reward:
+        trained = parts["loss/reward"] = bradley_terry_loss(scores.reward)
+        if objective.use_margin or objective.reward_label_smoothing:
+            used_margin = margin if objective.use_margin else None
+            trained = bradley_terry_loss(scores.reward, used_margin, objective.reward_label_smoothing)
+        if objective.reward_centering:
+            trained = trained + objective.reward_centering * centering_penalty(scores.reward)
+        if trained is not parts["loss/reward"]:
+            parts["loss/reward_trained"] = trained
+        weighted.append(weights.reward * trained)
+    if weights.policy:
+        parts["loss/policy"] = policy_loss(objective, scores, reference)
+        weighted.append(weights.policy * parts["loss/policy"])
+    return JointLoss(torch.stack(weighted).sum(0), parts)
+
+
+def policy_loss(objective: ObjectiveConfig, scores: ResponseScores, reference: Tensor | None) -> Tensor:
+    """The configured policy loss of each pair: [P]. `reference` [N] is needed by dpo, ipo and hinge."""
+    name, beta = objective.policy_loss, objective.beta
     if name == "dpo":
-        return dpo_loss(scores.logprob, reference, beta, label_smoothing)
+        return dpo_loss(scores.logprob, reference, beta, objective.policy_label_smoothing)
     if name == "ipo":
         return ipo_loss(scores.logprob, reference, beta)
     if name == "hinge":
         return hinge_loss(scores.logprob, reference, beta)
     if name == "simpo":
-        return simpo_loss(scores.logprob, scores.num_tokens, beta, simpo_gamma)
-    if name == "sft":
-        return sft_loss(scores.logprob, scores.num_tokens)
-    raise ValueError(f"unknown policy loss {name!r}")
+        return simpo_loss(scores.logprob, scores.num_tokens, beta, objective.simpo_gamma)
+    return sft_loss(scores.logprob, scores.num_tokens)
 
 
-def joint_loss(
-    reward: Tensor | None, policy: Tensor | None, *, rm_weight: float, alpha: float, centering: Tensor | None = None
-) -> JointLoss:
-    """rm_weight * L_reward + alpha * L_policy for each pair (HAF-RM, L_H). A part that is None counts nothing.
+# ---- judges and metrics --------------------------------------------------------------------------------------------
 
-    `centering` is already weighted and belongs to the reward loss.
+
+def judges(reward: Values | None, logprob: Values | None, reference: Values | None, beta: float) -> dict[str, Values]:
+    """What takes sides between answers, of all that is known of them: name -> values of the shape given.
+
+    reward: the reward head. implicit: beta * (log pi - log pi_ref). logprob: log pi itself. The larger value is the
+    preferred answer.
     """
-    parts = []
+    found = {}
     if reward is not None:
-        parts.append(rm_weight * (reward if centering is None else reward + centering))
-    if policy is not None:
-        parts.append(alpha * policy)
-    return JointLoss(total=torch.stack(parts).sum(0), reward=reward, policy=policy)
-
-
-def alternating_weights(step: int, every: int, rm_weight: float, alpha: float) -> tuple[float, float]:
-    """(rm_weight, alpha) at `step` (from 0) of the paper's alternating schedule.
-
-    Blocks of `every` steps: the first with the policy loss alone, the second with the reward loss alone, and so on.
-    `every` = 0: both, always.
-    """
-    if every == 0:
-        return rm_weight, alpha
-    return (0.0, alpha) if (step // every) % 2 == 0 else (rm_weight, 0.0)
-
-
-def configured_policy_loss(objective: ObjectiveConfig, scores: ResponseScores, reference: Tensor | None) -> Tensor:
-    """[P] for scores of N = 2P responses; `reference` [N] where the loss uses one."""
-    return policy_loss(
-        objective.policy_loss,
-        scores,
-        reference,
-        beta=objective.beta,
-        label_smoothing=objective.policy_label_smoothing,
-        simpo_gamma=objective.simpo_gamma,
-    )
-
-
-def configured_joint_loss(
-    objective: ObjectiveConfig, step: int, scores: ResponseScores, reference: Tensor | None, margin: Tensor
-) -> JointLoss:
-    """The losses of each pair at optimizer step `step` (from 0).
-
-    Args:
-        margin: [P], used where objective.use_margin asks for it.
-    """
-    reward = centering = policy = None
-    if objective.uses_reward:
-        used_margin = margin if objective.use_margin else None
-        reward = bradley_terry_loss(scores.reward, used_margin, objective.reward_label_smoothing)
-        if objective.reward_centering:
-            centering = objective.reward_centering * centering_penalty(scores.reward)
-    if objective.uses_policy:
-        policy = configured_policy_loss(objective, scores, reference)
-    rm_weight, alpha = alternating_weights(step, objective.alternate_every, objective.rm_weight, objective.alpha)
-    return joint_loss(reward, policy, rm_weight=rm_weight, alpha=alpha, centering=centering)
-
-
-# ---- metrics -------------------------------------------------------------------------------------------------------
+        found["reward"] = reward
+    if logprob is not None and reference is not None:
+        found["implicit"] = implicit_reward(logprob, reference, beta)
+    if logprob is not None:
+        found["logprob"] = logprob
+    return found
 
 
 def preference_metrics(scores: ResponseScores, reference: Tensor | None, beta: float) -> dict[str, Tensor]:
-    """Accuracy and margin of each judge there is, per pair: name -> [P] fp32.
-
-    reward: the reward head. logprob: log pi itself. implicit: beta * (log pi - log pi_ref). A tie counts half.
-    """
-    judges = {}
-    if scores.reward is not None:
-        judges["reward"] = scores.reward
-    if scores.logprob is not None:
-        judges["logprob"] = scores.logprob
-        if reference is not None:
-            judges["implicit"] = implicit_reward(scores.logprob, reference, beta)
+    """Accuracy and margin of each of the judges, per pair: name -> [P] fp32. A tie counts half."""
     metrics = {}
-    for judge, values in judges.items():
+    for judge, values in judges(scores.reward, scores.logprob, reference, beta).items():
         chosen, rejected = chosen_and_rejected(values.detach())
         metrics[f"accuracy/{judge}"] = (torch.sign(chosen - rejected) + 1) / 2
         metrics[f"margin/{judge}"] = chosen - rejected

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.objective import (
+    HeadWeights,
     ResponseScores,
-    alternating_weights,
     bradley_terry_loss,
     centering_penalty,
     dpo_loss,
@@ -15,10 +16,12 @@ from hafrm_ds.objective import (
     implicit_reward,
     ipo_loss,
     joint_loss,
+    judges,
     policy_loss,
     preference_metrics,
     sft_loss,
     simpo_loss,
+    weights_at,
 )
 
 REWARD = [1.5, -0.5, -2.0, 0.25, 0.125, 0.125, 3.0, 4.0]  # right, wrong, tied and wrong
@@ -128,7 +131,7 @@ def test_sft_is_the_mean_over_the_chosen_answer():
     assert_pairs(sft_loss(fp32(LOGPROB), torch.tensor(LENGTHS)), expected)
 
 
-SETTINGS = {"beta": 0.3, "label_smoothing": 0.05, "simpo_gamma": 0.7}
+SETTINGS = {"beta": 0.3, "policy_label_smoothing": 0.05, "simpo_gamma": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -145,13 +148,9 @@ def test_policy_loss_by_name(name, expected):
     logprob, reference, lengths = fp32(LOGPROB), fp32(REFERENCE), torch.tensor(LENGTHS)
     scores = ResponseScores(reward=None, logprob=logprob, num_tokens=lengths)
     needs_none = name in ("simpo", "sft")
-    actual = policy_loss(name, scores, None if needs_none else reference, **SETTINGS)
+    objective = ObjectiveConfig(policy_loss=name, **SETTINGS)
+    actual = policy_loss(objective, scores, None if needs_none else reference)
     assert torch.equal(actual, expected(logprob, reference, lengths))
-
-
-def test_an_unknown_policy_loss_is_refused():
-    with pytest.raises(ValueError, match="unknown policy loss 'ppo'"):
-        policy_loss("ppo", ResponseScores(None, fp32(LOGPROB), torch.tensor(LENGTHS)), None, beta=0.1)
 
 
 # ---- gradients and extremes ----------------------------------------------------------------------------------------
@@ -193,39 +192,70 @@ def test_a_pair_far_on_the_wrong_side_still_pulls_with_full_strength():
 # ---- the joint loss ------------------------------------------------------------------------------------------------
 
 
+def joint(step: int = 0, reward=None, logprob=None, **options):
+    """The joint loss of the four pairs; REWARD and LOGPROB where nothing else is given."""
+    objective = ObjectiveConfig(**options)
+    weights = weights_at(objective, step)
+    scores = ResponseScores(
+        (fp32(REWARD) if reward is None else reward) if weights.reward else None,
+        (fp32(LOGPROB) if logprob is None else logprob) if weights.policy else None,
+        torch.tensor(LENGTHS),
+    )
+    return joint_loss(objective, weights, scores, fp32(REFERENCE), fp32(MARGIN))
+
+
+PLAIN = [-log_sigmoid(difference(REWARD, p)) for p in PAIRS]
+DPO = [-log_sigmoid(0.1 * log_ratio_difference(p)) for p in PAIRS]
+
+
 def test_joint_loss_weights_its_parts_and_reports_them_unweighted():
-    reward, policy, centering = fp32([0.5, 2.0]), fp32([3.0, -1.0]), fp32([0.25, 0.0])
-    joint = joint_loss(reward, policy, rm_weight=0.5, alpha=0.2, centering=centering)
-    assert_pairs(joint.total, [0.5 * 0.75 + 0.2 * 3.0, 0.5 * 2.0 - 0.2])
-    assert joint.reward is reward
-    assert joint.policy is policy
+    loss = joint(rm_weight=0.5, alpha=0.2)
+    assert_pairs(loss.total, [0.5 * reward + 0.2 * policy for reward, policy in zip(PLAIN, DPO)])
+    assert loss.parts.keys() == {"loss/reward", "loss/policy"}
+    assert_pairs(loss.parts["loss/reward"], PLAIN)
+    assert_pairs(loss.parts["loss/policy"], DPO)
 
 
 def test_joint_loss_of_one_part():
-    part = fp32([0.5, 2.0])
-    alone = joint_loss(part, None, rm_weight=2.0, alpha=0.2)
-    assert alone.total.tolist() == [1.0, 4.0]
-    assert alone.policy is None
-    alone = joint_loss(None, part, rm_weight=1.0, alpha=0.5)
-    assert alone.total.tolist() == [0.25, 1.0]
-    assert alone.reward is None
+    alone = joint(rm_weight=2.0, alpha=0)
+    assert_pairs(alone.total, [2 * loss for loss in PLAIN])
+    assert alone.parts.keys() == {"loss/reward"}
+    alone = joint(rm_weight=0, alpha=0.5)
+    assert_pairs(alone.total, [0.5 * loss for loss in DPO])
+    assert alone.parts.keys() == {"loss/policy"}
 
 
-def test_a_part_of_weight_0_sends_no_gradient():
-    reward, policy = fp32([0.5, 2.0]).requires_grad_(), fp32([3.0, -1.0]).requires_grad_()
-    joint_loss(reward, policy, rm_weight=0.0, alpha=0.2).total.sum().backward()
-    assert reward.grad.tolist() == [0.0, 0.0]
-    assert policy.grad.tolist() == pytest.approx([0.2, 0.2])
+def test_the_reward_loss_is_reported_plain_and_as_it_is_trained():
+    options = {"use_margin": True, "reward_label_smoothing": 0.1, "reward_centering": 0.01}
+    loss = joint(rm_weight=2.0, alpha=0, **options)
+    logits = [difference(REWARD, p) - MARGIN[p] for p in PAIRS]
+    centering = [0.01 * (REWARD[2 * p] + REWARD[2 * p + 1]) ** 2 for p in PAIRS]
+    trained = [-0.9 * log_sigmoid(h) - 0.1 * log_sigmoid(-h) + c for h, c in zip(logits, centering)]
+    assert_pairs(loss.parts["loss/reward"], PLAIN)
+    assert_pairs(loss.parts["loss/reward_trained"], trained)
+    assert_pairs(loss.total, [2 * each for each in trained])
+    # A margin that the objective does not use changes nothing, and centering alone is no plain loss either.
+    assert_pairs(joint(alpha=0).total, PLAIN)
+    assert_pairs(joint(alpha=0, reward_centering=0.01).total, [p + c for p, c in zip(PLAIN, centering)])
 
 
 def test_alternating_blocks_begin_with_the_policy():
-    weights = [alternating_weights(step, every=2, rm_weight=1.0, alpha=0.2) for step in range(7)]
-    policy, reward = (0.0, 0.2), (1.0, 0.0)
-    assert weights == [policy, policy, reward, reward, policy, policy, reward]
+    objective = ObjectiveConfig(rm_weight=1.0, alpha=0.2, alternate_every=2)
+    policy, reward = HeadWeights(0.0, 0.2), HeadWeights(1.0, 0.0)
+    assert [weights_at(objective, step) for step in range(7)] == [
+        policy, policy, reward, reward, policy, policy, reward,
+    ]  # fmt: skip
 
 
 def test_without_alternation_both_losses_count_at_every_step():
-    assert {alternating_weights(step, every=0, rm_weight=1.0, alpha=0.2) for step in range(5)} == {(1.0, 0.2)}
+    objective = ObjectiveConfig(rm_weight=1.0, alpha=0.2)
+    assert {weights_at(objective, step) for step in range(5)} == {HeadWeights(1.0, 0.2)}
+
+
+def test_the_head_of_the_other_block_has_no_loss():
+    options = {"rm_weight": 1.0, "alpha": 0.2, "alternate_every": 3}
+    assert joint(step=2, **options).parts.keys() == {"loss/policy"}
+    assert joint(step=3, **options).parts.keys() == {"loss/reward"}
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------
@@ -258,3 +288,15 @@ def test_metrics_hold_on_to_no_graph():
     reward = fp32(REWARD).requires_grad_()
     metrics = preference_metrics(ResponseScores(reward, None, torch.tensor(LENGTHS)), None, beta=0.1)
     assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"rm_weight": 0}, {"alpha": 0}, {"policy_loss": "simpo"}])
+def test_the_measures_of_an_objective_are_those_of_the_judges_that_it_trains(options):
+    objective = ObjectiveConfig(**options)
+    known = judges(
+        fp32(REWARD) if objective.uses_reward else None,
+        fp32(LOGPROB) if objective.uses_policy else None,
+        fp32(REFERENCE) if objective.uses_reference else None,
+        objective.beta,
+    )
+    assert [f"accuracy/{judge}" for judge in known] == [m for m in objective.measures if m.startswith("accuracy/")]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.evaluation.pair_scores import PairScores
-from hafrm_ds.objective import ResponseScores, bradley_terry_loss, configured_policy_loss, preference_metrics
+from hafrm_ds.objective import ResponseScores, bradley_terry_loss, policy_loss, preference_metrics
 
 
 def set_metrics(scores: PairScores, objective: ObjectiveConfig) -> dict[str, float]:
@@ -28,8 +28,7 @@ def set_metrics(scores: PairScores, objective: ObjectiveConfig) -> dict[str, flo
         metrics["reward/mean"] = responses.reward.mean().item()
         metrics["reward/std"] = responses.reward.std().item()
     if responses.logprob is not None and objective.uses_policy:
-        loss = configured_policy_loss(objective, responses, reference)
-        metrics["loss/policy"] = loss.mean().item()
+        metrics["loss/policy"] = policy_loss(objective, responses, reference).mean().item()
     for name, values in per_pair.items():
         metrics[name] = values.mean().item()
         if name.startswith("accuracy/"):

@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hafrm_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import from_pairs, lay_out, token_costs
+from hafrm_ds.data.packing import lay_out, token_costs
 from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.data.reading import read_pairs
@@ -56,7 +56,7 @@ from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.engine.engine import make_optimizer, parameter_groups
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head, model_inputs, sum_by_response
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
-from hafrm_ds.objective import ResponseScores, configured_joint_loss
+from hafrm_ds.objective import ResponseScores, joint_loss, weights_at
 
 MAX_LENGTH = 512
 """Longer pairs are left out: 16 padded rows of 1,024 tokens do not fit into 24 GB beside the models."""
@@ -84,7 +84,8 @@ class Batches:
     def largest(self, layout: str) -> "Batches":
         """The batch with the most tokens, padding included, twice."""
         step = max(
-            range(len(self.pairs)), key=lambda step: lay_out(from_pairs(self.pairs[step]), layout).input_ids.numel()
+            range(len(self.pairs)),
+            key=lambda step: lay_out([pair.group for pair in self.pairs[step]], layout).input_ids.numel(),
         )
         return Batches([self.pairs[step]] * 2, [self.rows[step]] * 2, self.tokenizer)
 
@@ -240,9 +241,8 @@ def recipe(config: TrainConfig, batches: Batches) -> Contender:
         states, logprob = scores(policy, batch)
         reward = head(states.flatten(0, 1)[batch.readout_index])
         result = ResponseScores(reward, logprob, batch.num_tokens)
-        loss = configured_joint_loss(
-            config.objective, number, result, reference_logprob, micro_batch.margin
-        ).total.mean()
+        weights = weights_at(config.objective, number)
+        loss = joint_loss(config.objective, weights, result, reference_logprob, micro_batch.margin).total.mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_gradient_norm)
         optimizer.step()
@@ -305,7 +305,7 @@ def ours(config: TrainConfig, batches: Batches) -> Contender:
         for part in micro_batches(number):
             known = reference[number, part.index].flatten()
             scores = model(part.batch)
-            losses = configured_joint_loss(config.objective, number, scores, known, part.margin)
+            losses = joint_loss(config.objective, weights_at(config.objective, number), scores, known, part.margin)
             loss = losses.total.sum() / config.batch.global_batch_size
             optimizer.backward(loss)
             total += loss.item()
@@ -400,7 +400,7 @@ def report(
     contenders: dict[str, Contender], batches: Batches, seconds: dict[str, np.ndarray], peak_gib: dict[str, float]
 ) -> None:
     tokens = sum(batches.tokens(step) for step in range(len(batches.pairs)))
-    padded = sum(lay_out(from_pairs(pairs), "padded").input_ids.numel() for pairs in batches.pairs)
+    padded = sum(lay_out([pair.group for pair in pairs], "padded").input_ids.numel() for pairs in batches.pairs)
     print(
         f"\n{len(batches.pairs)} steps of {len(batches.pairs[0])} pairs: {tokens:,} tokens, {padded:,} in padded rows; "
         f"{torch.get_num_threads()} threads; medians over the steps\n"

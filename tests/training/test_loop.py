@@ -2,9 +2,10 @@
 
 import torch
 
+from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.tokenization import TokenizedPair
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss, joint_loss
+from hafrm_ds.objective import joint_loss, weights_at
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
 
 
@@ -19,9 +20,8 @@ def gradients(parts: list[list[int]]) -> dict[str, torch.Tensor]:
         scores = model(micro_batch.batch)
         reference = torch.linspace(-60, -5, 2 * len(pairs)).view(-1, 2)[micro_batch.index].view(-1)
         reference = torch.where(micro_batch.weight.repeat_interleave(2) > 0, reference, 0.0)
-        loss = joint_loss(
-            bradley_terry_loss(scores.reward), dpo_loss(scores.logprob, reference, 0.1), rm_weight=1.0, alpha=0.2
-        )
+        objective = ObjectiveConfig()
+        loss = joint_loss(objective, weights_at(objective, 0), scores, reference, micro_batch.margin)
         ((loss.total * micro_batch.weight).sum() / len(pairs)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
