@@ -126,7 +126,7 @@ def test_refused_by_the_template(make_tokenizer):
 
 
 def test_split_at_prompt_never_passes_the_rendered_prompt():
-    assert split_at_prompt([1, 2, 3, 4], [1, 2, 3, 5], [1, 2]) == ([1, 2], [3, 4], [3, 5])
+    assert split_at_prompt([1, 2, 3, 4], [1, 2, 3, 5], [1, 2]) == ([1, 2], ([3, 4], [3, 5]))
     assert split_at_prompt([1, 2, 3], [1, 9, 3], [1, 2]) == ([1], ([2, 3], [9, 3]))
     assert split_at_prompt([1, 2], [1, 2, 3], [1, 2, 3]) == ([1, 2], ([], [3]))
 

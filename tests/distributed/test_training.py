@@ -142,7 +142,9 @@ def test_alternating_leaves_out_the_head_of_the_other_block_under_every_stage(ru
     last = rows(runs / f"alternating-zero{stage}", "eval")[-1]
     assert {"loss/reward", "loss/policy"} <= last.keys()
     weights = [final_weights(runs / f"alternating-zero{each}") for each in (stage, 0)]
-    assert largest_difference(*weights) < 1e-4
+    # The true gradient of a key's bias is 0: Adam makes steps of its noise.
+    kept = [{name: each[name] for name in each if not name.endswith("k_proj.bias")} for each in weights]
+    assert largest_difference(*kept) < 1e-4
 
 
 @pytest.mark.parametrize("variant", ["one-cut", "padded", "checkpointed", "gathered"])
