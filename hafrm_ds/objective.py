@@ -33,6 +33,12 @@ class ResponseScores(NamedTuple):
     num_tokens: Tensor
     token_logprobs: Tensor | None = None
 
+    def of(self, head: str) -> Tensor:
+        """[N] (or [M]): what the model was asked for, by the name of its field."""
+        values = getattr(self, head)
+        assert values is not None, f"the model was not asked for {head}"
+        return values
+
 
 def chosen_and_rejected(values: Tensor) -> tuple[Tensor, Tensor]:
     """[N] -> ([P], [P])."""
@@ -112,84 +118,84 @@ def sft_loss(logprob: Tensor, num_tokens: Tensor) -> Tensor:
 # ---- the joint loss ------------------------------------------------------------------------------------------------
 
 
-class HeadWeights(NamedTuple):
-    """What the two losses weigh at a step. A head of weight 0 is not computed in it."""
+class LossWeights(NamedTuple):
+    """What the two losses of a step count: rm_weight and alpha, or 0."""
 
     reward: float
     policy: float
 
 
-def weights_at(objective: ObjectiveConfig, step: int) -> HeadWeights:
-    """The weights at optimizer step `step` (from 0): rm_weight and alpha, or one of them alone in the paper's
-    alternating schedule.
+def weights_at(objective: ObjectiveConfig, step: int) -> LossWeights:
+    """The weights at optimizer step `step` (from 0), the same on all ranks.
 
-    Blocks of alternate_every steps: the first with the policy loss alone, the second with the reward loss alone, and so
-    on. They depend on the step alone, so all ranks run the same heads.
+    With objective.alternate_every = k they alternate in blocks of k steps, as in the paper: first the policy loss
+    alone, then the reward loss alone, and so on. With 0 both losses count in every step.
     """
     every = objective.alternate_every
-    if every == 0:
-        return HeadWeights(objective.rm_weight, objective.alpha)
-    is_policy_block = (step // every) % 2 == 0
-    return HeadWeights(0.0, objective.alpha) if is_policy_block else HeadWeights(objective.rm_weight, 0.0)
+    if every and (step // every) % 2 == 0:
+        return LossWeights(0.0, objective.alpha)
+    return LossWeights(objective.rm_weight, 0.0 if every else objective.alpha)
 
 
 @dataclass(frozen=True)
 class JointLoss:
-    """Losses of each pair. total: [P], what is minimised. parts: name in metrics.jsonl -> [P], before weighting; those
-    of a head of weight 0 are absent."""
+    """Per-pair losses: total [P] and its parts before weighting (None where a part is not computed, as in the block of
+    an alternating run in which it weighs nothing).
+
+    The parts are `loss/reward` and `loss/policy` in the rows of training and evaluation alike: the losses that are
+    trained, with the pairs' margins and label smoothing where the objective uses them. Centering is in the total alone.
+    """
 
     total: Tensor
-    parts: dict[str, Tensor]
+    reward: Tensor | None
+    policy: Tensor | None
 
 
 def joint_loss(
     objective: ObjectiveConfig,
-    weights: HeadWeights,
+    weights: LossWeights,
     scores: ResponseScores,
     reference: Tensor | None,
     margin: Tensor,
 ) -> JointLoss:
-    """weights.reward * L_reward + weights.policy * L_policy for each pair (HAF-RM, L_H), of which one may be absent.
+    """rm_weight * L_reward + alpha * L_policy for each pair (HAF-RM, L_H), of what the model was asked for.
 
     Args:
-        reference: [N], where the policy loss uses one.
-        margin: [P], used where objective.use_margin asks for it.
-
-    Returns:
-        Its parts are loss/reward, loss/policy and, where margin, label smoothing or centering make the reward loss
-        another than the plain one, loss/reward_trained. loss/reward is the plain Bradley-Terry loss in every row, of
-        training and of evaluation: that alone can be compared across runs and sets. So loss/total is the weighted sum
-        of loss/reward_trained, where it is there, and loss/policy.
+        reference: [N] log pi_ref, where the policy loss uses it.
+        margin: [P], where objective.use_margin asks for it.
     """
-    weighted, parts = [], {}
-    if weights.reward:
-        trained = parts["loss/reward"] = bradley_terry_loss(scores.reward)
-        if objective.use_margin or objective.reward_label_smoothing:
-            used_margin = margin if objective.use_margin else None
-            trained = bradley_terry_loss(scores.reward, used_margin, objective.reward_label_smoothing)
+    reward = policy = None
+    parts = []
+    if scores.reward is not None and objective.uses_reward:
+        reward = reward_loss(objective, scores.reward, margin)
+        centered = reward
         if objective.reward_centering:
-            trained = trained + objective.reward_centering * centering_penalty(scores.reward)
-        if trained is not parts["loss/reward"]:
-            parts["loss/reward_trained"] = trained
-        weighted.append(weights.reward * trained)
-    if weights.policy:
-        parts["loss/policy"] = policy_loss(objective, scores, reference)
-        weighted.append(weights.policy * parts["loss/policy"])
-    return JointLoss(torch.stack(weighted).sum(0), parts)
+            centered = reward + objective.reward_centering * centering_penalty(scores.reward)
+        parts.append(weights.reward * centered)
+    if scores.logprob is not None and objective.uses_policy:
+        policy = policy_loss(objective, scores.logprob, reference, scores.num_tokens)
+        parts.append(weights.policy * policy)
+    return JointLoss(total=torch.stack(parts).sum(0), reward=reward, policy=policy)
 
 
-def policy_loss(objective: ObjectiveConfig, scores: ResponseScores, reference: Tensor | None) -> Tensor:
-    """The configured policy loss of each pair: [P]. `reference` [N] is needed by dpo, ipo and hinge."""
-    name, beta = objective.policy_loss, objective.beta
-    if name == "dpo":
-        return dpo_loss(scores.logprob, reference, beta, objective.policy_label_smoothing)
-    if name == "ipo":
-        return ipo_loss(scores.logprob, reference, beta)
-    if name == "hinge":
-        return hinge_loss(scores.logprob, reference, beta)
-    if name == "simpo":
-        return simpo_loss(scores.logprob, scores.num_tokens, beta, objective.simpo_gamma)
-    return sft_loss(scores.logprob, scores.num_tokens)
+def reward_loss(objective: ObjectiveConfig, reward: Tensor, margin: Tensor) -> Tensor:
+    """[N], [P] -> [P]."""
+    return bradley_terry_loss(reward, margin if objective.use_margin else None, objective.reward_label_smoothing)
+
+
+def policy_loss(objective: ObjectiveConfig, logprob: Tensor, reference: Tensor | None, num_tokens: Tensor) -> Tensor:
+    """[N] log-probs, their references where the loss uses them, and lengths -> [P]."""
+    beta = objective.beta
+    if not objective.uses_reference:
+        if objective.policy_loss == "simpo":
+            return simpo_loss(logprob, num_tokens, beta, objective.simpo_gamma)
+        return sft_loss(logprob, num_tokens)
+    assert reference is not None
+    if objective.policy_loss == "ipo":
+        return ipo_loss(logprob, reference, beta)
+    if objective.policy_loss == "hinge":
+        return hinge_loss(logprob, reference, beta)
+    return dpo_loss(logprob, reference, beta, objective.policy_label_smoothing)
 
 
 # ---- judges and metrics --------------------------------------------------------------------------------------------

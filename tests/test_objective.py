@@ -7,7 +7,7 @@ import torch
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.objective import (
-    HeadWeights,
+    LossWeights,
     ResponseScores,
     bradley_terry_loss,
     centering_penalty,
@@ -131,9 +131,6 @@ def test_sft_is_the_mean_over_the_chosen_answer():
     assert_pairs(sft_loss(fp32(LOGPROB), torch.tensor(LENGTHS)), expected)
 
 
-SETTINGS = {"beta": 0.3, "policy_label_smoothing": 0.05, "simpo_gamma": 0.7}
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -146,10 +143,8 @@ SETTINGS = {"beta": 0.3, "policy_label_smoothing": 0.05, "simpo_gamma": 0.7}
 )
 def test_policy_loss_by_name(name, expected):
     logprob, reference, lengths = fp32(LOGPROB), fp32(REFERENCE), torch.tensor(LENGTHS)
-    scores = ResponseScores(reward=None, logprob=logprob, num_tokens=lengths)
-    needs_none = name in ("simpo", "sft")
-    objective = ObjectiveConfig(policy_loss=name, **SETTINGS)
-    actual = policy_loss(objective, scores, None if needs_none else reference)
+    objective = ObjectiveConfig(policy_loss=name, beta=0.3, policy_label_smoothing=0.05, simpo_gamma=0.7)
+    actual = policy_loss(objective, logprob, reference if objective.uses_reference else None, lengths)
     assert torch.equal(actual, expected(logprob, reference, lengths))
 
 
@@ -192,70 +187,53 @@ def test_a_pair_far_on_the_wrong_side_still_pulls_with_full_strength():
 # ---- the joint loss ------------------------------------------------------------------------------------------------
 
 
-def joint(step: int = 0, reward=None, logprob=None, **options):
-    """The joint loss of the four pairs; REWARD and LOGPROB where nothing else is given."""
-    objective = ObjectiveConfig(**options)
-    weights = weights_at(objective, step)
-    scores = ResponseScores(
-        (fp32(REWARD) if reward is None else reward) if weights.reward else None,
-        (fp32(LOGPROB) if logprob is None else logprob) if weights.policy else None,
-        torch.tensor(LENGTHS),
-    )
-    return joint_loss(objective, weights, scores, fp32(REFERENCE), fp32(MARGIN))
-
-
-PLAIN = [-log_sigmoid(difference(REWARD, p)) for p in PAIRS]
-DPO = [-log_sigmoid(0.1 * log_ratio_difference(p)) for p in PAIRS]
+def scores_of(reward: torch.Tensor | None, logprob: torch.Tensor | None) -> ResponseScores:
+    return ResponseScores(reward, logprob, torch.tensor(LENGTHS))
 
 
 def test_joint_loss_weights_its_parts_and_reports_them_unweighted():
-    loss = joint(rm_weight=0.5, alpha=0.2)
-    assert_pairs(loss.total, [0.5 * reward + 0.2 * policy for reward, policy in zip(PLAIN, DPO)])
-    assert loss.parts.keys() == {"loss/reward", "loss/policy"}
-    assert_pairs(loss.parts["loss/reward"], PLAIN)
-    assert_pairs(loss.parts["loss/policy"], DPO)
+    objective = ObjectiveConfig(
+        rm_weight=0.5, alpha=0.2, use_margin=True, reward_label_smoothing=0.1, reward_centering=0.01, beta=0.3
+    )
+    reward, logprob, reference, margin = map(fp32, (REWARD, LOGPROB, REFERENCE, MARGIN))
+    joint = joint_loss(objective, weights_at(objective, 0), scores_of(reward, logprob), reference, margin)
+    assert torch.equal(joint.reward, bradley_terry_loss(reward, margin, 0.1))
+    assert torch.equal(joint.policy, dpo_loss(logprob, reference, 0.3))
+    centered = joint.reward.double() + 0.01 * centering_penalty(reward).double()
+    assert_pairs(joint.total, (0.5 * centered + 0.2 * joint.policy.double()).tolist())
 
 
 def test_joint_loss_of_one_part():
-    alone = joint(rm_weight=2.0, alpha=0)
-    assert_pairs(alone.total, [2 * loss for loss in PLAIN])
-    assert alone.parts.keys() == {"loss/reward"}
-    alone = joint(rm_weight=0, alpha=0.5)
-    assert_pairs(alone.total, [0.5 * loss for loss in DPO])
-    assert alone.parts.keys() == {"loss/policy"}
+    reward, logprob, margin = fp32(REWARD), fp32(LOGPROB), fp32(MARGIN)
+    baseline = ObjectiveConfig(rm_weight=2.0, alpha=0)
+    alone = joint_loss(baseline, weights_at(baseline, 0), scores_of(reward, None), None, margin)
+    assert torch.equal(alone.total, 2.0 * bradley_terry_loss(reward))
+    assert alone.policy is None
+    dpo = ObjectiveConfig(rm_weight=0, alpha=0.5)
+    alone = joint_loss(dpo, weights_at(dpo, 0), scores_of(None, logprob), fp32(REFERENCE), margin)
+    assert torch.equal(alone.total, 0.5 * dpo_loss(logprob, fp32(REFERENCE), 0.1))
+    assert alone.reward is None
 
 
-def test_the_reward_loss_is_reported_plain_and_as_it_is_trained():
-    options = {"use_margin": True, "reward_label_smoothing": 0.1, "reward_centering": 0.01}
-    loss = joint(rm_weight=2.0, alpha=0, **options)
-    logits = [difference(REWARD, p) - MARGIN[p] for p in PAIRS]
-    centering = [0.01 * (REWARD[2 * p] + REWARD[2 * p + 1]) ** 2 for p in PAIRS]
-    trained = [-0.9 * log_sigmoid(h) - 0.1 * log_sigmoid(-h) + c for h, c in zip(logits, centering)]
-    assert_pairs(loss.parts["loss/reward"], PLAIN)
-    assert_pairs(loss.parts["loss/reward_trained"], trained)
-    assert_pairs(loss.total, [2 * each for each in trained])
-    # A margin that the objective does not use changes nothing, and centering alone is no plain loss either.
-    assert_pairs(joint(alpha=0).total, PLAIN)
-    assert_pairs(joint(alpha=0, reward_centering=0.01).total, [p + c for p, c in zip(PLAIN, centering)])
+def test_a_part_of_weight_0_sends_no_gradient():
+    reward, logprob = fp32(REWARD).requires_grad_(), fp32(LOGPROB).requires_grad_()
+    joint = joint_loss(
+        ObjectiveConfig(), LossWeights(0.0, 0.2), scores_of(reward, logprob), fp32(REFERENCE), fp32(MARGIN)
+    )
+    joint.total.sum().backward()
+    assert reward.grad.tolist() == [0.0] * 8
+    assert logprob.grad.abs().min() > 0
 
 
 def test_alternating_blocks_begin_with_the_policy():
-    objective = ObjectiveConfig(rm_weight=1.0, alpha=0.2, alternate_every=2)
-    policy, reward = HeadWeights(0.0, 0.2), HeadWeights(1.0, 0.0)
-    assert [weights_at(objective, step) for step in range(7)] == [
-        policy, policy, reward, reward, policy, policy, reward,
-    ]  # fmt: skip
+    objective = ObjectiveConfig(alternate_every=2, rm_weight=1.0, alpha=0.2)
+    policy, reward = (0.0, 0.2), (1.0, 0.0)
+    weights = [weights_at(objective, step) for step in range(7)]
+    assert weights == [policy, policy, reward, reward, policy, policy, reward]
 
 
 def test_without_alternation_both_losses_count_at_every_step():
-    objective = ObjectiveConfig(rm_weight=1.0, alpha=0.2)
-    assert {weights_at(objective, step) for step in range(5)} == {HeadWeights(1.0, 0.2)}
-
-
-def test_the_head_of_the_other_block_has_no_loss():
-    options = {"rm_weight": 1.0, "alpha": 0.2, "alternate_every": 3}
-    assert joint(step=2, **options).parts.keys() == {"loss/policy"}
-    assert joint(step=3, **options).parts.keys() == {"loss/reward"}
+    assert {weights_at(ObjectiveConfig(rm_weight=1.0, alpha=0.2), step) for step in range(5)} == {(1.0, 0.2)}
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------

@@ -259,8 +259,8 @@ class Plan:
         largest = min(line.largest_budget(room), workload.largest_useful_budget(n)) // ROUNDING * ROUNDING
         if largest < workload.longest or states.in_optimizer_step > machines.usable_bytes:
             largest = 0
-        budget = budget if budget != "auto" else max(largest, workload.longest)
-        cut = workload.cut(n, max(budget, workload.longest))
+        tokens = max(largest, workload.longest) if isinstance(budget, str) else budget
+        cut = workload.cut(n, max(tokens, workload.longest))
         held = states_of(cut.micro_batches)
         traffic = step_traffic(parameters, zero, n, machines.gpus, cut.micro_batches)
         work = self.operations.training + (self.operations.recomputed if checkpointing else 0.0)
@@ -272,7 +272,7 @@ class Plan:
             deepspeed=file,
             zero=zero,
             checkpointing=checkpointing,
-            budget=budget,
+            budget=tokens,
             largest_budget=largest,
             usable_bytes=machines.usable_bytes,
             states=held,

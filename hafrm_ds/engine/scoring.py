@@ -102,7 +102,7 @@ def score_pairs(
 
     def keep(positions: list[int], scores: ResponseScores) -> None:
         scored.extend(positions)
-        results.append(torch.cat([getattr(scores, name).view(-1, 2) for name in names], dim=1))
+        results.append(torch.cat([scores.of(name).view(-1, 2) for name in names], dim=1))
         on_progress(len(positions))
 
     is_whole = score_items(
@@ -158,7 +158,7 @@ class OccasionalQuestion:
         return answer
 
 
-def over_all_ranks(operation: dist.ReduceOp, device: torch.device, value: float) -> float:
+def over_all_ranks(operation: dist.ReduceOp.RedOpType, device: torch.device, value: float) -> float:
     """A number of each rank, combined by `operation`."""
     on_device = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(on_device, op=operation)

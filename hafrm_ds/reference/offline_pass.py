@@ -163,13 +163,13 @@ def compute_missing(
     costs = work.costs(batch.layout)
 
     def keep(positions: list[int], scores: ResponseScores) -> None:
-        places, logprobs = work.places(positions), scores.logprob.float().cpu().numpy()
+        places, logprobs = work.places(positions), scores.of("logprob").float().cpu().numpy()
         if not np.isfinite(logprobs).all():
             raise DataError(f"a reference log-prob is not finite, in {', '.join(ids_of(work, positions)[:10])}")
         counts = scores.num_tokens.tolist()
         tokens: list = [None] * len(counts)
         if per_token:
-            tokens = np.split(scores.token_logprobs.cpu().numpy(), np.cumsum(counts)[:-1])
+            tokens = np.split(scores.of("token_logprobs").cpu().numpy(), np.cumsum(counts)[:-1])
         for place, logprob, count, token_logprobs in zip(places.tolist(), logprobs, counts, tokens, strict=True):
             writer.add(work.responses.keys[place].tobytes(), logprob, count, token_logprobs)
         table[places, 0] = torch.from_numpy(logprobs).double()
@@ -183,7 +183,7 @@ def compute_missing(
             costs,
             num_responses=work.sides.sum(axis=1),
             layout=batch.layout,
-            max_tokens=batch.max_tokens_per_micro_batch,
+            max_tokens=batch.token_budget,
             on_scores=keep,
             with_reward=False,
             rank=dist.get_rank(),

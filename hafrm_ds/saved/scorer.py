@@ -72,7 +72,7 @@ class Scorer(ABC):
         """Rewards of encoded conversations, in order. Raises ModelError if the model has none to give."""
         if "reward" not in self.heads:
             raise ModelError(NO_REWARD)
-        return self.of_conversations(conversations, lambda scores: scores.reward.tolist(), ("reward",))
+        return self.of_conversations(conversations, lambda scores: scores.of("reward").tolist(), ("reward",))
 
     def of_conversations(
         self, conversations: Iterable[PromptWithResponses], read: Read, heads: tuple[str, ...]
@@ -86,7 +86,7 @@ class Scorer(ABC):
         """What `heads` say of the responses of groups: [responses, heads] fp32, in order."""
 
         def read(scores: ResponseScores) -> list:
-            return list(zip(*(getattr(scores, head).tolist() for head in heads)))
+            return list(zip(*(scores.of(head).tolist() for head in heads)))
 
         return np.array(self.run(groups, read, heads), dtype=np.float32).reshape(-1, len(heads))
 

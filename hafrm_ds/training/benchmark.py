@@ -64,7 +64,7 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         pairs,
         index,
         layout=config.batch.layout,
-        max_tokens=config.batch.max_tokens_per_micro_batch,
+        max_tokens=config.batch.token_budget,
         with_reward=config.objective.uses_reward,
         with_logprob=config.objective.uses_policy,
     )

@@ -25,7 +25,7 @@ from hafrm_ds.evaluation.accuracy import set_metrics
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
-from hafrm_ds.objective import JointLoss, ResponseScores, joint_loss, preference_metrics, weights_at
+from hafrm_ds.objective import JointLoss, joint_loss, preference_metrics, weights_at
 from hafrm_ds.reference.offline_pass import PairSet
 from hafrm_ds.reference.provide import ReferenceSource, provide_reference
 from hafrm_ds.training.logging import RunLog
@@ -49,9 +49,11 @@ class StepTotals:
         batch = micro_batch.batch
         self.tokens += batch.num_positions - batch.num_padding
         self.padding += batch.num_padding
-        for name, values in {"loss/total": loss.total, **loss.parts, **metrics}.items():
-            total = (values.detach() * weight).sum().double()
-            self.sums[name] = self.sums.get(name, 0) + total
+        columns = {"loss/total": loss.total, "loss/reward": loss.reward, "loss/policy": loss.policy, **metrics}
+        for name, values in columns.items():
+            if values is not None:
+                total = (values.detach() * weight).sum().double()
+                self.sums[name] = self.sums.get(name, 0) + total
         self.losses.append(loss.total.detach())
         self.index.append(micro_batch.index)
 
@@ -172,7 +174,7 @@ class Trainer:
         """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
         index, batch = self.plan.global_batch(step), self.config.batch
         costs, rows = self.train_costs[index], padded_rows(batch.layout, len(index))
-        ranks = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch, rows)
+        ranks = cut_into_micro_batches(costs, self.world_size, batch.token_budget, rows)
         own = [np.array([DUMMY if place == DUMMY else index[place] for place in part]) for part in ranks[self.rank]]
         return own, imbalance(costs, ranks, rows)
 
@@ -189,7 +191,7 @@ class Trainer:
         """
         objective = self.config.objective
         weights = weights_at(objective, step)
-        scores: ResponseScores = self.engine(
+        scores = self.engine(
             micro_batch.batch,
             with_reward=weights.reward > 0,
             with_logprob=weights.policy > 0,
@@ -255,7 +257,7 @@ class Trainer:
                     pair_set.pairs,
                     pair_set.index,
                     layout=self.config.batch.layout,
-                    max_tokens=self.config.batch.max_tokens_per_micro_batch,
+                    max_tokens=self.config.batch.token_budget,
                     with_reward=objective.uses_reward,
                     with_logprob=objective.uses_policy,
                     on_progress=progress.advance_for_all_ranks,
@@ -267,7 +269,8 @@ class Trainer:
             pair_scores = PairScores.of(
                 name, pair_set.pairs, pair_set.index, scores, reference, beta=objective.beta, step=step
             )
-            metrics = set_metrics(pair_scores, objective)
+            margin = pair_set.pairs.margins(pair_set.index) if objective.use_margin else None
+            metrics = set_metrics(pair_scores, objective, margin)
             if self.log.writes:
                 pair_scores.keep_texts(pair_set.pairs, pair_set.index, self.tokenizer)
                 pair_scores.save(self.config.output_dir / SCORES_FOLDER)

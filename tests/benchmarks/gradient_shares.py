@@ -39,7 +39,7 @@ def body_gradient(config: TrainConfig, model: HybridModel, batches: Sequence[Mic
     for each in batches:
         scores = model(each.batch, with_reward=True, with_logprob=objective.uses_policy)
         loss = joint_loss(objective, weights_at(objective, 0), scores, each.reference, each.margin)
-        (loss.parts[f"loss/{loss_name}"].sum() / NUM_PAIRS).backward()
+        (getattr(loss, loss_name).sum() / NUM_PAIRS).backward()
     body = model.causal_lm.get_decoder().parameters()
     return torch.cat([parameter.grad.float().flatten() for parameter in body])
 

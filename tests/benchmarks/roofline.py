@@ -38,8 +38,9 @@ def joint_step(config: TrainConfig, model: HybridModel, micro_batch: MicroBatch,
     batch = micro_batch.batch.to(device)
     scores = model(batch, with_reward=config.objective.uses_reward, with_logprob=config.objective.uses_policy)
     reference = None if scores.logprob is None else scores.logprob.detach()
-    weights = weights_at(config.objective, 0)
-    loss = joint_loss(config.objective, weights, scores, reference, micro_batch.margin.to(device))
+    loss = joint_loss(
+        config.objective, weights_at(config.objective, 0), scores, reference, micro_batch.margin.to(device)
+    )
     loss.total.mean().backward()
     model.zero_grad()
 

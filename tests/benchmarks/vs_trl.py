@@ -83,10 +83,8 @@ class Batches:
 
     def largest(self, layout: str) -> "Batches":
         """The batch with the most tokens, padding included, twice."""
-        step = max(
-            range(len(self.pairs)),
-            key=lambda step: lay_out([pair.group for pair in self.pairs[step]], layout).input_ids.numel(),
-        )
+        groups = [[pair.group for pair in pairs] for pairs in self.pairs]
+        step = max(range(len(groups)), key=lambda step: lay_out(groups[step], layout).input_ids.numel())
         return Batches([self.pairs[step]] * 2, [self.rows[step]] * 2, self.tokenizer)
 
 
@@ -241,8 +239,9 @@ def recipe(config: TrainConfig, batches: Batches) -> Contender:
         states, logprob = scores(policy, batch)
         reward = head(states.flatten(0, 1)[batch.readout_index])
         result = ResponseScores(reward, logprob, batch.num_tokens)
-        weights = weights_at(config.objective, number)
-        loss = joint_loss(config.objective, weights, result, reference_logprob, micro_batch.margin).total.mean()
+        loss = joint_loss(
+            config.objective, weights_at(config.objective, number), result, reference_logprob, micro_batch.margin
+        ).total.mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_gradient_norm)
         optimizer.step()

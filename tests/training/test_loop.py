@@ -4,6 +4,7 @@ import torch
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.micro_batches import make_micro_batch
+from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.objective import joint_loss, weights_at
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
@@ -39,3 +40,18 @@ def test_a_dummy_changes_no_gradient():
     whole, with_dummy = gradients([list(range(16))]), gradients([[-1], list(range(16))])
     for name, gradient in whole.items():
         assert torch.equal(with_dummy[name], gradient), name
+
+
+def test_an_idle_lm_head_has_a_gradient_of_0_and_leaves_the_rest_as_it_is():
+    """Not none: under ZeRO-3 a weight without a gradient would be updated by that of an earlier step."""
+    model = tiny_hybrid("llama")
+    use_layout(model, "shared_prefix")
+    batch = lay_out(random_items(seed=3), "shared_prefix")
+    found = {}
+    for idle in (False, True):
+        model.zero_grad()
+        model(batch, with_logprob=False, idle_heads=idle).reward.square().sum().backward()
+        found[idle] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert not found[True].pop("causal_lm.lm_head.weight").any()
+    assert found[False].pop("causal_lm.lm_head.weight") is None
+    assert all(torch.equal(gradient, found[False][name]) for name, gradient in found[True].items())
