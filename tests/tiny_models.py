@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.packing import PromptWithResponses
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.saved.writing import save_hybrid_model
 from tests.tiny_tokenizers import byte_level_tokenizer

@@ -11,7 +11,7 @@ from hafrm_ds.capacity.workload import Cut, Operations, Workload
 from hafrm_ds.capacity.zero import FP32, Parameters, StateBytes, ZeroSettings, state_bytes
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.content_keys import KEY_BYTES
-from hafrm_ds.data.packing import PromptWithResponses
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.deepspeed_config import REPOSITORY, resolve_deepspeed_config
 from hafrm_ds.hardware.devices import Device
 from hafrm_ds.hardware.flops import ForwardCost

@@ -4,8 +4,10 @@ sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evalua
 """
 
 import hashlib
+import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.preparation import PreparationOptions, PreparedPairs, fingerprint, prepare_pairs
 from hafrm_ds.data.sources import Source
-from hafrm_ds.data.tokenization import ConversationIds, tokenize_conversation
+from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.analysis import analyse
@@ -25,9 +27,10 @@ from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.report.writing import leave_report
-from hafrm_ds.evaluation.scoring import Group, ModelForGroups, score_groups
+from hafrm_ds.evaluation.scoring import AskedItems, ModelAsked, score_parts
 from hafrm_ds.evaluation.terminal import render_evaluation
 from hafrm_ds.model.loading import known_positions, load_model_config
+from hafrm_ds.objective import judges
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
@@ -84,32 +87,37 @@ class EvaluatedSet:
     pairs: PreparedPairs
     index: np.ndarray
 
-    def conversations(self, item: int) -> list[ConversationIds]:
-        pair = self.pairs[int(self.index[item])]
-        return [ConversationIds(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+    def groups(self, item: int) -> list[PromptWithResponses]:
+        return [self.pairs[int(self.index[item])].group]
 
 
 @dataclass(frozen=True)
 class EvaluatedBenchmark:
-    """Questions of a benchmark, and the token ids of each with all of its responses. num_cut: of these lost the start
-    of their prompt."""
+    """Questions of a benchmark, and the groups of each: its responses in order, with their prompt (`encode_question`).
+    num_cut: of these lost the start of their prompt."""
 
     benchmark: Benchmark
     questions: list[Question]
-    ids: list[list[ConversationIds]]
+    groups: list[list[PromptWithResponses]]
     num_cut: int
+
+    def conversations(self) -> list[list[tuple[Sequence[int], Sequence[int]]]]:
+        """Prompt and response of every conversation, question by question."""
+        return [
+            [(group.prompt, response) for group in groups for response in group.responses] for groups in self.groups
+        ]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Name of a group -> for each item [conversations, heads] of the model; [conversations, 1] log-probs of the
+    """Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
     reference, where there is one."""
 
     values: dict[str, list[np.ndarray]]
     references: dict[str, list[np.ndarray]]
 
-    def of(self, group: str) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-        return self.values[group], self.references.get(group)
+    def of(self, name: str) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        return self.values[name], self.references.get(name)
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ class Evaluation:
                 for name, each in self.sets.items()
             },
             "questions": {
-                name: hash_of([each.ids, [asdict(question) for question in each.questions]])
+                name: hash_of([each.conversations(), [asdict(question) for question in each.questions]])
                 for name, each in self.benchmarks.items()
             },
             "beta": self.options.beta,
@@ -170,14 +178,15 @@ class Evaluation:
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
         """Ask the model and the reference about everything, as far as `folder` does not have the answers. All processes
         call this together; the first gets the scores."""
-        groups = [Group(f"set {name}", len(each.index), each.conversations) for name, each in self.sets.items()]
-        groups += [
-            Group(f"benchmark {name}", len(each.ids), each.ids.__getitem__) for name, each in self.benchmarks.items()
+        asked = [AskedItems(f"set {name}", len(each.index), each.groups) for name, each in self.sets.items()]
+        asked += [
+            AskedItems(f"benchmark {name}", len(each.groups), each.groups.__getitem__)
+            for name, each in self.benchmarks.items()
         ]
 
         def ask(name: str, saved: Saved, heads: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
-            model = ModelForGroups(saved, self.options.deepspeed, self.options.max_tokens_per_micro_batch)
-            return score_groups(name, model, heads, groups, folder, processes, log)
+            model = ModelAsked(saved, self.options.deepspeed, self.options.max_tokens_per_micro_batch)
+            return score_parts(name, model, heads, asked, folder, processes, log)
 
         values = ask("scoring", self.saved, self.saved.heads)
         return Scores(values, {} if self.reference is None else ask("reference", self.reference, ("logprob",)))
@@ -216,14 +225,13 @@ class Evaluation:
         """{"cut": questions whose prompt was cut, "judges": judge -> result of the benchmark}."""
         evaluated = self.benchmarks[name]
         values, references = scores.of(f"benchmark {name}")
-        judges = {head: [row[:, k] for row in values] for k, head in enumerate(self.saved.heads)}
-        if references is not None:
-            pairs = zip(judges["logprob"], references)
-            judges["implicit"] = [self.beta * (logprob - reference[:, 0]) for logprob, reference in pairs]
-        summarize = evaluated.benchmark.summarize
-        results = {
-            judge: summarize(evaluated.questions, [row.tolist() for row in rows]) for judge, rows in judges.items()
-        }
+        rows: dict[str, list[list[float]]] = {}
+        for place, of_heads in enumerate(values):
+            known = dict(zip(self.saved.heads, of_heads.T))
+            reference = None if references is None else references[place][:, 0]
+            for judge, each in judges(known.get("reward"), known.get("logprob"), reference, self.beta).items():
+                rows.setdefault(judge, []).append(each.tolist())
+        results = {judge: evaluated.benchmark.summarize(evaluated.questions, each) for judge, each in rows.items()}
         return {"cut": evaluated.num_cut, "judges": results}
 
 
@@ -254,7 +262,7 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
 
 
 def hash_of(content: Any) -> str:
-    """Of what JSON can say."""
+    """SHA-256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -324,8 +332,10 @@ def read_benchmarks(
 
 def encode_question(
     formatter: ChatFormatter, place: str, prompt: list[Message], responses: list[list[Message]], max_length: int
-) -> tuple[list[ConversationIds], bool]:
-    """-> (ids of each conversation, whether its prompt was cut).
+) -> tuple[list[PromptWithResponses], bool]:
+    """The groups of a question: its responses in order, and whether the prompt was truncated.
+
+    They are one group, or several where the tokenizer merges the first token of some responses with the prompt's last.
 
     A conversation of more than `max_length` tokens loses the start of its prompt, as data.truncation keep_prompt_end
     does it: a leading BOS stays. All answers keep the same prompt, cut for the longest.
@@ -337,9 +347,9 @@ def encode_question(
         conversations = [tokenize_conversation(formatter, [*prompt, *response]) for response in responses]
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
-    excess = max(len(ids.prompt) + len(ids.response) for ids in conversations) - max_length
+    excess = max(ids.longest_conversation for ids in conversations) - max_length
     if excess <= 0:
-        return conversations, False
+        return groups_of(conversations), False
     has_bos = conversations[0].prompt[0] == formatter.tokenizer.bos_token_id
     kept = conversations[0].prompt[:1] if has_bos else []
     if excess > min(len(ids.prompt) for ids in conversations) - len(kept) - 1:
@@ -347,4 +357,13 @@ def encode_question(
             f"{place}: an answer leaves no room for its prompt in {max_length:,} tokens, the least of --max_length, "
             "--max_tokens_per_micro_batch and the positions that the model knows"
         )
-    return [ConversationIds([*kept, *ids.prompt[len(kept) + excess :]], ids.response) for ids in conversations], True
+    truncated = [ids._replace(prompt=[*kept, *ids.prompt[len(kept) + excess :]]) for ids in conversations]
+    return groups_of(truncated), True
+
+
+def groups_of(conversations: list[PromptWithResponses]) -> list[PromptWithResponses]:
+    """Groups of one response -> neighbours with the same prompt put together, in order."""
+    return [
+        PromptWithResponses(prompt, tuple(response for _, responses in members for response in responses))
+        for prompt, members in itertools.groupby(conversations, key=lambda ids: ids.prompt)
+    ]

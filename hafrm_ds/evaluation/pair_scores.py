@@ -18,6 +18,7 @@ from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.data.report import Example
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError
+from hafrm_ds.objective import judges
 
 SCORES_FOLDER = "evaluation"
 """In the folder of a run or an evaluation: SCORES_FOLDER/SET.parquet for each set."""
@@ -94,15 +95,8 @@ class PairScores:
 
     @property
     def judges(self) -> dict[str, np.ndarray]:
-        """What takes sides -> [P, 2]: the reward head, the implicit reward beta * (log pi - log pi_ref), and log pi."""
-        judges = {}
-        if self.reward is not None:
-            judges["reward"] = self.reward
-        if self.logprob is not None and self.reference is not None:
-            judges["implicit"] = self.beta * (self.logprob - self.reference)
-        if self.logprob is not None:
-            judges["logprob"] = self.logprob
-        return judges
+        """Name -> [P, 2], as `objective.judges` defines them."""
+        return judges(self.reward, self.logprob, self.reference, self.beta)
 
     def margins(self, judge: str) -> np.ndarray:
         """Score of the chosen answer less that of the rejected one, [P] float64."""

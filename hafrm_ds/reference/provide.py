@@ -18,7 +18,7 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.reference.check import check_sample
 from hafrm_ds.reference.fingerprint import fingerprint_weights
-from hafrm_ds.reference.offline_pass import ReferenceLogprobs, Responses, Work, compute_missing, stored_values
+from hafrm_ds.reference.offline_pass import PairSet, Responses, Work, compute_missing, stored_values
 from hafrm_ds.reference.store import Namespace, ReferenceStore, ShardWriter, StoreError, describe_namespaces
 
 
@@ -125,18 +125,17 @@ def provide_reference(
     source: ReferenceSource,
     engine: Engine,
     batch: BatchConfig,
-    sets: Sequence[PreparedPairs],
-    positions: Sequence[np.ndarray],
+    sets: Sequence[PairSet],
     log: Console,
     record: Callable[[dict[str, float]], None],
     may_compute: bool = True,
-) -> list[ReferenceLogprobs]:
-    """The reference log-probs of a training run, before its first step: the policy is the reference still.
+) -> None:
+    """Give the sets of a training run their reference log-probs, before its first step: the policy is the reference
+    still.
 
     Args:
         batch: with layout and token budget decided.
         sets: training set first.
-        positions: for each set, the positions of the pairs that the run uses.
         record: is told the figures of the check of a sample.
         may_compute: False for a run that is resumed: it had all values, so what is missing was lost.
 
@@ -144,7 +143,7 @@ def provide_reference(
         UserError: values are missing and may not be computed or reference.on_missing is stop, or a sample does not
             agree with the store.
     """
-    responses = Responses.of(sets, positions)
+    responses = Responses.of(sets)
     values = source.look_up(responses, engine.device)
     num_missing = int(np.isnan(values).sum())
     from_store = [np.flatnonzero(~np.isnan(part.values).any(axis=1)) for part in responses.by_set(values)]
@@ -167,9 +166,9 @@ def provide_reference(
         values = np.where(np.isnan(values), computed, values)
     else:
         log.print(f"all {len(values):,} reference log-probs found in {source.config.reference.store}")
-    reference = responses.by_set(values)
-    check_sample(source.config, batch, engine, sets[0], from_store[0], reference[0], log, record)
-    return reference
+    for each, reference in zip(sets, responses.by_set(values), strict=True):
+        each.reference = reference
+    check_sample(source.config, batch, engine, sets[0], from_store[0], log, record)
 
 
 def precompute(
@@ -189,7 +188,7 @@ def precompute(
     """
     started = time.perf_counter()
     config = source.config
-    responses = Responses.of(sets, [np.arange(len(pairs)) for pairs in sets])
+    responses = Responses.of([PairSet(pairs, np.arange(len(pairs))) for pairs in sets])
     values = source.look_up(responses, processes.device)
     work = Work.missing(responses, values)
     num_missing = int(np.isnan(values).sum())

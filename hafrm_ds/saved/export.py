@@ -120,7 +120,7 @@ def stock_log_probs(folder: Path, live: HybridRewardModel, trust_remote_code: bo
     values = []
     for conversation in CONVERSATIONS:
         ids = rendered(tokenizer, conversation)["input_ids"]
-        length = len(live.encode(conversation).response)
+        length = len(live.encode(conversation).responses[0])
         with torch.no_grad():
             logprobs = stock.eval()(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
         values.append(logprobs.gather(1, ids[0, 1:, None])[-length:].sum().item())

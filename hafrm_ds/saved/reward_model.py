@@ -124,7 +124,7 @@ class HybridRewardModel(Scorer):
                 return scores.of("logprob").tolist()
             return [part.tolist() for part in scores.of("token_logprobs").split(scores.num_tokens.tolist())]
 
-        values = self.run(map(self.encode, conversations), read, ("logprob",))
+        values = self.of_conversations(map(self.encode, conversations), read, ("logprob",))
         return values[0] if is_one else values
 
     def forward(self, batch: PackedBatch, **heads: bool) -> ResponseScores:

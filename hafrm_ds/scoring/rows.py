@@ -7,7 +7,7 @@ from typing import Any
 
 from hafrm_ds.data.files import parse_json
 from hafrm_ds.data.pairs import Message, Row, assistant, prompt_from_text
-from hafrm_ds.data.tokenization import ConversationIds
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
 from hafrm_ds.saved.scorer import Scorer
 
@@ -22,7 +22,7 @@ class ScoredRow:
 
     fields: dict[str, Any]
     field: str
-    conversations: list[ConversationIds]
+    conversations: list[PromptWithResponses]
     error: str = ""
 
     @classmethod

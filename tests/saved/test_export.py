@@ -63,7 +63,7 @@ def test_a_policy_has_the_models_log_probs(tmp_path):
         ids = torch.tensor([model.formatter.encode(conversation)])
         with torch.no_grad():
             logprobs = stock(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])
-        length = len(model.encode(conversation).response)
+        length = len(model.encode(conversation).responses[0])
         assert logprobs[-length:].sum().item() == pytest.approx(expected, abs=1e-4)
 
 
