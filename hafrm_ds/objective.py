@@ -30,6 +30,12 @@ class ResponseScores(NamedTuple):
     num_tokens: Tensor
     token_logprobs: Tensor | None = None
 
+    def of(self, head: str) -> Tensor:
+        """[N] (or [M]): what the model was asked for, by the name of its field."""
+        values = getattr(self, head)
+        assert values is not None, f"the model was not asked for {head}"
+        return values
+
 
 def chosen_and_rejected(values: Tensor) -> tuple[Tensor, Tensor]:
     """[N] -> ([P], [P])."""

@@ -63,7 +63,8 @@ def read_arguments(arguments: list[str], nearest: Callable[[str], str]) -> tuple
         if not word.startswith("--"):
             problems.append(f"{word!r} stands alone: options look like --section.key value")
             continue
-        name, equals, value = word[2:].partition("=")
+        name, equals, rest = word[2:].partition("=")
+        value: str | None = rest
         if name == "print_config":
             print_only = True
             continue
@@ -132,7 +133,7 @@ def validate(tree: dict, schema: type[TrainConfig], nearest: Callable[[str], str
         problems = contradictions(config) + more
         if deepspeed_json is not None:
             problems += deepspeed_contradictions(deepspeed_json, config)
-    if problems:
+    if config is None or problems:
         raise ConfigError(problems)
     return config
 
@@ -148,7 +149,7 @@ def try_schema(
         return schema.model_validate(tree), []
     except ValidationError as error:
         faults = error.errors()
-    problems = [problem for fault in faults for problem in describe(fault, schema, nearest)]
+    problems = [problem for fault in faults for problem in describe(dict(fault), schema, nearest)]
     sound = yaml.safe_load(yaml.safe_dump(tree))
     for fault in faults:
         remove(sound, fault["loc"])
@@ -178,7 +179,7 @@ def remove(tree: Any, location: tuple) -> None:
         del parent[key]
 
 
-def describe(fault: dict, schema: type[BaseModel], nearest: Callable[[str], str]) -> list[str]:
+def describe(fault: dict[str, Any], schema: type[BaseModel], nearest: Callable[[str], str]) -> list[str]:
     """One fault of pydantic in words: the option, what is wrong, and the nearest valid name or the given value. A
     section that is missing stands for each of its required options."""
     name = ".".join(str(part) for part in fault["loc"])

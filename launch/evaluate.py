@@ -64,7 +64,8 @@ def read_command_line(arguments: list[str]) -> dict[str, Any]:
 
 def read_sets(words: list[str]) -> dict[str, list[Source]]:
     """Words after --data -> sources of each set."""
-    adapter, found = TypeAdapter(EvalSources), {}
+    adapter = TypeAdapter(EvalSources)
+    found: dict[str, list[Source]] = {}
     for word in words:
         try:
             sets = adapter.validate_python(yaml.safe_load(word) if word.startswith("{") else [word])

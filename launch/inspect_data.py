@@ -19,7 +19,9 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.health import render_health
 from hafrm_ds.data.preparation import PreparedPairs, choose_examples, prepare_pairs
+from hafrm_ds.data.presets import Role
 from hafrm_ds.data.report import as_text, render_tokens
+from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import run_alone
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.options import load_config
@@ -36,7 +38,7 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, argparse.Names
 
 def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str, PreparedPairs]]:
     """(title, pairs) of every set, the training set first."""
-    sets = {"train": ("train", config.data.train)}
+    sets: dict[str, tuple[Role, list[Source]]] = {"train": ("train", config.data.train)}
     sets |= {f"eval: {name}": ("eval", sources) for name, sources in config.data.eval.items()}
     for title, (role, sources) in sets.items():
         yield (

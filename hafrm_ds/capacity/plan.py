@@ -260,7 +260,7 @@ class Plan:
         largest = min(line.largest_budget(room), workload.largest_useful_budget(n)) // ROUNDING * ROUNDING
         if largest < workload.longest or states.in_optimizer_step > machines.usable_bytes:
             largest = 0
-        tokens = max(largest, workload.longest) if budget == "auto" else budget
+        tokens = max(largest, workload.longest) if isinstance(budget, str) else budget
         partition = workload.partition(n, max(tokens, workload.longest))
         held = states_of(partition.micro_batches)
         traffic = step_traffic(parameters, zero, n, machines.gpus, partition.micro_batches)

@@ -186,8 +186,8 @@ def lay_out_segments(items: Sequence[PromptWithResponses], shared_prefix: bool) 
     for item in items:
         prompt = np.asarray(item.prompt, dtype=np.int64)
         prompt_start = start
-        for number, response in enumerate(item.responses):
-            response = np.asarray(response, dtype=np.int64)
+        for number, given in enumerate(item.responses):
+            response = np.asarray(given, dtype=np.int64)
             length = len(response)
             if number == 0 or not shared_prefix:
                 prompt_start = start

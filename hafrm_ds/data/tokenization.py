@@ -156,8 +156,8 @@ def common_prefix_length(*sequences: Sequence[int]) -> int:
 class ConversationIds(NamedTuple):
     """Token ids of one conversation: everything before its last message, and the last message as the response."""
 
-    prompt: list[int]
-    response: list[int]
+    prompt: Sequence[int]
+    response: Sequence[int]
 
 
 def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> ConversationIds:

@@ -14,6 +14,7 @@ Nothing here knows DeepSpeed or the other ranks. DeepSpeed's files are pickles: 
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,14 +221,15 @@ def prune(root: Path, keep_last: int, best_step: int | None, is_better: Callable
         best_step: of the best evaluation. If it was not saved, the best that was is kept, of equal ones the older.
         is_better: whether the first of two values of the best metric is the better one.
     """
-    good = []
+    good: list[tuple[Path, float | None]] = []
     for folder in saved_steps(root).values():
         try:
             read_manifest(folder)
             good.append((folder, read_state(folder).metric))
         except (CheckpointError, OSError, ValueError, TypeError):
             continue
-    best, best_value = None, None
+    best: Path | None = None
+    best_value = math.nan
     for folder, value in reversed(good):
         if best_step is not None and folder.name == checkpoint_name(best_step):
             best = folder
@@ -269,10 +272,10 @@ def random_file(rank: int) -> str:
 
 def random_state() -> dict:
     """States of the generators of python, numpy and torch in this process, as JSON can hold them."""
-    kind, keys, *rest = np.random.get_state()
-    state = {
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": bytes(torch.get_rng_state().tolist()).hex(),
     }
     if torch.cuda.is_available():

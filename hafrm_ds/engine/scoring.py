@@ -103,7 +103,7 @@ def score_pairs(
 
     def keep(positions: list[int], scores: ResponseScores) -> None:
         scored.extend(positions)
-        results.append(torch.cat([getattr(scores, name).view(-1, 2) for name in names], dim=1))
+        results.append(torch.cat([scores.of(name).view(-1, 2) for name in names], dim=1))
         on_progress(len(positions))
 
     is_whole = score_items(

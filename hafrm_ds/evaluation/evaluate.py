@@ -294,9 +294,7 @@ def prepare_sets(
     for name, sources in options.data.items():
         sets[name] = processes.in_turns(
             f"data {name}",
-            lambda sources=sources: prepare_pairs(
-                sources, formatter=formatter, options=preparation, role="eval", seed=0
-            ),
+            partial(prepare_pairs, sources, formatter=formatter, options=preparation, role="eval", seed=0),
         )
         log.print(f"\n[bold]{name}[/bold]")
         log.print(sets[name].report.render(with_examples=False))
@@ -305,7 +303,7 @@ def prepare_sets(
 
 def longest_conversation(options: EvaluationOptions, saved: Saved) -> int:
     """Tokens that the model knows and a micro-batch holds."""
-    return min(options.max_tokens_per_micro_batch, known_positions(load_model_config(saved.config)))
+    return int(min(options.max_tokens_per_micro_batch, known_positions(load_model_config(saved.config))))
 
 
 def read_benchmarks(

@@ -76,7 +76,18 @@ class PairScores:
         columns = pairs.pairs.select(index).select_columns(["id", "source"])[:]
         lengths = np.stack([pairs.lengths[side] for side in SIDES], axis=1)[index]
         prompts = [key.tobytes().hex() for key in pairs.prompt_keys[index]]
-        return cls(name, step, beta, columns["id"], columns["source"], prompts, lengths, reference=reference, **scores)
+        return cls(
+            name,
+            step,
+            beta,
+            columns["id"],
+            columns["source"],
+            prompts,
+            lengths,
+            reward=scores.get("reward"),
+            logprob=scores.get("logprob"),
+            reference=reference,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -136,9 +147,7 @@ class PairScores:
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file} holds no scores of an evaluation: {error}") from error
 
-        def both_sides(name: str) -> np.ndarray | None:
-            if f"{name}_chosen" not in table.column_names:
-                return None
+        def both_sides(name: str) -> np.ndarray:
             return np.stack([table[f"{name}_{side}"].to_numpy() for side in SIDES], axis=1)
 
         ids, sources, prompts = (table[name].to_pylist() for name in ("id", "source", "prompt_key"))
@@ -147,15 +156,19 @@ class PairScores:
             for place, row in enumerate(zip(*(table[name].to_pylist() for name in TEXTS)))
             if row[0] is not None
         }
-        values = {name: both_sides(name) for name in VALUES}
+        known = {name: both_sides(name) for name in VALUES if f"{name}_chosen" in table.column_names}
         return cls(
-            **metadata,
+            set=metadata["set"],
+            step=metadata["step"],
+            beta=metadata["beta"],
             ids=ids,
             sources=sources,
             prompts=prompts,
             num_tokens=both_sides("tokens"),
+            reward=known.get("reward"),
+            logprob=known.get("logprob"),
+            reference=known.get("reference"),
             texts=texts,
-            **values,
         )
 
 

@@ -49,9 +49,10 @@ def check_sample(
         max_tokens=batch.token_budget,
         with_reward=False,
         with_logprob=True,
-    )["logprob"]
+    )
+    assert fresh is not None  # nothing cuts it short
     num_tokens = np.stack([pairs.lengths["chosen"], pairs.lengths["rejected"]], axis=1)[chosen]
-    difference = np.abs(fresh - reference.values[chosen])
+    difference = np.abs(fresh["logprob"] - reference.values[chosen])
     per_token, tolerance = float((difference / num_tokens).mean()), TOLERANCE[config.model.dtype]
     figures = {
         "reference/largest_difference": float(difference.max()),

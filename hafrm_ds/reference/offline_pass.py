@@ -152,7 +152,7 @@ def compute_missing(
     costs = work.costs(batch.layout)
 
     def keep(positions: list[int], scores: ResponseScores) -> None:
-        places, logprobs = work.places(positions), scores.logprob.float().cpu().numpy()
+        places, logprobs = work.places(positions), scores.of("logprob").float().cpu().numpy()
         if not np.isfinite(logprobs).all():
             raise DataError(f"a reference log-prob is not finite, in {', '.join(ids_of(work, positions)[:10])}")
         for place, logprob, count in zip(places.tolist(), logprobs, scores.num_tokens.tolist(), strict=True):

@@ -66,7 +66,7 @@ class ReferenceSource:
 
     def explain_missing(self, num_missing: int, num_wanted: int) -> str:
         """What is missing and why it may be, from what else the store holds; the same text on all ranks."""
-        message = [None]
+        message = [""]
         if self.store is not None:
             text = (
                 f"the reference store {self.config.reference.store} lacks {num_missing:,} of {num_wanted:,} log-probs "
@@ -88,10 +88,9 @@ class ReferenceSource:
 def namespace_of(config: TrainConfig) -> Namespace:
     """What the log-probs of a run's start weights belong to. Adapters are no part of them, and training all weights of
     the same base has the same; a quantised base is another one."""
-    dtype, quantize = config.model.dtype, config.model.lora.quantize
-    if quantize != "none":
-        dtype += f"-{quantize}"
-    return Namespace(fingerprint_weights(config.model), dtype, LOGPROB_VERSION)
+    quantize = config.model.lora.quantize
+    kind = config.model.dtype if quantize == "none" else f"{config.model.dtype}-{quantize}"
+    return Namespace(fingerprint_weights(config.model), kind, LOGPROB_VERSION)
 
 
 def shared_namespace(config: TrainConfig, processes: Processes) -> Namespace:
@@ -192,16 +191,17 @@ def precompute(
     responses = Responses.of(sets, [np.arange(len(pairs)) for pairs in sets])
     values = source.look_up(responses, processes.device)
     work = Work.missing(responses, values)
-    figures = {
+    num_missing = int(np.isnan(values).sum())
+    figures: dict[str, float] = {
         "pairs": sum(len(pairs) for pairs in sets),
         "responses": len(values),
-        "computed": int(np.isnan(values).sum()),
+        "computed": num_missing,
         "tokens": 0,
         "look_up_seconds": time.perf_counter() - started,
         "compute_seconds": 0.0,
     }
     if len(work):
-        log.print(source.explain_missing(figures["computed"], len(values)))
+        log.print(source.explain_missing(num_missing, len(values)))
         engine, batch = load_engine()
         started = time.perf_counter()
         source.compute(engine, work, batch, log)

@@ -70,13 +70,13 @@ class Scorer(ABC):
         """Rewards of encoded conversations, in order. Raises ModelError if the model has none to give."""
         if "reward" not in self.heads:
             raise ModelError(NO_REWARD)
-        return self.run(conversations, lambda scores: scores.reward.tolist(), ("reward",))
+        return self.run(conversations, lambda scores: scores.of("reward").tolist(), ("reward",))
 
     def values(self, conversations: Iterable[ConversationIds], heads: tuple[str, ...]) -> np.ndarray:
         """What `heads` say of encoded conversations: [conversations, heads] fp32, in order."""
 
         def read(scores: ResponseScores) -> list:
-            return list(zip(*(getattr(scores, head).tolist() for head in heads)))
+            return list(zip(*(scores.of(head).tolist() for head in heads)))
 
         return np.array(self.run(conversations, read, heads), dtype=np.float32).reshape(-1, len(heads))
 

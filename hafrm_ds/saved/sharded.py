@@ -40,7 +40,9 @@ class ShardedModel(Scorer):
             ConfigError: the JSON cannot be used.
         """
         # Of a run only the model matters here.
-        config = TrainConfig(output_dir=".", deepspeed=deepspeed, model=saved.config, data={"train": "."})
+        config = TrainConfig.model_validate(
+            {"output_dir": ".", "deepspeed": deepspeed, "model": saved.config, "data": {"train": "."}}
+        )
         content, problems = read_deepspeed_json(deepspeed)
         if content is not None:
             problems += deepspeed_contradictions(content, config)

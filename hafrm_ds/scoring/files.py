@@ -181,8 +181,8 @@ def join_parts(output: Path, folder: Path, parts: list[Part], log: Console) -> i
         raise DataError(f"--output {output} cannot be written: {error.strerror}; start again to join it") from error
     if errors:
         log.warn(f"{len(errors):,} rows could not be scored; their score is null:")
-        for error in errors[:ERRORS_SHOWN]:
-            log.warn(error)
+        for line in errors[:ERRORS_SHOWN]:
+            log.warn(line)
         if len(errors) > ERRORS_SHOWN:
             log.warn(f"and {len(errors) - ERRORS_SHOWN:,} more, each with its reason in score_error")
     log.print(f"the scores are in {output}")

@@ -51,7 +51,7 @@ class ScoredRow:
         if not error and not all(map(math.isfinite, scores)):
             error = f"{place}: the score is not finite"
         if error:
-            result = {self.field: None, "score_error": error}
+            result: dict[str, Any] = {self.field: None, "score_error": error}
         else:
             result = {self.field: scores if self.field == "scores" else scores[0]}
         return json_line(self.fields | result), error

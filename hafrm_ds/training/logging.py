@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any, TextIO
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.durability import write_whole
@@ -32,7 +33,9 @@ class RunLog(Console):
         super().__init__(processes)
         self.writes = self.is_first and files
         self.config, self.device = config, processes.device
-        self.metrics_file = self.tensorboard = self.wandb = None
+        self.metrics_file: TextIO | None = None
+        self.tensorboard: Any = None
+        self.wandb: Any = None
         self.waiting: list[tuple] = []
         """Rows from before `start`."""
         if self.writes:
@@ -116,7 +119,7 @@ class RunLog(Console):
 
     def sync(self) -> None:
         """See to it that all rows so far are on disk."""
-        if self.writes:
+        if self.metrics_file is not None:
             os.fsync(self.metrics_file.fileno())
 
     def close(self) -> None:

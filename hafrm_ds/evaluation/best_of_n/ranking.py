@@ -113,9 +113,11 @@ def rank(options: RankingOptions, processes: Processes) -> int:
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }
 
-    if options.sampling is None:
-        processes.from_first("candidates", lambda: take_over(options.candidates, candidates, identity))
+    given = options.candidates
+    if given is not None:
+        processes.from_first("candidates", lambda: take_over(given, candidates, identity))
     else:
+        assert options.sampling is not None
         job = SamplingJob.open(options.sampling, **options.loading())
         identity["sampling"] = job.identity()
         if processes.from_first("claim", lambda: claim(candidates, identity)) == "open":
@@ -164,7 +166,7 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: naming the row.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, fields in file_table(file, str(file)).rows():
         row = Row(fields, f"{file}:{number}", "")
         if not isinstance(fields, dict):
@@ -232,7 +234,9 @@ def write_results(options: RankingOptions, scorers: dict[str, str], log: Console
     if has_gold:
         scores = {model: [prompt.scores[model] for prompt in prompts] for model in options.model}
         names = [prompt.name for prompt in prompts]
-        results["results"] = compare_with_gold(scores, [prompt.gold for prompt in prompts], names)
+        results["results"] = compare_with_gold(
+            scores, [prompt.gold for prompt in prompts if prompt.gold is not None], names
+        )
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(folder / RESULTS_FILE, text.encode())
     log.print(render_best_of_n(results))

@@ -33,6 +33,7 @@ from hafrm_ds.model.loading import known_positions, load_model_config
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import stamp, work_through
 from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.saved.classifier import SavedClassifier
 from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.opening import Saved, identity_of_model, open_model
 from hafrm_ds.saved.policy import SavedPolicy
@@ -117,7 +118,7 @@ class SamplingJob:
             DataError: the prompts cannot be used. ModelError: the policy or the sampler cannot.
         """
         policy = open_model(options.policy, chat_template=options.policy_chat_template, **how)
-        if "logprob" not in policy.heads:
+        if isinstance(policy, SavedClassifier):
             raise ModelError(f"--policy {options.policy} has no LM head: it cannot answer")
         sampler = choose_sampler(options.sampler, policy)
         try:
@@ -200,8 +201,8 @@ class SamplingJob:
         for attempt in range(2):
             short = [place for place in prompts if len(found[place]) < options.num_candidates]
             requests = [request_for(prompts[place], part[place], attempt, options) for place in short]
-            for place, answers in zip(short, sampler.answers(requests) if requests else ()):
-                for text, ended in answers:
+            for place, sampled in zip(short, sampler.answers(requests) if requests else ()):
+                for text, ended in sampled:
                     if text and text not in found[place] and len(found[place]) < options.num_candidates:
                         found[place][text] = ended
         for place, answers in found.items():
