@@ -8,10 +8,10 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from hafrm_ds.data.sources import EvalSources, TrainSources
 
@@ -239,8 +239,16 @@ class ReferenceConfig(Section):
     the run stops and says how many are missing."""
     flush_seconds: Positive = 60.0
     """Each rank writes what it has computed at least this often: the most that a killed pass loses."""
-    per_token: bool = False
-    """Also store the log-prob of each response token, for uses outside training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_per_token(cls, given: Any) -> Any:
+        """Accept the config.yaml of an older run, which has an option that is gone, unless it was in use."""
+        if isinstance(given, dict) and "per_token" in given:
+            if given["per_token"] is not False:
+                raise ValueError("per_token is gone, as nothing read what it stored; leave it out")
+            given = {name: value for name, value in given.items() if name != "per_token"}
+        return given
 
 
 class EvaluationConfig(Section):

@@ -30,6 +30,21 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+# ---- options that are gone -------------------------------------------------------------------------------------------
+
+
+def test_the_config_of_an_older_run_is_read_without_the_option_that_is_gone(tmp_path):
+    file = write(tmp_path / "config.yaml", "reference: {per_token: false, flush_seconds: 5}\n")
+    config = load("--config", file)
+    assert config.reference.flush_seconds == 5
+    assert "per_token" not in config.to_yaml()
+
+
+def test_an_option_that_is_gone_is_refused_where_it_was_in_use():
+    (problem,) = problems("--reference.per_token", "true")
+    assert problem.startswith("reference: per_token is gone, as nothing read what it stored; leave it out")
+
+
 # ---- precedence and values -----------------------------------------------------------------------------------------
 
 

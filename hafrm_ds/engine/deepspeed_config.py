@@ -119,8 +119,8 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
     micro = content.get("train_micro_batch_size_per_gpu", "auto")
     if micro not in ("auto", 1):
         problems.append(
-            f"deepspeed: {file} says train_micro_batch_size_per_gpu = {micro}, but micro-batches are cut by "
-            'tokens (batch.max_tokens_per_micro_batch); set it to "auto"'
+            f"deepspeed: {file} says train_micro_batch_size_per_gpu = {micro}, but batches are partitioned by tokens "
+            '(batch.max_tokens_per_micro_batch); set it to "auto"'
         )
     return problems
 

@@ -142,14 +142,12 @@ def compute_missing(
     batch: BatchConfig,
     writer: ShardWriter,
     *,
-    per_token: bool,
     on_progress: Callable[[int], None],
 ) -> np.ndarray:
     """Compute what is missing; each rank writes what it computes into the store as it goes.
 
     Args:
         writer: of this rank.
-        per_token: store the log-prob of each token too.
         on_progress: told how many tokens this rank has computed since the last call.
 
     Returns:
@@ -166,12 +164,8 @@ def compute_missing(
         places, logprobs = work.places(positions), scores.of("logprob").float().cpu().numpy()
         if not np.isfinite(logprobs).all():
             raise DataError(f"a reference log-prob is not finite, in {', '.join(ids_of(work, positions)[:10])}")
-        counts = scores.num_tokens.tolist()
-        tokens: list = [None] * len(counts)
-        if per_token:
-            tokens = np.split(scores.of("token_logprobs").cpu().numpy(), np.cumsum(counts)[:-1])
-        for place, logprob, count, token_logprobs in zip(places.tolist(), logprobs, counts, tokens, strict=True):
-            writer.add(work.responses.keys[place].tobytes(), logprob, count, token_logprobs)
+        for place, logprob, count in zip(places.tolist(), logprobs, scores.num_tokens.tolist(), strict=True):
+            writer.add(work.responses.keys[place].tobytes(), logprob, count)
         table[places, 0] = torch.from_numpy(logprobs).double()
         table[places, 1] += 1
         on_progress(int(costs[positions].sum()))

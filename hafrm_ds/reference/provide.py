@@ -61,7 +61,6 @@ class ReferenceSource:
                 work,
                 batch,
                 ShardWriter(folder, self.namespace.name, provenance(engine), config.reference.flush_seconds),
-                per_token=config.reference.per_token,
                 on_progress=progress.advance_for_all_ranks,
             )
 

@@ -103,7 +103,7 @@ def test_operations_time_and_money_by_hand(tmp_path):
     assert plan.workload.num_steps == 10
     option = plan.configured
     assert option.compute_seconds == pytest.approx(
-        plan.operations.training / 10 / plan.machines.flops / (1 - option.cut.waiting)
+        plan.operations.training / 10 / plan.machines.flops / (1 - option.partition.waiting)
     )
     assert plan.checkpoint_bytes == pytest.approx(14 * 8.03e9, rel=1e-3)
     assert plan.final_bytes == pytest.approx(16.06e9, rel=1e-3)
