@@ -8,20 +8,22 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from hafrm_ds.config import Positive, PositiveInt, ScoringSection, Share
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.preparation import PreparationOptions, PreparedPairs, fingerprint, prepare_pairs
-from hafrm_ds.data.sources import Source
+from hafrm_ds.data.sources import EvalSources, suggestion
 from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.durability import write_whole
-from hafrm_ds.errors import ConfigError, DataError
+from hafrm_ds.errors import DataError, ModelError, in_own_names
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
@@ -37,47 +39,66 @@ from hafrm_ds.processes.parts import claim_folder, leave_together
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import Saved, identity_of_model, open_model, open_reference, trained_beta, trained_with
 from hafrm_ds.saved.policy import SavedPolicy
-from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS
 
 PARTS_FOLDER = "parts"
 DEFAULT_TRUNCATION = "keep_prompt_end"
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What launch/evaluate.py is asked for; its --help says what each means."""
+def benchmarks_of(words: Any) -> Any:
+    """NAME or NAME=PATH, one or a list of them -> where each benchmark lies; None: on the hub."""
+    if isinstance(words, dict):
+        return words
+    found: dict[str, str | None] = {}
+    for word in words if isinstance(words, list) else [words]:
+        name, _, path = str(word).partition("=")
+        if name in found:
+            raise ValueError(f"names {name} twice; evaluate the second into another --output_dir")
+        found[name] = path or None
+    return found
+
+
+def known_benchmarks(found: dict[str, str | None]) -> dict[str, str | None]:
+    for name in found:
+        if name not in BENCHMARKS:
+            raise ValueError(f"{name} is not known{suggestion(name, BENCHMARKS)} (known: {', '.join(BENCHMARKS)})")
+    return found
+
+
+class EvaluationOptions(ScoringSection):
+    """What launch/evaluate.py is asked for."""
 
     model: str
+    """Folder or hub id."""
     output_dir: Path
-    data: dict[str, list[Source]] = field(default_factory=dict)
-    benchmarks: dict[str, str | None] = field(default_factory=dict)
+    """Where the results go."""
+    data: EvalSources = Field(default={})
+    """One or more sources, each of which is a set, or '{NAME: SOURCE, ...}' to name the sets."""
+    benchmarks: Annotated[dict[str, str | None], BeforeValidator(benchmarks_of), AfterValidator(known_benchmarks)] = (
+        Field({}, description=f"Of {', '.join(BENCHMARKS)}: NAME takes it from the hub, NAME=PATH from there.")
+    )
     reference: str | None = None
-    beta: float | None = None
-    max_pairs: int | None = None
-    max_length: int | None = None
-    truncation: str | None = None
-    max_dropped_share: float | None = None
+    """Policy that the implicit reward is measured against: a folder, a hub id, or base: what the training started from.
+    """
+    beta: Positive | None = None
+    """Scale of the implicit reward. Default: that of the training, else 0.1."""
+    max_pairs: PositiveInt | None = None
+    """Use at most so many pairs of each set: a fixed random choice."""
+    max_length: PositiveInt | None = None
+    """Longest conversation in tokens. Default: that of the training, else what the model knows and a micro-batch holds.
+    """
+    truncation: Literal["drop", "keep_prompt_end", "cut_response"] | None = None
+    """What happens to longer ones. Default: as in the training, else keep_prompt_end."""
+    max_dropped_share: Share | None = None
+    """Stop when a larger share of the pairs would be dropped. Default: 0.05."""
     chat_template: str | None = None
-    dtype: str | None = None
-    max_tokens_per_micro_batch: int = DEFAULT_MAX_TOKENS
+    """Name or file of a template, for a tokenizer without one."""
     deepspeed: Path | None = None
-    trust_remote_code: bool = False
-    trust_pickle: bool = False
+    """A DeepSpeed JSON: shard the model over the processes."""
 
-    def problems(self) -> list[str]:
-        names = ("beta", "max_pairs", "max_length", "max_tokens_per_micro_batch")
-        values = {name: getattr(self, name) for name in names}
-        return [
-            f"--{name} is {value}; it must be above 0"
-            for name, value in values.items()
-            if value is not None and value <= 0
-        ]
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """How a model is opened."""
-        names = ("dtype", "chat_template", "trust_remote_code", "trust_pickle")
-        return {name: getattr(self, name) for name in names}
+    def contradictions(self) -> list[str]:
+        if self.data or self.benchmarks:
+            return []
+        return ["neither --data nor --benchmarks was given: there is nothing to evaluate on"]
 
 
 @dataclass(frozen=True)
@@ -142,11 +163,12 @@ class Evaluation:
         Raises:
             ConfigError, DataError, ModelError: what was asked for cannot be evaluated.
         """
-        if problems := options.problems():
-            raise ConfigError(problems)
         saved = open_model(options.model, **options.loading)
         reference = None if options.reference is None else open_reference(options.reference, saved, **options.loading)
-        formatter = saved.formatter()
+        try:
+            formatter = saved.formatter()
+        except ModelError as error:
+            raise ModelError(in_own_names(error)) from error
         return cls(
             options,
             saved,
@@ -300,10 +322,11 @@ def prepare_sets(
     preparation = PreparationOptions(**given)
     sets = {}
     for name, sources in options.data.items():
-        sets[name] = processes.in_turns(
-            f"data {name}",
-            partial(prepare_pairs, sources, formatter=formatter, options=preparation, role="eval", seed=0),
-        )
+        read = partial(prepare_pairs, sources, formatter=formatter, options=preparation, role="eval", seed=0)
+        try:
+            sets[name] = processes.in_turns(f"data {name}", read)
+        except DataError as error:  # it names the options of a training
+            raise DataError(in_own_names(error)) from error
         log.print(f"\n[bold]{name}[/bold]")
         log.print(sets[name].report.render(with_examples=False))
     return {name: EvaluatedSet(pairs, fixed_choice(len(pairs), options.max_pairs)) for name, pairs in sets.items()}

@@ -146,7 +146,10 @@ def test_the_launch_file(tmp_path, monkeypatch, capsys):
     assert launch(monkeypatch, **options) == 0
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'export'}: pad token '<|im_start|>'" in printed and "reopened: scores that differ" in printed
-    for changes, message in (({}, "is already there"), ({"format": "onnx"}, "it is one of policy, sequence-class")):
+    for changes, message in (
+        ({}, "is already there"),
+        ({"format": "onnx"}, "format: input should be 'policy', 'sequence-classification', 'adapter' or 'hybrid'"),
+    ):
         assert launch(monkeypatch, **options | changes) != 0
         assert message in capsys.readouterr().err
 

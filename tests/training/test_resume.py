@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.preparation import fingerprint
 from hafrm_ds.engine.checkpoint import CheckpointError
-from hafrm_ds.options import load_config
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import truncate_rows
 from hafrm_ds.training.resume import ResumePoint, find_resume_point
