@@ -140,7 +140,8 @@ def results_page(results: Results) -> ResultsPage:
 
 def tiles(results: Results) -> Iterator[Tile]:
     """The figures that a reader looks for first."""
-    options, training = dict(options_of(results.config)), results.training
+    options: dict[str, Any] = dict(options_of(results.config))
+    training = results.training
     for name, result in list(results.sets.items())[:1]:
         for judge, estimate in result.accuracy.items():
             if judge in HISTOGRAMS:
