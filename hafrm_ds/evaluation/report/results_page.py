@@ -163,9 +163,9 @@ def tiles(results: Results) -> Iterator[Tile]:
         processes = results.environment.get("world_size")
         detail = f"fullest of {processes} process{'es' if processes != 1 else ''}" if processes else ""
         yield Tile("peak memory", f"{memory.max():.2f} GiB", detail)
-    if name := options.get("model.name_or_path"):
+    if model := options.get("model.name_or_path"):
         rank = options.get("model.lora.rank")
-        yield Tile("model", Path(name).name, f"{options.get('model.dtype')}{f', LoRA rank {rank}' if rank else ''}")
+        yield Tile("model", Path(model).name, f"{options.get('model.dtype')}{f', LoRA rank {rank}' if rank else ''}")
 
 
 def objective_in_words(results: Results) -> str:
