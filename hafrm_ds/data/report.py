@@ -174,7 +174,8 @@ class DataReport:
         for name, counts in [*self.by_source.items(), ("total", self.total)]:
             deselected, dropped = sum(counts.deselected.values()), sum(counts.dropped.values())
             numbers = (counts.read, deselected, dropped, counts.kept, counts.cut)
-            rows.append((name, [*map(count, numbers), Cell(", ".join(counts.formats))]))
+            formats = ", ".join(counts.formats)
+            rows.append((name, [*map(count, numbers), Cell("", formats) if counts is self.total else Cell(formats)]))
         header = ("Source", "read", "deselected", "dropped", "kept", "of these cut", "format")
         tables = [Table(rows, header, texts=1)]
         reasons = [(f"deselected: {name}", [count(pairs), Cell("")]) for name, pairs in self.total.deselected.items()]
