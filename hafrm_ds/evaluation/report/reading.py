@@ -42,7 +42,7 @@ COMPARISON_KEYS = {"seeds", "planned_seeds", "sets", "pairs", "methods", "differ
 SUMMARY_FILE = "summary.json"
 """In the run folder of a finished run."""
 STOPPED_FILE = "stopped.json"
-"""In the run folder while a run that was asked to stop has not been resumed: the reason, the step and the checkpoint."""
+"""In the run folder while a stopped run has not been resumed: the reason, the step and the checkpoint."""
 
 
 @dataclass(frozen=True)
