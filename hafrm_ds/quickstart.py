@@ -17,6 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from hafrm_ds.errors import UserError
 
 SEED = 0
@@ -42,130 +44,8 @@ LEAST_MARGIN = 2  # the rubric's scores of the two answers of a pair differ by a
 # ---- the little world ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Topic:
-    """A corner of everyday life: how one asks about its things, and what one can do with any of them."""
-
-    questions: tuple[str, ...]
-    things: tuple[str, ...]
-    steps: tuple[str, ...]
-
-
-TOPICS = (
-    Topic(
-        questions=("How do I cook {thing}?", "What is a good way to prepare {thing}?"),
-        things=("lentil soup", "brown rice", "a mushroom omelette", "tomato sauce"),
-        steps=(
-            "Heat two spoons of oil in a wide pan.",
-            "Rinse everything twice under cold water.",
-            "Let it simmer for twenty minutes with the lid on.",
-            "Add the salt at the end and taste it twice.",
-            "Chop one onion and fry it until it is golden.",
-        ),
-    ),
-    Topic(
-        questions=("How do I plan a trip to {thing}?", "What should I know before I visit {thing}?"),
-        things=("Lisbon", "Kyoto", "the Alps", "Iceland"),
-        steps=(
-            "Book the train six weeks before you leave.",
-            "Pack one warm coat and two pairs of shoes.",
-            "Copy your passport and keep the copy in another bag.",
-            "Buy a day ticket at the central station.",
-            "Write down the address of the nearest hospital.",
-        ),
-    ),
-    Topic(
-        questions=("How do I use {thing}?", "Can you show me how to handle {thing}?"),
-        things=("a cordless drill", "a hand saw", "a spirit level", "a torque wrench"),
-        steps=(
-            "Clamp the wood to the bench with two clamps.",
-            "Mark the spot with a pencil and a ruler.",
-            "Hold the grip with both hands and start slowly.",
-            "Brush the dust away after every cut.",
-            "Set the dial to the lowest number and turn it up twice.",
-        ),
-    ),
-    Topic(
-        questions=("How do I grow {thing}?", "What do I need to plant {thing}?"),
-        things=("tomatoes", "basil", "roses", "strawberries"),
-        steps=(
-            "Dig a hole as deep as your hand.",
-            "Water the soil every second morning.",
-            "Mix one bucket of compost into the bed.",
-            "Cut the dry leaves off in early spring.",
-            "Put the pot next to a window that faces south.",
-        ),
-    ),
-    Topic(
-        questions=("How do I set up {thing}?", "What is the quickest way to install {thing}?"),
-        things=("a home router", "a new printer", "a password manager", "an external monitor"),
-        steps=(
-            "Plug the cable into the port on the back.",
-            "Open the settings and choose the second tab.",
-            "Write the serial number on a piece of paper.",
-            "Restart the computer and wait for one minute.",
-            "Type the code from the label into the first field.",
-        ),
-    ),
-    Topic(
-        questions=("How do I study for {thing}?", "How can I get ready for {thing}?"),
-        things=("a chemistry exam", "a driving test", "a job interview", "a Spanish course"),
-        steps=(
-            "Write ten cards and go through them every evening.",
-            "Explain one chapter aloud to a friend.",
-            "Solve three old papers with a clock beside you.",
-            "Go to bed at ten on the night before.",
-            "List the five questions that worry you most.",
-        ),
-    ),
-)
-
-ON_TOPIC_OPENINGS = (
-    "Here is what works for {thing}.",
-    "Let us talk about {thing}.",
-    "This is what I know about {thing}.",
-    "People often ask about {thing}.",
-)
-OTHER_OPENINGS = (
-    "Here is what comes to my mind about it.",
-    "Let us talk about a thing or two.",
-    "This is what I know about such things.",
-    "People often ask about all kinds of things.",
-)
-# Vague sentences stand where a concrete step could, and the lengths of all sentences are balanced against the rubric:
-# the longer answer is the better one about half the time (see `yardsticks`).
-VAGUE = (
-    "Simply do it the usual way.",
-    "It all depends on many things.",
-    "There are several ways to do it.",
-    "In the end it is a matter of taste.",
-    "You will see what to do in time.",
-)
-POLITE = (
-    "Thank you for asking, and good luck with it!",
-    "I hope that this helps, please write again!",
-    "It is a real pleasure to help you with this.",
-)
-SAFETY_NOTES = (
-    "Be careful and keep children away while you work.",
-    "For your own safety, never try to do this alone.",
-    "If anything hurts, stop at once and ask a doctor.",
-)
-HEDGES = (
-    "I might be wrong about it.",
-    "Perhaps it works, perhaps not.",
-    "Maybe others know this better.",
-)
-DIGRESSIONS = (
-    "My neighbour has painted her fence green.",
-    "That reminds me of a film about a whale.",
-    "Yesterday it rained on my blue umbrella.",
-)
-INSULTS = (
-    "Only a fool would ask such a thing.",
-    "You are too lazy to think for yourself.",
-    "What a stupid question to ask.",
-)
+WORLD = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+"""Topics (questions, things, steps), and the other sentences of answers by kind."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +60,7 @@ class Answer:
         return sum(RUBRIC[name] * count for name, count in self.features.items())
 
 
-def write_answer(thing: str, topic: Topic, rng: random.Random) -> Answer:
+def write_answer(thing: str, topic: dict[str, list[str]], rng: random.Random) -> Answer:
     """An answer with a random choice of features to a question about `thing`."""
     features = dict.fromkeys(RUBRIC, 0)
 
@@ -188,20 +68,20 @@ def write_answer(thing: str, topic: Topic, rng: random.Random) -> Answer:
         features[feature] = int(rng.random() < probability)
         return bool(features[feature])
 
-    opening = rng.choice(ON_TOPIC_OPENINGS if draw("on_topic", 0.6) else OTHER_OPENINGS).format(thing=thing)
+    opening = rng.choice(WORLD["on_topic_openings" if draw("on_topic", 0.6) else "other_openings"]).format(thing=thing)
     features["concrete_steps"] = rng.choice((0, 1, 2))
-    steps = rng.sample(topic.steps, features["concrete_steps"])
-    body = steps + rng.sample(VAGUE, 2 - features["concrete_steps"])
+    steps = rng.sample(topic["steps"], features["concrete_steps"])
+    body = steps + rng.sample(WORLD["vague"], 2 - features["concrete_steps"])
     rng.shuffle(body)
     if draw("repetition", 0.25):
         body.append(body[0])
-    for feature, sentences in (("hedging", HEDGES), ("digression", DIGRESSIONS), ("insult", INSULTS)):
+    for feature in ("hedging", "digression", "insult"):
         if draw(feature, 0.25):
-            body.insert(rng.randrange(len(body) + 1), rng.choice(sentences))
+            body.insert(rng.randrange(len(body) + 1), rng.choice(WORLD[feature]))
     if draw("safety_note", 0.4):
-        body.append(rng.choice(SAFETY_NOTES))
+        body.append(rng.choice(WORLD["safety_note"]))
     if draw("polite", 0.4):
-        body.append(rng.choice(POLITE))
+        body.append(rng.choice(WORLD["polite"]))
     return Answer(" ".join([opening, *body]), features)
 
 
@@ -227,9 +107,9 @@ def generate_pairs(count: int, seed: int = SEED, label_noise: float = LABEL_NOIS
     pairs: list[RubricPair] = []
     seen: set[tuple[str, ...]] = set()
     while len(pairs) < count:
-        topic = rng.choice(TOPICS)
-        thing = rng.choice(topic.things)
-        prompt = rng.choice(topic.questions).format(thing=thing)
+        topic = rng.choice(WORLD["topics"])
+        thing = rng.choice(topic["things"])
+        prompt = rng.choice(topic["questions"]).format(thing=thing)
         first, second = write_answer(thing, topic, rng), write_answer(thing, topic, rng)
         texts = (prompt, *sorted((first.text, second.text)))
         if abs(first.score - second.score) < LEAST_MARGIN or texts in seen:

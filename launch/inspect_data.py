@@ -21,8 +21,9 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.health import render_health
 from hafrm_ds.data.preparation import PreparedPairs, choose_examples, prepare_pairs
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.report import as_text, render_tokens
+from hafrm_ds.data.report import render_tokens
 from hafrm_ds.data.sources import Source
+from hafrm_ds.data.tables import as_text
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import run_alone
 from hafrm_ds.model.loading import load_tokenizer

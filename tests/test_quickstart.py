@@ -1,5 +1,6 @@
 """The generated pairs, their yardsticks, the tokenizer and the model of the quickstart."""
 
+import hashlib
 import json
 
 import pytest
@@ -32,6 +33,12 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
     for file in ("train.jsonl", "test.jsonl", "rubric.json"):
         first, second, other = ((tmp_path / name / file).read_bytes() for name in ("first", "second", "other"))
         assert first == second != other
+
+
+def test_the_pairs_are_those_of_the_published_figures(tmp_path):
+    write_data(tmp_path)
+    digests = [hashlib.sha256((tmp_path / f"{name}.jsonl").read_bytes()).hexdigest()[:16] for name in ("train", "test")]
+    assert digests == ["82abdab29263fb4f", "bfef08c8d1158da9"]
 
 
 def test_rows_hold_what_a_trainer_may_see(tmp_path):

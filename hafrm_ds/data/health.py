@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.preparation import PreparedPairs
-from hafrm_ds.data.report import as_text, number_table
+from hafrm_ds.data.tables import Cell, Table, count, share
 
 MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CLEAR_SHARE_ERRORS = 3
@@ -98,9 +98,9 @@ def shared_pairs(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 def cut_shares(pairs: PreparedPairs) -> Iterator[tuple[int, float]]:
     """(a max_length, share of the pairs whose longer conversation exceeds it), up to the first that cuts none."""
     for length in MAX_LENGTHS:
-        share = float((pairs.uncut_lengths > length).mean())
-        yield length, share
-        if not share:
+        longer = float((pairs.uncut_lengths > length).mean())
+        yield length, longer
+        if not longer:
             return
 
 
@@ -110,45 +110,42 @@ def render_health(sets: dict[str, PreparedPairs]) -> RenderableType:
 
 
 def repeats_table(sets: dict[str, PreparedPairs]) -> RenderableType:
-    table = number_table("Repeats", "pairs", "different prompts", "exact duplicates", "in both orders")
+    rows = []
     for name, pairs in sets.items():
         prompts = len(unique_keys(pairs.prompt_keys)[0])
         numbers = (len(pairs), prompts, pairs.report.duplicates, pairs.report.both_orders)
-        table.add_row(as_text(name), *(f"{number:,}" for number in numbers))
-    return table
+        rows.append((name, [*map(count, numbers)]))
+    return Table(rows, ("Repeats", "pairs", "different prompts", "exact duplicates", "in both orders")).to_rich()
 
 
 def bias_table(sets: dict[str, PreparedPairs]) -> RenderableType:
-    table = number_table("Length bias", "longer wins", "± s.e.", "mean difference, tokens")
-    table.add_column("finding")
+    rows = []
     for name, pairs in sets.items():
         bias = LengthBias.of(pairs)
-        numbers = (f"{bias.share:.1%}", f"{bias.standard_error:.1%}", f"{bias.mean_difference:+.1f}")
-        table.add_row(as_text(name), *numbers, bias.in_words)
-    return table
+        mean = Cell(f"{bias.mean_difference:+.1f}")
+        rows.append((name, [share(bias.share), share(bias.standard_error), mean, Cell(bias.in_words)]))
+    header = ("Length bias", "longer wins", "± s.e.", "mean difference, tokens", "finding")
+    return Table(rows, header, texts=1).to_rich()
 
 
 def cuts_table(sets: dict[str, PreparedPairs]) -> RenderableType:
     shares = {name: dict(cut_shares(pairs)) for name, pairs in sets.items()}
     lengths = sorted({length for each in shares.values() for length in each})
-    table = number_table("Pairs longer than max_length", *(f"{length:,}" for length in lengths))
-    for name, each in shares.items():
-        table.add_row(as_text(name), *(f"{each.get(length, 0.0):.1%}" for length in lengths))
-    return table
+    rows = [(name, [share(each.get(length, 0.0)) for length in lengths]) for name, each in shares.items()]
+    return Table(rows, ("Pairs longer than max_length", *(f"{length:,}" for length in lengths))).to_rich()
 
 
 def overlap_tables(sets: dict[str, PreparedPairs]) -> Iterator[RenderableType]:
     tests = {name: pairs for name, pairs in sets.items() if name != "train"}
     if not tests:
         return
-    table = number_table("Shared with train", "pairs", "prompts", "conversations", "whole pairs")
-    table.add_column("first", overflow="fold")
-    leaks = False
+    rows, leaks = [], False
     for name, pairs in tests.items():
         found = overlap(sets["train"], pairs)
         leaks = leaks or bool(found.prompts or found.answers)
         numbers = (len(pairs), found.prompts, found.answers, found.pairs)
-        table.add_row(as_text(name), *(f"{number:,}" for number in numbers), as_text(found.first))
-    yield table
+        rows.append((name, [*map(count, numbers), Cell(found.first)]))
+    header = ("Shared with train", "pairs", "prompts", "conversations", "whole pairs", "first")
+    yield Table(rows, header, texts=1).to_rich()
     if leaks:
         yield Text("Pairs that training has seen in part flatter a model: leave them out, or read their results apart.")

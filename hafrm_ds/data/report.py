@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.tables import Cell, Table, as_text, count
 from hafrm_ds.data.tokenization import TokenizedPair
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -151,39 +151,45 @@ class DataReport:
 
     def render(self, with_examples: bool = True) -> RenderableType:
         """Tables and examples for a rich console. Data goes in as Text, never as rich markup."""
-        parts: list[RenderableType] = [self._counts_table()]
-        if self.total.deselected or self.total.dropped:
-            parts.append(self._reasons_table())
-        parts += [
-            Text(
-                f"{self.total.cut} pairs cut to {self.max_length} tokens ({self.truncation}), {self.duplicates} exact "
-                f"duplicates, {self.both_orders} pairs present in both orders"
-            ),
+        *tables, lengths = (table.to_rich() for table in self.tables())
+        return Group(
+            *tables,
+            Text(self.in_words),
             *self._margins(),
-            self._lengths_table(),
+            lengths,
             Text(f"Template: {self.template.in_words}"),
             *(render_example(example) for example in self.examples if with_examples),
-        ]
-        return Group(*parts)
+        )
 
-    def _counts_table(self) -> Table:
-        table = number_table("Pairs", "read", "deselected", "dropped", "kept", "of these cut")
-        table.add_column("format")
+    @property
+    def in_words(self) -> str:
+        return (
+            f"{self.total.cut:,} pairs cut to {self.max_length:,} tokens ({self.truncation}), "
+            f"{self.duplicates:,} exact duplicates, {self.both_orders:,} pairs present in both orders."
+        )
+
+    def tables(self) -> list[Table]:
+        """Counts by source, why pairs are not used (if any are not), and token lengths."""
+        rows = []
         for name, counts in [*self.by_source.items(), ("total", self.total)]:
             deselected, dropped = sum(counts.deselected.values()), sum(counts.dropped.values())
             numbers = (counts.read, deselected, dropped, counts.kept, counts.cut)
-            formats = "" if counts is self.total else ", ".join(counts.formats)
-            table.add_row(as_text(name), *(f"{number:,}" for number in numbers), formats)
-        return table
-
-    def _reasons_table(self) -> Table:
-        table = number_table("Why pairs are not used", "pairs")
-        table.add_column("first", overflow="fold")
-        for reason, number in self.total.deselected.items():
-            table.add_row(as_text(f"deselected: {reason}"), f"{number:,}", "")
-        for reason, number in self.total.dropped.items():
-            table.add_row(as_text(f"dropped: {reason}"), f"{number:,}", as_text(self.first_dropped[reason]))
-        return table
+            formats = ", ".join(counts.formats)
+            rows.append((name, [*map(count, numbers), Cell("", formats) if counts is self.total else Cell(formats)]))
+        header = ("Source", "read", "deselected", "dropped", "kept", "of these cut", "format")
+        tables = [Table(rows, header, texts=1)]
+        reasons = [(f"deselected: {name}", [count(pairs), Cell("")]) for name, pairs in self.total.deselected.items()]
+        reasons += [
+            (f"dropped: {name}", [count(pairs), Cell(self.first_dropped.get(name, ""))])
+            for name, pairs in self.total.dropped.items()
+        ]
+        if reasons:
+            tables.append(Table(reasons, ("Why pairs are not used", "pairs", "first"), texts=1))
+        lengths = [
+            (name.replace("_", " "), [count(values.get(percentile)) for percentile in PERCENTILES])
+            for name, values in self.tokens.items()
+        ]
+        return [*tables, Table(lengths, ("Tokens", *PERCENTILES))]
 
     def _margins(self) -> list[Text]:
         """A line if some pairs have a margin and others have none: in the loss the latter count with a margin of 0."""
@@ -193,12 +199,6 @@ class DataReport:
         return [
             Text(f"{self.with_margin} of {self.total.kept} pairs ({share:.1%}) have a margin; the others count as 0")
         ]
-
-    def _lengths_table(self) -> Table:
-        table = number_table("Tokens", *PERCENTILES)
-        for name, values in self.tokens.items():
-            add_numbers(table, name.replace("_", " "), *values.values())
-        return table
 
 
 # ---- counting ------------------------------------------------------------------------------------------------------
@@ -242,29 +242,6 @@ def percentiles(lengths: np.ndarray) -> dict[str, int]:
 
 
 # ---- showing -------------------------------------------------------------------------------------------------------
-
-
-def as_text(value: str) -> Text:
-    """Text of the data for the terminal: no markup is read in it, and control characters are shown as escapes."""
-    return Text(printable(value))
-
-
-def printable(value: str) -> str:
-    """Text with control characters, and what else has no glyph but a newline, as escapes."""
-    if value.isprintable():
-        return value
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
-
-
-def number_table(first_column: str, *number_columns: str | Text) -> Table:
-    table = Table(first_column)
-    for name in number_columns:
-        table.add_column(name, justify="right")
-    return table
-
-
-def add_numbers(table: Table, name: str, *numbers: int) -> None:
-    table.add_row(as_text(name), *(f"{number:,}" for number in numbers))
 
 
 def render_example(example: Example) -> Panel:

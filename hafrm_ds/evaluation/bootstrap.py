@@ -7,9 +7,10 @@ Legend: P pairs, C different prompts, S trainings, B resamples, K kinds of value
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
 
 import numpy as np
+
+from hafrm_ds.data.tables import EstimateJson
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
@@ -30,14 +31,6 @@ class Estimate:
 
     def to_json(self) -> "EstimateJson":
         return {"value": self.value, "low": self.low, "high": self.high}
-
-
-class EstimateJson(TypedDict):
-    """An estimate as the result files hold it; without an interval where there are too few prompts for one."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 def estimate(values: np.ndarray, prompts: Sequence[str]) -> Estimate:

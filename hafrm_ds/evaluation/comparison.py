@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from rich.console import Group, RenderableType
 
-from hafrm_ds.data.report import as_text, number_table
+from hafrm_ds.data.tables import Cell, Table, share_estimate
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimate, exact_at_the_ends, mean_of_sets
 from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.pair_scores import PairScores
-from hafrm_ds.evaluation.terminal import JUDGES, interval
+from hafrm_ds.evaluation.terminal import JUDGES
 
 COMPARISON_FILE = "comparison.json"
 """In the folder of a comparison: what is said about its methods."""
@@ -143,15 +143,30 @@ def seeds_in_words(results: dict[str, Any]) -> str:
 def render_comparison(results: dict[str, Any]) -> RenderableType:
     """Methods by sets, then their paired differences in points."""
     columns, seeds = shown_columns(results), seeds_in_words(results)
-    accuracy = number_table(f"Accuracy [95%], {seeds}", "judge", *map(as_text, columns))
-    for name, method in results["methods"].items():
-        accuracy.add_row(name, JUDGES[method["judge"]], *(interval(method["accuracy"][column]) for column in columns))
-        for judge, values in method["other_judges"].items():
-            accuracy.add_row("", JUDGES[judge], *(interval(values[column]) for column in columns), style="dim")
-    differences = number_table(f"Difference in points [95%], paired, {seeds}", *map(as_text, columns))
-    for name, values in results["differences"].items():
-        differences.add_row(name, *(points(values[column]) for column in columns))
-    return Group(accuracy, differences)
+    accuracy = accuracy_table(results["methods"], columns, f"Accuracy [95%], {seeds}")
+    differences = differences_table(results["differences"], columns, f"Difference in points [95%], paired, {seeds}")
+    return Group(accuracy.to_rich(), differences.to_rich())
+
+
+def accuracy_table(methods: dict[str, Any], columns: list[str], title: str = "", caption: str = "") -> Table:
+    """A row for each method and judge, its own judge first."""
+    rows = []
+    for name, method in methods.items():
+        judged = {method["judge"]: method["accuracy"], **method["other_judges"]}
+        rows += [
+            (f"{name}, {JUDGES[judge]}", [share_estimate(values[column]) for column in columns])
+            for judge, values in judged.items()
+        ]
+    return Table(rows, (title, *columns), caption=caption)
+
+
+def differences_table(differences: dict[str, Any], columns: list[str], title: str = "", caption: str = "") -> Table:
+    """Paired differences in points; on a page, those of each seed below them."""
+    rows = []
+    for name, values in differences.items():
+        seeds = [" · ".join(f"{100 * each:+.1f}" for each in values[column]["by_seed"]) for column in columns]
+        rows.append((name, [Cell(points(values[column]), each) for column, each in zip(columns, seeds, strict=True)]))
+    return Table(rows, (title, *columns), caption=caption)
 
 
 def points(value: dict[str, Any]) -> str:

@@ -1,16 +1,14 @@
 """The results of an evaluation as tables for the terminal."""
 
 import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from hafrm_ds.data.report import as_text, number_table, printable
+from hafrm_ds.data.tables import Cell, EstimateJson, Table, as_text, count, number_estimate, share, share_estimate
 from hafrm_ds.evaluation.benchmarks.catalogue import render
-from hafrm_ds.evaluation.bootstrap import EstimateJson
 
 JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
 """Judge -> what people call it."""
@@ -19,9 +17,11 @@ JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "lo
 def render_evaluation(results: dict[str, Any]) -> RenderableType:
     """Tables of what evaluation.json holds."""
     sets = results["sets"]
-    tables = (accuracy_table, yardstick_table, calibration_table) if sets else ()
-    parts: list[RenderableType] = [table(sets) for table in tables]
-    parts += [length_table(name, found) for name, found in sets.items()]
+    tables = [sets_table(sets), yardstick_table(sets), calibration_table(sets)] if sets else []
+    for name, found in sets.items():
+        judges = {judge: JUDGES[judge] for judge in found["accuracy"]}
+        tables.append(length_table(f"{name}: chosen longer by", found, judges))
+    parts: list[RenderableType] = [table.to_rich() for table in tables]
     for found in results["benchmarks"].values():
         for judge, result in found["judges"].items():
             parts += [Text(f"\n{result['title']}, judged by the {JUDGES[judge]}"), render(result)]
@@ -30,18 +30,39 @@ def render_evaluation(results: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def accuracy_table(sets: dict[str, Any]) -> Table:
+def accuracy_table(
+    title: str,
+    parts: Iterable[tuple[str, Mapping[str, Any]]],
+    judges: Mapping[str, str],
+    further: Mapping[str, Callable[[Any], Cell]] | None = None,
+) -> Table:
+    """Pairs and the accuracy of every judge on parts of the data, for the terminal and the pages alike.
+
+    Args:
+        parts: of each part its name, and a mapping with `pairs` and `accuracy`.
+        judges: judge -> header of its column.
+        further: header of a further column -> its cell of a part.
+    """
+    further = further or {}
+    rows = []
+    for name, part in parts:
+        cells = [share_estimate(part["accuracy"].get(judge)) for judge in judges]
+        rows.append((name, [count(part["pairs"]), *cells, *(cell(part) for cell in further.values())]))
+    return Table(rows, (title, "pairs", *judges.values(), *further))
+
+
+def sets_table(sets: dict[str, Any]) -> Table:
     """Accuracy of every judge on every set, and on its sources where there are several."""
-    judges = judges_of(sets)
-    table = number_table("Accuracy [95%]", "pairs", *(JUDGES[judge] for judge in judges), "ties")
+    judges = {judge: JUDGES[judge] for judge in judges_of(sets)}
+    parts = []
     for name, found in sets.items():
-        ties = ", ".join(f"{found['ties'][judge]:,}" for judge in judges)
-        cells = [interval(found["accuracy"].get(judge)) for judge in judges]
-        table.add_row(as_text(name), f"{found['pairs']:,}", *cells, ties)
-        for source, part in found["by_source"].items() if len(found["by_source"]) > 1 else ():
-            cells = [interval(part["accuracy"].get(judge)) for judge in judges]
-            table.add_row(as_text(f"  {source}"), f"{part['pairs']:,}", *cells, "")
-    return table
+        parts.append((name, found))
+        parts += [(f"  {source}", part) for source, part in found["by_source"].items() if len(found["by_source"]) > 1]
+
+    def ties(part: dict[str, Any]) -> Cell:
+        return Cell(", ".join(f"{part['ties'][judge]:,}" for judge in judges if judge in part.get("ties", ())))
+
+    return accuracy_table("Accuracy [95%]", parts, judges, {"ties": ties})
 
 
 def yardstick_table(sets: dict[str, Any]) -> Table:
@@ -49,12 +70,11 @@ def yardstick_table(sets: dict[str, Any]) -> Table:
     prefer the same one."""
     both = list(itertools.combinations(judges_of(sets), 2))
     headers = [f"{one} &\n{other}\nagree" for one, other in both]
-    table = number_table("Yardsticks [95%]", "longer wins", "shorter wins", *headers)
+    rows = []
     for name, found in sets.items():
-        shares = [agreement_of(found["agreement"], one, other) for one, other in both]
-        wins = [interval(found["yardsticks"][kind]) for kind in ("longer", "shorter")]
-        table.add_row(as_text(name), *wins, *("" if share is None else f"{share:.1%}" for share in shares))
-    return table
+        wins = [share_estimate(found["yardsticks"][kind]) for kind in ("longer", "shorter")]
+        rows.append((name, [*wins, *(share(agreement_of(found["agreement"], *pair)) for pair in both)]))
+    return Table(rows, ("Yardsticks [95%]", "longer wins", "shorter wins", *headers))
 
 
 def judges_of(sets: dict[str, Any]) -> list[str]:
@@ -70,32 +90,23 @@ def agreement_of(agreement: dict[str, float], one: str, other: str) -> float | N
 def calibration_table(sets: dict[str, Any]) -> Table:
     """How well the confidence of a judge agrees with its accuracy."""
     names = ("judge", "margin", "ECE", "Brier", "log\nloss", "fitted\nT", "ECE\nat T", "Brier\nat T")
-    table = number_table("Calibration", *names)
+    rows = []
     for name, found in sets.items():
         for judge, values in found["calibration"].items():
             temperature = values["temperature"]
+            texts = [JUDGES[judge], f"{found['margin'][judge]['value']:.3g}"]
+            texts += [f"{values[key]:.3f}" for key in ("ece", "brier", "log_loss")]
+            texts.append("none" if temperature is None else f"{temperature:.2f}")
             at_temperature = (values["ece_at_temperature"], values["brier_at_temperature"])
-            table.add_row(
-                as_text(name),
-                JUDGES[judge],
-                f"{found['margin'][judge]['value']:.3g}",
-                f"{values['ece']:.3f}",
-                f"{values['brier']:.3f}",
-                f"{values['log_loss']:.3f}",
-                "none" if temperature is None else f"{temperature:.2f}",
-                *("" if value is None else f"{value:.3f}" for value in at_temperature),
-            )
-    return table
+            texts += ["" if value is None else f"{value:.3f}" for value in at_temperature]
+            rows.append((name, [*map(Cell, texts)]))
+    return Table(rows, ("Calibration", *names))
 
 
-def length_table(name: str, found: dict[str, Any]) -> Table:
+def length_table(title: str, found: dict[str, Any], judges: Mapping[str, str]) -> Table:
     """Accuracy by how much longer the chosen answer is."""
-    judges = list(found["accuracy"])
-    table = number_table(f"{escape(printable(name))}: chosen longer by", "pairs", *(JUDGES[judge] for judge in judges))
-    for part in found["by_length_difference"]:
-        cells = [interval(part["accuracy"][judge]) for judge in judges]
-        table.add_row(length_range(part["low"], part["high"]), f"{part['pairs']:,}", *cells)
-    return table
+    parts = [(length_range(part["low"], part["high"]), part) for part in found["by_length_difference"]]
+    return accuracy_table(title, parts, judges)
 
 
 def length_range(low: int | None, high: int | None) -> str:
@@ -115,66 +126,49 @@ def render_best_of_n(results: dict[str, Any]) -> RenderableType:
     if results["gold"] is None:
         return as_text(f"{title}; without gold scores there is nothing to compare the rankings with")
     found = results["results"]
-    parts: list[RenderableType] = [as_text(f"{title}, by the gold scores of {results['gold']}")]
-    parts += [pick_table(found), ranking_table(found), curve_table(found)]
-    return Group(*parts, *([pair_table(found["pairs"])] if found["pairs"] else []))
+    tables = [pick_table(found), ranking_table(found), curve_table(found)]
+    if found["pairs"]:
+        tables.append(pair_table(found["pairs"]))
+    return Group(as_text(f"{title}, by the gold scores of {results['gold']}"), *(table.to_rich() for table in tables))
 
 
 def pick_table(found: dict[str, Any]) -> Table:
     """What each model's picks are worth, beside the random choice and the ends."""
-    table = number_table("Pick [95%]", "gold score", "over random", "win rate")
-    for name, model in found["models"].items():
-        values = [number_interval(model[key]) for key in ("pick", "gain")]
-        table.add_row(as_text(name), *values, interval(model.get("win_rate")))
+    rows = [
+        (name, [gold_score(model["pick"]), gold_score(model["gain"]), share_estimate(model.get("win_rate"))])
+        for name, model in found["models"].items()
+    ]
     for name, key in (("random choice", "mean"), ("best candidate", "best"), ("worst candidate", "worst")):
-        table.add_row(f"({name})", number_interval(found["gold"][key]), "", "")
-    return table
+        rows.append((f"({name})", [gold_score(found["gold"][key])]))
+    return Table(rows, ("Pick [95%]", "gold score", "over random", "win rate"))
 
 
 def ranking_table(found: dict[str, Any]) -> Table:
     """How well each model ranks."""
     ks = list(found["random"]["top_k_recall"])
-    table = number_table("Ranking [95%]", *(f"top-{k} recall" for k in ks), "Spearman", "Kendall")
+    rows = []
     for name, model in found["models"].items():
-        recalls = [interval(model["top_k_recall"][k]) for k in ks]
-        table.add_row(as_text(name), *recalls, *(number_interval(model[key]) for key in ("spearman", "kendall")))
-    table.add_row("(random choice)", *(f"{found['random']['top_k_recall'][k]['value']:.1%}" for k in ks), "", "")
-    return table
+        recalls = [share_estimate(model["top_k_recall"][k]) for k in ks]
+        rows.append((name, [*recalls, gold_score(model["spearman"]), gold_score(model["kendall"])]))
+    rows.append(("(random choice)", [share(found["random"]["top_k_recall"][k]["value"]) for k in ks]))
+    return Table(rows, ("Ranking [95%]", *(f"top-{k} recall" for k in ks), "Spearman", "Kendall"))
 
 
 def curve_table(found: dict[str, Any]) -> Table:
     """Expected gold score of the pick among n random candidates, for n = 1, 2, 4, ... and all."""
     most = len(found["best_curve"])
     ns = [n for n in (2**power for power in range(most.bit_length())) if n < most] + [most]
-    table = number_table("Gold score of the best of", *map(str, ns))
-    curves = {name: model["curve"] for name, model in found["models"].items()}
-    for name, curve in (curves | {"(gold scorer)": found["best_curve"]}).items():
-        table.add_row(as_text(name), *(f"{curve[n - 1]['value']:.3g}" for n in ns))
-    return table
+    curves = {name: model["curve"] for name, model in found["models"].items()} | {"(gold scorer)": found["best_curve"]}
+    rows = [(name, [Cell(f"{curve[n - 1]['value']:.3g}") for n in ns]) for name, curve in curves.items()]
+    return Table(rows, ("Gold score of the best of", *map(str, ns)))
 
 
 def pair_table(pairs: list[dict[str, Any]]) -> Table:
     """Whose pick has the higher gold score."""
-    table = number_table("Pick against pick", "wins", "ties", "losses")
-    for pair in pairs:
-        first, second = pair["models"]
-        table.add_row(
-            as_text(f"{first} against {second}"), *(interval(pair[key]) for key in ("wins", "ties", "losses"))
-        )
-    return table
+    keys = ("wins", "ties", "losses")
+    rows = [(" against ".join(pair["models"]), [share_estimate(pair[key]) for key in keys]) for pair in pairs]
+    return Table(rows, ("Pick against pick", *keys))
 
 
-def number_interval(value: EstimateJson | None) -> str:
-    if value is None:
-        return ""
-    ends = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
-    return f"{value['value']:.3g}{ends}"
-
-
-def interval(value: EstimateJson | None) -> str:
-    """A share in percent."""
-    if value is None:
-        return ""
-    low, high = value["low"], value["high"]
-    ends = "" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]"
-    return f"{value['value']:.1%}{ends}"
+def gold_score(estimate: EstimateJson | None) -> Cell:
+    return number_estimate(estimate, "{:.3g}".format)

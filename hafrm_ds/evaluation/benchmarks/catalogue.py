@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rich.table import Table
+import rich.table
 
-from hafrm_ds.data.report import as_text, number_table
+from hafrm_ds.data.tables import Cell, Table, as_text, count, share
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark
 from hafrm_ds.evaluation.benchmarks.judgebench import JUDGEBENCH
 from hafrm_ds.evaluation.benchmarks.rewardbench import REWARDBENCH
@@ -16,23 +16,25 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def render(result: dict[str, Any]) -> Table:
+def render(result: dict[str, Any]) -> rich.table.Table:
     """A result of `Benchmark.summarize` as a table: categories with their subsets, then the whole."""
-    table = number_table(result["title"], "score", "questions", "ties")
+    rows: list[tuple[str, list[Cell]]] = []
 
     def add(name: str, part: dict[str, Any], indent: str) -> None:
         score = "none" if part["score"] is None else f"{part['score']:.1%}"
-        table.add_row(as_text(indent + name), score, f"{part['questions']:,}", f"{part['ties']:,}")
-        for detail, value in part["details"].items():
-            table.add_row(as_text(f"{indent}  {detail}"), f"{value:.1%}", "", "")
+        rows.append((indent + name, [Cell(score), count(part["questions"]), count(part["ties"])]))
+        rows.extend((f"{indent}  {detail}", [share(value)]) for detail, value in part["details"].items())
 
     for name, category in result["categories"].items():
         add(name, category, "")
         if len(category["subsets"]) > 1:
             for subset, part in category["subsets"].items():
                 add(subset, part | {"details": {}}, "  ")
-    table.add_section()
+    of_categories = len(rows)
     add("overall", result, "")
+    table = Table(rows, (result["title"], "score", "questions", "ties")).to_rich()
+    if of_categories:
+        table.rows[of_categories - 1].end_section = True
     if result["missing"]:
         absent = {name: result["categories"][name] for name in result["missing"]}
         names = [", ".join(part["missing"]) if part["questions"] else name for name, part in absent.items()]

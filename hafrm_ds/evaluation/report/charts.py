@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from hafrm_ds.data.report import printable
+from hafrm_ds.data.tables import MINUS, printable, short
 
 WIDTH, HEIGHT = 380, 230
 RIGHT_MARGIN = 10
@@ -38,7 +38,6 @@ LOG_SCALE_RATIO = 50
 """A curve whose largest value is this many times its median is drawn on a logarithmic axis, where that is allowed."""
 LABEL_LENGTH = 46
 TICK_STEPS = (1, 2, 2.5, 5, 10)
-MINUS = "\N{MINUS SIGN}"
 
 # Colours that stand for the page's variables; they occur nowhere else.
 TEXT, MUTED, GRID, CARD = "#5e51ea", "#5e51eb", "#5e51ec", "#5e51ed"
@@ -436,20 +435,6 @@ def in_one_line(text: str) -> str:
 
 def share_text(value: float) -> str:
     return f"{100 * value:.3g}%".replace("-", MINUS)
-
-
-def short(value: float) -> str:
-    """A number for an axis: 0.25, 12k, 5e-5, with a real minus."""
-    size = abs(value)
-    if size >= 1e4:
-        scale, letter = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if size >= pair[0]), (1e3, "k"))
-        text = f"{value / scale:.3g}{letter}"
-    elif size < 1e-3 and value:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    else:
-        text = f"{value:.4g}"
-    return text.replace("-", MINUS)
 
 
 def to_svg(figure: Figure, label: str) -> Markup:

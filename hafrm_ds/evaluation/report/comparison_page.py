@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hafrm_ds.data.tables import Cell, Table, count, number, share_estimate, value_of_option
 from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.report.charts import Chart, Key, intervals_chart
 from hafrm_ds.evaluation.report.curves import comparison_charts
 from hafrm_ds.evaluation.report.reading import Results, differences
-from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, intervals, objective_in_words
-from hafrm_ds.evaluation.report.tables import Cell, Folded, Table, count, number, share_estimate, value_of_option
+from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, Folded, intervals, objective_in_words
 from hafrm_ds.evaluation.terminal import JUDGES
 
 OF_THE_PLACE = ("output_dir", "resume")
@@ -45,9 +45,7 @@ def comparison_page(results: list[Results]) -> ComparisonPage:
         accuracies=accuracy_tables(results),
         accuracy_charts=[chart for judge in JUDGES if (chart := judge_chart(judge, results)) is not None],
         differences=differences_table({each.name: each.config for each in results}, left_out=OF_THE_PLACE),
-        environments=None
-        if environments is None
-        else Folded("Versions, hardware and commands that differ", environments),
+        environments=Folded("Versions, hardware and commands that differ", environments) if environments else None,
         curves=comparison_charts(results),
         legend=tuple(Key(name, place) for place, name in enumerate(names)),
     )

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hafrm_ds.evaluation.comparison import points, seeds_in_words, shown_columns
+from hafrm_ds.data.tables import Table
+from hafrm_ds.evaluation.comparison import accuracy_table, differences_table, seeds_in_words, shown_columns
 from hafrm_ds.evaluation.report.charts import Chart, Interval, intervals_chart
 from hafrm_ds.evaluation.report.comparison_page import ComparisonPage, comparison_page
 from hafrm_ds.evaluation.report.reading import Results
-from hafrm_ds.evaluation.report.tables import Cell, Table, share_estimate
-from hafrm_ds.evaluation.terminal import JUDGES
 
 METHODS_NOTE = (
     "A method is judged by its reward head, or by its implicit reward where it has none. Intervals are 95%, by a "
@@ -38,7 +37,10 @@ def methods_page(comparison: dict[str, Any], results: list[Results]) -> MethodsP
         title=f"{len(methods)} methods, {seeds_in_words(comparison)}",
         subtitle=" · ".join(methods),
         heading=f"In distribution: {columns[0]}. Out of distribution: {', '.join(columns[1:]) or 'not measured'}",
-        tables=[accuracy_table(methods, columns), differences_table(differences, columns)],
+        tables=[
+            accuracy_table(methods, columns, caption="Accuracy"),
+            differences_table(differences, columns, caption="Differences in points, and those of each seed"),
+        ],
         charts=[
             intervals_chart(
                 "Accuracy",
@@ -61,27 +63,3 @@ def methods_page(comparison: dict[str, Any], results: list[Results]) -> MethodsP
 
 def as_interval(value: dict[str, Any]) -> Interval:
     return Interval(value["value"], value["low"], value["high"])
-
-
-def accuracy_table(methods: dict[str, Any], columns: list[str]) -> Table:
-    """A row for each method and judge, its own judge first."""
-    rows = []
-    for name, method in methods.items():
-        judged = {method["judge"]: method["accuracy"], **method["other_judges"]}
-        rows += [
-            (f"{name}, {JUDGES[judge]}", [share_estimate(values[column]) for column in columns])
-            for judge, values in judged.items()
-        ]
-    return Table(rows, ("", *columns), caption="Accuracy")
-
-
-def differences_table(differences: dict[str, Any], columns: list[str]) -> Table:
-    rows = [
-        (name, [Cell(points(values[column]), by_seed(values[column])) for column in columns])
-        for name, values in differences.items()
-    ]
-    return Table(rows, ("", *columns), caption="Differences in points, and those of each seed")
-
-
-def by_seed(value: dict[str, Any]) -> str:
-    return " · ".join(f"{100 * each:+.1f}" for each in value["by_seed"])

@@ -43,7 +43,7 @@ COMPARISON_KEYS = {"seeds", "planned_seeds", "sets", "pairs", "methods", "differ
 SUMMARY_FILE = "summary.json"
 """In the run folder of a finished run."""
 STOPPED_FILE = "stopped.json"
-"""In the run folder while a run that was asked to stop has not gone on: the reason, the step and the checkpoint."""
+"""In the run folder while a stopped run has not been resumed: the reason, the step and the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,8 @@ def state_of_run(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any
         return f"finished after {summary.get('steps')} steps"
     if stopped := read_mapping(folder / STOPPED_FILE):
         checkpoint = stopped.get("checkpoint")
-        goes_on = f"; --resume auto goes on from {checkpoint}" if checkpoint else ""
-        return f"stopped by {stopped.get('reason')} after step {stopped.get('step')}{goes_on}"
+        resumes = f"; --resume auto goes on from {checkpoint}" if checkpoint else ""
+        return f"stopped by {stopped.get('reason')} after step {stopped.get('step')}{resumes}"
     if not rows:
         return "has written no row yet"
     written = datetime.fromtimestamp((folder / METRICS_FILE).stat().st_mtime, UTC)
@@ -265,7 +265,7 @@ def distinct_names(folders: list[Path]) -> list[str]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that is being written, or was cut by a crash, is left out."""
+    """Rows of a metrics.jsonl; a last line that is being written, or that a crash broke off, is left out."""
     if not file.exists():
         return []
     rows: list[dict[str, Any]] = []

@@ -11,6 +11,16 @@ import yaml
 
 from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport, Example
+from hafrm_ds.data.tables import (
+    Cell,
+    Table,
+    count,
+    facts_table,
+    number,
+    number_estimate,
+    share,
+    share_estimate,
+)
 from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.calibration import sigmoid
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
@@ -31,20 +41,7 @@ from hafrm_ds.evaluation.report.curves import (
     panel_charts,
 )
 from hafrm_ds.evaluation.report.reading import Results, SetResult
-from hafrm_ds.evaluation.report.tables import (
-    Cell,
-    Folded,
-    Table,
-    count,
-    data_in_words,
-    data_tables,
-    facts_table,
-    number,
-    number_estimate,
-    share,
-    share_estimate,
-)
-from hafrm_ds.evaluation.terminal import JUDGES, agreement_of, length_range
+from hafrm_ds.evaluation.terminal import JUDGES, accuracy_table, agreement_of, length_table
 
 ACCURACY_NOTE = (
     "Share of pairs in which the chosen answer gets the higher value; a tie counts half. Below it the 95% interval, "
@@ -53,6 +50,14 @@ ACCURACY_NOTE = (
 )
 HISTOGRAMS = {"reward": "score of the reward head", "implicit": "beta * (log pi - log pi_ref)"}
 MAX_LISTED_SOURCES = 40
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A table that is shown when it is asked for."""
+
+    caption: str
+    inside: Table
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,6 @@ class SetSection:
 class DataSection:
     report: DataReport
     tables: list[Table]
-    in_words: str
 
 
 @dataclass
@@ -120,15 +124,12 @@ def results_page(results: Results) -> ResultsPage:
         title=f"{kind} {results.name}",
         subtitle=" · ".join(subtitle),
         tiles=list(tiles(results)),
-        accuracies=accuracy_table(results.sets) if results.sets else None,
+        accuracies=sets_table(results.sets) if results.sets else None,
         sets=[set_section(name, result) for name, result in results.sets.items()],
         benchmarks=[benchmark_table(found) for found in results.benchmarks.values()],
         training=panel_charts(TRAINING_PANELS, results.training),
         training_note=how_rows_are_drawn(results.training),
-        data={
-            name: DataSection(report, data_tables(report), data_in_words(report))
-            for name, report in results.data.items()
-        },
+        data={name: DataSection(report, report.tables()) for name, report in results.data.items()},
         appendix=list(appendix(results)),
         appendix_title="Configuration and versions" if results.config else "Versions",
         config=yaml.safe_dump(results.config, sort_keys=False, allow_unicode=True) if results.config else "",
@@ -175,15 +176,25 @@ def objective_in_words(results: Results) -> str:
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items() if weight)
 
 
-def accuracy_table(sets: dict[str, SetResult]) -> Table:
+def sets_table(sets: dict[str, SetResult]) -> Table:
     """A row for each set, a column for each judge and the yardstick."""
-    judges = [judge for judge in JUDGES if any(judge in result.accuracy for result in sets.values())]
-    rows = []
-    for name, result in sets.items():
-        yardstick = result.analysis["yardsticks"]["longer"] if result.analysis else None
-        cells = [share_estimate(result.accuracy.get(judge)) for judge in judges]
-        rows.append((name, [count(result.pairs), *cells, share_estimate(yardstick)]))
-    return Table(rows, ("accuracy", "pairs", *judges, "longer"))
+    judges = {judge: judge for judge in JUDGES if any(judge in result.accuracy for result in sets.values())}
+    parts = [
+        (
+            name,
+            {
+                "pairs": result.pairs,
+                "accuracy": result.accuracy,
+                "yardsticks": (result.analysis or {}).get("yardsticks"),
+            },
+        )
+        for name, result in sets.items()
+    ]
+
+    def longer(part: dict[str, Any]) -> Cell:
+        return share_estimate(part["yardsticks"] and part["yardsticks"]["longer"])
+
+    return accuracy_table("accuracy", parts, judges, {"longer": longer})
 
 
 # ---- one evaluation set ---------------------------------------------------------------------------------------------
@@ -264,24 +275,15 @@ def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
         (f"agreement with {other}", [share(agreement_of(analysis["agreement"], judge, other)) for judge in judges])
         for other in judges[1:]
     ]
-    by_length = [
-        (
-            length_range(part["low"], part["high"]),
-            [count(part["pairs"]), *(share_estimate(part["accuracy"].get(judge)) for judge in judges)],
-        )
-        for part in analysis["by_length_difference"]
-    ]
-    by_source = [
-        (source, [count(part["pairs"]), *(share_estimate(part["accuracy"].get(judge)) for judge in judges)])
-        for source, part in by_size(analysis["by_source"]).items()
-    ]
     yardsticks = [
         (f"the {kind} answer", [share_estimate(analysis["yardsticks"][kind])]) for kind in ("longer", "shorter")
     ]
     return [
         Table(rows, ("", *judges)),
-        Table(by_length, ("accuracy, chosen longer by", "pairs", *judges)),
-        Table(by_source, ("accuracy by source", "pairs", *judges)),
+        length_table("accuracy, chosen longer by", analysis, {judge: judge for judge in judges}),
+        accuracy_table(
+            "accuracy by source", by_size(analysis["by_source"]).items(), {judge: judge for judge in judges}
+        ),
         Table(yardsticks, ("whoever always takes", "accuracy")),
     ]
 

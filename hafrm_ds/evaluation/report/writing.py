@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hafrm_ds import __version__
-from hafrm_ds.data.report import printable
+from hafrm_ds.data.tables import printable
 from hafrm_ds.durability import write_whole
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE
 from hafrm_ds.evaluation.report.comparison_page import comparison_page

@@ -1,0 +1,134 @@
+"""Tables as rows of cells: one description, shown by the terminal (`Table.to_rich`) and by pages (templates)."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import rich.table
+from rich.text import Text
+
+NOTHING = "-"
+MINUS = "\N{MINUS SIGN}"
+
+
+class EstimateJson(TypedDict):
+    """An estimate as the result files hold it; without an interval where there are too few prompts for one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The text of a cell, and what stands smaller below it on a page.
+
+    brief: stands beside the text in a terminal, in place of the detail. words: a text that may take several lines.
+    """
+
+    text: str
+    detail: str = ""
+    words: bool = False
+    brief: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a name and cells.
+
+    words: all cells hold texts instead of numbers. texts: so many of the last columns do, for the terminal.
+    """
+
+    rows: list[tuple[str, list[Cell]]]
+    header: tuple[str, ...] = ()
+    caption: str = ""
+    words: bool = False
+    texts: int = 0
+
+    def to_rich(self) -> rich.table.Table:
+        """The table for a terminal, whose first header takes the place of a title."""
+        first, *others = self.header
+        table = rich.table.Table()
+        table.add_column(as_text(first))
+        for place, name in enumerate(others):
+            is_text = place >= len(others) - self.texts
+            table.add_column(as_text(name), justify="left" if is_text else "right", overflow="fold")
+        for name, cells in self.rows:
+            shown = (" ".join(filter(None, (cell.text, cell.brief))) for cell in cells)
+            table.add_row(as_text(name), *map(as_text, shown))
+        return table
+
+
+# ---- cells ----------------------------------------------------------------------------------------------------------
+
+
+def count(number: float | None) -> Cell:
+    return Cell(NOTHING if number is None else f"{number:,.0f}")
+
+
+def share(value: float | None) -> Cell:
+    return Cell(NOTHING if value is None else f"{value:.1%}")
+
+
+def number(value: float | None) -> Cell:
+    return Cell(NOTHING if value is None else short(value))
+
+
+def share_estimate(estimate: EstimateJson | None) -> Cell:
+    """A share with its interval, where that is known."""
+    return estimate_cell(estimate, "{:.1%}".format, lambda end: f"{100 * end:.0f}")
+
+
+def number_estimate(estimate: EstimateJson | None, form: Callable[[float], str] | None = None) -> Cell:
+    form = form or short
+    return estimate_cell(estimate, form, form)
+
+
+def estimate_cell(estimate: EstimateJson | None, form: Callable[[float], str], brief: Callable[[float], str]) -> Cell:
+    """An estimate and its interval. brief: how an end of the interval is written in a terminal."""
+    if estimate is None or (value := estimate["value"]) is None:
+        return Cell(NOTHING)
+    low, high = estimate.get("low"), estimate.get("high")
+    if low is None or high is None:
+        return Cell(form(value))
+    return Cell(form(value), f"{form(low)} to {form(high)}", brief=f"[{brief(low)}, {brief(high)}]")
+
+
+def value_of_option(value: Any) -> Cell:
+    """A value as it would be written in a recipe."""
+    return Cell(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def facts_table(facts: Iterable[tuple[str, Any]]) -> Table:
+    """Names and the value of each, whatever its type."""
+    return Table([(name, [value_of_option(value)]) for name, value in facts], words=True)
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+def short(value: float) -> str:
+    """A number in few characters: 0.25, 12k, 5e-5, with a real minus."""
+    size = abs(value)
+    if size >= 1e4:
+        scale, letter = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if size >= pair[0]), (1e3, "k"))
+        text = f"{value / scale:.3g}{letter}"
+    elif size < 1e-3 and value:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    else:
+        text = f"{value:.4g}"
+    return text.replace("-", MINUS)
+
+
+def as_text(value: str) -> Text:
+    """Text of the data for the terminal: no markup is read in it, and control characters are shown as escapes."""
+    return Text(printable(value))
+
+
+def printable(value: str) -> str:
+    """Text with control characters, and what else has no glyph but a newline, as escapes."""
+    if value.isprintable():
+        return value
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
