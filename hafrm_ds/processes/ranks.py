@@ -232,7 +232,9 @@ class Processes:
             rank=self.rank,
             world_size=self.world_size,
             timeout=self.timeout,
-            device_id=self.device if is_cuda else None,  # else torch guesses it at the first barrier, with a warning
+            # Without it torch guesses at the first barrier, with a warning. With it every later group, as DeepSpeed's
+            # own, is split off this one, which NCCL refuses on a single rank (CUDA error 600).
+            device_id=self.device if is_cuda and self.world_size > 1 else None,
         )
 
     def choose_interface(self) -> None:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from hafrm_ds.errors import DataError, UserError
@@ -155,6 +156,19 @@ def test_a_group_is_not_started_without_a_rank_that_has_met_an_error(ranks):
     outcomes = at_once(ranks, start)
     assert [type(outcome) for outcome in outcomes] == [FailedElsewhere, FailedElsewhere, type(None), FailedElsewhere]
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("world_size", "bound"), [(1, None), (2, torch.device("cuda", 0))])
+def test_nccl_is_bound_to_a_device_only_where_there_are_several_ranks(monkeypatch, world_size, bound):
+    """On one GPU the groups that DeepSpeed makes after a bound one fail."""
+    started = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.update(options, backend=backend))
+    monkeypatch.setattr(Processes, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(Processes, "use_device", lambda self: None)
+    store = dist.HashStore()
+    store.add("arrived", world_size - 1)
+    Processes(0, 0, world_size, store).start_group()
+    assert (started["backend"], started["device_id"]) == ("nccl", bound)
 
 
 def test_an_error_that_nobody_foresaw_also_stops_the_ranks_that_wait(ranks, enter, capsys):
