@@ -198,6 +198,12 @@ class BatchConfig(Section):
     padded: the model's stock attention on padded rows. auto: shared_prefix, or padded, with a warning, for a model that
     cannot keep packed answers apart."""
 
+    @property
+    def token_budget(self) -> int:
+        """max_tokens_per_micro_batch, once "auto" has been settled (`hafrm_ds.training.preflight`)."""
+        assert self.max_tokens_per_micro_batch != "auto"
+        return self.max_tokens_per_micro_batch
+
 
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""

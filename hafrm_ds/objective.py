@@ -109,94 +109,83 @@ def sft_loss(logprob: Tensor, num_tokens: Tensor) -> Tensor:
 # ---- the joint loss ------------------------------------------------------------------------------------------------
 
 
+class LossWeights(NamedTuple):
+    """What the two losses of a step count: rm_weight and alpha, or 0."""
+
+    reward: float
+    policy: float
+
+
+def weights_at(objective: ObjectiveConfig, step: int) -> LossWeights:
+    """The weights at optimizer step `step` (from 0), the same on all ranks.
+
+    With objective.alternate_every = k they alternate in blocks of k steps, as in the paper: first the policy loss
+    alone, then the reward loss alone, and so on. With 0 both losses count in every step.
+    """
+    every = objective.alternate_every
+    if every and (step // every) % 2 == 0:
+        return LossWeights(0.0, objective.alpha)
+    return LossWeights(objective.rm_weight, 0.0 if every else objective.alpha)
+
+
 @dataclass(frozen=True)
 class JointLoss:
-    """Per-pair losses: total [P] and its parts before weighting (None where a part is not computed)."""
+    """Per-pair losses: total [P] and its parts before weighting (None where a part is not computed).
+
+    The parts are `loss/reward` and `loss/policy` in the rows of training and evaluation alike: the losses that are
+    trained, with the pairs' margins and label smoothing where the objective uses them. Centering is in the total alone.
+    """
 
     total: Tensor
     reward: Tensor | None
     policy: Tensor | None
 
 
-def policy_loss(
-    name: str,
+def joint_loss(
+    objective: ObjectiveConfig,
+    weights: LossWeights,
     scores: ResponseScores,
     reference: Tensor | None,
-    *,
-    beta: float,
-    label_smoothing: float = 0.0,
-    simpo_gamma: float = 0.0,
-) -> Tensor:
-    """The policy loss called `name` for each pair: [P]. `reference` [N] is needed by dpo, ipo and hinge."""
-    if name == "dpo":
-        return dpo_loss(scores.logprob, reference, beta, label_smoothing)
-    if name == "ipo":
-        return ipo_loss(scores.logprob, reference, beta)
-    if name == "hinge":
-        return hinge_loss(scores.logprob, reference, beta)
-    if name == "simpo":
-        return simpo_loss(scores.logprob, scores.num_tokens, beta, simpo_gamma)
-    if name == "sft":
-        return sft_loss(scores.logprob, scores.num_tokens)
-    raise ValueError(f"unknown policy loss {name!r}")
-
-
-def joint_loss(
-    reward: Tensor | None, policy: Tensor | None, *, rm_weight: float, alpha: float, centering: Tensor | None = None
+    margin: Tensor,
 ) -> JointLoss:
-    """rm_weight * L_reward + alpha * L_policy for each pair (HAF-RM, L_H). A part that is None counts nothing.
+    """rm_weight * L_reward + alpha * L_policy for each pair (HAF-RM, L_H), of what the model was asked for.
 
-    `centering` is already weighted and belongs to the reward loss.
+    Args:
+        reference: [N] log pi_ref, where the policy loss uses it.
+        margin: [P], where objective.use_margin asks for it.
     """
+    reward = policy = None
     parts = []
-    if reward is not None:
-        parts.append(rm_weight * (reward if centering is None else reward + centering))
-    if policy is not None:
-        parts.append(alpha * policy)
+    if scores.reward is not None and objective.uses_reward:
+        reward = reward_loss(objective, scores.reward, margin)
+        centered = reward
+        if objective.reward_centering:
+            centered = reward + objective.reward_centering * centering_penalty(scores.reward)
+        parts.append(weights.reward * centered)
+    if scores.logprob is not None and objective.uses_policy:
+        policy = policy_loss(objective, scores.logprob, reference, scores.num_tokens)
+        parts.append(weights.policy * policy)
     return JointLoss(total=torch.stack(parts).sum(0), reward=reward, policy=policy)
 
 
-def alternating_weights(step: int, every: int, rm_weight: float, alpha: float) -> tuple[float, float]:
-    """(rm_weight, alpha) at `step` (from 0) of the paper's alternating schedule.
-
-    Blocks of `every` steps: the first with the policy loss alone, the second with the reward loss alone, and so on.
-    `every` = 0: both, always.
-    """
-    if every == 0:
-        return rm_weight, alpha
-    return (0.0, alpha) if (step // every) % 2 == 0 else (rm_weight, 0.0)
+def reward_loss(objective: ObjectiveConfig, reward: Tensor, margin: Tensor) -> Tensor:
+    """[N], [P] -> [P]."""
+    return bradley_terry_loss(reward, margin if objective.use_margin else None, objective.reward_label_smoothing)
 
 
-def configured_policy_loss(objective: ObjectiveConfig, scores: ResponseScores, reference: Tensor | None) -> Tensor:
-    """[P] for scores of N = 2P responses; `reference` [N] where the loss uses one."""
-    return policy_loss(
-        objective.policy_loss,
-        scores,
-        reference,
-        beta=objective.beta,
-        label_smoothing=objective.policy_label_smoothing,
-        simpo_gamma=objective.simpo_gamma,
-    )
-
-
-def configured_joint_loss(
-    objective: ObjectiveConfig, step: int, scores: ResponseScores, reference: Tensor | None, margin: Tensor
-) -> JointLoss:
-    """The losses of each pair at optimizer step `step` (from 0).
-
-    Args:
-        margin: [P], used where objective.use_margin asks for it.
-    """
-    reward = centering = policy = None
-    if objective.uses_reward:
-        used_margin = margin if objective.use_margin else None
-        reward = bradley_terry_loss(scores.reward, used_margin, objective.reward_label_smoothing)
-        if objective.reward_centering:
-            centering = objective.reward_centering * centering_penalty(scores.reward)
-    if objective.uses_policy:
-        policy = configured_policy_loss(objective, scores, reference)
-    rm_weight, alpha = alternating_weights(step, objective.alternate_every, objective.rm_weight, objective.alpha)
-    return joint_loss(reward, policy, rm_weight=rm_weight, alpha=alpha, centering=centering)
+def policy_loss(objective: ObjectiveConfig, logprob: Tensor, reference: Tensor | None, num_tokens: Tensor) -> Tensor:
+    """[N] log-probs, their references where the loss uses them, and lengths -> [P]."""
+    beta = objective.beta
+    if not objective.uses_reference:
+        if objective.policy_loss == "simpo":
+            return simpo_loss(logprob, num_tokens, beta, objective.simpo_gamma)
+        return sft_loss(logprob, num_tokens)
+    assert reference is not None
+    if objective.policy_loss == "ipo":
+        return ipo_loss(logprob, reference, beta)
+    if objective.policy_loss == "hinge":
+        return hinge_loss(logprob, reference, beta)
+    return dpo_loss(logprob, reference, beta, objective.policy_label_smoothing)
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.objective import (
+    LossWeights,
     ResponseScores,
-    alternating_weights,
     bradley_terry_loss,
     centering_penalty,
     dpo_loss,
@@ -19,6 +20,7 @@ from hafrm_ds.objective import (
     preference_metrics,
     sft_loss,
     simpo_loss,
+    weights_at,
 )
 
 REWARD = [1.5, -0.5, -2.0, 0.25, 0.125, 0.125, 3.0, 4.0]  # right, wrong, tied and wrong
@@ -128,9 +130,6 @@ def test_sft_is_the_mean_over_the_chosen_answer():
     assert_pairs(sft_loss(fp32(LOGPROB), torch.tensor(LENGTHS)), expected)
 
 
-SETTINGS = {"beta": 0.3, "label_smoothing": 0.05, "simpo_gamma": 0.7}
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -143,15 +142,9 @@ SETTINGS = {"beta": 0.3, "label_smoothing": 0.05, "simpo_gamma": 0.7}
 )
 def test_policy_loss_by_name(name, expected):
     logprob, reference, lengths = fp32(LOGPROB), fp32(REFERENCE), torch.tensor(LENGTHS)
-    scores = ResponseScores(reward=None, logprob=logprob, num_tokens=lengths)
-    needs_none = name in ("simpo", "sft")
-    actual = policy_loss(name, scores, None if needs_none else reference, **SETTINGS)
+    objective = ObjectiveConfig(policy_loss=name, beta=0.3, policy_label_smoothing=0.05, simpo_gamma=0.7)
+    actual = policy_loss(objective, logprob, reference if objective.uses_reference else None, lengths)
     assert torch.equal(actual, expected(logprob, reference, lengths))
-
-
-def test_an_unknown_policy_loss_is_refused():
-    with pytest.raises(ValueError, match="unknown policy loss 'ppo'"):
-        policy_loss("ppo", ResponseScores(None, fp32(LOGPROB), torch.tensor(LENGTHS)), None, beta=0.1)
 
 
 # ---- gradients and extremes ----------------------------------------------------------------------------------------
@@ -193,39 +186,53 @@ def test_a_pair_far_on_the_wrong_side_still_pulls_with_full_strength():
 # ---- the joint loss ------------------------------------------------------------------------------------------------
 
 
+def scores_of(reward: torch.Tensor | None, logprob: torch.Tensor | None) -> ResponseScores:
+    return ResponseScores(reward, logprob, torch.tensor(LENGTHS))
+
+
 def test_joint_loss_weights_its_parts_and_reports_them_unweighted():
-    reward, policy, centering = fp32([0.5, 2.0]), fp32([3.0, -1.0]), fp32([0.25, 0.0])
-    joint = joint_loss(reward, policy, rm_weight=0.5, alpha=0.2, centering=centering)
-    assert_pairs(joint.total, [0.5 * 0.75 + 0.2 * 3.0, 0.5 * 2.0 - 0.2])
-    assert joint.reward is reward
-    assert joint.policy is policy
+    objective = ObjectiveConfig(
+        rm_weight=0.5, alpha=0.2, use_margin=True, reward_label_smoothing=0.1, reward_centering=0.01, beta=0.3
+    )
+    reward, logprob, reference, margin = map(fp32, (REWARD, LOGPROB, REFERENCE, MARGIN))
+    joint = joint_loss(objective, weights_at(objective, 0), scores_of(reward, logprob), reference, margin)
+    assert torch.equal(joint.reward, bradley_terry_loss(reward, margin, 0.1))
+    assert torch.equal(joint.policy, dpo_loss(logprob, reference, 0.3))
+    centered = joint.reward.double() + 0.01 * centering_penalty(reward).double()
+    assert_pairs(joint.total, (0.5 * centered + 0.2 * joint.policy.double()).tolist())
 
 
 def test_joint_loss_of_one_part():
-    part = fp32([0.5, 2.0])
-    alone = joint_loss(part, None, rm_weight=2.0, alpha=0.2)
-    assert alone.total.tolist() == [1.0, 4.0]
+    reward, logprob, margin = fp32(REWARD), fp32(LOGPROB), fp32(MARGIN)
+    baseline = ObjectiveConfig(rm_weight=2.0, alpha=0)
+    alone = joint_loss(baseline, weights_at(baseline, 0), scores_of(reward, None), None, margin)
+    assert torch.equal(alone.total, 2.0 * bradley_terry_loss(reward))
     assert alone.policy is None
-    alone = joint_loss(None, part, rm_weight=1.0, alpha=0.5)
-    assert alone.total.tolist() == [0.25, 1.0]
+    dpo = ObjectiveConfig(rm_weight=0, alpha=0.5)
+    alone = joint_loss(dpo, weights_at(dpo, 0), scores_of(None, logprob), fp32(REFERENCE), margin)
+    assert torch.equal(alone.total, 0.5 * dpo_loss(logprob, fp32(REFERENCE), 0.1))
     assert alone.reward is None
 
 
 def test_a_part_of_weight_0_sends_no_gradient():
-    reward, policy = fp32([0.5, 2.0]).requires_grad_(), fp32([3.0, -1.0]).requires_grad_()
-    joint_loss(reward, policy, rm_weight=0.0, alpha=0.2).total.sum().backward()
-    assert reward.grad.tolist() == [0.0, 0.0]
-    assert policy.grad.tolist() == pytest.approx([0.2, 0.2])
+    reward, logprob = fp32(REWARD).requires_grad_(), fp32(LOGPROB).requires_grad_()
+    joint = joint_loss(
+        ObjectiveConfig(), LossWeights(0.0, 0.2), scores_of(reward, logprob), fp32(REFERENCE), fp32(MARGIN)
+    )
+    joint.total.sum().backward()
+    assert reward.grad.tolist() == [0.0] * 8
+    assert logprob.grad.abs().min() > 0
 
 
 def test_alternating_blocks_begin_with_the_policy():
-    weights = [alternating_weights(step, every=2, rm_weight=1.0, alpha=0.2) for step in range(7)]
+    objective = ObjectiveConfig(alternate_every=2, rm_weight=1.0, alpha=0.2)
     policy, reward = (0.0, 0.2), (1.0, 0.0)
+    weights = [weights_at(objective, step) for step in range(7)]
     assert weights == [policy, policy, reward, reward, policy, policy, reward]
 
 
 def test_without_alternation_both_losses_count_at_every_step():
-    assert {alternating_weights(step, every=0, rm_weight=1.0, alpha=0.2) for step in range(5)} == {(1.0, 0.2)}
+    assert {weights_at(ObjectiveConfig(rm_weight=1.0, alpha=0.2), step) for step in range(5)} == {(1.0, 0.2)}
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, from_pairs, lay_out, move
 from hafrm_ds.data.planning import DUMMY
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.tokenization import Pairs, TokenizedPair
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ DUMMY_ITEM = PromptWithResponses(DUMMY_PAIR.prompt_ids, (DUMMY_PAIR.chosen_ids, 
 
 
 def make_micro_batch(
-    pairs: Sequence[TokenizedPair], index: Sequence[int], layout: str, reference: Tensor | None = None
+    pairs: Pairs, index: Sequence[int] | np.ndarray, layout: str, reference: Tensor | None = None
 ) -> MicroBatch:
     """Lay out the pairs at `index`; DUMMY is a pair of single tokens."""
     chosen = [DUMMY_PAIR if position == DUMMY else pairs[position] for position in index]

@@ -88,6 +88,11 @@ class PreparedPairs:
         make and to lay out."""
         return self.pairs.with_format("arrow")
 
+    def margins(self, index: np.ndarray) -> np.ndarray:
+        """[P] positions -> [P] fp32, 0 where the data has no margin."""
+        margins = self.pairs.select(index).select_columns(["margin"])[:]["margin"]
+        return np.array([margin or 0.0 for margin in margins], dtype=np.float32)
+
     def __getitem__(self, index: int) -> TokenizedPair:
         row = self.rows[int(index)]
         ids = {name: row[name][0].values.to_numpy() for name in ID_COLUMNS}

@@ -7,7 +7,7 @@ and prompt + response is always exactly what the model sees when it scores the c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jinja2
 
@@ -47,6 +47,14 @@ class TokenizedPair:
     def read_outs(self) -> tuple[int, int]:
         """Where the reward is read: index of the last token of the chosen and of the rejected conversation."""
         return len(self.prompt_ids) + len(self.chosen_ids) - 1, len(self.prompt_ids) + len(self.rejected_ids) - 1
+
+
+class Pairs(Protocol):
+    """Whatever gives tokenised pairs by position: a list, or `PreparedPairs`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> TokenizedPair: ...
 
 
 class PairIds(NamedTuple):

@@ -1,5 +1,6 @@
 """DeepSpeed around the hybrid model: the only room that knows DeepSpeed."""
 
+import math
 import os
 import shutil
 import sys
@@ -8,12 +9,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hafrm_ds.config import OptimizerConfig, TrainConfig
+from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.engine.checkpoint import FileFacts
 from hafrm_ds.engine.deepspeed_config import is_offloaded, resolve_deepspeed_config
 from hafrm_ds.engine.resharding import Shards, deal_out
@@ -111,8 +114,11 @@ class Engine:
         """Memory that the first optimizer step takes and keeps."""
         return 0
 
-    def __call__(self, batch, **kwargs) -> ResponseScores:
-        return self.deepspeed(batch.to(self.device), **kwargs)
+    def __call__(self, batch: PackedBatch, **heads: bool) -> ResponseScores:
+        """Scores of a micro-batch, which is moved to the device if it is not there."""
+        if batch.input_ids.device != self.device:
+            batch = batch.to(self.device)
+        return self.deepspeed(batch, **heads)
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -153,7 +159,8 @@ class TrainingEngine(Engine):
         self.peak_learning_rates = [group["lr"] for group in groups]
         deepspeed_config, optimizer = make_optimizer(groups, config.optimizer, deepspeed_config)
         super().__init__(model, deepspeed_config, model_parameters=groups, optimizer=optimizer)
-        self.gradient_norm: float | None = None
+        self.gradient_norm = math.nan
+        """Of the last step, before clipping."""
 
     @property
     def bytes_of_first_step(self) -> int:
@@ -178,7 +185,7 @@ class TrainingEngine(Engine):
         own_norm = self.full_gradient_norm() if computes_none else None
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
-        self.gradient_norm = float(norm if norm is not None else own_norm)
+        self.gradient_norm = float(own_norm if norm is None and own_norm is not None else norm)
 
     def save(self, folder: Path) -> dict[str, FileFacts]:
         """Write trained weights and optimizer into `folder`, which is there. All ranks call this together.
@@ -263,7 +270,7 @@ def make_optimizer(
     if section and section.get("type", "").lower() not in ("adam", "adamw"):
         return deepspeed_config, None
     deepspeed_config = {key: value for key, value in deepspeed_config.items() if key != "optimizer"}
-    options = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
     if is_offloaded(deepspeed_config, "offload_optimizer"):
         if torch.cuda.is_available():
             from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -1,7 +1,7 @@
 """Scoring many prompts and responses with an engine, all ranks together: the reference pass and evaluation."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hafrm_ds.data.micro_batches import DUMMY_ITEM
 from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out, padded_rows
 from hafrm_ds.data.planning import DUMMY, cut_by_length
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.tokenization import Pairs
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores
@@ -74,7 +74,7 @@ def score_items(
 
 def score_pairs(
     engine: Engine,
-    pairs: Sequence[TokenizedPair],
+    pairs: Pairs,
     index: np.ndarray,
     costs: np.ndarray,
     *,
@@ -159,7 +159,7 @@ class OccasionalQuestion:
         return answer
 
 
-def over_all_ranks(operation: dist.ReduceOp, device: torch.device, value: float) -> float:
+def over_all_ranks(operation: dist.ReduceOp.RedOpType, device: torch.device, value: float) -> float:
     """A number of each rank, combined by `operation`."""
     on_device = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(on_device, op=operation)

@@ -6,29 +6,32 @@ from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.evaluation.pair_scores import PairScores
-from hafrm_ds.objective import ResponseScores, bradley_terry_loss, configured_policy_loss, preference_metrics
+from hafrm_ds.objective import ResponseScores, policy_loss, preference_metrics, reward_loss
 
 
-def set_metrics(scores: PairScores, objective: ObjectiveConfig) -> dict[str, float]:
+def set_metrics(scores: PairScores, objective: ObjectiveConfig, margin: np.ndarray | None = None) -> dict[str, float]:
     """Means over the pairs of a set, in the names of metrics.jsonl.
 
+    Args:
+        margin: [P] of the pairs, where objective.use_margin asks for it; None: 0.
+
     Returns:
-        pairs, ties/JUDGE (a tie counts half in accuracy/JUDGE), accuracy/JUDGE, margin/JUDGE, loss/policy, loss/reward
-        (the plain Bradley-Terry loss without margin, label smoothing and centering), and reward/mean and reward/std
-        over all responses.
+        pairs, ties/JUDGE (a tie counts half in accuracy/JUDGE), accuracy/JUDGE, margin/JUDGE, loss/reward and
+        loss/policy as `JointLoss` has them, and reward/mean and reward/std over all responses.
     """
     responses = ResponseScores(
-        as_responses(scores.reward), as_responses(scores.logprob), as_responses(scores.num_tokens)
+        as_responses(scores.reward), as_responses(scores.logprob), torch.from_numpy(scores.num_tokens).reshape(-1)
     )
     reference = as_responses(scores.reference)
     per_pair = preference_metrics(responses, reference, scores.beta)
     metrics: dict[str, float] = {"pairs": len(scores)}
     if responses.reward is not None:
-        metrics["loss/reward"] = bradley_terry_loss(responses.reward).mean().item()
+        margins = torch.zeros(len(scores)) if margin is None else torch.from_numpy(margin)
+        metrics["loss/reward"] = reward_loss(objective, responses.reward, margins).mean().item()
         metrics["reward/mean"] = responses.reward.mean().item()
         metrics["reward/std"] = responses.reward.std().item()
     if responses.logprob is not None and objective.uses_policy:
-        loss = configured_policy_loss(objective, responses, reference)
+        loss = policy_loss(objective, responses.logprob, reference, responses.num_tokens)
         metrics["loss/policy"] = loss.mean().item()
     for name, values in per_pair.items():
         metrics[name] = values.mean().item()

@@ -73,12 +73,16 @@ class HybridModel(nn.Module):
         """
         self.layout = set_attention(self.causal_lm, layout, attention, device)
 
-    def forward(self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True) -> ResponseScores:
+    def forward(
+        self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True, idle_lm_head: bool = False
+    ) -> ResponseScores:
         """Score the N responses of a micro-batch.
 
         Args:
             with_reward: read the reward head.
             with_logprob: run the LM head, at the positions that predict a response token and nowhere else.
+            idle_lm_head: give the LM head, which is not run, a gradient of 0 by way of the reward. Under ZeRO-3 a
+                weight that gets none in a step would be updated by that of an earlier one.
         """
         if with_logprob and self.uses_stock_logits:
             states, per_token = self.states_and_stock_logprobs(batch)
@@ -87,8 +91,12 @@ class HybridModel(nn.Module):
             per_token = None
             if with_logprob:
                 per_token = self.response_logprobs(states[batch.predict_index], self.lm_head, batch.target_ids)
+        reward = self.reward_head(states[batch.readout_index]) if with_reward else None
+        if idle_lm_head and reward is not None:
+            one = self.response_logprobs(states[batch.predict_index[:1]], self.lm_head, batch.target_ids[:1])
+            reward = reward + 0.0 * one.sum()
         return ResponseScores(
-            reward=self.reward_head(states[batch.readout_index]) if with_reward else None,
+            reward=reward,
             logprob=None if per_token is None else sum_by_response(per_token, batch),
             num_tokens=batch.num_tokens,
             token_logprobs=per_token,

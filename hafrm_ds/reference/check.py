@@ -46,7 +46,7 @@ def check_sample(
         chosen,
         token_costs(pairs.lengths, batch.layout),
         layout=batch.layout,
-        max_tokens=batch.max_tokens_per_micro_batch,
+        max_tokens=batch.token_budget,
         with_reward=False,
         with_logprob=True,
     )["logprob"]

@@ -174,7 +174,7 @@ def compute_missing(
             costs,
             num_responses=work.sides.sum(axis=1),
             layout=batch.layout,
-            max_tokens=batch.max_tokens_per_micro_batch,
+            max_tokens=batch.token_budget,
             on_scores=keep,
             with_reward=False,
             rank=dist.get_rank(),

@@ -65,7 +65,7 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         index,
         trainer.train_set.costs,
         layout=config.batch.layout,
-        max_tokens=config.batch.max_tokens_per_micro_batch,
+        max_tokens=config.batch.token_budget,
         with_reward=config.objective.uses_reward,
         with_logprob=config.objective.uses_policy,
     )

@@ -25,7 +25,7 @@ from hafrm_ds.evaluation.accuracy import set_metrics
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
-from hafrm_ds.objective import JointLoss, ResponseScores, configured_joint_loss, preference_metrics
+from hafrm_ds.objective import JointLoss, joint_loss, preference_metrics, weights_at
 from hafrm_ds.reference.offline_pass import ReferenceLogprobs
 from hafrm_ds.reference.provide import ReferenceSource, provide_reference
 from hafrm_ds.training.logging import RunLog
@@ -188,7 +188,7 @@ class Trainer:
         """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
         index, batch = self.plan.global_batch(step), self.config.batch
         costs, rows = self.train_set.costs[index], padded_rows(batch.layout, len(index))
-        ranks = cut_into_micro_batches(costs, self.world_size, batch.max_tokens_per_micro_batch, rows)
+        ranks = cut_into_micro_batches(costs, self.world_size, batch.token_budget, rows)
         own = [np.array([DUMMY if place == DUMMY else index[place] for place in part]) for part in ranks[self.rank]]
         return own, imbalance(costs, ranks, rows)
 
@@ -204,12 +204,18 @@ class Trainer:
         DeepSpeed averages gradients over the ranks, hence the factor world_size.
         """
         objective, moved = self.config.objective, micro_batch.to(self.engine.device)
-        scores: ResponseScores = self.engine(
-            moved.batch, with_reward=objective.uses_reward, with_logprob=objective.uses_policy
+        weights = weights_at(objective, step)
+        # The reward head costs next to nothing and always runs; the LM head does not while its loss counts nothing.
+        with_logprob = weights.policy > 0
+        scores = self.engine(
+            moved.batch,
+            with_reward=objective.uses_reward,
+            with_logprob=with_logprob,
+            idle_lm_head=objective.uses_policy and not with_logprob,
         )
-        loss = configured_joint_loss(objective, step, scores, moved.reference, moved.margin)
+        loss = joint_loss(objective, weights, scores, moved.reference, moved.margin)
         totals.add(micro_batch, moved.weight, loss, preference_metrics(scores, moved.reference, objective.beta))
-        totals.flops += self.cost.training_flops(micro_batch.batch, objective.uses_policy)
+        totals.flops += self.cost.training_flops(micro_batch.batch, with_logprob)
         return (loss.total * moved.weight).sum() / self.plan.global_batch_size * self.world_size
 
     def reduce(self, totals: StepTotals) -> dict[str, float]:
@@ -273,7 +279,7 @@ class Trainer:
                     pair_set.index,
                     pair_set.costs,
                     layout=self.config.batch.layout,
-                    max_tokens=self.config.batch.max_tokens_per_micro_batch,
+                    max_tokens=self.config.batch.token_budget,
                     with_reward=objective.uses_reward,
                     with_logprob=objective.uses_policy,
                     on_progress=progress.advance_for_all_ranks,
@@ -285,7 +291,8 @@ class Trainer:
             pair_scores = PairScores.of(
                 name, pair_set.pairs, pair_set.index, scores, reference, beta=objective.beta, step=step
             )
-            metrics = set_metrics(pair_scores, objective)
+            margin = pair_set.pairs.margins(pair_set.index) if objective.use_margin else None
+            metrics = set_metrics(pair_scores, objective, margin)
             if self.log.writes:
                 pair_scores.keep_texts(pair_set.pairs, pair_set.index, self.tokenizer)
                 pair_scores.save(self.config.output_dir / SCORES_FOLDER)

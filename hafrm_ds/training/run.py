@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from typing import Any
 
 from hafrm_ds.config import BatchConfig, TrainConfig, options_of
@@ -253,12 +254,12 @@ def prepare_data(
     # Fetched from the hub by one rank of each node, and before the process group: a download outlasts a collective.
     tokenizer = processes.in_turns("model", lambda: fetch_model(config.model))
     formatter = ChatFormatter.create(tokenizer, config.data.chat_template, config.data.template_date)
-    shared = {"formatter": formatter, "options": config.data.preparation, "seed": config.seed}
+    prepared = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
 
     def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:
         return (
-            prepare_pairs(config.data.train, role="train", **shared),
-            {name: prepare_pairs(sources, role="eval", **shared) for name, sources in config.data.eval.items()},
+            prepared(config.data.train, role="train"),
+            {name: prepared(sources, role="eval") for name, sources in config.data.eval.items()},
         )
 
     train_pairs, eval_pairs = processes.in_turns("data", prepare)

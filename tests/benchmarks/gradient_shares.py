@@ -23,7 +23,7 @@ from hafrm_ds.data.planning import BatchPlan
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
-from hafrm_ds.objective import configured_joint_loss
+from hafrm_ds.objective import joint_loss, weights_at
 from hafrm_ds.options import load_config
 from hafrm_ds.saved.folder import SavedModel
 
@@ -38,7 +38,7 @@ def body_gradient(config: TrainConfig, model: HybridModel, batches: Sequence[Mic
     model.zero_grad()
     for each in batches:
         scores = model(each.batch, with_reward=True, with_logprob=objective.uses_policy)
-        loss = configured_joint_loss(objective, 0, scores, each.reference, each.margin)
+        loss = joint_loss(objective, weights_at(objective, 0), scores, each.reference, each.margin)
         (getattr(loss, loss_name).sum() / NUM_PAIRS).backward()
     body = model.causal_lm.get_decoder().parameters()
     return torch.cat([parameter.grad.float().flatten() for parameter in body])

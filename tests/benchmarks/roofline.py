@@ -27,7 +27,7 @@ from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, synchronize
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import DTYPES, load_hybrid_model, load_tokenizer
-from hafrm_ds.objective import configured_joint_loss
+from hafrm_ds.objective import joint_loss, weights_at
 from hafrm_ds.options import load_config
 
 ROUNDS = 8
@@ -38,7 +38,9 @@ def joint_step(config: TrainConfig, model: HybridModel, micro_batch: MicroBatch,
     batch = micro_batch.batch.to(device)
     scores = model(batch, with_reward=config.objective.uses_reward, with_logprob=config.objective.uses_policy)
     reference = None if scores.logprob is None else scores.logprob.detach()
-    loss = configured_joint_loss(config.objective, 0, scores, reference, micro_batch.margin.to(device))
+    loss = joint_loss(
+        config.objective, weights_at(config.objective, 0), scores, reference, micro_batch.margin.to(device)
+    )
     loss.total.mean().backward()
     model.zero_grad()
 

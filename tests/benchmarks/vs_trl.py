@@ -56,7 +56,7 @@ from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.engine.engine import make_optimizer, parameter_groups
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head, model_inputs, sum_by_response
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
-from hafrm_ds.objective import ResponseScores, configured_joint_loss
+from hafrm_ds.objective import ResponseScores, joint_loss, weights_at
 
 MAX_LENGTH = 512
 """Longer pairs are left out: 16 padded rows of 1,024 tokens do not fit into 24 GB beside the models."""
@@ -240,8 +240,8 @@ def recipe(config: TrainConfig, batches: Batches) -> Contender:
         states, logprob = scores(policy, batch)
         reward = head(states.flatten(0, 1)[batch.readout_index])
         result = ResponseScores(reward, logprob, batch.num_tokens)
-        loss = configured_joint_loss(
-            config.objective, number, result, reference_logprob, micro_batch.margin
+        loss = joint_loss(
+            config.objective, weights_at(config.objective, number), result, reference_logprob, micro_batch.margin
         ).total.mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_gradient_norm)
@@ -305,7 +305,7 @@ def ours(config: TrainConfig, batches: Batches) -> Contender:
         for part in micro_batches(number):
             known = reference[number, part.index].flatten()
             scores = model(part.batch)
-            losses = configured_joint_loss(config.objective, number, scores, known, part.margin)
+            losses = joint_loss(config.objective, weights_at(config.objective, number), scores, known, part.margin)
             loss = losses.total.sum() / config.batch.global_batch_size
             optimizer.backward(loss)
             total += loss.item()

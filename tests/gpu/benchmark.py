@@ -35,7 +35,7 @@ from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_growth_bytes, peak_memory_bytes, synchronize
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
-from hafrm_ds.objective import ResponseScores, configured_joint_loss
+from hafrm_ds.objective import ResponseScores, joint_loss, weights_at
 from hafrm_ds.processes.ranks import Processes
 from tests.gpu.environment import DEVICE, IS_ALLOWED_ON_CPU, IS_GPU, available_kernels, hardware, table
 from tests.gpu.liger import IS_AVAILABLE as HAS_LIGER
@@ -143,7 +143,7 @@ def make_steps(name: str) -> tuple[HybridModel, Callable[[PackedBatch], None]]:
 
     def loss_of(scores: ResponseScores) -> torch.Tensor:
         reference, margin = scores.logprob.detach(), torch.zeros(len(scores.reward) // 2, device=DEVICE)
-        return configured_joint_loss(config.objective, 0, scores, reference, margin).total.mean()
+        return joint_loss(config.objective, weights_at(config.objective, 0), scores, reference, margin).total.mean()
 
     if timed(name) == "forward and backward":
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -2,9 +2,11 @@
 
 import torch
 
+from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.micro_batches import make_micro_batch
+from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.tokenization import TokenizedPair
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss, joint_loss
+from hafrm_ds.objective import joint_loss, weights_at
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
 
 
@@ -19,9 +21,8 @@ def gradients(parts: list[list[int]]) -> dict[str, torch.Tensor]:
         scores = model(micro_batch.batch)
         reference = torch.linspace(-60, -5, 2 * len(pairs)).view(-1, 2)[micro_batch.index].view(-1)
         reference = torch.where(micro_batch.weight.repeat_interleave(2) > 0, reference, 0.0)
-        loss = joint_loss(
-            bradley_terry_loss(scores.reward), dpo_loss(scores.logprob, reference, 0.1), rm_weight=1.0, alpha=0.2
-        )
+        objective = ObjectiveConfig()
+        loss = joint_loss(objective, weights_at(objective, 0), scores, reference, micro_batch.margin)
         ((loss.total * micro_batch.weight).sum() / len(pairs)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -39,3 +40,18 @@ def test_a_dummy_changes_no_gradient():
     whole, with_dummy = gradients([list(range(16))]), gradients([[-1], list(range(16))])
     for name, gradient in whole.items():
         assert torch.equal(with_dummy[name], gradient), name
+
+
+def test_an_idle_lm_head_has_a_gradient_of_0_and_leaves_the_rest_as_it_is():
+    """Not none: under ZeRO-3 a weight without a gradient would be updated by that of an earlier step."""
+    model = tiny_hybrid("llama")
+    use_layout(model, "shared_prefix")
+    batch = lay_out(random_items(seed=3), "shared_prefix")
+    found = {}
+    for idle in (False, True):
+        model.zero_grad()
+        model(batch, with_logprob=False, idle_lm_head=idle).reward.square().sum().backward()
+        found[idle] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert not found[True].pop("causal_lm.lm_head.weight").any()
+    assert found[False].pop("causal_lm.lm_head.weight") is None
+    assert all(torch.equal(gradient, found[False][name]) for name, gradient in found[True].items())
