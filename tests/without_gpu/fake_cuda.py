@@ -1,4 +1,4 @@
-"""A CUDA device that computes nothing: shapes, dtypes and devices are followed, and what a host waits for is refused."""
+"""A CUDA device that computes nothing: shapes, dtypes and devices are followed; what a host waits for is refused."""
 
 import shutil
 import subprocess
