@@ -281,3 +281,16 @@ def test_a_loopback_address_of_rank_0_is_refused_by_the_other_hosts(rank_0_on_lo
 def test_a_rank_0_that_cannot_be_found_is_one_message():
     with pytest.raises(UserError, match=r"^n2 does not know the address n1.invalid of rank 0 .* set MASTER_ADDR"):
         module.meet(Placement("n2", 1, 0, 2, 2, "n1.invalid", 23456), timedelta(seconds=1))
+
+
+def test_kernels_of_flash_attention_4_are_kept_where_the_user_says(monkeypatch):
+    names = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR")]
+    for name in names:  # set, then removed: what the call sets is removed again after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    module.keep_compiled_kernels()
+    assert [os.environ[name] for name in names] == ["1", "/cache/hafrm_ds/flash_attention_4"]
+    monkeypatch.setenv(names[0], "0")
+    module.keep_compiled_kernels()
+    assert os.environ[names[0]] == "0"
