@@ -147,7 +147,7 @@ class Trainer:
         totals = StepTotals()
         parts, waiting_share = self.cut(step)
         for number, part in enumerate(parts):
-            micro_batch = self.lay_out(part)  # while a GPU still computes the one before
+            micro_batch = self.lay_out(part)  # while a GPU computes the one before, but under stage 3, which waits for it
             try:
                 loss = self.joint_loss(step, micro_batch, totals)
                 self.engine.backward(loss, is_last=number == len(parts) - 1)
