@@ -88,8 +88,8 @@ PUBLISHED = (
     ("GeForce RTX 4090", "rtx4090"),
     ("A100", "a100-80"),
 )
-"""Part of a name that CUDA reports -> the device whose data sheet has its peak. Both A100 have the same; other H100 (PCIe,
-NVL) have lower ones that are not here."""
+"""Part of a name that CUDA reports -> the device whose data sheet has its peak. Both A100 have the same; other H100
+(PCIe, NVL) have lower ones that are not here."""
 OTHERS = ("MIG", "NVL", "GB200", "4090 D", "Laptop")
 """Parts of names of slices, and of GPUs of a like name with another peak."""
 
