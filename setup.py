@@ -23,7 +23,9 @@ setup(
         "torch>=2.11",
         "transformers>=5.17",
         "accelerate>=1.1",  # transformers asks for it before it loads a model in shards for ZeRO-3
-        "deepspeed>=0.19.2",  # earlier ones round the rotary frequencies to bfloat16 with the weights
+        # engine/ reads private fields, which change between minor versions. Tested: 0.19.8. Before 0.19.5 it cannot be
+        # imported beside a GPU without a CUDA toolkit; before 0.19.2 it rounds rotary frequencies to bfloat16.
+        "deepspeed>=0.19.5,<0.20",
         "ninja",  # DeepSpeed compiles its CPU communication and optimizer ops at the first start
         "huggingface_hub",
         "datasets>=4.3",  # Dataset.from_generator takes a fingerprint

@@ -8,12 +8,13 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import BeforeValidator, Field, ValidationError, WrapValidator, model_validator
 
 from hafrm_ds.data.sources import EvalSources, TrainSources
+from hafrm_ds.options import Section, option_names
 
 if TYPE_CHECKING:
     from hafrm_ds.data.preparation import PreparationOptions
@@ -43,14 +44,6 @@ LayerNames = Annotated[
     Annotated[list[str], Field(min_length=1)] | Literal["all-linear"],
     in_one_message("must be a list of layer names as [q_proj, v_proj], or all-linear"),
 ]
-
-
-class Section(BaseModel):
-    """One group of options. Unknown keys are refused; the docstring under a field is its help."""
-
-    model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class LoraOptions(Section):
@@ -103,7 +96,7 @@ class DataConfig(Section):
     train: TrainSources
     """Training pairs: a path, hub id or preset:NAME with an optional row filter (`pairs.jsonl?split=train`), a mapping,
     or a list of these."""
-    eval: EvalSources = {}
+    eval: EvalSources = Field(default={})
     """Named evaluation sets: one source, or a mapping from name to source or list of sources."""
     chat_template: str | None = None
     """Template for conversations: a name (chatml, phi-2, mistral-instruct, text), a .jinja file, or nothing for the
@@ -239,8 +232,16 @@ class ReferenceConfig(Section):
     the run stops and says how many are missing."""
     flush_seconds: Positive = 60.0
     """Each rank writes what it has computed at least this often: the most that a killed pass loses."""
-    per_token: bool = False
-    """Also store the log-prob of each response token, for uses outside training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_per_token(cls, given: Any) -> Any:
+        """Accept the config.yaml of an older run, which has an option that is gone, unless it was in use."""
+        if isinstance(given, dict) and "per_token" in given:
+            if given["per_token"] is not False:
+                raise ValueError("per_token is gone, as nothing read what it stored; leave it out")
+            given = {name: value for name, value in given.items() if name != "per_token"}
+        return given
 
 
 class EvaluationConfig(Section):
@@ -272,7 +273,7 @@ class CheckpointConfig(Section):
     final: Literal["last", "best"] = "last"
     """Which weights final/ gets. last: those after the last step. best: those after the best evaluation by
     evaluation.best_metric; each evaluation that is the best so far is then followed by a save."""
-    allow_changed: list[str] = []
+    allow_changed: list[str] = Field(default=[])
     """Options that may differ from the run that is resumed, for example [optimizer.learning_rate]. model.name_or_path,
     data.train and data.eval stand for the content of these."""
 
@@ -288,6 +289,25 @@ class LoggingConfig(Section):
     """Draw OUTPUT_DIR/report.html at the end and when the run is stopped; takes about a second."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (needs the package wandb)."""
+
+
+class ScoringSection(Section):
+    """How a saved model is opened to score with it."""
+
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Token budget of one forward pass."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type of the weights. Default: that of the saved weights."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with a model."""
+    trust_pickle: bool = False
+    """Read weights that are not in safetensors."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `saved.opening.open_model` takes of these options."""
+        names = ("dtype", "chat_template", "trust_remote_code", "trust_pickle")
+        return {name: getattr(self, name) for name in names if name in type(self).model_fields}
 
 
 class TrainConfig(Section):
@@ -318,18 +338,60 @@ class TrainConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    @property
+    def run(self) -> "TrainConfig":
+        """The options of the training alone: without those that an entry file adds of its own."""
+        if type(self) is TrainConfig:
+            return self
+        return TrainConfig.model_construct(**{name: getattr(self, name) for name in TrainConfig.model_fields})
 
-def option_names(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all options of a section and those inside it."""
-    names = []
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            names += option_names(field.annotation, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
+    def contradictions(self) -> list[str]:
+        objective, problems = self.objective, []
+        if not objective.uses_reward and not objective.uses_policy:
+            problems.append("objective.rm_weight and objective.alpha are both 0: there is nothing to train")
+        if objective.alternate_every and not (objective.uses_reward and objective.uses_policy):
+            problems.append(
+                f"objective.alternate_every is {objective.alternate_every}, but alternating needs both losses: "
+                f"rm_weight is {objective.rm_weight}, alpha is {objective.alpha}"
+            )
+        if objective.policy_label_smoothing and objective.policy_loss != "dpo":
+            problems.append(
+                f"objective.policy_label_smoothing is defined for policy_loss dpo, not for {objective.policy_loss}"
+            )
+        if not objective.uses_reward and objective.use_margin:
+            problems.append("objective.use_margin belongs to the reward loss, but objective.rm_weight is 0")
+        if self.evaluation.every_steps and not self.data.eval:
+            problems.append(
+                f"evaluation.every_steps is {self.evaluation.every_steps}, but data.eval names no evaluation set; "
+                "give data.eval, or set evaluation.every_steps to 0"
+            )
+        for name, needs in (
+            ("evaluation.patience", self.evaluation.patience is not None),
+            ("checkpoint.final best", self.checkpoint.final == "best"),
+        ):
+            if needs and not (self.evaluation.every_steps and self.data.eval):
+                problems.append(f"{name} needs evaluations during training: set evaluation.every_steps and data.eval")
+        if unknown := unknown_best_metric(self):
+            problems.append(unknown)
+        lora = self.model.lora
+        if lora.quantize != "none" and not lora.rank:
+            problems.append(
+                f"model.lora.quantize is {lora.quantize}, but model.lora.rank is 0: quantised weights cannot be trained"
+            )
+        known = option_names(TrainConfig)
+        for name in self.checkpoint.allow_changed:
+            if name not in known:
+                near = "".join(f"; did you mean {option}?" for option in difflib.get_close_matches(name, known, n=1))
+                problems.append(f"checkpoint.allow_changed names the unknown option {name!r}{near}")
+        budget = self.batch.max_tokens_per_micro_batch
+        if budget != "auto" and self.data.max_length > budget:
+            problems.append(
+                f"data.max_length {self.data.max_length} exceeds batch.max_tokens_per_micro_batch "
+                f"{budget}: one conversation may not fit in a micro-batch"
+            )
+        return problems
 
 
 def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -352,51 +414,3 @@ def unknown_best_metric(config: TrainConfig) -> str | None:
         f"evaluation.best_metric {best!r} is not measured in this run{near} (SET/METRIC, with a set of data.eval, "
         f"known: {', '.join(sets) or 'none'}, and one of {', '.join(measures)})"
     )
-
-
-def contradictions(config: TrainConfig) -> list[str]:
-    """Rules between options: one message for each that is broken."""
-    objective, problems = config.objective, []
-    if not objective.uses_reward and not objective.uses_policy:
-        problems.append("objective.rm_weight and objective.alpha are both 0: there is nothing to train")
-    if objective.alternate_every and not (objective.uses_reward and objective.uses_policy):
-        problems.append(
-            f"objective.alternate_every is {objective.alternate_every}, but alternating needs both losses: "
-            f"rm_weight is {objective.rm_weight}, alpha is {objective.alpha}"
-        )
-    if objective.policy_label_smoothing and objective.policy_loss != "dpo":
-        problems.append(
-            f"objective.policy_label_smoothing is defined for policy_loss dpo, not for {objective.policy_loss}"
-        )
-    if not objective.uses_reward and objective.use_margin:
-        problems.append("objective.use_margin belongs to the reward loss, but objective.rm_weight is 0")
-    if config.evaluation.every_steps and not config.data.eval:
-        problems.append(
-            f"evaluation.every_steps is {config.evaluation.every_steps}, but data.eval names no evaluation set; "
-            "give data.eval, or set evaluation.every_steps to 0"
-        )
-    for name, needs in (
-        ("evaluation.patience", config.evaluation.patience is not None),
-        ("checkpoint.final best", config.checkpoint.final == "best"),
-    ):
-        if needs and not (config.evaluation.every_steps and config.data.eval):
-            problems.append(f"{name} needs evaluations during training: set evaluation.every_steps and data.eval")
-    if unknown := unknown_best_metric(config):
-        problems.append(unknown)
-    lora = config.model.lora
-    if lora.quantize != "none" and not lora.rank:
-        problems.append(
-            f"model.lora.quantize is {lora.quantize}, but model.lora.rank is 0: quantised weights cannot be trained"
-        )
-    known = option_names(TrainConfig)
-    for name in config.checkpoint.allow_changed:
-        if name not in known:
-            near = "".join(f"; did you mean {option}?" for option in difflib.get_close_matches(name, known, n=1))
-            problems.append(f"checkpoint.allow_changed names the unknown option {name!r}{near}")
-    budget = config.batch.max_tokens_per_micro_batch
-    if budget != "auto" and config.data.max_length > budget:
-        problems.append(
-            f"data.max_length {config.data.max_length} exceeds batch.max_tokens_per_micro_batch "
-            f"{budget}: one conversation may not fit in a micro-batch"
-        )
-    return problems

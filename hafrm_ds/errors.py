@@ -4,6 +4,7 @@ Everything a user can get wrong is raised as one of these: the message names the
 to do. Entry files print the message without a traceback, from one rank, and exit with status 1.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,6 +32,13 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model or tokenizer cannot be used."""
+
+
+def in_own_names(error: "UserError") -> str:
+    """The message of an error, with the options of a training under data by the names that entry files with few options
+    give them: --max_length, where a training has data.max_length."""
+    names = "max_dropped_share|max_length|truncation|chat_template"
+    return re.sub(rf"(?<![\w./])(?:--)?data\.({names})\b", r"--\1", str(error))
 
 
 def run_alone(main: Callable[[], int | None]) -> NoReturn:

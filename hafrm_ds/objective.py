@@ -5,13 +5,16 @@ per pair ([P]); nothing here averages. The loop divides once, by the pairs of th
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
+
+Values = TypeVar("Values", Tensor, np.ndarray)
 
 
 class ResponseScores(NamedTuple):
@@ -29,6 +32,12 @@ class ResponseScores(NamedTuple):
     logprob: Tensor | None
     num_tokens: Tensor
     token_logprobs: Tensor | None = None
+
+    def of(self, head: str) -> Tensor:
+        """[N] (or [M]): what the model was asked for, by the name of its field."""
+        values = getattr(self, head)
+        assert values is not None, f"the model was not asked for {head}"
+        return values
 
 
 def chosen_and_rejected(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,8 +72,8 @@ def centering_penalty(reward: Tensor) -> Tensor:
 # ---- policy losses -------------------------------------------------------------------------------------------------
 
 
-def implicit_reward(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """beta * (log pi - log pi_ref), [N] -> [N] (Rafailov et al. 2023, eq. 5, up to a constant of the prompt)."""
+def implicit_reward(logprob: Values, reference: Values, beta: float) -> Values:
+    """beta * (log pi - log pi_ref) of each response (Rafailov et al. 2023, eq. 5, up to a constant of the prompt)."""
     return beta * (logprob - reference)
 
 
@@ -130,7 +139,8 @@ def weights_at(objective: ObjectiveConfig, step: int) -> LossWeights:
 
 @dataclass(frozen=True)
 class JointLoss:
-    """Per-pair losses: total [P] and its parts before weighting (None where a part is not computed).
+    """Per-pair losses: total [P] and its parts before weighting (None where a part is not computed, as in the block of
+    an alternating run in which it weighs nothing).
 
     The parts are `loss/reward` and `loss/policy` in the rows of training and evaluation alike: the losses that are
     trained, with the pairs' margins and label smoothing where the objective uses them. Centering is in the total alone.
@@ -188,23 +198,29 @@ def policy_loss(objective: ObjectiveConfig, logprob: Tensor, reference: Tensor |
     return dpo_loss(logprob, reference, beta, objective.policy_label_smoothing)
 
 
-# ---- metrics -------------------------------------------------------------------------------------------------------
+# ---- judges and metrics --------------------------------------------------------------------------------------------
+
+
+def judges(reward: Values | None, logprob: Values | None, reference: Values | None, beta: float) -> dict[str, Values]:
+    """What takes sides between answers, of all that is known of them: name -> values of the shape given.
+
+    reward: the reward head. implicit: beta * (log pi - log pi_ref). logprob: log pi itself. The larger value is the
+    preferred answer.
+    """
+    found = {}
+    if reward is not None:
+        found["reward"] = reward
+    if logprob is not None and reference is not None:
+        found["implicit"] = implicit_reward(logprob, reference, beta)
+    if logprob is not None:
+        found["logprob"] = logprob
+    return found
 
 
 def preference_metrics(scores: ResponseScores, reference: Tensor | None, beta: float) -> dict[str, Tensor]:
-    """Accuracy and margin of each judge there is, per pair: name -> [P] fp32.
-
-    reward: the reward head. logprob: log pi itself. implicit: beta * (log pi - log pi_ref). A tie counts half.
-    """
-    judges = {}
-    if scores.reward is not None:
-        judges["reward"] = scores.reward
-    if scores.logprob is not None:
-        judges["logprob"] = scores.logprob
-        if reference is not None:
-            judges["implicit"] = implicit_reward(scores.logprob, reference, beta)
+    """Accuracy and margin of each of the judges, per pair: name -> [P] fp32. A tie counts half."""
     metrics = {}
-    for judge, values in judges.items():
+    for judge, values in judges(scores.reward, scores.logprob, reference, beta).items():
         chosen, rejected = chosen_and_rejected(values.detach())
         metrics[f"accuracy/{judge}"] = (torch.sign(chosen - rejected) + 1) / 2
         metrics[f"margin/{judge}"] = chosen - rejected

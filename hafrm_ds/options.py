@@ -1,114 +1,304 @@
-"""Reading a configuration: YAML files and dotted overrides from the command line, every fault named at once.
+"""Reading options: YAML files and a command line become an instance of a schema, every fault named at once.
 
-arguments -> nested mapping -> TrainConfig (or one ConfigError), before any model is loaded
+arguments -> nested mapping -> instance of the schema (or one ConfigError), before any model is loaded. A schema is a
+`Section`: its fields are the options, their types the rules, and the docstrings under them the help.
 """
 
 import difflib
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Collection
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
-from hafrm_ds.config import Section, TrainConfig, contradictions, option_names
 from hafrm_ds.data.presets import PRESETS
 from hafrm_ds.data.sources import Source
-from hafrm_ds.engine.deepspeed_config import deepspeed_contradictions, read_deepspeed_json
 from hafrm_ds.errors import ConfigError
 
 
-def load_config(
-    arguments: list[str], schema: type[TrainConfig] = TrainConfig, *, about: str = "", own: Collection[str] = ()
-) -> TrainConfig:
-    """Build the configuration from command-line arguments.
+class Section(BaseModel):
+    """One group of options. Unknown keys are refused; the docstring under a field is its help."""
+
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    def contradictions(self) -> list[str]:
+        """Rules between options: one message for each that is broken."""
+        return []
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read(
+    schema: type[S],
+    arguments: Sequence[str],
+    *,
+    about: str = "",
+    positional: Sequence[str] = (),
+    short: Mapping[str, str] | None = None,
+    rules: Callable[[S], list[str]] = lambda options: [],
+) -> S:
+    """Read the options of a schema from command-line arguments.
 
     Arguments: `--config FILE` (YAML, may be left out), then any number of `--section.key value` or
-    `--section.key=value`, values in YAML notation. `--help` and `--print_config` print and leave.
+    `--section.key=value`, values in YAML notation. A list may also be written as several words, a switch as its name
+    alone. `--help` and `--print_config` print and leave.
 
     Args:
         about: what `--help` says before the options.
-        own: names of the options that the entry file has read itself: a mistyped one may have meant one of these.
+        positional: options that are given by words without a name, in this order; a list takes all that are left.
+        short: a name that the entry file gives to an option -> its dotted name in the schema.
+        rules: says what is wrong with options that are sound by themselves, beside `schema.contradictions`.
 
     Raises:
-        ConfigError: with all faults: unknown keys (and the nearest valid one), wrong types, contradictions between
-            options or with the DeepSpeed JSON.
+        ConfigError: with all faults: unknown keys (and the nearest valid one), wrong types, contradictions.
     """
-    speaks = os.environ.get("RANK", "0") == "0"  # under a launcher every rank reads the same options
-    if "--help" in arguments or "-h" in arguments:
-        if speaks:
-            print(f"{about.strip()}\n\n{help_text(schema)}")
-        sys.exit(0)
-    nearest = partial(nearest_option, schema=schema, own=own)
-    tree, print_only = read_arguments(arguments, nearest)
-    config = validate(tree, schema, nearest)
-    if print_only:
-        if speaks:
-            print(config.to_yaml(), end="")
-        sys.exit(0)
-    return config
+    return CommandLine(schema, positional, short or {}).read(arguments, about, rules)
 
 
-def read_arguments(arguments: list[str], nearest: Callable[[str], str]) -> tuple[dict, bool]:
-    """Arguments -> (nested mapping of raw values, whether --print_config was given)."""
-    print_only, files, overrides, problems = False, [], [], []
-    words = list(reversed(arguments))
-    while words:
-        word = words.pop()
-        if not word.startswith("--"):
-            problems.append(f"{word!r} stands alone: options look like --section.key value")
-            continue
-        name, equals, value = word[2:].partition("=")
-        if name == "print_config":
-            print_only = True
-            continue
-        if not equals:
-            value = words.pop() if words and not words[-1].startswith("--") else None
-        if value is None:
-            is_known = name == "config" or name in option_names(TrainConfig)
-            problems.append(f"--{name} has no value" if is_known else f"--{name}: unknown option; {nearest(name)}")
-        elif name == "config":
-            files.append(Path(value))
-        elif name not in ("local_rank", "local-rank"):  # appended by the deepspeed launcher
-            overrides.append((name, value))
+@dataclass(frozen=True)
+class CommandLine(Generic[S]):
+    """The options of an entry file, and the names that they have there (see `read`)."""
 
-    tree: dict[str, Any] = {}
-    for file in files:
+    schema: type[S]
+    positional: Sequence[str]
+    short: Mapping[str, str]
+
+    def read(self, arguments: Sequence[str], about: str, rules: Callable[[S], list[str]]) -> S:
+        if "--help" in arguments or "-h" in arguments:
+            leave_with(f"{about.strip()}\n\n{self.help_text()}\n")
+        tree, print_only = self.tree_of(arguments)
+        options, problems = self.validate(tree)
+        if options is not None:
+            problems = options.contradictions() + rules(options)
+        if options is None or problems:
+            raise ConfigError(problems)
+        if print_only:
+            leave_with(options.to_yaml())
+        return options
+
+    # ---- words ------------------------------------------------------------------------------------------------------
+
+    def tree_of(self, arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
+        """Arguments -> (nested mapping of raw values, whether --print_config was given)."""
+        fields = dict(option_fields(self.schema))
+        print_only, problems = False, []
+        files: list[Path] = []
+        overrides: list[tuple[str, list[str]]] = []  # dotted name, words of the value
+        alone: list[str] = []
+        words = list(reversed(arguments))
+        while words:
+            word = words.pop()
+            if not word.startswith("--"):
+                alone.append(word)
+                continue
+            name, equals, inline = word[2:].partition("=")
+            name = self.short.get(name, name)
+            if name == "print_config":
+                print_only = True
+                continue
+            field = fields.get(name)
+            given = [inline] if equals else []
+            most = len(words) if field is not None and takes_several(field.annotation) else 1
+            while not equals and len(given) < most and words and not words[-1].startswith("--"):
+                given.append(words.pop())
+            if not given and field is not None and field.annotation is bool:
+                given = ["true"]
+            if not given:
+                is_known = name == "config" or field is not None
+                fault = "has no value" if is_known else f"unknown option; {self.nearest(name)}"
+                problems.append(f"--{self.shown(name)}{' ' if is_known else ': '}{fault}")
+            elif name == "config":
+                files.append(Path(given[0]))
+            elif name not in ("local_rank", "local-rank"):  # appended by the deepspeed launcher
+                overrides.append((name, given))
+        for name in self.positional:
+            if alone:
+                number = len(alone) if takes_several(fields[name].annotation) else 1
+                overrides.append((name, alone[:number]))
+                alone = alone[number:]
+        problems[:0] = [f"{word!r} stands alone: options look like {self.example()}" for word in alone]
+
+        tree: dict[str, Any] = {}
+        for file in files:
+            content, more = read_mapping(file)
+            problems += more
+            merge(tree, content)
+        for name, spelled in overrides:
+            texts = name in fields and takes_text(fields[name].annotation)
+            values = []
+            for word in spelled:
+                try:
+                    values.append(value_of(word, texts))
+                except yaml.YAMLError:
+                    problems.append(
+                        f"--{self.shown(name)} {word}: is no valid YAML; put texts that hold ? or : in quotes"
+                    )
+            *sections, key = name.split(".")
+            node: dict[str, Any] = {key: values[0] if len(values) == 1 else values}
+            for section in reversed(sections):
+                node = {section: node}
+            merge(tree, node)
+        if problems:
+            raise ConfigError(problems)
+        return tree, print_only
+
+    def example(self) -> str:
+        has_sections = any(section_of(field.annotation) for field in self.schema.model_fields.values())
+        return "--section.key value" if has_sections else "--name value"
+
+    # ---- faults -----------------------------------------------------------------------------------------------------
+
+    def validate(self, tree: dict[str, Any]) -> tuple[S | None, list[str]]:
+        """Check types and names. With faults: (None, their messages and those of contradictions in the sound rest)."""
         try:
-            content = yaml.safe_load(file.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"--config {file}: cannot be read: {getattr(error, 'strerror', None) or error}")
-            continue
-        except yaml.YAMLError as error:
-            problems.append(f"--config {file}: is not valid YAML: {' '.join(str(error).split())}")
-            continue
-        if not isinstance(content or {}, dict):
-            problems.append(f"--config {file}: holds a {type(content).__name__}, not a mapping of options")
-            continue
-        merge(tree, content or {})
-    for name, value in overrides:
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parsed = value
-            if value.startswith(("[", "{")):  # anything else is a text, as it stands
-                problems.append(f"--{name} {value}: is no valid YAML; put texts that hold ? or : in quotes")
-        *sections, key = name.split(".")
-        node = {key: parsed}
-        for section in reversed(sections):
-            node = {section: node}
-        merge(tree, node)
-    if problems:
-        raise ConfigError(problems)
-    return tree, print_only
+            return self.schema.model_validate(tree), []
+        except ValidationError as error:
+            faults = error.errors()
+        problems = [problem for fault in faults for problem in self.describe(fault)]
+        sound = yaml.safe_load(yaml.safe_dump(tree))
+        for fault in faults:
+            if fault["type"] != "missing":
+                remove(sound, fault["loc"])
+        # A faulty option now has its default: a contradiction with that would be none of the user's.
+        faulty = {".".join(map(str, fault["loc"][:2])) for fault in faults if fault["type"] != "extra_forbidden"}
+        rest = self.sound_rest(sound)
+        contradictions = [] if rest is None else rest.contradictions()
+        return None, problems + [each for each in contradictions if not any(option in each for option in faulty)]
+
+    def sound_rest(self, tree: dict[str, Any]) -> S | None:
+        """The options without the faulty ones; what is required and lacking is filled, if a text will do."""
+        for _ in range(2):
+            try:
+                return self.schema.model_validate(tree)
+            except ValidationError as error:
+                missing = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing"]
+            for option in (option for name in missing for option in required_options(self.schema, name)):
+                *sections, key = option.split(".")
+                node = tree
+                for section in sections:
+                    node = node.setdefault(section, {})
+                node[key] = "."
+        return None  # the first round has named what can be named
+
+    def describe(self, fault: Any) -> list[str]:
+        """One fault of pydantic in words: the option, what is wrong, and the nearest valid name or the given value. A
+        section that is missing stands for each of its required options."""
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            return [f"{self.shown(name)}: unknown option; {self.nearest(name)}"]
+        if fault["type"] == "missing":
+            missing = map(self.shown, required_options(self.schema, name))
+            return [f"{option}: is required and was not given" for option in missing]
+        message = fault["msg"].removeprefix("Value error, ")
+        given = fault["input"]
+        is_named = isinstance(given, str) and repr(given) in message
+        said = f"{message[0].lower() + message[1:]}" + ("" if is_named else f" (given: {given!r})")
+        return [f"{self.shown(name)}: {said}" if name else message]
+
+    def shown(self, name: str) -> str:
+        """An option by the name that it has in this entry file."""
+        for short, full in self.short.items():
+            if name == full or name.startswith(f"{full}."):
+                return short + name.removeprefix(full)
+        return name
+
+    def nearest(self, name: str) -> str:
+        """The option that an unknown name may have meant: a sibling with a like name first, then any option or
+        section."""
+        section, _, leaf = name.lstrip("-").rpartition(".")
+        known = [self.shown(option) for option in (*self.schema.model_fields, *option_names(self.schema))]
+        # Deepest first, so that of two options with the same last part the one with the shorter name counts.
+        options = sorted(dict.fromkeys(known), key=lambda option: option.count("."))
+        everywhere = {option.split(".")[-1]: option for option in reversed(options)}
+        siblings = {option.split(".")[-1]: option for option in options if option.rpartition(".")[0] == section}
+        for names, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
+            if near := difflib.get_close_matches(leaf, names, n=1, cutoff=cutoff):
+                return f"did you mean {names[near[0]]}?"
+        return f"{section} has {', '.join(siblings)}" if section and siblings else "--help lists all options"
+
+    # ---- help -------------------------------------------------------------------------------------------------------
+
+    def help_text(self) -> str:
+        """The options section by section, then how a source of data may be written, if there are any."""
+        lines = [
+            "Options:",
+            "",
+            "  --config FILE.yaml  options from a file; options after it override",
+            "  --print_config      print the resolved options and leave",
+            *self.section_lines(self.schema, ""),
+        ]
+        if any(" source" in line or "source," in line for line in lines if line.startswith("  --")):
+            lines += ["", *wrapped(ABOUT_SOURCES)]
+            for name, field in Source.model_fields.items():
+                lines += option_lines(f"  {name}", field)
+        return "\n".join(lines)
+
+    def section_lines(self, section: type[BaseModel], prefix: str) -> list[str]:
+        lines = []
+        # What must be given comes first, and the sections inside this one last.
+        fields = sorted(section.model_fields.items(), key=lambda item: not item[1].is_required())
+        for name, field in fields:
+            if not section_of(field.annotation):
+                shown = self.shown(prefix + name)
+                title = f"  {shown.upper()}" if name in self.positional else f"  --{shown}"
+                lines += option_lines(title, field)
+        for name, field in section.model_fields.items():
+            if inner := section_of(field.annotation):
+                lines += ["", *wrapped(f"{prefix}{name}: {inner.__doc__}")]
+                lines += self.section_lines(inner, f"{prefix}{name}.")
+        return lines
 
 
-def merge(tree: dict, update: dict) -> None:
+def leave_with(text: str) -> NoReturn:
+    """Print and end the program; under a launcher, where every rank reads the same options, one of them prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end="")
+    sys.exit(0)
+
+
+def read_mapping(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """A YAML file -> (its mapping, what is wrong with it)."""
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"--config {file}: cannot be read: {getattr(error, 'strerror', None) or error}"]
+    except yaml.YAMLError as error:
+        return {}, [f"--config {file}: is not valid YAML: {' '.join(str(error).split())}"]
+    if not isinstance(content, dict):
+        return {}, [f"--config {file}: holds a {type(content).__name__}, not a mapping of options"]
+    return content, []
+
+
+def value_of(word: str, is_text: bool) -> Any:
+    """A word in YAML notation -> its value. What YAML takes for a number, a date or true stays as it is written where a
+    text is wanted.
+
+    Raises:
+        yaml.YAMLError: it looks like a list or mapping and is none.
+    """
+    try:
+        value = yaml.safe_load(word)
+    except yaml.YAMLError:
+        if word.startswith(("[", "{")):
+            raise
+        return word
+    return word if is_text and not isinstance(value, str | list | dict | None) else value
+
+
+def merge(tree: dict[str, Any], update: dict[str, Any]) -> None:
     """Lay `update` over `tree` in place: mappings are merged key by key, anything else replaces what was there.
 
     Data sources are values, not sections: a source given later replaces the whole earlier one.
@@ -118,54 +308,6 @@ def merge(tree: dict, update: dict) -> None:
             merge(tree[key], value)
         else:
             tree[key] = value
-
-
-def validate(tree: dict, schema: type[TrainConfig], nearest: Callable[[str], str]) -> TrainConfig:
-    """Raw mapping -> configuration; raises ConfigError with every fault.
-
-    After the first round of faults the faulty values are left out and the rest is checked once more, so that
-    contradictions elsewhere are named in the same message.
-    """
-    config, problems = try_schema(tree, schema, nearest)
-    if config is not None:
-        deepspeed_json, more = read_deepspeed_json(config.deepspeed)
-        problems = contradictions(config) + more
-        if deepspeed_json is not None:
-            problems += deepspeed_contradictions(deepspeed_json, config)
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
-PLACEHOLDERS = {("output_dir",): ".", ("model", "name_or_path"): ".", ("data", "train"): "."}
-
-
-def try_schema(
-    tree: dict, schema: type[TrainConfig], nearest: Callable[[str], str]
-) -> tuple[TrainConfig | None, list[str]]:
-    """Validate types and names. With faults: (None, their messages and those of contradictions in the sound rest)."""
-    try:
-        return schema.model_validate(tree), []
-    except ValidationError as error:
-        faults = error.errors()
-    problems = [problem for fault in faults for problem in describe(fault, schema, nearest)]
-    sound = yaml.safe_load(yaml.safe_dump(tree))
-    for fault in faults:
-        remove(sound, fault["loc"])
-    for location, value in PLACEHOLDERS.items():
-        node = sound
-        for key in location[:-1]:
-            node = node.setdefault(key, {})
-        node.setdefault(location[-1], value)
-    # A faulty option now has its default: a contradiction with that would be none of the user's.
-    faulty = {".".join(map(str, fault["loc"][:2])) for fault in faults if fault["type"] != "extra_forbidden"}
-    try:
-        for problem in contradictions(schema.model_validate(sound)):
-            if not any(option in problem for option in faulty):
-                problems.append(problem)
-    except ValidationError:
-        pass  # the first round has named what can be named
-    return None, problems
 
 
 def remove(tree: Any, location: tuple) -> None:
@@ -178,80 +320,76 @@ def remove(tree: Any, location: tuple) -> None:
         del parent[key]
 
 
-def describe(fault: dict, schema: type[BaseModel], nearest: Callable[[str], str]) -> list[str]:
-    """One fault of pydantic in words: the option, what is wrong, and the nearest valid name or the given value. A
-    section that is missing stands for each of its required options."""
-    name = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return [f"{name}: unknown option; {nearest(name)}"]
-    if fault["type"] == "missing":
-        return [f"{option}: is required and was not given" for option in required_options(schema, name)]
-    message = fault["msg"].removeprefix("Value error, ")
-    given = fault["input"]
-    is_named = isinstance(given, str) and repr(given) in message
-    return [f"{name}: {message[0].lower() + message[1:]}" + ("" if is_named else f" (given: {given!r})")]
+# ---- what a schema has -----------------------------------------------------------------------------------------------
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field is, or may be if it is given."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def option_fields(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted name, field) of all options of a section and those inside it."""
+    for name, field in schema.model_fields.items():
+        if inner := section_of(field.annotation):
+            yield from option_fields(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def option_names(schema: type[BaseModel]) -> list[str]:
+    """Dotted names of all options of a section and those inside it."""
+    return [name for name, _ in option_fields(schema)]
 
 
 def required_options(schema: type[BaseModel], name: str) -> list[str]:
     """An option itself; of a section those inside it that have no default."""
     field = schema.model_fields.get(name)
-    if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+    inner = None if field is None else section_of(field.annotation)
+    if inner is None:
         return [name]
-    return [f"{name}.{key}" for key, inner in field.annotation.model_fields.items() if inner.is_required()]
+    return [f"{name}.{key}" for key, each in inner.model_fields.items() if each.is_required()]
 
 
-def nearest_option(name: str, schema: type[BaseModel], own: Collection[str]) -> str:
-    """The option that an unknown name may have meant: a sibling with a like name first, then any option or section."""
-    section, _, leaf = name.rpartition(".")
-    # Deepest first, so that of two options with the same last part the one with the shorter name counts.
-    options = sorted([*own, *schema.model_fields, *option_names(schema)], key=lambda option: option.count("."))
-    everywhere = {option.split(".")[-1]: option for option in reversed(options)}
-    siblings = {option.split(".")[-1]: option for option in options if option.rpartition(".")[0] == section}
-    for known, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
-        if near := difflib.get_close_matches(leaf, known, n=1, cutoff=cutoff):
-            return f"did you mean {known[near[0]]}?"
-    return f"{section} has {', '.join(siblings)}" if section and siblings else "--help lists all options"
+def members(annotation: Any) -> list[Any]:
+    """The types that a value may have, without None."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [kind for each in get_args(annotation) if each is not NoneType for kind in members(each)]
+    return [annotation]
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------
+def takes_several(annotation: Any) -> bool:
+    """Whether a value may be written as several words."""
+    return any(get_origin(kind) in (list, tuple, dict) for kind in members(annotation))
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether an option is a text, a path, or a list of these."""
+    return all(
+        takes_text(get_args(kind)[0]) if get_origin(kind) is list else kind in (str, Path)
+        for kind in members(annotation)
+    )
+
+
+# ---- types and defaults in words -------------------------------------------------------------------------------------
 
 WIDTH = 100
 INDENT = " " * 8
 KINDS = {str: "text", bool: "true | false", Path: "path", Source: "source"}
 """Types by the names that users have for them; others keep their own."""
+ABOUT_SOURCES = (
+    "source: PATH, a hub id or preset:NAME, with a row filter where wanted (pairs.jsonl?split=test), or in YAML a "
+    f"mapping of the fields below. Presets: {', '.join(PRESETS)}."
+)
 
 
-def help_text(schema: type[BaseModel]) -> str:
-    """The options section by section, then how a source of data may be written."""
-    lines = [
-        "Options of a run:",
-        "",
-        "  --config FILE.yaml  options from a file; options after it override",
-        "  --print_config      print the resolved options and leave",
-        *section_lines(schema, ""),
-        "",
-        *wrapped(
-            "source: PATH, a hub id or preset:NAME, with a row filter where wanted (pairs.jsonl?split=test), or "
-            f"in YAML a mapping of the fields below. Presets: {', '.join(PRESETS)}."
-        ),
-    ]
-    for name, field in Source.model_fields.items():
-        lines += option_lines(f"  {name}", field)
-    return "\n".join(lines)
-
-
-def section_lines(section: type[BaseModel], prefix: str) -> list[str]:
-    lines = []
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            lines += ["", *wrapped(f"{prefix}{name}: {field.annotation.__doc__}")]
-            lines += section_lines(field.annotation, f"{prefix}{name}.")
-        else:
-            lines += option_lines(f"  --{prefix}{name}", field)
-    return lines
-
-
-def option_lines(title: str, field: Any) -> list[str]:
+def option_lines(title: str, field: FieldInfo) -> list[str]:
     default = "required" if field.is_required() else f"default: {value_in_words(field.default)}"
     return [f"{title}  {in_words(field.annotation)}  ({default})", *wrapped(field.description or "", INDENT)]
 
@@ -265,7 +403,9 @@ def value_in_words(value: Any) -> str:
     """As YAML has it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return "none" if value in (None, "") else str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(value_in_words, value))}]"
+    return "none" if value in (None, "", {}) else str(value)
 
 
 def in_words(annotation: Any) -> str:
@@ -284,3 +424,8 @@ def in_words(annotation: Any) -> str:
     if origin is dict:
         return f"{{NAME: {in_words(inner[1])}, ...}}"
     return KINDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def as_list(value: Any) -> Any:
+    """One value may stand for a list of one (a validator of pydantic, before the type is checked)."""
+    return value if isinstance(value, list) else [value]

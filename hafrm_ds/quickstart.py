@@ -224,7 +224,8 @@ def generate_pairs(count: int, seed: int = SEED, label_noise: float = LABEL_NOIS
     """`count` different pairs, never near a tie by the rubric, each label flipped with probability `label_noise`."""
     rng = random.Random(f"pairs {seed}")
     noise = random.Random(f"label noise {seed}")  # apart, so that the texts do not depend on the noise
-    pairs, seen = [], set()
+    pairs: list[RubricPair] = []
+    seen: set[tuple[str, ...]] = set()
     while len(pairs) < count:
         topic = rng.choice(TOPICS)
         thing = rng.choice(topic.things)

@@ -6,20 +6,23 @@ Takes the options of training; --steps N (default 10) is the number of timed ste
 the real pairs and keeps nothing.
 """
 
-import argparse
-
-from hafrm_ds.options import load_config
+from hafrm_ds.config import PositiveInt, TrainConfig
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes, run_entry
 
 
+class BenchmarkOptions(TrainConfig):
+    """What is measured, and how long."""
+
+    steps: PositiveInt = 10
+    """Timed steps, after two that are not."""
+
+
 def main(arguments: list[str], processes: Processes) -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=10)
-    own, rest = parser.parse_known_args(arguments)
-    config = load_config(rest, about=__doc__, own=vars(own))
+    options = load_config(arguments, BenchmarkOptions, about=__doc__)
     from hafrm_ds.training.benchmark import benchmark
 
-    benchmark(config, processes, own.steps)
+    benchmark(options.run, processes, options.steps)
 
 
 if __name__ == "__main__":

@@ -13,44 +13,49 @@ hybrid: what final/ would be if the run had ended with this checkpoint. --base s
 run started from, if they have moved.
 """
 
-import argparse
+import sys
 from pathlib import Path
+from typing import Literal
 
 from hafrm_ds.errors import run_alone
+from hafrm_ds.options import Section, read
+
+
+class ExportOptions(Section):
+    """What is exported, and how."""
+
+    model: Path
+    """The final/ folder of a training, or for hybrid a checkpoint."""
+    format: Literal["policy", "sequence-classification", "adapter", "hybrid"]
+    """What the export is to be, as said above."""
+    output_dir: Path
+    """Folder of the export; must not exist."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the model."""
+    trust_pickle: bool = False
+    """Read weights that are not in safetensors."""
+    base: str | None = None
+    """hybrid only: folder or hub id of the weights that the run started from."""
+
+    def contradictions(self) -> list[str]:
+        if self.base and self.format != "hybrid":
+            return ["--base is for --format hybrid, which starts from a checkpoint"]
+        return []
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="the final/ folder of a training, or a checkpoint")
-    parser.add_argument("--format", required=True, help="policy, sequence-classification or adapter; hybrid")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the export; must not exist")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run modelling code that comes with the model")
-    parser.add_argument("--trust_pickle", action="store_true", help="read weights that are not in safetensors")
-    parser.add_argument("--base", help="hybrid: folder or hub id of the weights that the run started from")
-    arguments = parser.parse_args()
-    if arguments.base and arguments.format != "hybrid":
-        parser.error("--base is for --format hybrid, which starts from a checkpoint")
-    if arguments.format == "hybrid":
+    options = read(ExportOptions, sys.argv[1:], about=__doc__)
+    trust = options.trust_remote_code
+    if options.format == "hybrid":
         from hafrm_ds.training.final import export_checkpoint
 
-        step = export_checkpoint(
-            arguments.model,
-            arguments.output_dir,
-            base=arguments.base,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-        print(f"{arguments.output_dir}: the model after step {step}, as final/ would be")
+        step = export_checkpoint(options.model, options.output_dir, base=options.base, trust_remote_code=trust)
+        print(f"{options.output_dir}: the model after step {step}, as final/ would be")
         return
-    from hafrm_ds.saved.export import FORMATS, export_model
+    from hafrm_ds.saved.export import export_model
 
-    if arguments.format not in FORMATS:
-        parser.error(f"--format {arguments.format}: it is one of {', '.join(FORMATS)} and hybrid")
     exported = export_model(
-        arguments.model,
-        arguments.format,
-        arguments.output_dir,
-        trust_remote_code=arguments.trust_remote_code,
-        trust_pickle=arguments.trust_pickle,
+        options.model, options.format, options.output_dir, trust_remote_code=trust, trust_pickle=options.trust_pickle
     )
     pad = exported.pad_token
     print(f"{exported.folder}: {f'pad token {pad.text!r} ({pad.id})' if pad else 'pad token left as it was'}")

@@ -5,13 +5,14 @@ by token. Loads the tokenizer, never the model.
 
 Takes the options of training; --examples N (default 3) is the number of pairs shown token by token for each set.
 --health shows instead what no single row can show: repeats, pairs in both orders, prompts that training and test sets
-share, length bias, and the share of pairs that each max_length would cut.
+share, length bias, and the share of pairs that each max_length would truncate.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
+from typing import Annotated
 
+from pydantic import Field
 from rich.console import Console
 from rich.rule import Rule
 
@@ -19,24 +20,26 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.health import render_health
 from hafrm_ds.data.preparation import PreparedPairs, choose_examples, prepare_pairs
+from hafrm_ds.data.presets import Role
 from hafrm_ds.data.report import as_text, render_tokens
+from hafrm_ds.data.sources import Source
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import run_alone
 from hafrm_ds.model.loading import load_tokenizer
-from hafrm_ds.options import load_config
 
 
-def read_command_line(arguments: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
-    """-> (configuration, options of this file)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--examples", type=int, default=3)
-    parser.add_argument("--health", action="store_true")
-    own, rest = parser.parse_known_args(arguments)
-    return load_config(rest, about=__doc__, own=vars(own)), own
+class InspectOptions(TrainConfig):
+    """Which data is shown, and how."""
+
+    examples: Annotated[int, Field(ge=0)] = 3
+    """Pairs of each set that are shown token by token."""
+    health: bool = False
+    """Show instead what no single row can show."""
 
 
 def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str, PreparedPairs]]:
     """(title, pairs) of every set, the training set first."""
-    sets = {"train": ("train", config.data.train)}
+    sets: dict[str, tuple[Role, list[Source]]] = {"train": ("train", config.data.train)}
     sets |= {f"eval: {name}": ("eval", sources) for name, sources in config.data.eval.items()}
     for title, (role, sources) in sets.items():
         yield (
@@ -45,9 +48,9 @@ def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str
         )
 
 
-def inspect(config: TrainConfig, own: argparse.Namespace, console: Console) -> None:
+def inspect(config: InspectOptions, console: Console) -> None:
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    if own.health:
+    if config.health:
         # However much of it is unusable: that is when one looks.
         config = config.model_copy(update={"data": config.data.model_copy(update={"max_dropped_share": 1.0})})
         console.print(render_health(dict(prepare(config, formatter))))
@@ -55,13 +58,12 @@ def inspect(config: TrainConfig, own: argparse.Namespace, console: Console) -> N
     for title, prepared in prepare(config, formatter):
         console.print(Rule(as_text(title)))
         console.print(prepared.report.render())
-        for index in choose_examples(len(prepared), own.examples, config.seed):
+        for index in choose_examples(len(prepared), config.examples, config.seed):
             console.print(render_tokens(prepared[index], formatter.tokenizer))
 
 
 def main() -> None:
-    config, own = read_command_line(sys.argv[1:])
-    inspect(config, own, Console())
+    inspect(load_config(sys.argv[1:], InspectOptions, about=__doc__), Console())
 
 
 if __name__ == "__main__":

@@ -14,72 +14,84 @@ GPU), in GB/s of one direction. --mfu is the share of the peak that forward and 
 (0.35). --write keeps what is recommended as a recipe.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Annotated, Any
 
+from pydantic import Field, model_validator
 from rich.console import Console
 
-from hafrm_ds.config import TrainConfig
-from hafrm_ds.errors import ConfigError, run_alone
-from hafrm_ds.options import load_config
+from hafrm_ds.config import Positive, PositiveInt, TrainConfig
+from hafrm_ds.engine.deepspeed_config import load_config
+from hafrm_ds.errors import run_alone
 
 TABLE_WIDTH = 100
 """A table keeps its columns on a narrower terminal, and in a file."""
 DEVICE_NUMBERS = ("peak_tflops", "memory_gib", "memory_gbs", "link_gbs", "host_gbs", "network_gbs")
+SHORT = {"model": "model.name_or_path", "data": "data.train"}
 
 
-def read_command_line(arguments: list[str]) -> tuple[argparse.Namespace, TrainConfig]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model")
-    parser.add_argument("--data", nargs="+")
-    parser.add_argument("--pairs", type=int)
-    parser.add_argument("--mean_tokens", type=int, nargs=2, metavar=("PROMPT", "ANSWER"))
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--device", default="h100")
-    parser.add_argument("--mfu", type=float, default=0.35)
-    parser.add_argument("--price", type=float)
-    parser.add_argument("--write", type=Path)
-    for name in DEVICE_NUMBERS:
-        parser.add_argument(f"--{name}", type=float)
-    own, rest = parser.parse_known_args(arguments)
-    numbers = {name: getattr(own, name) for name in ("gpus", "nodes", "pairs", "mfu", "price", *DEVICE_NUMBERS)}
-    problems = [
-        f"--{name} is {value}; it must be above 0"
-        for name, value in numbers.items()
-        if value is not None and value <= 0
-    ]
-    if own.mfu > 1:
-        problems.append(f"--mfu is {own.mfu}; it is a share of the peak, so at most 1")
-    if bool(own.pairs) != bool(own.mean_tokens):
-        problems.append("--pairs and --mean_tokens belong together")
-    names = {word.partition("=")[0] for word in rest}
-    if not (own.data or own.pairs or names & {"--config", "--data.train", "--help", "-h"}):
-        problems.append("give --data SOURCE, or --pairs N with --mean_tokens PROMPT ANSWER")
-    if problems:
-        raise ConfigError(problems)
-    if "--config" not in rest:
-        rest = ["--output_dir", "runs/planned", *rest]
-    if own.model:
-        rest += ["--model.name_or_path", own.model]
-    if own.data or own.pairs:
-        rest += ["--data.train", json.dumps(own.data or ["pairs that are not there yet"])]
-    return own, load_config(rest, about=__doc__, own=vars(own))
+class PlanOptions(TrainConfig):
+    """The run that is planned, and the machines that it is to have."""
+
+    output_dir: Path = Path("runs/planned")
+    """Folder of the run, as a written recipe names it."""
+    pairs: PositiveInt | None = None
+    """Pairs there will be, instead of data."""
+    mean_tokens: tuple[PositiveInt, PositiveInt] | None = None
+    """PROMPT ANSWER: their mean lengths."""
+    gpus: PositiveInt = 8
+    """GPUs in one machine."""
+    nodes: PositiveInt = 1
+    """Machines."""
+    device: str = "h100"
+    """a100-40, a100-80, h100, h200, b200, l40s or rtx4090."""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.35
+    """Share of the peak that forward and backward reach without recomputation."""
+    price: Positive | None = None
+    """Of one GPU for an hour."""
+    write: Path | None = None
+    """Keep what is recommended as a recipe."""
+    peak_tflops: Positive | None = None
+    """Dense, in the dtype of the run."""
+    memory_gib: Positive | None = None
+    """Memory of a GPU."""
+    memory_gbs: Positive | None = None
+    """GB/s of that memory."""
+    link_gbs: Positive | None = None
+    """GB/s between GPUs of a machine, in one direction."""
+    host_gbs: Positive | None = None
+    """GB/s between a GPU and its host, in one direction."""
+    network_gbs: Positive | None = None
+    """GB/s of the network for each GPU, in one direction."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def pairs_stand_for_data(cls, tree: Any) -> Any:
+        data = tree.get("data") or {}
+        if tree.get("pairs") and isinstance(data, dict) and not data.get("train"):
+            tree = tree | {"data": data | {"train": "pairs that are not there yet"}}
+        return tree
+
+    def contradictions(self) -> list[str]:
+        problems = super().contradictions()
+        if (self.pairs is None) != (self.mean_tokens is None):
+            problems.append("--pairs and --mean_tokens belong together")
+        return problems
 
 
 def main() -> None:
-    own, config = read_command_line(sys.argv[1:])
+    options = load_config(sys.argv[1:], PlanOptions, about=__doc__, short=SHORT)
     from hafrm_ds.capacity.plan import Machines
     from hafrm_ds.capacity.planner import plan_run
     from hafrm_ds.hardware.devices import find_device
 
-    device = find_device(own.device, {name: getattr(own, name) for name in DEVICE_NUMBERS})
+    device = find_device(options.device, {name: getattr(options, name) for name in DEVICE_NUMBERS})
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
-    machines = Machines(device, own.gpus, own.nodes, own.mfu, own.price)
-    plan_run(config, machines, (own.pairs, *own.mean_tokens) if own.pairs else None, own.write, console)
+    machines = Machines(device, options.gpus, options.nodes, options.mfu, options.price)
+    expected = (options.pairs, *options.mean_tokens) if options.pairs and options.mean_tokens else None
+    plan_run(options.run, machines, expected, options.write, console)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ killed and started again, and a data set that grew costs only what was added. An
 do: the values do not depend on them.
 """
 
-from hafrm_ds.options import load_config
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes, run_entry
 
 

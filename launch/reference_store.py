@@ -8,29 +8,41 @@
 A store is copied to another machine by copying its folder. Prune when no job writes; the others may run at any time.
 """
 
-import argparse
+import sys
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from hafrm_ds.errors import run_alone
+from hafrm_ds.options import Section, read
 from hafrm_ds.reference.maintenance import NamespaceReport, merge_stores, prune_store, verify_store
 from hafrm_ds.reference.store import StoreError
 
 
+class StoreOptions(Section):
+    """What is done to which store."""
+
+    action: Literal["list", "verify", "prune", "merge"]
+    """As said above."""
+    store: Path
+    """Folder of the store."""
+    source: Path | None = None
+    """merge only: the store to take over from."""
+
+    def contradictions(self) -> list[str]:
+        if (self.action == "merge") != (self.source is not None):
+            return ["merge takes two folders, the others one"]
+        return []
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("list", "verify", "prune", "merge"))
-    parser.add_argument("store", type=Path)
-    parser.add_argument("source", type=Path, nargs="?", metavar="FROM", help="merge only")
-    arguments = parser.parse_args()
-    if (arguments.action == "merge") != (arguments.source is not None):
-        parser.error("merge takes two folders, the others one")
+    arguments = read(StoreOptions, sys.argv[1:], about=__doc__, positional=["action", "store", "source"])
     for folder in filter(None, (arguments.store if arguments.action != "merge" else None, arguments.source)):
         if not folder.is_dir():
             raise StoreError(f"there is no reference store {folder}")
-    if arguments.action == "merge":
+    if arguments.source is not None:
         merge_stores(arguments.source, arguments.store)
     elif arguments.action == "prune":
         prune_store(arguments.store)

@@ -3,20 +3,30 @@
     python launch/report.py FOLDER                            writes FOLDER/report.html
     python launch/report.py FOLDER FOLDER ... --output FILE   writes one page that compares them
 
-A run may still be going on. Training, evaluation and comparison draw their reports themselves when they end.
+A run may still be under way. Training, evaluation and comparison draw their reports themselves when they end.
 """
 
-import argparse
+import sys
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from hafrm_ds.errors import run_alone
+from hafrm_ds.options import Section, as_list, read
+
+
+class ReportOptions(Section):
+    """What is drawn."""
+
+    folders: Annotated[list[Path], Field(min_length=1), BeforeValidator(as_list)]
+    """Of a run, an evaluation or a comparison."""
+    output: Path | None = None
+    """The page. Default: FOLDER/report.html; of several folders comparison.html here."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run, evaluation or comparison")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: FOLDER/report.html; comparison.html here")
-    arguments = parser.parse_args()
+    arguments = read(ReportOptions, sys.argv[1:], about=__doc__, positional=["folders"])
     from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
 
     if len(arguments.folders) == 1:

@@ -5,7 +5,7 @@
 `--help` lists every option, `--print_config` shows what a run would use.
 """
 
-from hafrm_ds.options import load_config
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes, run_entry
 
 

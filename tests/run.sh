@@ -35,7 +35,7 @@ timed python -m mypy
 # The tests for GPUs run on the CPU here: that finds mistakes in them.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 HAFRM_GPU_TESTS_ON_CPU=1 timed python -m pytest -q -m "not distributed and not slow" \
-    --numprocesses "$(nproc)" --dist loadfile --durations 10
+    --numprocesses "$(nproc)" --dist loadfile --durations 15
 [[ "$what" == fast ]] && exit
 
 # These take all cores themselves.

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.packing import PromptWithResponses, lay_out
+from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.tokenization import tokenize_pair
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.objective import bradley_terry_loss, centering_penalty, dpo_loss, hinge_loss
@@ -72,7 +72,7 @@ def hybrid(folder) -> HybridModel:
 
 
 def batch_of(pair_ids):
-    return lay_out([PromptWithResponses(ids.prompt, (ids.chosen, ids.rejected)) for ids in pair_ids], "shared_prefix")
+    return lay_out(pair_ids, "shared_prefix")
 
 
 def arguments(folder) -> dict:
@@ -125,15 +125,15 @@ def test_the_pairs_test_the_boundary(pair_ids, tokenizer):
 
 def test_reward_trainer_scores_the_same_ids(make_reward_trainer, pair_ids):
     dataset = make_reward_trainer(PAIRS).train_dataset
-    assert list(dataset["chosen_ids"]) == [ids.prompt + ids.chosen for ids in pair_ids]
-    assert list(dataset["rejected_ids"]) == [ids.prompt + ids.rejected for ids in pair_ids]
+    assert list(dataset["chosen_ids"]) == [ids.prompt + ids.responses[0] for ids in pair_ids]
+    assert list(dataset["rejected_ids"]) == [ids.prompt + ids.responses[1] for ids in pair_ids]
 
 
 def test_dpo_trainer_splits_at_the_same_token(dpo_trainer, pair_ids):
     dataset = dpo_trainer.train_dataset
     assert list(dataset["prompt_ids"]) == [ids.prompt for ids in pair_ids]
-    assert list(dataset["chosen_ids"]) == [ids.chosen for ids in pair_ids]
-    assert list(dataset["rejected_ids"]) == [ids.rejected for ids in pair_ids]
+    assert list(dataset["chosen_ids"]) == [ids.responses[0] for ids in pair_ids]
+    assert list(dataset["rejected_ids"]) == [ids.responses[1] for ids in pair_ids]
 
 
 def assert_same_gradients(ours: HybridModel, theirs: torch.nn.Module) -> None:

@@ -7,9 +7,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from hafrm_ds.config import Section, TrainConfig
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import ConfigError
-from hafrm_ds.options import load_config
+from hafrm_ds.options import Section
 
 REQUIRED = ["--output_dir", "runs/a", "--model.name_or_path", "m", "--data.train", "a.jsonl"]
 
@@ -28,6 +29,21 @@ def problems(*arguments: str, required: bool = True) -> list[str]:
 def write(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
+
+
+# ---- options that are gone -------------------------------------------------------------------------------------------
+
+
+def test_the_config_of_an_older_run_is_read_without_the_option_that_is_gone(tmp_path):
+    file = write(tmp_path / "config.yaml", "reference: {per_token: false, flush_seconds: 5}\n")
+    config = load("--config", file)
+    assert config.reference.flush_seconds == 5
+    assert "per_token" not in config.to_yaml()
+
+
+def test_an_option_that_is_gone_is_refused_where_it_was_in_use():
+    (problem,) = problems("--reference.per_token", "true")
+    assert problem.startswith("reference: per_token is gone, as nothing read what it stored; leave it out")
 
 
 # ---- precedence and values -----------------------------------------------------------------------------------------
@@ -316,11 +332,16 @@ def test_help_names_every_option_with_its_text(capsys, flag):
         assert line in lines
 
 
+class WithOwn(TrainConfig):
+    gpus: int = 8
+    health: bool = False
+
+
 def test_a_mistyped_option_of_the_entry_file_itself_is_answered_with_it():
     for words, answer in ((["--gpu", "4"], "gpu: unknown option; did you mean gpus?"),
                           (["--heath"], "--heath: unknown option; did you mean health?")):  # fmt: skip
         with pytest.raises(ConfigError) as error:
-            load_config([*REQUIRED, *words], own=("gpus", "health"))
+            load_config([*REQUIRED, *words], WithOwn)
         assert error.value.problems == [answer]
 
 

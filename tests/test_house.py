@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hafrm_ds"
 NO_NAMES = ("utils", "helpers", "misc", "common", "base")
-PRIVATE = re.compile(r"ds_[a-z]+|_hp_mapping")
+PRIVATE = re.compile(r"ds_\w+|_hp_mapping")
 """What DeepSpeed hangs on parameters."""
 LONGEST_ENTRY_FILE = 100
 

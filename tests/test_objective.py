@@ -16,6 +16,7 @@ from hafrm_ds.objective import (
     implicit_reward,
     ipo_loss,
     joint_loss,
+    judges,
     policy_loss,
     preference_metrics,
     sft_loss,
@@ -265,3 +266,15 @@ def test_metrics_hold_on_to_no_graph():
     reward = fp32(REWARD).requires_grad_()
     metrics = preference_metrics(ResponseScores(reward, None, torch.tensor(LENGTHS)), None, beta=0.1)
     assert not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"rm_weight": 0}, {"alpha": 0}, {"policy_loss": "simpo"}])
+def test_the_measures_of_an_objective_are_those_of_the_judges_that_it_trains(options):
+    objective = ObjectiveConfig(**options)
+    known = judges(
+        fp32(REWARD) if objective.uses_reward else None,
+        fp32(LOGPROB) if objective.uses_policy else None,
+        fp32(REFERENCE) if objective.uses_reference else None,
+        objective.beta,
+    )
+    assert [f"accuracy/{judge}" for judge in known] == [m for m in objective.measures if m.startswith("accuracy/")]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hafrm_ds.options import load_config
+from hafrm_ds.engine.deepspeed_config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from hafrm_ds.data.packing import PromptWithResponses
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 
 VOCABULARY = 120

@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from hafrm_ds.capacity.shapes import count_parameters
 from hafrm_ds.capacity.traffic import Traffic, step_traffic
 from hafrm_ds.capacity.working_memory import Pass, WorkingMemory, recomputing, working_bytes
-from hafrm_ds.capacity.workload import Cut, Operations, Workload
+from hafrm_ds.capacity.workload import Operations, Partition, Workload
 from hafrm_ds.capacity.zero import FP32, Parameters, StateBytes, ZeroSettings, state_bytes
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.content_keys import KEY_BYTES
-from hafrm_ds.data.packing import PromptWithResponses
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.deepspeed_config import REPOSITORY, resolve_deepspeed_config
 from hafrm_ds.hardware.devices import Device
 from hafrm_ds.hardware.flops import ForwardCost
@@ -64,7 +65,7 @@ class Option:
 
     budget: tokens of a micro-batch that it is planned with; largest_budget: that fit; 0: not even the longest pair.
     usable_bytes: of a device. states, working_bytes: of a process. kept_bytes: of what forward and backward have
-    freed that the allocator has not given back when the optimizer steps. cut: of a step under `budget`. traffic,
+    freed that the allocator has not given back when the optimizer steps. partition: of a step under `budget`. traffic,
     compute_seconds, optimizer_seconds, traffic_seconds: of a step. overlaps: whether it sends while it computes.
     """
 
@@ -77,7 +78,7 @@ class Option:
     states: StateBytes
     working_bytes: float
     kept_bytes: float
-    cut: Cut
+    partition: Partition
     traffic: Traffic
     compute_seconds: float
     optimizer_seconds: float
@@ -244,7 +245,7 @@ class Plan:
         )
         return PromptWithResponses([0] * prompt, tuple([0] * length for length in answers))
 
-    def option(self, file: Path, checkpointing: bool, budget: int | str) -> Option:
+    def option(self, file: Path, checkpointing: bool, budget: int | Literal["auto"]) -> Option:
         """One way to run, under a token budget or with "auto" the largest that fits."""
         machines, workload, parameters = self.machines, self.workload, self.parameters
         n, zero, line = machines.num_processes, self.settings[file], self.working_memory[checkpointing]
@@ -259,10 +260,10 @@ class Plan:
         largest = min(line.largest_budget(room), workload.largest_useful_budget(n)) // ROUNDING * ROUNDING
         if largest < workload.longest or states.in_optimizer_step > machines.usable_bytes:
             largest = 0
-        budget = budget if budget != "auto" else max(largest, workload.longest)
-        cut = workload.cut(n, max(budget, workload.longest))
-        held = states_of(cut.micro_batches)
-        traffic = step_traffic(parameters, zero, n, machines.gpus, cut.micro_batches)
+        tokens = max(largest, workload.longest) if isinstance(budget, str) else budget
+        partition = workload.partition(n, max(tokens, workload.longest))
+        held = states_of(partition.micro_batches)
+        traffic = step_traffic(parameters, zero, n, machines.gpus, partition.micro_batches)
         work = self.operations.training + (self.operations.recomputed if checkpointing else 0.0)
         # The padded layout computes its padding, too, though it is not among the operations that are needed.
         needed = workload.separate_tokens if workload.layout == "padded" else workload.tokens
@@ -272,17 +273,17 @@ class Plan:
             deepspeed=file,
             zero=zero,
             checkpointing=checkpointing,
-            budget=budget,
+            budget=tokens,
             largest_budget=largest,
             usable_bytes=machines.usable_bytes,
             states=held,
-            working_bytes=self.working_bytes(checkpointing, cut.heaviest),
+            working_bytes=self.working_bytes(checkpointing, partition.heaviest),
             # malloc unmaps blocks of 32 MiB and more, as logits, and holds on to smaller ones; torch uses the freed
             # memory of a GPU again.
-            kept_bytes=line.per_token * cut.heaviest + held.gathered if machines.device_type == "cpu" else 0.0,
-            cut=cut,
+            kept_bytes=line.per_token * partition.heaviest + held.gathered if machines.device_type == "cpu" else 0.0,
+            partition=partition,
             traffic=traffic,
-            compute_seconds=work / workload.num_steps / machines.flops / (1 - cut.waiting),
+            compute_seconds=work / workload.num_steps / machines.flops / (1 - partition.waiting),
             optimizer_seconds=0.0 if zero.offloads_optimizer else adam,
             traffic_seconds=traffic.seconds(machines.device, machines.gpus, machines.nodes),
             # Stage 1 in bfloat16 knows no overlap_comm.

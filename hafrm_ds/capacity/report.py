@@ -78,7 +78,7 @@ def time_table(plan: Plan) -> Table:
     for option in plan.options:
         table.add_row(
             *names_of(plan, option),
-            f"{option.cut.micro_batches:.1f}",
+            f"{option.partition.micro_batches:.1f}",
             seconds(option.compute_seconds),
             "host" if option.states.host else seconds(option.optimizer_seconds),
             f"{option.traffic.total / 1e9:,.1f}",

@@ -1,4 +1,4 @@
-"""What a run computes: pairs, tokens and floating-point operations of its data, as the batch plan cuts it.
+"""What a run computes: pairs, tokens and floating-point operations of its data, as the batch plan partitions it.
 
 Legend: P pairs.
 """
@@ -13,13 +13,16 @@ from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches, imbalance,
 from hafrm_ds.hardware.flops import ForwardCost
 
 SAMPLED_STEPS = 32
-"""Steps of the plan that are really cut into micro-batches; the others are like them."""
+"""Steps of the plan that are really partitioned into micro-batches; the others are like them."""
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Of a pass over some pairs. Forward and backward count as `ForwardCost` does; recomputed is what gradient
-    checkpointing adds, the forward pass of the body."""
+    """Floating-point operations of all training steps.
+
+    training: forward and backward, counted as `ForwardCost` does.
+    recomputed: what gradient checkpointing adds, the forward pass of the body.
+    """
 
     training: float
     recomputed: float
@@ -95,8 +98,8 @@ class Workload:
     def sampled_steps(self) -> range:
         return range(min(self.num_steps, SAMPLED_STEPS))
 
-    def cut(self, num_processes: int, budget: int) -> "Cut":
-        """How steps come apart under a token budget, the mean of a sample of them."""
+    def partition(self, num_processes: int, budget: int) -> "Partition":
+        """How a step is partitioned under a token budget, on average over a sample of the steps."""
         costs, plan = self.costs, self.batch_plan
         numbers, waiting, heaviest = [], [], 0
         for step in self.sampled_steps:
@@ -106,13 +109,17 @@ class Workload:
             numbers.append(len(ranks[0]))
             waiting.append(imbalance(of_step, ranks, rows))
             heaviest = max(heaviest, *(occupied(of_step, part, rows) for own in ranks for part in own))
-        return Cut(float(np.mean(numbers)), float(np.mean(waiting)), heaviest)
+        return Partition(float(np.mean(numbers)), float(np.mean(waiting)), heaviest)
 
 
 @dataclass(frozen=True)
-class Cut:
-    """micro_batches: of a process in a step. waiting: share of their time that processes wait for the slowest.
-    heaviest: tokens of the largest micro-batch."""
+class Partition:
+    """The micro-batches of a step.
+
+    micro_batches: number of them on each process.
+    waiting: share of the time for which processes wait for the slowest.
+    heaviest: tokens of the largest micro-batch.
+    """
 
     micro_batches: float
     waiting: float

@@ -4,6 +4,7 @@ Legend: Q keys, U different keys.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ KEY_BYTES = 16
 KEY_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8")])
 
 
-def content_key(prompt_ids: list[int], response_ids: list[int]) -> bytes:
+def content_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes:
     """Key of a response: the exact token ids of prompt and response, and the place where the response begins."""
     digest = hashlib.blake2b(len(prompt_ids).to_bytes(8, "little"), digest_size=KEY_BYTES)
     digest.update(np.asarray([*prompt_ids, *response_ids], dtype="<i4").tobytes())

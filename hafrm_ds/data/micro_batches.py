@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, from_pairs, lay_out, move
+from hafrm_ds.data.packing import PackedBatch, lay_out, move_tensor
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.tokenization import Pairs, TokenizedPair
 
@@ -28,12 +28,13 @@ class MicroBatch:
     margin: Tensor
     reference: Tensor | None = None
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        return move(self, device)
+    def labels_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """weight, margin and reference on a device. The engine moves the batch itself."""
+        reference = None if self.reference is None else move_tensor(self.reference, device)
+        return move_tensor(self.weight, device), move_tensor(self.margin, device), reference
 
 
 DUMMY_PAIR = TokenizedPair([0], [0], [0], margin=None, source="", id="dummy")
-DUMMY_ITEM = PromptWithResponses(DUMMY_PAIR.prompt_ids, (DUMMY_PAIR.chosen_ids, DUMMY_PAIR.rejected_ids))
 
 
 def make_micro_batch(
@@ -42,7 +43,7 @@ def make_micro_batch(
     """Lay out the pairs at `index`; DUMMY is a pair of single tokens."""
     chosen = [DUMMY_PAIR if position == DUMMY else pairs[position] for position in index]
     return MicroBatch(
-        batch=lay_out(from_pairs(chosen), layout),
+        batch=lay_out([pair.group for pair in chosen], layout),
         index=np.asarray(index, dtype=np.int64),
         weight=torch.tensor([0.0 if position == DUMMY else 1.0 for position in index]),
         margin=torch.tensor([pair.margin or 0.0 for pair in chosen]),

@@ -10,14 +10,14 @@ packed: [P C] [P R], each its own segment. padded: rows [P C] and [P R] with pad
 stock attention: works with every model and is the yardstick of the other two.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hafrm_ds.data.tokenization import ConversationIds, TokenizedPair
+from hafrm_ds.data.tokenization import PromptWithResponses
 
 IGNORED_PADDING_ID = 0
 """Fills padded rows. Which id it is never matters: positions come from lengths, and padding is masked."""
@@ -82,33 +82,26 @@ class PackedBatch:
 
 
 def move(batch, device: torch.device):
-    """A copy of a dataclass with its tensors, and those of dataclasses in it, on `device`.
-
-    A GPU fetches them from pinned memory when it comes to that. For a copy from any other memory the host would wait
-    until the GPU has done all that it was given before.
-    """
+    """A copy of a dataclass with its tensors, and those of dataclasses in it, on `device`."""
     changed = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         if is_dataclass(value):
             changed[field.name] = move(value, device)
         elif isinstance(value, Tensor):
-            if device.type == "cuda" and value.device.type == "cpu":
-                value = value.pin_memory()
-            changed[field.name] = value.to(device, non_blocking=True)
+            changed[field.name] = move_tensor(value, device)
     return replace(batch, **changed)
 
 
-@dataclass(frozen=True)
-class PromptWithResponses:
-    """Token ids of one prompt and its responses: two for a preference pair, any number for best-of-N."""
+def move_tensor(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`.
 
-    prompt: Sequence[int]
-    responses: tuple[Sequence[int], ...]
-
-
-def from_pairs(pairs: Sequence[TokenizedPair]) -> list[PromptWithResponses]:
-    return [PromptWithResponses(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
+    A GPU fetches it from pinned memory when it comes to that. For a copy from any other memory the host would wait
+    until the GPU has done all that it was given before.
+    """
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def token_costs(lengths: dict[str, np.ndarray], layout: str, sides: np.ndarray | None = None) -> np.ndarray:
@@ -140,35 +133,46 @@ def padded_rows(layout: str, num_items: int, num_responses: np.ndarray | int = 2
 
 
 def share_prompts(
-    conversations: Sequence[ConversationIds], layout: str, max_tokens: int
-) -> tuple[list[PromptWithResponses], list[list[int]], np.ndarray]:
-    """Put conversations with the same prompt together where the layout lets them share it.
+    conversations: Sequence[PromptWithResponses],
+) -> tuple[list[PromptWithResponses], list[int]]:
+    """Put free conversations with the same prompt together. Pairs and questions are groups already and need no search.
 
-    An item takes as many responses as fit in `max_tokens`; further ones have their prompt once more.
+    Args:
+        conversations: groups of one response.
 
     Returns:
-        (items, for each item the positions of its responses among the conversations, [items] tokens that it occupies).
+        (groups, for each of their responses in order its position among the conversations).
     """
-    places: list[list[int]] = []
-    costs: list[int] = []
-    open_item: dict[tuple[int, ...], int] = {}  # prompt -> the item that takes its next response
-    for position, (prompt, response) in enumerate(conversations):
-        key = tuple(prompt)
-        item = open_item.get(key)
-        if layout == "shared_prefix" and item is not None and costs[item] + len(response) <= max_tokens:
-            places[item].append(position)
-            costs[item] += len(response)
-        else:
-            open_item[key] = len(places)
-            places.append([position])
-            costs.append(len(prompt) + len(response))
-    items = [
+    members: dict[tuple[int, ...], list[int]] = {}
+    for position, (prompt, _) in enumerate(conversations):
+        members.setdefault(tuple(prompt), []).append(position)
+    groups = [
         PromptWithResponses(
-            conversations[members[0]].prompt, tuple(conversations[position].response for position in members)
+            conversations[places[0]].prompt, tuple(conversations[place].responses[0] for place in places)
         )
-        for members in places
+        for places in members.values()
     ]
-    return items, places, np.asarray(costs, dtype=np.int64)
+    return groups, [place for places in members.values() for place in places]
+
+
+def split_groups(groups: Iterable[PromptWithResponses], layout: str, max_tokens: int) -> list[PromptWithResponses]:
+    """Groups as the items of micro-batches, which keep the order of all responses.
+
+    In the layout that shares prompts an item has as many responses as fit in `max_tokens`; further ones have their
+    prompt once more. Elsewhere nothing is shared, and each response is an item by itself.
+    """
+    items = []
+    for prompt, responses in groups:
+        part: list[Sequence[int]] = []
+        tokens = len(prompt)
+        for response in responses:
+            if part and (layout != "shared_prefix" or tokens + len(response) > max_tokens):
+                items.append(PromptWithResponses(prompt, tuple(part)))
+                part, tokens = [], len(prompt)
+            part.append(response)
+            tokens += len(response)
+        items.append(PromptWithResponses(prompt, tuple(part)))
+    return items
 
 
 def lay_out(items: Sequence[PromptWithResponses], layout: str) -> PackedBatch:
@@ -186,8 +190,8 @@ def lay_out_segments(items: Sequence[PromptWithResponses], shared_prefix: bool) 
     for item in items:
         prompt = np.asarray(item.prompt, dtype=np.int64)
         prompt_start = start
-        for number, response in enumerate(item.responses):
-            response = np.asarray(response, dtype=np.int64)
+        for number, given in enumerate(item.responses):
+            response = np.asarray(given, dtype=np.int64)
             length = len(response)
             if number == 0 or not shared_prefix:
                 prompt_start = start

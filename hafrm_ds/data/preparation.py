@@ -211,16 +211,14 @@ def num_processes(num_rows: int, wanted: int | None) -> int | None:
 def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length: int, truncation: Truncation) -> dict:
     """Columns as read_pairs gives them -> columns of PAIR_FEATURES and FATE_FEATURES. Unused rows get no ids."""
     columns: dict[str, list] = {name: [] for name in PAIR_FEATURES | FATE_FEATURES}
-    for values in zip(*batch.values()):
-        given = dict(zip(batch, values))
-        row = {name: given[name] for name in CARRIED}
+    for number in range(len(batch["id"])):
+        row = {name: batch[name][number] for name in CARRIED}
         tokenization = NOT_TOKENIZED
         if not (row["deselected"] or row["dropped"]):
-            tokenization = tokenize_pair(
-                formatter, given["prompt"], given["chosen"], given["rejected"], max_length, truncation
-            )
+            prompt, chosen, rejected = (batch[name][number] for name in ("prompt", "chosen", "rejected"))
+            tokenization = tokenize_pair(formatter, prompt, chosen, rejected, max_length, truncation)
             row["dropped"] = tokenization.outcome
-        prompt_ids, chosen_ids, rejected_ids = tokenization.ids
+        prompt_ids, (chosen_ids, rejected_ids) = tokenization.ids
         row |= {
             "prompt_ids": prompt_ids,
             "chosen_ids": chosen_ids,

@@ -148,7 +148,13 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
 def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected | Dropped) -> dict[str, Any]:
     """What became of a row -> a row of FEATURES."""
     pair = outcome if isinstance(outcome, PreferencePair) else PreferencePair([], [], [], None, row.source, row.id)
-    return {name: getattr(pair, name) for name in pair.__slots__} | {
+    return {
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "margin": pair.margin,
+        "source": pair.source,
+        "id": pair.id,
         "format": format_name,
         "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
         "deselected": outcome.reason if isinstance(outcome, Deselected) else "",

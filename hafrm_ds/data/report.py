@@ -256,7 +256,7 @@ def printable(value: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
 
 
-def number_table(first_column: str, *number_columns: str) -> Table:
+def number_table(first_column: str, *number_columns: str | Text) -> Table:
     table = Table(first_column)
     for name in number_columns:
         table.add_column(name, justify="right")

@@ -188,18 +188,19 @@ def as_source_list(value: Any) -> Any:
 
 
 def as_eval_sets(value: Any) -> Any:
-    """One source, a list of sources (a set each, named after its source) or {name: source or list} -> {name: list}."""
-    if value is None:
+    """One source (a set named after it), {name: source or list}, or a list of these -> {name: list of sources}."""
+    if value is None or value == {}:
         return {}
-    if isinstance(value, dict) and not value.keys() & Source.model_fields.keys():
-        return {name: as_source_list(item) for name, item in value.items()}
     sets: dict[str, list[Any]] = {}
     for item in as_source_list(value):
         parts = item if isinstance(item, dict) else {}
-        name = report_label(parts.get("name"), parts.get("preset"), str(parts.get("path", "")))
-        if name in sets:
+        if parts and not parts.keys() & Source.model_fields.keys():
+            named = {name: as_source_list(sources) for name, sources in parts.items()}
+        else:
+            named = {report_label(parts.get("name"), parts.get("preset"), str(parts.get("path", ""))): [item]}
+        for name in named.keys() & sets.keys():
             raise ValueError(f"two evaluation sets are called {name!r}: give each a name, as in {{NAME: SOURCE, ...}}")
-        sets[name] = [item]
+        sets |= named
     return sets
 
 

@@ -1,4 +1,4 @@
-"""From one preference pair to token ids: where the prompt ends, what is cut and what is dropped.
+"""From one preference pair to token ids: where the prompt ends, what is truncated and what is dropped.
 
 Both whole conversations are rendered and encoded at once. The prompt is their longest common token prefix, at most the
 rendered prompt; everything after it is response. So a token that BPE merges over the boundary belongs to the response,
@@ -44,6 +44,11 @@ class TokenizedPair:
     id: str
 
     @property
+    def group(self) -> "PromptWithResponses":
+        """Its ids alone: the prompt with the chosen and the rejected response."""
+        return PromptWithResponses(self.prompt_ids, (self.chosen_ids, self.rejected_ids))
+
+    @property
     def read_outs(self) -> tuple[int, int]:
         """Where the reward is read: index of the last token of the chosen and of the rejected conversation."""
         return len(self.prompt_ids) + len(self.chosen_ids) - 1, len(self.prompt_ids) + len(self.rejected_ids) - 1
@@ -57,34 +62,31 @@ class Pairs(Protocol):
     def __getitem__(self, index: int, /) -> TokenizedPair: ...
 
 
-class PairIds(NamedTuple):
-    """Token ids of a pair: the shared prompt and the two responses."""
+class PromptWithResponses(NamedTuple):
+    """Token ids of a group: one prompt and its responses, two for a preference pair (chosen, rejected), any number
+    elsewhere."""
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    prompt: Sequence[int]
+    responses: tuple[Sequence[int], ...]
 
     @property
-    def longer_conversation(self) -> int:
-        """Tokens of the longer of the two conversations."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-
-NO_IDS = PairIds([], [], [])
+    def longest_conversation(self) -> int:
+        """Tokens of the prompt with the longest of the responses."""
+        return len(self.prompt) + max(map(len, self.responses))
 
 
 class Tokenization(NamedTuple):
     """What became of one pair."""
 
-    ids: PairIds
-    """Empty when the pair is dropped."""
+    ids: PromptWithResponses
+    """Prompt, chosen and rejected; all empty when the pair is dropped."""
     outcome: str
     """"" for a usable pair, else why it is dropped."""
     cut: bool
     """Whether tokens of a usable pair were cut: of its prompt (keep_prompt_end) or its responses (cut_response)."""
     uncut_length: int
     """Tokens of the longer conversation before any cut; 0 for pairs dropped before they had ids."""
-    rendered_prompt: list[int]
+    rendered_prompt: Sequence[int]
     """Ids of the prompt rendered alone, before any cut; empty when the pair is dropped."""
 
 
@@ -111,24 +113,27 @@ def tokenize_pair(
         return dropped(REFUSED)
 
     ids = split_at_prompt(chosen_conversation, rejected_conversation, rendered_prompt)
-    length = ids.longer_conversation
-    if ids.chosen == ids.rejected:  # the template may strip or normalise what made the texts differ
+    length = ids.longest_conversation
+    chosen_ids, rejected_ids = ids.responses
+    if chosen_ids == rejected_ids:  # the template may strip or normalise what made the texts differ
         return dropped(IDENTICAL_ANSWERS, length)
     if not ids.prompt:
         return dropped(EMPTY_PROMPT, length)
-    if not ids.chosen or not ids.rejected:
+    if not chosen_ids or not rejected_ids:
         return dropped(EMPTY_ANSWER, length)
 
     fitted = fit(ids, max_length, truncation, bos_token_id=formatter.tokenizer.bos_token_id)
     if fitted is None:
         return dropped(TOO_LONG, length)
-    if fitted.chosen == fitted.rejected:
+    if fitted.responses[0] == fitted.responses[1]:
         return dropped(IDENTICAL_AFTER_CUT, length)
     return Tokenization(fitted, "", fitted != ids, length, rendered_prompt)
 
 
 def dropped(reason: str, uncut_length: int = 0) -> Tokenization:
-    return Tokenization(NO_IDS, reason, cut=False, uncut_length=uncut_length, rendered_prompt=[])
+    return Tokenization(
+        PromptWithResponses([], ([], [])), reason, cut=False, uncut_length=uncut_length, rendered_prompt=[]
+    )
 
 
 NOT_TOKENIZED = dropped("")
@@ -139,10 +144,10 @@ def is_blank(messages: list[Message]) -> bool:
     return not any(message["content"].strip() for message in messages)
 
 
-def split_at_prompt(chosen: list[int], rejected: list[int], rendered_prompt: list[int]) -> PairIds:
+def split_at_prompt(chosen: list[int], rejected: list[int], rendered_prompt: list[int]) -> PromptWithResponses:
     """Ids of both conversations and of the prompt rendered alone -> the shared prompt and the two responses."""
     end = common_prefix_length(chosen, rejected, rendered_prompt)
-    return PairIds(chosen[:end], chosen[end:], rejected[end:])
+    return PromptWithResponses(chosen[:end], (chosen[end:], rejected[end:]))
 
 
 def common_prefix_length(*sequences: Sequence[int]) -> int:
@@ -153,15 +158,8 @@ def common_prefix_length(*sequences: Sequence[int]) -> int:
     return shortest
 
 
-class ConversationIds(NamedTuple):
-    """Token ids of one conversation: everything before its last message, and the last message as the response."""
-
-    prompt: list[int]
-    response: list[int]
-
-
-def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> ConversationIds:
-    """One conversation -> ids, split where its last message begins.
+def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> PromptWithResponses:
+    """One conversation -> ids of a group with one response, split where its last message begins.
 
     The split is that of `tokenize_pair`: the common prefix of the whole rendering and of the prompt rendered alone, so
     a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each has
@@ -180,23 +178,25 @@ def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> 
     if len(ids) < 2:
         raise DataError(f"the conversation is rendered as {len(ids)} tokens; there must be two at least")
     end = min(max(common_prefix_length(ids, rendered_prompt), 1), len(ids) - 1)
-    return ConversationIds(ids[:end], ids[end:])
+    return PromptWithResponses(ids[:end], (ids[end:],))
 
 
-def fit(ids: PairIds, max_length: int, truncation: Truncation, bos_token_id: int | None) -> PairIds | None:
-    """Cut a pair so that both conversations have at most max_length tokens; None when the policy cannot do that.
+def fit(
+    ids: PromptWithResponses, max_length: int, truncation: Truncation, bos_token_id: int | None
+) -> PromptWithResponses | None:
+    """Truncate a pair so that both conversations have at most max_length tokens; None when the policy cannot do that.
 
     keep_prompt_end leaves the responses whole and cuts the start of the prompt to what the longer response leaves. A
     leading BOS stays, and so must at least one token after it. cut_response leaves the prompt whole and cuts the end
     of each response that does not fit beside it; at least one token of each must stay.
     """
-    if ids.longer_conversation <= max_length:
+    if ids.longest_conversation <= max_length:
         return ids
     if truncation == "keep_prompt_end":
-        bos = ids.prompt[:1] if ids.prompt[0] == bos_token_id else []
-        tail = max_length - max(len(ids.chosen), len(ids.rejected)) - len(bos)
-        return ids._replace(prompt=bos + ids.prompt[-tail:]) if tail >= 1 else None
+        bos = ids.prompt[:1] if ids.prompt[0] == bos_token_id else ids.prompt[:0]
+        tail = max_length - max(map(len, ids.responses)) - len(bos)
+        return ids._replace(prompt=[*bos, *ids.prompt[-tail:]]) if tail >= 1 else None
     if truncation == "cut_response":
         room = max_length - len(ids.prompt)
-        return ids._replace(chosen=ids.chosen[:room], rejected=ids.rejected[:room]) if room >= 1 else None
+        return ids._replace(responses=tuple(each[:room] for each in ids.responses)) if room >= 1 else None
     return None

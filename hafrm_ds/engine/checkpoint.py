@@ -8,12 +8,13 @@
     OUTPUT_DIR/checkpoints/set_aside/                    checkpoints that were passed over or left behind
 
 A checkpoint is written under a name that begins with a dot, synced, and renamed when every rank has written its part.
-Nothing here knows DeepSpeed or the other ranks. DeepSpeed's files are pickles: go on from checkpoints of your own only.
+Nothing here knows DeepSpeed or the other ranks. DeepSpeed's files are pickles: resume your own checkpoints only.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ FORMAT = 1
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written or gone on from."""
+    """A checkpoint cannot be written or resumed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides the weights and the optimizer to go on.
+    """What a run needs besides the weights and the optimizer to be resumed.
 
     step: optimizer steps done.
     world_size, zero_stage: of the processes that saved.
@@ -219,14 +221,15 @@ def prune(root: Path, keep_last: int, best_step: int | None, is_better: Callable
         best_step: of the best evaluation. If it was not saved, the best that was is kept, of equal ones the older.
         is_better: whether the first of two values of the best metric is the better one.
     """
-    good = []
+    good: list[tuple[Path, float | None]] = []
     for folder in saved_steps(root).values():
         try:
             read_manifest(folder)
             good.append((folder, read_state(folder).metric))
         except (CheckpointError, OSError, ValueError, TypeError):
             continue
-    best, best_value = None, None
+    best: Path | None = None
+    best_value = math.nan
     for folder, value in reversed(good):
         if best_step is not None and folder.name == checkpoint_name(best_step):
             best = folder
@@ -240,7 +243,7 @@ def prune(root: Path, keep_last: int, best_step: int | None, is_better: Callable
 
 
 def set_aside(root: Path, after_step: int) -> list[Path]:
-    """Move checkpoints after a step out of the way, before a run goes on from that step; returns their new places."""
+    """Move checkpoints after a step out of the way, before a run resumes from it; returns their new places."""
     places = []
     for step, folder in saved_steps(root).items():
         if step > after_step:
@@ -269,10 +272,10 @@ def random_file(rank: int) -> str:
 
 def random_state() -> dict:
     """States of the generators of python, numpy and torch in this process, as JSON can hold them."""
-    kind, keys, *rest = np.random.get_state()
-    state = {
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": bytes(torch.get_rng_state().tolist()).hex(),
     }
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 import xxhash
@@ -54,7 +55,7 @@ class CheckpointWriter(TorchCheckpointEngine):
         try:
             file = HashingFile(Path(path))
             with file.raw:
-                torch.save(state_dict, file)
+                torch.save(state_dict, cast(IO[bytes], file))
                 file.raw.flush()
                 os.fsync(file.raw.fileno())
         except (OSError, RuntimeError) as error:  # torch hides the reason behind an error of its own

@@ -4,15 +4,44 @@ Pure functions on dictionaries; nothing here imports DeepSpeed.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar, overload
 
+from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import ConfigError
+from hafrm_ds.options import read
 
-if TYPE_CHECKING:
-    from hafrm_ds.config import TrainConfig
+Config = TypeVar("Config", bound=TrainConfig)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@overload
+def load_config(arguments: Sequence[str], *, about: str = "") -> TrainConfig: ...
+@overload
+def load_config(
+    arguments: Sequence[str], schema: type[Config], *, about: str = "", short: Mapping[str, str] | None = None
+) -> Config: ...
+def load_config(
+    arguments: Sequence[str],
+    schema: type[TrainConfig] = TrainConfig,
+    *,
+    about: str = "",
+    short: Mapping[str, str] | None = None,
+) -> TrainConfig:
+    """Read the configuration of a run (`options.read`), and check it against its DeepSpeed JSON.
+
+    Args:
+        schema: TrainConfig, or with the options that an entry file adds.
+    """
+    return read(schema, arguments, about=about, short=short, rules=deepspeed_problems)
+
+
+def deepspeed_problems(config: TrainConfig) -> list[str]:
+    """What is wrong with the JSON of a run: one message for each fault."""
+    content, problems = read_deepspeed_json(config.deepspeed)
+    return problems if content is None else deepspeed_contradictions(content, config)
 
 
 def read_deepspeed_json(path: Path) -> tuple[dict | None, list[str]]:
@@ -29,7 +58,7 @@ def read_deepspeed_json(path: Path) -> tuple[dict | None, list[str]]:
     return content, []
 
 
-def run_values(config: "TrainConfig") -> dict[str, tuple[Any, str]]:
+def run_values(config: TrainConfig) -> dict[str, tuple[Any, str]]:
     """What a run decides itself: dotted DeepSpeed key -> (value, the option that decides it)."""
     optimizer = config.optimizer
     is_bf16 = config.model.dtype == "bfloat16"
@@ -74,7 +103,7 @@ def walk(tree: dict, prefix: str = ""):
             yield prefix + key, value
 
 
-def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
+def deepspeed_contradictions(content: dict, config: TrainConfig) -> list[str]:
     """One message for each value of the JSON that contradicts the run, naming both."""
     decided, problems, file = run_values(config), [], config.deepspeed
     for name in SECTIONS:
@@ -119,8 +148,8 @@ def deepspeed_contradictions(content: dict, config: "TrainConfig") -> list[str]:
     micro = content.get("train_micro_batch_size_per_gpu", "auto")
     if micro not in ("auto", 1):
         problems.append(
-            f"deepspeed: {file} says train_micro_batch_size_per_gpu = {micro}, but micro-batches are cut by "
-            'tokens (batch.max_tokens_per_micro_batch); set it to "auto"'
+            f"deepspeed: {file} says train_micro_batch_size_per_gpu = {micro}, but batches are partitioned by tokens "
+            '(batch.max_tokens_per_micro_batch); set it to "auto"'
         )
     return problems
 
@@ -132,7 +161,7 @@ def is_offloaded(deepspeed_config: dict, section: str) -> bool:
     return isinstance(offload, dict) and offload.get("device", "none") != "none"
 
 
-def resolve_deepspeed_config(config: "TrainConfig", world_size: int, machine_size: int = 1) -> dict:
+def resolve_deepspeed_config(config: TrainConfig, world_size: int, machine_size: int = 1) -> dict:
     """The dictionary that DeepSpeed gets: the JSON with "auto" filled. `config` has passed `deepspeed_contradictions`.
 
     DeepSpeed's own batch sizes count calls of its engine, not pairs: one call a rank and step boundary.

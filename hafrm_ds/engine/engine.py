@@ -146,7 +146,7 @@ def check_buffers(before: dict[str, torch.dtype], after: dict[str, torch.dtype],
     if changed:
         raise UserError(
             f"DeepSpeed {version} has turned {len(changed)} buffers of the model into another type ({changed[0]}), "
-            "which changes what it computes. Install deepspeed 0.19.2 or newer"
+            "which changes what it computes. Install deepspeed 0.19.5 or newer, below 0.20"
         )
 
 

@@ -1,4 +1,4 @@
-"""Going on with another number of processes or another ZeRO stage: the shards of a checkpoint, read parameter by
+"""Resuming with another number of processes or another ZeRO stage: the shards of a checkpoint, read parameter by
 parameter and dealt out anew.
 
 DeepSpeed cuts fp32 weights and Adam's moments into flat pieces, one a rank and group: under stage 3 each parameter is
@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def read(folder: Path, pattern: str) -> dict:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    def stage_by_name(kind: type, name: str) -> ZeroStageEnum:
+    def stage_by_name(kind: Any, name: str) -> ZeroStageEnum:
         """In place of getattr, by which Python 3.11.0 to 3.11.3 pickle a member of an enum."""
         if kind is not ZeroStageEnum:
             raise pickle.UnpicklingError(f"an attribute {name} of {kind}")
@@ -144,7 +145,7 @@ def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank:
         raise CheckpointError(f"the checkpoint and this run do not train the same parameters: {named}")
     if any(not {*MOMENTS} <= piece.tensors.keys() for pieces in shards.pieces.values() for piece in pieces):
         raise CheckpointError(
-            "the checkpoint was not written by Adam: it can be gone on from under the same ZeRO stage and number of "
+            "the checkpoint was not written by Adam: it can be resumed under the same ZeRO stage and number of "
             "processes only"
         )
     if zero_stage == 3:
@@ -159,7 +160,7 @@ def fresh_state(optimizer: torch.optim.Optimizer, flat: Tensor, step: float) -> 
     return {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
 
 
-def deal_out_stages_1_and_2(shards: Shards, trained: dict[str, nn.Parameter], optimizer) -> None:
+def deal_out_stages_1_and_2(shards: Shards, trained: dict[str, Any], optimizer) -> None:
     adam = optimizer.optimizer
     for name, parameter in trained.items():
         place = parameter._hp_mapping
@@ -176,7 +177,7 @@ def deal_out_stages_1_and_2(shards: Shards, trained: dict[str, nn.Parameter], op
     optimizer.update_lp_params()
 
 
-def deal_out_stage_3(shards: Shards, trained: dict[str, nn.Parameter], optimizer, rank: int) -> None:
+def deal_out_stage_3(shards: Shards, trained: dict[str, Any], optimizer, rank: int) -> None:
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     adam = optimizer.optimizer

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.micro_batches import DUMMY_ITEM
-from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out, padded_rows
+from hafrm_ds.data.micro_batches import DUMMY_PAIR
+from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
 from hafrm_ds.data.planning import DUMMY, cut_by_length
-from hafrm_ds.data.tokenization import Pairs
+from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores
@@ -58,7 +59,7 @@ def score_items(
             if must_stop():
                 return False
             is_dummy = positions == [DUMMY]
-            items = [DUMMY_ITEM] if is_dummy else [item(position) for position in positions]
+            items = [DUMMY_PAIR.group] if is_dummy else [item(position) for position in positions]
             batch = lay_out(items, layout)
             try:
                 scores = forward(batch, with_reward=with_reward, with_logprob=with_logprob)
@@ -74,9 +75,8 @@ def score_items(
 
 def score_pairs(
     engine: Engine,
-    pairs: Pairs,
+    pairs: PreparedPairs,
     index: np.ndarray,
-    costs: np.ndarray,
     *,
     layout: str,
     max_tokens: int,
@@ -89,7 +89,6 @@ def score_pairs(
 
     Args:
         index: [P] positions in `pairs`.
-        costs: [pairs] tokens of each pair in this layout.
         on_progress: told how many pairs this rank has finished since the last call.
         must_stop: asked before the first micro-batches and about once a second after them, by all ranks together.
 
@@ -103,13 +102,13 @@ def score_pairs(
 
     def keep(positions: list[int], scores: ResponseScores) -> None:
         scored.extend(positions)
-        results.append(torch.cat([getattr(scores, name).view(-1, 2) for name in names], dim=1))
+        results.append(torch.cat([scores.of(name).view(-1, 2) for name in names], dim=1))
         on_progress(len(positions))
 
     is_whole = score_items(
         engine,
-        lambda position: from_pairs([pairs[int(index[position])]])[0],
-        costs[index],
+        lambda position: pairs[int(index[position])].group,
+        token_costs({name: lengths[index] for name, lengths in pairs.lengths.items()}, layout),
         num_responses=2,
         layout=layout,
         max_tokens=max_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.bootstrap import Estimate, estimates, exact_at_the_ends
+from hafrm_ds.evaluation.bootstrap import Estimate, EstimateJson, estimates, exact_at_the_ends
 from hafrm_ds.evaluation.calibration import Calibration, correctness
 from hafrm_ds.evaluation.pair_scores import PairScores
 
@@ -72,14 +72,14 @@ def part(scores: PairScores, inside: np.ndarray) -> dict[str, Any]:
     return {"pairs": int(inside.sum()), "accuracy": accuracies(scores, inside)}
 
 
-def accuracies(scores: PairScores, inside: np.ndarray) -> dict[str, dict[str, float]]:
+def accuracies(scores: PairScores, inside: np.ndarray) -> dict[str, EstimateJson]:
     """Accuracy of each judge on the pairs `inside` [P] bool."""
     right = {judge: correctness(scores.margins(judge)[inside]) for judge in scores.judges}
     prompts = np.asarray(scores.prompts)[inside]
     return as_json({judge: exact_at_the_ends(each) for judge, each in estimates(right, prompts).items()})
 
 
-def as_json(values: dict[str, Estimate]) -> dict[str, dict[str, float]]:
+def as_json(values: dict[str, Estimate]) -> dict[str, EstimateJson]:
     return {name: value.to_json() for name, value in values.items()}
 
 

@@ -7,6 +7,7 @@ Legend: P pairs, C different prompts, S trainings, B resamples, K kinds of value
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 
@@ -27,8 +28,16 @@ class Estimate:
     high: float | None
     clusters: int
 
-    def to_json(self) -> dict[str, float | None]:
+    def to_json(self) -> "EstimateJson":
         return {"value": self.value, "low": self.low, "high": self.high}
+
+
+class EstimateJson(TypedDict):
+    """An estimate as the result files hold it; without an interval where there are too few prompts for one."""
+
+    value: float
+    low: float | None
+    high: float | None
 
 
 def estimate(values: np.ndarray, prompts: Sequence[str]) -> Estimate:

@@ -95,9 +95,12 @@ def reliability(margins: np.ndarray) -> list[Bin]:
 
 
 def expected_calibration_error(bins: list[Bin]) -> float:
-    filled = [part for part in bins if part.pairs]
-    distances = sum(part.pairs * abs(part.accuracy - part.confidence) for part in filled)
-    return distances / sum(part.pairs for part in filled)
+    distances = [
+        part.pairs * abs(part.accuracy - part.confidence)
+        for part in bins
+        if part.accuracy is not None and part.confidence is not None
+    ]
+    return sum(distances) / sum(part.pairs for part in bins)
 
 
 def brier_score(margins: np.ndarray) -> float:

@@ -4,77 +4,101 @@ sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evalua
 """
 
 import hashlib
+import itertools
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from hafrm_ds.config import Positive, PositiveInt, ScoringSection, Share
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.preparation import PreparationOptions, PreparedPairs, fingerprint, prepare_pairs
-from hafrm_ds.data.sources import Source
-from hafrm_ds.data.tokenization import ConversationIds, tokenize_conversation
+from hafrm_ds.data.sources import EvalSources, suggestion
+from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.durability import write_whole
-from hafrm_ds.errors import ConfigError, DataError
+from hafrm_ds.errors import DataError, ModelError, in_own_names
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.report.writing import leave_report
-from hafrm_ds.evaluation.scoring import Group, ModelForGroups, score_groups
+from hafrm_ds.evaluation.scoring import AskedItems, ModelAsked, score_parts
 from hafrm_ds.evaluation.terminal import render_evaluation
 from hafrm_ds.model.loading import known_positions, load_model_config
+from hafrm_ds.objective import judges
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import Saved, identity_of_model, open_model, open_reference, trained_beta, trained_with
 from hafrm_ds.saved.policy import SavedPolicy
-from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS
 
 PARTS_FOLDER = "parts"
 DEFAULT_TRUNCATION = "keep_prompt_end"
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What launch/evaluate.py is asked for; its --help says what each means."""
+def benchmarks_of(words: Any) -> Any:
+    """NAME or NAME=PATH, one or a list of them -> where each benchmark lies; None: on the hub."""
+    if isinstance(words, dict):
+        return words
+    found: dict[str, str | None] = {}
+    for word in words if isinstance(words, list) else [words]:
+        name, _, path = str(word).partition("=")
+        if name in found:
+            raise ValueError(f"names {name} twice; evaluate the second into another --output_dir")
+        found[name] = path or None
+    return found
+
+
+def known_benchmarks(found: dict[str, str | None]) -> dict[str, str | None]:
+    for name in found:
+        if name not in BENCHMARKS:
+            raise ValueError(f"{name} is not known{suggestion(name, BENCHMARKS)} (known: {', '.join(BENCHMARKS)})")
+    return found
+
+
+class EvaluationOptions(ScoringSection):
+    """What launch/evaluate.py is asked for."""
 
     model: str
+    """Folder or hub id."""
     output_dir: Path
-    data: dict[str, list[Source]] = field(default_factory=dict)
-    benchmarks: dict[str, str | None] = field(default_factory=dict)
+    """Where the results go."""
+    data: EvalSources = Field(default={})
+    """One or more sources, each of which is a set, or '{NAME: SOURCE, ...}' to name the sets."""
+    benchmarks: Annotated[dict[str, str | None], BeforeValidator(benchmarks_of), AfterValidator(known_benchmarks)] = (
+        Field({}, description=f"Of {', '.join(BENCHMARKS)}: NAME takes it from the hub, NAME=PATH from there.")
+    )
     reference: str | None = None
-    beta: float | None = None
-    max_pairs: int | None = None
-    max_length: int | None = None
-    truncation: str | None = None
-    max_dropped_share: float | None = None
+    """Policy that the implicit reward is measured against: a folder, a hub id, or base: what the training started from.
+    """
+    beta: Positive | None = None
+    """Scale of the implicit reward. Default: that of the training, else 0.1."""
+    max_pairs: PositiveInt | None = None
+    """Use at most so many pairs of each set: a fixed random choice."""
+    max_length: PositiveInt | None = None
+    """Longest conversation in tokens. Default: that of the training, else what the model knows and a micro-batch holds.
+    """
+    truncation: Literal["drop", "keep_prompt_end", "cut_response"] | None = None
+    """What happens to longer ones. Default: as in the training, else keep_prompt_end."""
+    max_dropped_share: Share | None = None
+    """Stop when a larger share of the pairs would be dropped. Default: 0.05."""
     chat_template: str | None = None
-    dtype: str | None = None
-    max_tokens_per_micro_batch: int = DEFAULT_MAX_TOKENS
+    """Name or file of a template, for a tokenizer without one."""
     deepspeed: Path | None = None
-    trust_remote_code: bool = False
-    trust_pickle: bool = False
+    """A DeepSpeed JSON: shard the model over the processes."""
 
-    def problems(self) -> list[str]:
-        names = ("beta", "max_pairs", "max_length", "max_tokens_per_micro_batch")
-        values = {name: getattr(self, name) for name in names}
-        return [
-            f"--{name} is {value}; it must be above 0"
-            for name, value in values.items()
-            if value is not None and value <= 0
-        ]
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """How a model is opened."""
-        names = ("dtype", "chat_template", "trust_remote_code", "trust_pickle")
-        return {name: getattr(self, name) for name in names}
+    def contradictions(self) -> list[str]:
+        if self.data or self.benchmarks:
+            return []
+        return ["neither --data nor --benchmarks was given: there is nothing to evaluate on"]
 
 
 @dataclass(frozen=True)
@@ -84,32 +108,37 @@ class EvaluatedSet:
     pairs: PreparedPairs
     index: np.ndarray
 
-    def conversations(self, item: int) -> list[ConversationIds]:
-        pair = self.pairs[int(self.index[item])]
-        return [ConversationIds(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)]
+    def groups(self, item: int) -> list[PromptWithResponses]:
+        return [self.pairs[int(self.index[item])].group]
 
 
 @dataclass(frozen=True)
 class EvaluatedBenchmark:
-    """Questions of a benchmark, and the token ids of each with all of its responses. num_cut: of these lost the start
-    of their prompt."""
+    """Questions of a benchmark, and the groups of each: its responses in order, with their prompt (`encode_question`).
+    num_cut: of these lost the start of their prompt."""
 
     benchmark: Benchmark
     questions: list[Question]
-    ids: list[list[ConversationIds]]
+    groups: list[list[PromptWithResponses]]
     num_cut: int
+
+    def conversations(self) -> list[list[tuple[Sequence[int], Sequence[int]]]]:
+        """Prompt and response of every conversation, question by question."""
+        return [
+            [(group.prompt, response) for group in groups for response in group.responses] for groups in self.groups
+        ]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Name of a group -> for each item [conversations, heads] of the model; [conversations, 1] log-probs of the
+    """Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
     reference, where there is one."""
 
     values: dict[str, list[np.ndarray]]
     references: dict[str, list[np.ndarray]]
 
-    def of(self, group: str) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-        return self.values[group], self.references.get(group)
+    def of(self, name: str) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        return self.values[name], self.references.get(name)
 
 
 @dataclass(frozen=True)
@@ -134,11 +163,12 @@ class Evaluation:
         Raises:
             ConfigError, DataError, ModelError: what was asked for cannot be evaluated.
         """
-        if problems := options.problems():
-            raise ConfigError(problems)
         saved = open_model(options.model, **options.loading)
         reference = None if options.reference is None else open_reference(options.reference, saved, **options.loading)
-        formatter = saved.formatter()
+        try:
+            formatter = saved.formatter()
+        except ModelError as error:
+            raise ModelError(in_own_names(error)) from error
         return cls(
             options,
             saved,
@@ -160,7 +190,7 @@ class Evaluation:
                 for name, each in self.sets.items()
             },
             "questions": {
-                name: hash_of([each.ids, [asdict(question) for question in each.questions]])
+                name: hash_of([each.conversations(), [asdict(question) for question in each.questions]])
                 for name, each in self.benchmarks.items()
             },
             "beta": self.options.beta,
@@ -170,14 +200,15 @@ class Evaluation:
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
         """Ask the model and the reference about everything, as far as `folder` does not have the answers. All processes
         call this together; the first gets the scores."""
-        groups = [Group(f"set {name}", len(each.index), each.conversations) for name, each in self.sets.items()]
-        groups += [
-            Group(f"benchmark {name}", len(each.ids), each.ids.__getitem__) for name, each in self.benchmarks.items()
+        asked = [AskedItems(f"set {name}", len(each.index), each.groups) for name, each in self.sets.items()]
+        asked += [
+            AskedItems(f"benchmark {name}", len(each.groups), each.groups.__getitem__)
+            for name, each in self.benchmarks.items()
         ]
 
         def ask(name: str, saved: Saved, heads: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
-            model = ModelForGroups(saved, self.options.deepspeed, self.options.max_tokens_per_micro_batch)
-            return score_groups(name, model, heads, groups, folder, processes, log)
+            model = ModelAsked(saved, self.options.deepspeed, self.options.max_tokens_per_micro_batch)
+            return score_parts(name, model, heads, asked, folder, processes, log)
 
         values = ask("scoring", self.saved, self.saved.heads)
         return Scores(values, {} if self.reference is None else ask("reference", self.reference, ("logprob",)))
@@ -216,14 +247,13 @@ class Evaluation:
         """{"cut": questions whose prompt was cut, "judges": judge -> result of the benchmark}."""
         evaluated = self.benchmarks[name]
         values, references = scores.of(f"benchmark {name}")
-        judges = {head: [row[:, k] for row in values] for k, head in enumerate(self.saved.heads)}
-        if references is not None:
-            pairs = zip(judges["logprob"], references)
-            judges["implicit"] = [self.beta * (logprob - reference[:, 0]) for logprob, reference in pairs]
-        summarize = evaluated.benchmark.summarize
-        results = {
-            judge: summarize(evaluated.questions, [row.tolist() for row in rows]) for judge, rows in judges.items()
-        }
+        rows: dict[str, list[list[float]]] = {}
+        for place, of_heads in enumerate(values):
+            known = dict(zip(self.saved.heads, of_heads.T))
+            reference = None if references is None else references[place][:, 0]
+            for judge, each in judges(known.get("reward"), known.get("logprob"), reference, self.beta).items():
+                rows.setdefault(judge, []).append(each.tolist())
+        results = {judge: evaluated.benchmark.summarize(evaluated.questions, each) for judge, each in rows.items()}
         return {"cut": evaluated.num_cut, "judges": results}
 
 
@@ -254,7 +284,7 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
 
 
 def hash_of(content: Any) -> str:
-    """Of what JSON can say."""
+    """SHA-256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -292,12 +322,11 @@ def prepare_sets(
     preparation = PreparationOptions(**given)
     sets = {}
     for name, sources in options.data.items():
-        sets[name] = processes.in_turns(
-            f"data {name}",
-            lambda sources=sources: prepare_pairs(
-                sources, formatter=formatter, options=preparation, role="eval", seed=0
-            ),
-        )
+        read = partial(prepare_pairs, sources, formatter=formatter, options=preparation, role="eval", seed=0)
+        try:
+            sets[name] = processes.in_turns(f"data {name}", read)
+        except DataError as error:  # it names the options of a training
+            raise DataError(in_own_names(error)) from error
         log.print(f"\n[bold]{name}[/bold]")
         log.print(sets[name].report.render(with_examples=False))
     return {name: EvaluatedSet(pairs, fixed_choice(len(pairs), options.max_pairs)) for name, pairs in sets.items()}
@@ -305,7 +334,7 @@ def prepare_sets(
 
 def longest_conversation(options: EvaluationOptions, saved: Saved) -> int:
     """Tokens that the model knows and a micro-batch holds."""
-    return min(options.max_tokens_per_micro_batch, known_positions(load_model_config(saved.config)))
+    return int(min(options.max_tokens_per_micro_batch, known_positions(load_model_config(saved.config))))
 
 
 def read_benchmarks(
@@ -326,8 +355,10 @@ def read_benchmarks(
 
 def encode_question(
     formatter: ChatFormatter, place: str, prompt: list[Message], responses: list[list[Message]], max_length: int
-) -> tuple[list[ConversationIds], bool]:
-    """-> (ids of each conversation, whether its prompt was cut).
+) -> tuple[list[PromptWithResponses], bool]:
+    """The groups of a question: its responses in order, and whether the prompt was truncated.
+
+    They are one group, or several where the tokenizer merges the first token of some responses with the prompt's last.
 
     A conversation of more than `max_length` tokens loses the start of its prompt, as data.truncation keep_prompt_end
     does it: a leading BOS stays. All answers keep the same prompt, cut for the longest.
@@ -339,9 +370,9 @@ def encode_question(
         conversations = [tokenize_conversation(formatter, [*prompt, *response]) for response in responses]
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
-    excess = max(len(ids.prompt) + len(ids.response) for ids in conversations) - max_length
+    excess = max(ids.longest_conversation for ids in conversations) - max_length
     if excess <= 0:
-        return conversations, False
+        return groups_of(conversations), False
     has_bos = conversations[0].prompt[0] == formatter.tokenizer.bos_token_id
     kept = conversations[0].prompt[:1] if has_bos else []
     if excess > min(len(ids.prompt) for ids in conversations) - len(kept) - 1:
@@ -349,4 +380,13 @@ def encode_question(
             f"{place}: an answer leaves no room for its prompt in {max_length:,} tokens, the least of --max_length, "
             "--max_tokens_per_micro_batch and the positions that the model knows"
         )
-    return [ConversationIds([*kept, *ids.prompt[len(kept) + excess :]], ids.response) for ids in conversations], True
+    truncated = [ids._replace(prompt=[*kept, *ids.prompt[len(kept) + excess :]]) for ids in conversations]
+    return groups_of(truncated), True
+
+
+def groups_of(conversations: list[PromptWithResponses]) -> list[PromptWithResponses]:
+    """Groups of one response -> neighbours with the same prompt put together, in order."""
+    return [
+        PromptWithResponses(prompt, tuple(response for _, responses in members for response in responses))
+        for prompt, members in itertools.groupby(conversations, key=lambda ids: ids.prompt)
+    ]

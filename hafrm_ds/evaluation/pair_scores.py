@@ -18,6 +18,7 @@ from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.data.report import Example
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError
+from hafrm_ds.objective import judges
 
 SCORES_FOLDER = "evaluation"
 """In the folder of a run or an evaluation: SCORES_FOLDER/SET.parquet for each set."""
@@ -76,22 +77,26 @@ class PairScores:
         columns = pairs.pairs.select(index).select_columns(["id", "source"])[:]
         lengths = np.stack([pairs.lengths[side] for side in SIDES], axis=1)[index]
         prompts = [key.tobytes().hex() for key in pairs.prompt_keys[index]]
-        return cls(name, step, beta, columns["id"], columns["source"], prompts, lengths, reference=reference, **scores)
+        return cls(
+            name,
+            step,
+            beta,
+            columns["id"],
+            columns["source"],
+            prompts,
+            lengths,
+            reward=scores.get("reward"),
+            logprob=scores.get("logprob"),
+            reference=reference,
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def judges(self) -> dict[str, np.ndarray]:
-        """What takes sides -> [P, 2]: the reward head, the implicit reward beta * (log pi - log pi_ref), and log pi."""
-        judges = {}
-        if self.reward is not None:
-            judges["reward"] = self.reward
-        if self.logprob is not None and self.reference is not None:
-            judges["implicit"] = self.beta * (self.logprob - self.reference)
-        if self.logprob is not None:
-            judges["logprob"] = self.logprob
-        return judges
+        """Name -> [P, 2], as `objective.judges` defines them."""
+        return judges(self.reward, self.logprob, self.reference, self.beta)
 
     def margins(self, judge: str) -> np.ndarray:
         """Score of the chosen answer less that of the rejected one, [P] float64."""
@@ -136,9 +141,7 @@ class PairScores:
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file} holds no scores of an evaluation: {error}") from error
 
-        def both_sides(name: str) -> np.ndarray | None:
-            if f"{name}_chosen" not in table.column_names:
-                return None
+        def both_sides(name: str) -> np.ndarray:
             return np.stack([table[f"{name}_{side}"].to_numpy() for side in SIDES], axis=1)
 
         ids, sources, prompts = (table[name].to_pylist() for name in ("id", "source", "prompt_key"))
@@ -147,15 +150,19 @@ class PairScores:
             for place, row in enumerate(zip(*(table[name].to_pylist() for name in TEXTS)))
             if row[0] is not None
         }
-        values = {name: both_sides(name) for name in VALUES}
+        known = {name: both_sides(name) for name in VALUES if f"{name}_chosen" in table.column_names}
         return cls(
-            **metadata,
+            set=metadata["set"],
+            step=metadata["step"],
+            beta=metadata["beta"],
             ids=ids,
             sources=sources,
             prompts=prompts,
             num_tokens=both_sides("tokens"),
+            reward=known.get("reward"),
+            logprob=known.get("logprob"),
+            reference=known.get("reference"),
             texts=texts,
-            **values,
         )
 
 

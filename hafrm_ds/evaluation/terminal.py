@@ -10,6 +10,7 @@ from rich.text import Text
 
 from hafrm_ds.data.report import as_text, number_table, printable
 from hafrm_ds.evaluation.benchmarks.catalogue import render
+from hafrm_ds.evaluation.bootstrap import EstimateJson
 
 JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
 """Judge -> what people call it."""
@@ -114,7 +115,7 @@ def render_best_of_n(results: dict[str, Any]) -> RenderableType:
     if results["gold"] is None:
         return as_text(f"{title}; without gold scores there is nothing to compare the rankings with")
     found = results["results"]
-    parts = [as_text(f"{title}, by the gold scores of {results['gold']}")]
+    parts: list[RenderableType] = [as_text(f"{title}, by the gold scores of {results['gold']}")]
     parts += [pick_table(found), ranking_table(found), curve_table(found)]
     return Group(*parts, *([pair_table(found["pairs"])] if found["pairs"] else []))
 
@@ -163,16 +164,17 @@ def pair_table(pairs: list[dict[str, Any]]) -> Table:
     return table
 
 
-def number_interval(value: dict[str, float | None] | None) -> str:
+def number_interval(value: EstimateJson | None) -> str:
     if value is None:
         return ""
     ends = "" if value["low"] is None else f" [{value['low']:.3g}, {value['high']:.3g}]"
     return f"{value['value']:.3g}{ends}"
 
 
-def interval(value: dict[str, float | None] | None) -> str:
+def interval(value: EstimateJson | None) -> str:
     """A share in percent."""
     if value is None:
         return ""
-    ends = "" if value["low"] is None else f" [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+    low, high = value["low"], value["high"]
+    ends = "" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]"
     return f"{value['value']:.1%}{ends}"

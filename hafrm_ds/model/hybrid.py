@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hafrm_ds.config import ObjectiveConfig
-from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
+from hafrm_ds.data.packing import PackedBatch, lay_out
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import set_attention, stock_attention
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
@@ -74,33 +75,37 @@ class HybridModel(nn.Module):
         self.layout = set_attention(self.causal_lm, layout, attention, device)
 
     def forward(
-        self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True, idle_lm_head: bool = False
+        self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True, idle_heads: bool = False
     ) -> ResponseScores:
         """Score the N responses of a micro-batch.
 
         Args:
             with_reward: read the reward head.
             with_logprob: run the LM head, at the positions that predict a response token and nowhere else.
-            idle_lm_head: give the LM head, which is not run, a gradient of 0 by way of the reward. Under ZeRO-3 a
-                weight that gets none in a step would be updated by that of an earlier one.
+            idle_heads: the head that is not asked is trained in other steps. It runs on no position, which costs
+                nothing and gives its weights the gradient 0: ZeRO-3 would else step them by their last gradient again,
+                and would meet another sequence of modules than the one that it fetches weights by.
         """
+        logprob = reward = per_token = None
         if with_logprob and self.uses_stock_logits:
             states, per_token = self.states_and_stock_logprobs(batch)
         else:
             states = self.causal_lm.get_decoder()(**model_inputs(batch)).last_hidden_state.flatten(0, 1)  # [T, H]
-            per_token = None
             if with_logprob:
                 per_token = self.response_logprobs(states[batch.predict_index], self.lm_head, batch.target_ids)
-        reward = self.reward_head(states[batch.readout_index]) if with_reward else None
-        if idle_lm_head and reward is not None:
-            one = self.response_logprobs(states[batch.predict_index[:1]], self.lm_head, batch.target_ids[:1])
-            reward = reward + 0.0 * one.sum()
-        return ResponseScores(
-            reward=reward,
-            logprob=None if per_token is None else sum_by_response(per_token, batch),
-            num_tokens=batch.num_tokens,
-            token_logprobs=per_token,
-        )
+        if per_token is not None:
+            logprob = sum_by_response(per_token, batch)
+        elif idle_heads:
+            nothing = self.response_logprobs(states[:0], self.lm_head, batch.target_ids[:0]).sum()
+        if with_reward:
+            reward = self.reward_head(states[batch.readout_index])
+        elif idle_heads:
+            nothing = self.reward_head(states[:0]).sum()
+        if idle_heads and logprob is None:
+            reward = reward + nothing
+        elif idle_heads and reward is None:
+            logprob = logprob + nothing
+        return ResponseScores(reward=reward, logprob=logprob, num_tokens=batch.num_tokens, token_logprobs=per_token)
 
     @property
     def lm_head(self) -> nn.Linear:

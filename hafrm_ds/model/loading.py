@@ -105,7 +105,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
-    # transformers only warns, and goes on with random values.
+    # transformers only warns, and continues with random values.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"the weight files of model.name_or_path {config.name_or_path!r} lack {len(missing)} parameters of "

@@ -57,7 +57,7 @@ class Console:
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                # What does not fit is cut here, not taken from the columns before.
+                # What does not fit is left out here, not taken from the columns before.
                 TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=self.console,
                 expand=True,

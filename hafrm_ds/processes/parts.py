@@ -1,9 +1,9 @@
-"""Work that is cut into parts, done by any number of processes, and may be killed at any time.
+"""Work in parts, done by any number of processes, that may be killed at any time.
 
-A part is written under another name, synced and renamed, so it exists whole or not at all; a job that was killed goes
-on with the parts that are missing. Which work makes a part must depend on the job alone, and what is computed together
-must lie within a part: then the results depend neither on kills nor on the number of processes, unless a model is
-sharded over them.
+A part is written under another name, synced and renamed, so it exists whole or not at all; a job that was killed
+resumes with the parts that are missing. Which work makes a part must depend on the job alone, and what is computed
+together must lie within a part: then the results depend neither on kills nor on the number of processes, unless a model
+is sharded over them.
 """
 
 import json
@@ -18,7 +18,7 @@ from hafrm_ds.processes.ranks import Processes
 
 
 def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Make the folder of a job's parts, or go on with it.
+    """Make the folder of a job's parts, or resume in it.
 
     Args:
         identity: what the parts depend on, for JSON.
@@ -39,6 +39,7 @@ def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def stamp(file: Path) -> list[Any]:
+    """What tells whether a file has changed, without reading it: its path, size and time of change."""
     facts = file.stat()
     return [str(file.resolve()), facts.st_size, facts.st_mtime_ns]
 

@@ -1,7 +1,7 @@
 """The watch of the ranks over one another: a rank that hangs in a collective because another has ended is ended too.
 
 Every rank holds a connection to rank 0. The kernel closes it when the process dies, and asks the other host every few
-seconds whether it is there, as a link that is cut says nothing: no rank has to report that it is well, and a rank that
+seconds whether it is there, as a broken link says nothing: no rank has to report that it is well, and a rank that
 is busy is never taken for a dead one. Rank 0 tells all others what has happened. A thousand ranks are a thousand idle
 sockets.
 """

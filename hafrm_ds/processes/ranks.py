@@ -378,7 +378,7 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
         main(sys.argv[1:], processes)
         status, verdict = 0, None
     except Stopped as stop:
-        # All ranks have agreed on it if something was saved; else the others cannot go on without this one.
+        # All ranks have agreed on it if something was saved; else the others cannot continue without this one.
         status, verdict = STOPPED_STATUS, None if stop.checkpoint else f"{processes.name} was asked to stop"
         if processes.speaks():  # and those that wait for this rank learn that it leaves
             print(f"\n{stop}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 
 STOPPED_STATUS = 75
-"""Exit status of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit status of a run that was asked to stop and can be resumed: EX_TEMPFAIL of sysexits.h, "try again later"."""
 LAUNCHER_LOST = "the launcher has ended"
 REASONS = ("SIGUSR1", "SIGINT", "SIGTERM", LAUNCHER_LOST)
 """Of several reasons the last of this order is named."""
@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, reason: str, step: int = 0, checkpoint: str | None = None):
         self.reason, self.step, self.checkpoint = reason, step, checkpoint
-        kept = f" after step {step}; --resume auto goes on from {checkpoint}" if checkpoint else ""
+        kept = f" after step {step}; --resume auto resumes from {checkpoint}" if checkpoint else ""
         super().__init__(f"stopped: {reason}{kept}")
 
     def to_json(self) -> dict:

@@ -5,13 +5,11 @@ from collections.abc import Callable
 import numpy as np
 
 from hafrm_ds.config import BatchConfig, TrainConfig
-from hafrm_ds.data.packing import token_costs
-from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.engine.scoring import score_pairs
 from hafrm_ds.errors import UserError
 from hafrm_ds.processes.console import Console
-from hafrm_ds.reference.offline_pass import ReferenceLogprobs
+from hafrm_ds.reference.offline_pass import PairSet
 
 CHECKED_PAIRS = 16
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}
@@ -22,9 +20,8 @@ def check_sample(
     config: TrainConfig,
     batch: BatchConfig,
     engine: Engine,
-    pairs: PreparedPairs,
+    pair_set: PairSet,
     candidates: np.ndarray,
-    reference: ReferenceLogprobs,
     log: Console,
     record: Callable[[dict[str, float]], None],
 ) -> None:
@@ -37,21 +34,22 @@ def check_sample(
     Raises:
         UserError: beyond TOLERANCE.
     """
-    if not len(candidates):
+    pairs, reference = pair_set.pairs, pair_set.reference
+    if reference is None or not len(candidates):
         return
     chosen = np.random.default_rng(config.seed).choice(candidates, min(CHECKED_PAIRS, len(candidates)), replace=False)
     fresh = score_pairs(
         engine,
         pairs,
         chosen,
-        token_costs(pairs.lengths, batch.layout),
         layout=batch.layout,
         max_tokens=batch.token_budget,
         with_reward=False,
         with_logprob=True,
-    )["logprob"]
+    )
+    assert fresh is not None  # nothing cuts it short
     num_tokens = np.stack([pairs.lengths["chosen"], pairs.lengths["rejected"]], axis=1)[chosen]
-    difference = np.abs(fresh - reference.values[chosen])
+    difference = np.abs(fresh["logprob"] - reference.values[chosen])
     per_token, tolerance = float((difference / num_tokens).mean()), TOLERANCE[config.model.dtype]
     figures = {
         "reference/largest_difference": float(difference.max()),

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hafrm_ds.config import BatchConfig
 from hafrm_ds.data.content_keys import unique_keys
-from hafrm_ds.data.packing import PromptWithResponses, token_costs
+from hafrm_ds.data.packing import token_costs
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.engine.scoring import score_items, sum_over_ranks
 from hafrm_ds.errors import DataError
@@ -42,6 +43,15 @@ class ReferenceLogprobs:
 
 
 @dataclass
+class PairSet:
+    """Pairs of a run, the positions of those that it uses, and their reference log-probs once they are there."""
+
+    pairs: PreparedPairs
+    index: np.ndarray
+    reference: ReferenceLogprobs | None = None
+
+
+@dataclass
 class Responses:
     """The responses of several sets of pairs, each content once.
 
@@ -58,14 +68,14 @@ class Responses:
     place: np.ndarray
 
     @classmethod
-    def of(cls, sets: Sequence[PreparedPairs], positions: Sequence[np.ndarray]) -> "Responses":
-        """Args: positions: for each set, the positions of the wanted pairs."""
+    def of(cls, sets: Sequence[PairSet]) -> "Responses":
+        """Those of the pairs that the sets use."""
         index = np.concatenate(
-            [np.stack([np.full(len(part), number), part], axis=1) for number, part in enumerate(positions)]
+            [np.stack([np.full(len(each.index), number), each.index], axis=1) for number, each in enumerate(sets)]
         )
-        every = np.concatenate([pairs.keys[part] for pairs, part in zip(sets, positions, strict=True)])
+        every = np.concatenate([each.pairs.keys[each.index] for each in sets])
         keys, place = unique_keys(every.reshape(-1))
-        return cls(sets, index, keys, place.reshape(-1, 2))
+        return cls([each.pairs for each in sets], index, keys, place.reshape(-1, 2))
 
     def by_set(self, values: np.ndarray) -> list[ReferenceLogprobs]:
         """Values [U] -> those of each set's pairs, NaN for pairs that were not wanted."""
@@ -118,9 +128,8 @@ class Work:
 
     def item(self, position: int) -> PromptWithResponses:
         number, row = self.responses.index[self.pair[position]]
-        pair = self.responses.sets[number][int(row)]
-        both = (pair.chosen_ids, pair.rejected_ids)
-        return PromptWithResponses(pair.prompt_ids, tuple(both[side] for side in np.flatnonzero(self.sides[position])))
+        prompt, both = self.responses.sets[number][int(row)].group
+        return PromptWithResponses(prompt, tuple(both[side] for side in np.flatnonzero(self.sides[position])))
 
     def places(self, positions: list[int]) -> np.ndarray:
         """Places among the different responses, in the order in which the items' responses are laid out."""
@@ -133,14 +142,12 @@ def compute_missing(
     batch: BatchConfig,
     writer: ShardWriter,
     *,
-    per_token: bool,
     on_progress: Callable[[int], None],
 ) -> np.ndarray:
     """Compute what is missing; each rank writes what it computes into the store as it goes.
 
     Args:
         writer: of this rank.
-        per_token: store the log-prob of each token too.
         on_progress: told how many tokens this rank has computed since the last call.
 
     Returns:
@@ -154,15 +161,11 @@ def compute_missing(
     costs = work.costs(batch.layout)
 
     def keep(positions: list[int], scores: ResponseScores) -> None:
-        places, logprobs = work.places(positions), scores.logprob.float().cpu().numpy()
+        places, logprobs = work.places(positions), scores.of("logprob").float().cpu().numpy()
         if not np.isfinite(logprobs).all():
             raise DataError(f"a reference log-prob is not finite, in {', '.join(ids_of(work, positions)[:10])}")
-        counts = scores.num_tokens.tolist()
-        tokens: list = [None] * len(counts)
-        if per_token:
-            tokens = np.split(scores.token_logprobs.cpu().numpy(), np.cumsum(counts)[:-1])
-        for place, logprob, count, token_logprobs in zip(places.tolist(), logprobs, counts, tokens, strict=True):
-            writer.add(work.responses.keys[place].tobytes(), logprob, count, token_logprobs)
+        for place, logprob, count in zip(places.tolist(), logprobs, scores.num_tokens.tolist(), strict=True):
+            writer.add(work.responses.keys[place].tobytes(), logprob, count)
         table[places, 0] = torch.from_numpy(logprobs).double()
         table[places, 1] += 1
         on_progress(int(costs[positions].sum()))

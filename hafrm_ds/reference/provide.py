@@ -18,7 +18,7 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.reference.check import check_sample
 from hafrm_ds.reference.fingerprint import fingerprint_weights
-from hafrm_ds.reference.offline_pass import ReferenceLogprobs, Responses, Work, compute_missing, stored_values
+from hafrm_ds.reference.offline_pass import PairSet, Responses, Work, compute_missing, stored_values
 from hafrm_ds.reference.store import Namespace, ReferenceStore, ShardWriter, StoreError, describe_namespaces
 
 
@@ -61,13 +61,12 @@ class ReferenceSource:
                 work,
                 batch,
                 ShardWriter(folder, self.namespace.name, provenance(engine), config.reference.flush_seconds),
-                per_token=config.reference.per_token,
                 on_progress=progress.advance_for_all_ranks,
             )
 
     def explain_missing(self, num_missing: int, num_wanted: int) -> str:
         """What is missing and why it may be, from what else the store holds; the same text on all ranks."""
-        message = [None]
+        message = [""]
         if self.store is not None:
             text = (
                 f"the reference store {self.config.reference.store} lacks {num_missing:,} of {num_wanted:,} log-probs "
@@ -89,10 +88,9 @@ class ReferenceSource:
 def namespace_of(config: TrainConfig) -> Namespace:
     """What the log-probs of a run's start weights belong to. Adapters are no part of them, and training all weights of
     the same base has the same; a quantised base is another one."""
-    dtype, quantize = config.model.dtype, config.model.lora.quantize
-    if quantize != "none":
-        dtype += f"-{quantize}"
-    return Namespace(fingerprint_weights(config.model), dtype, LOGPROB_VERSION)
+    quantize = config.model.lora.quantize
+    kind = config.model.dtype if quantize == "none" else f"{config.model.dtype}-{quantize}"
+    return Namespace(fingerprint_weights(config.model), kind, LOGPROB_VERSION)
 
 
 def shared_namespace(config: TrainConfig, processes: Processes) -> Namespace:
@@ -126,18 +124,17 @@ def provide_reference(
     source: ReferenceSource,
     engine: Engine,
     batch: BatchConfig,
-    sets: Sequence[PreparedPairs],
-    positions: Sequence[np.ndarray],
+    sets: Sequence[PairSet],
     log: Console,
     record: Callable[[dict[str, float]], None],
     may_compute: bool = True,
-) -> list[ReferenceLogprobs]:
-    """The reference log-probs of a training run, before its first step: the policy is the reference still.
+) -> None:
+    """Give the sets of a training run their reference log-probs, before its first step: the policy is the reference
+    still.
 
     Args:
         batch: with layout and token budget decided.
         sets: training set first.
-        positions: for each set, the positions of the pairs that the run uses.
         record: is told the figures of the check of a sample.
         may_compute: False for a run that is resumed: it had all values, so what is missing was lost.
 
@@ -145,7 +142,7 @@ def provide_reference(
         UserError: values are missing and may not be computed or reference.on_missing is stop, or a sample does not
             agree with the store.
     """
-    responses = Responses.of(sets, positions)
+    responses = Responses.of(sets)
     values = source.look_up(responses, engine.device)
     num_missing = int(np.isnan(values).sum())
     from_store = [np.flatnonzero(~np.isnan(part.values).any(axis=1)) for part in responses.by_set(values)]
@@ -168,9 +165,9 @@ def provide_reference(
         values = np.where(np.isnan(values), computed, values)
     else:
         log.print(f"all {len(values):,} reference log-probs found in {source.config.reference.store}")
-    reference = responses.by_set(values)
-    check_sample(source.config, batch, engine, sets[0], from_store[0], reference[0], log, record)
-    return reference
+    for each, reference in zip(sets, responses.by_set(values), strict=True):
+        each.reference = reference
+    check_sample(source.config, batch, engine, sets[0], from_store[0], log, record)
 
 
 def precompute(
@@ -190,19 +187,20 @@ def precompute(
     """
     started = time.perf_counter()
     config = source.config
-    responses = Responses.of(sets, [np.arange(len(pairs)) for pairs in sets])
+    responses = Responses.of([PairSet(pairs, np.arange(len(pairs))) for pairs in sets])
     values = source.look_up(responses, processes.device)
     work = Work.missing(responses, values)
-    figures = {
+    num_missing = int(np.isnan(values).sum())
+    figures: dict[str, float] = {
         "pairs": sum(len(pairs) for pairs in sets),
         "responses": len(values),
-        "computed": int(np.isnan(values).sum()),
+        "computed": num_missing,
         "tokens": 0,
         "look_up_seconds": time.perf_counter() - started,
         "compute_seconds": 0.0,
     }
     if len(work):
-        log.print(source.explain_missing(figures["computed"], len(values)))
+        log.print(source.explain_missing(num_missing, len(values)))
         engine, batch = load_engine()
         started = time.perf_counter()
         source.compute(engine, work, batch, log)

@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
         pa.field("num_tokens", pa.int32(), nullable=False),
     ]
 )
-TOKEN_LOGPROBS = pa.field("token_logprobs", pa.list_(pa.float32()), nullable=False)
+"""Shards may have more columns, as older ones have the log-prob of each token; they are not read."""
 FLUSH_VALUES = 1_000_000
 
 
@@ -100,28 +100,24 @@ class ShardWriter:
     rows: list[tuple] = field(default_factory=list)
     last_flush: float = field(default_factory=time.monotonic)
 
-    def add(self, key: bytes, logprob: float, num_tokens: int, token_logprobs: np.ndarray | None = None) -> None:
+    def add(self, key: bytes, logprob: float, num_tokens: int) -> None:
         if not np.isfinite(logprob):
             raise StoreError(f"a reference log-prob is {logprob}: it is not stored")
-        self.rows.append((key, logprob, num_tokens, token_logprobs))
+        self.rows.append((key, logprob, num_tokens))
         if len(self.rows) >= self.flush_values or time.monotonic() - self.last_flush >= self.flush_seconds:
             self.flush()
 
     def flush(self) -> None:
         """Write what has been collected as one shard."""
         if self.rows:
-            keys, logprobs, counts, per_token = zip(*sorted(self.rows, key=lambda row: row[0]), strict=True)
+            keys, logprobs, counts = zip(*sorted(self.rows, key=lambda row: row[0]), strict=True)
             columns = [
                 pa.array(keys, SCHEMA.field("key").type),
                 pa.array(logprobs, pa.float32()),
                 pa.array(counts, pa.int32()),
             ]
-            schema = SCHEMA
-            if per_token[0] is not None:
-                columns.append(pa.array(per_token, TOKEN_LOGPROBS.type))
-                schema = schema.append(TOKEN_LOGPROBS)
             metadata = {"namespace": self.namespace, "provenance": json.dumps(self.provenance)}
-            table = pa.Table.from_arrays(columns, schema=schema.with_metadata(metadata))
+            table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata(metadata))
             write_shard(self.folder, table)
             self.rows.clear()
         self.last_flush = time.monotonic()

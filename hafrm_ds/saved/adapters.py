@@ -22,7 +22,7 @@ PEFT_PREFIX = "base_model.model."
 """What names in ADAPTER_WEIGHTS begin with: peft's own wrapper around a causal LM."""
 
 
-def dequantized_tensors(causal_lm: nn.Module) -> dict[str, TensorSource]:
+def dequantized_tensors(causal_lm: PreTrainedModel) -> dict[str, TensorSource]:
     """The weights that bitsandbytes has packed, unpacked one by one as they are opened."""
     dtype = causal_lm.get_input_embeddings().weight.dtype
 
@@ -44,7 +44,7 @@ def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, is_tran
     return (weight.float() + scale * (update.T if is_transposed else update)).to(weight.dtype)
 
 
-def merged_tensors(causal_lm: nn.Module, gathered: Gather) -> dict[str, TensorSource]:
+def merged_tensors(causal_lm: PreTrainedModel, gathered: Gather) -> dict[str, TensorSource]:
     """What a folder holds of a causal LM, adapters merged into their layers one by one as they are opened.
 
     Args:
@@ -74,7 +74,7 @@ def merged_tensors(causal_lm: nn.Module, gathered: Gather) -> dict[str, TensorSo
     return tensors
 
 
-def save_adapter(causal_lm: nn.Module, folder: Path, *, gathered: Gather, is_writer: bool) -> None:
+def save_adapter(causal_lm: PreTrainedModel, folder: Path, *, gathered: Gather, is_writer: bool) -> None:
     """Write the adapters as peft saves them. All ranks call this together; `folder` is there.
 
     Raises:
@@ -88,7 +88,8 @@ def save_adapter(causal_lm: nn.Module, folder: Path, *, gathered: Gather, is_wri
     }
     write_tensors(tensors, folder / ADAPTER_WEIGHTS, is_writer)
     if is_writer:
-        causal_lm.peft_config[ADAPTER].save_pretrained(folder)
+        config: Any = causal_lm.peft_config  # peft hangs it there
+        config[ADAPTER].save_pretrained(folder)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

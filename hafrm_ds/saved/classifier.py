@@ -48,7 +48,7 @@ class ClassifierModel(Scorer):
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise ModelError(f"{saved.folder} cannot be loaded: {first_line(error)}") from error
-        if missing := sorted(report["missing_keys"]):  # transformers only warns, and goes on with random values
+        if missing := sorted(report["missing_keys"]):  # transformers only warns, and takes random values
             raise ModelError(
                 f"{saved.folder}: the weight files lack {', '.join(missing[:5])}, so the scores would be random"
             )
@@ -56,11 +56,14 @@ class ClassifierModel(Scorer):
 
     def forward(self, batch: PackedBatch, *, with_reward: bool, with_logprob: bool) -> ResponseScores:
         batch = batch.to(next(self.model.parameters()).device)
+        mask = batch.attention_mask
+        assert mask is not None  # its layout is padded
+        mask = mask.bool()
         pad = self.model.config.get_text_config().pad_token_id
         if pad is None:  # the stock class then takes single rows alone
-            rows = [ids[mask.bool()][None] for ids, mask in zip(batch.input_ids, batch.attention_mask)]
+            rows = [ids[own][None] for ids, own in zip(batch.input_ids, mask)]
             logits = torch.cat([self.model(ids, use_cache=False).logits for ids in rows])
         else:
-            ids = torch.where(batch.attention_mask.bool(), batch.input_ids, pad)
+            ids = torch.where(mask, batch.input_ids, pad)
             logits = self.model(ids, attention_mask=batch.attention_mask, use_cache=False).logits
         return ResponseScores(logits[:, 0].float(), None, batch.num_tokens)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -96,10 +96,10 @@ def export_policy(live: HybridRewardModel, saved: SavedModel, output_dir: Path) 
     config, generation_config = copy.deepcopy(causal_lm.config), copy.deepcopy(generation_config_of(causal_lm))
     config.architectures = [type(causal_lm).__name__]
     num_embeddings = causal_lm.get_input_embeddings().num_embeddings
-    pad = choose_pad_token(live.formatter, num_embeddings)
-    if pad.id >= num_embeddings:  # one more row of the LM head would change every log-prob
-        pad = None
-    else:
+    found = choose_pad_token(live.formatter, num_embeddings)
+    # One more row of the LM head would change every log-prob.
+    pad = found if found.id < num_embeddings else None
+    if pad is not None:
         config.pad_token_id = pad.id
         if generation_config is not None:
             generation_config.pad_token_id = pad.id
@@ -107,7 +107,7 @@ def export_policy(live: HybridRewardModel, saved: SavedModel, output_dir: Path) 
         write_sharded(tensors_of(causal_lm), draft)
         metadata = saved.metadata | {"format": "policy"}
         write_beside_weights(draft, config, generation_config, padding_tokenizer(live, pad), metadata)
-        expected = scores_in_fp32(live, lambda: live.log_probs(CONVERSATIONS))
+        expected = scores_in_fp32(live, lambda: cast(list[float], live.log_probs(CONVERSATIONS)))
         actual = stock_log_probs(draft, live, saved.config.trust_remote_code)
         difference = largest_difference(actual, expected, "log-probs", tolerance_of(live.model))
     return Exported(output_dir, pad, "log-probs", difference)
@@ -120,7 +120,7 @@ def stock_log_probs(folder: Path, live: HybridRewardModel, trust_remote_code: bo
     values = []
     for conversation in CONVERSATIONS:
         ids = rendered(tokenizer, conversation)["input_ids"]
-        length = len(live.encode(conversation).response)
+        length = len(live.encode(conversation).responses[0])
         with torch.no_grad():
             logprobs = stock.eval()(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
         values.append(logprobs.gather(1, ids[0, 1:, None])[-length:].sum().item())
@@ -158,7 +158,7 @@ def export_classifier(live: HybridRewardModel, saved: SavedModel, output_dir: Pa
         write_sharded(tensors, draft)
         metadata = saved.metadata | {"format": "sequence-classification"}
         write_beside_weights(draft, config, None, padding_tokenizer(live, pad), metadata)
-        expected = scores_in_fp32(live, lambda: live.score(CONVERSATIONS))
+        expected = scores_in_fp32(live, lambda: values_of(live))
         actual = stock_scores(draft, saved.config.trust_remote_code)
         difference = largest_difference(actual, expected * 2, "scores", tolerance_of(live.model))
     return Exported(output_dir, pad, "scores", difference)
@@ -166,7 +166,7 @@ def export_classifier(live: HybridRewardModel, saved: SavedModel, output_dir: Pa
 
 def reward_moments(metadata: dict[str, Any]) -> dict[str, float]:
     """Mean and deviation of the reward on the first evaluation set, where there is one, as OpenRLHF names them."""
-    metrics = next(iter(metadata.get("evaluation", {}).values()), {})
+    metrics: dict[str, float] = next(iter(metadata.get("evaluation", {}).values()), {})
     return {name: metrics[f"reward/{name}"] for name in ("mean", "std") if f"reward/{name}" in metrics}
 
 
@@ -241,13 +241,13 @@ def export_adapter(live: HybridRewardModel, saved: SavedModel, output_dir: Path)
         for file in (*source.iterdir(), saved.folder / REWARD_HEAD_FILE):
             shutil.copyfile(file, draft / file.name)
         write_tokenizer_and_card(draft, live.formatter.tokenizer, saved.metadata | {"format": "adapter"})
-        expected = live.score(CONVERSATIONS)
+        expected = values_of(live)
         tolerance = tolerance_of(live.model)
         live.model.to("meta")
         reopened = HybridRewardModel.from_pretrained(
             draft, device="cpu", trust_remote_code=saved.config.trust_remote_code
         )
-        difference = largest_difference(reopened.score(CONVERSATIONS), expected, "scores", tolerance)
+        difference = largest_difference(values_of(reopened), expected, "scores", tolerance)
     return Exported(output_dir, None, "scores", difference)
 
 
@@ -272,6 +272,11 @@ def padding_tokenizer(live: HybridRewardModel, pad: PadToken | None) -> PreTrain
 def rendered(tokenizer, conversations, **options):
     """Messages as whoever uses the export tokenises them: by the tokenizer's own template, without code of ours."""
     return tokenizer.apply_chat_template(conversations, return_tensors="pt", return_dict=True, **options)
+
+
+def values_of(live: HybridRewardModel) -> list[float]:
+    """The rewards of CONVERSATIONS."""
+    return cast(list[float], live.score(CONVERSATIONS))
 
 
 def scores_in_fp32(live: HybridRewardModel, score: Callable[[], list[float]]) -> list[float]:

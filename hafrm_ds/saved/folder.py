@@ -69,7 +69,11 @@ class SavedModel:
         Raises:
             ModelError: the folder is none that a training has left, or holds its weights as pickles.
         """
-        options = {"name_or_path": str(name_or_path), "revision": revision, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {
+            "name_or_path": str(name_or_path),
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
         folder = local_folder(ModelConfig(**options))
         metadata, head = read_metadata(folder), read_reward_head(folder)
         options["name_or_path"], weights = str(folder), folder
@@ -80,7 +84,8 @@ class SavedModel:
         refuse_pickles(weights, trust_pickle)
         # The head has the dtype of the body.
         dtype = dtype_of_weights(folder, dtype or str(head["weight"].dtype).removeprefix("torch."))
-        return cls(folder, ModelConfig(**options, dtype=dtype, reward_head_bias="bias" in head), metadata, head)
+        config = ModelConfig.model_validate(options | {"dtype": dtype, "reward_head_bias": "bias" in head})
+        return cls(folder, config, metadata, head)
 
     def formatter(self) -> ChatFormatter:
         """The formatter of the training.
@@ -147,7 +152,7 @@ class SavedStockModel:
         stock = load_model_config(ModelConfig(**options))
         cls.check(folder, stock)
         dtype = dtype_of_weights(folder, dtype or str(stock.dtype or "").removeprefix("torch."))
-        return cls(folder, ModelConfig(**options, dtype=dtype), metadata, chat_template)
+        return cls(folder, ModelConfig.model_validate(options | {"dtype": dtype}), metadata, chat_template)
 
     @classmethod
     def check(cls, folder: Path, config: PretrainedConfig) -> None:

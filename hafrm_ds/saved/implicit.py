@@ -55,4 +55,6 @@ class ImplicitRewardModel(Scorer):
         policy, reference = (
             model.forward(batch, with_reward=False, with_logprob=True) for model in (self.policy, self.reference)
         )
-        return ResponseScores(implicit_reward(policy.logprob, reference.logprob, self.beta), None, policy.num_tokens)
+        return ResponseScores(
+            implicit_reward(policy.of("logprob"), reference.of("logprob"), self.beta), None, policy.num_tokens
+        )

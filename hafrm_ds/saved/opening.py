@@ -52,16 +52,16 @@ def open_model(
     Raises:
         ModelError: it is none of these, or cannot be used.
     """
-    trust = {"trust_remote_code": trust_remote_code}
-    folder = local_folder(ModelConfig(name_or_path=str(name_or_path), **trust))
+    folder = local_folder(ModelConfig(name_or_path=str(name_or_path), trust_remote_code=trust_remote_code))
     metadata = read_json(folder / METADATA_FILE)
     if metadata.get("format") in ("hybrid", "adapter"):
-        return SavedModel.open(folder, dtype=dtype, trust_pickle=trust_pickle, **trust)
+        return SavedModel.open(folder, dtype=dtype, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code)
     architectures = read_json(folder / "config.json").get("architectures") or [""]
     for ending, kind in (("ForSequenceClassification", SavedClassifier), ("ForCausalLM", SavedPolicy)):
         if architectures[0].endswith(ending):
             refuse_pickles(folder, trust_pickle)
-            return kind.open(folder, {"name_or_path": str(folder), **trust}, dtype, metadata, chat_template)
+            options = {"name_or_path": str(folder), "trust_remote_code": trust_remote_code}
+            return kind.open(folder, options, dtype, metadata, chat_template)
     raise ModelError(
         f"{folder} is no model that scores: it is neither the final/ folder of a training ({METADATA_FILE}) nor does "
         f"its config.json name a ...ForSequenceClassification or ...ForCausalLM (it names {architectures[0] or 'none'})"
@@ -88,6 +88,7 @@ def open_reward_model(name_or_path: str | Path, *, reference: str | None = None,
     if reference is None and base_of(saved) is None:
         raise ModelError(f"{name_or_path}: {NO_REWARD}; give --reference")
     against = open_reference(reference or BASE, saved, **loading)
+    assert not isinstance(saved, SavedClassifier)  # it has a reward
     return SavedImplicitReward(saved, against, trained_beta(saved))
 
 
@@ -104,17 +105,19 @@ def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
     if "logprob" not in saved.heads:
         raise ModelError(f"{saved.folder} has no LM head, so no implicit reward that needs a --reference")
     if name == BASE:
-        name = base_of(saved)
-        if name is None:
+        name = base_of(saved) or ""
+        if not name:
             raise ModelError(f"{saved.folder} does not say what it was trained from; give --reference a model")
     try:
         reference = open_model(name, **loading | {"dtype": saved.config.dtype})
     except ModelError as error:
         raise ModelError(f"the reference of {saved.folder} cannot be used (--reference): {error}") from error
-    if isinstance(reference, SavedModel) or "logprob" not in reference.heads:
+    if not isinstance(reference, SavedPolicy):
         raise ModelError(f"--reference {name} is no plain causal LM")
     check_comparable(saved, reference)
-    known = {key: saved.metadata[key] for key in ("layout", "uses_stock_logits") if key in saved.metadata}
+    known: dict[str, Any] = {
+        key: saved.metadata[key] for key in ("layout", "uses_stock_logits") if key in saved.metadata
+    }
     return SavedPolicy(reference.folder, reference.config, known, reference.chat_template)
 
 
@@ -156,7 +159,8 @@ def trained_beta(saved: Saved) -> float:
 
 def load_scorer(saved: SavedScorer, device: torch.device, max_tokens: int) -> Scorer:
     """Load what `open_model` or `open_reward_model` has looked at."""
-    return SCORERS[type(saved)].load(saved, device, max_tokens)
+    kind: Any = SCORERS[type(saved)]  # each loads its own kind of folder
+    return kind.load(saved, device, max_tokens)
 
 
 def read_json(file: Path) -> dict[str, Any]:

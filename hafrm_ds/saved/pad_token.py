@@ -7,6 +7,7 @@ eos; so an export brings a pad token of its own choice.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import jinja2
 
@@ -62,9 +63,9 @@ def choose_pad_token(formatter: ChatFormatter, num_embeddings: int) -> PadToken:
 def last_ids(formatter: ChatFormatter) -> set[int]:
     """The last token of renderings with answers of several endings, of a question alone, and of an opened answer."""
     question = PROBE[:1]
-    renderings = [lambda end=end: formatter.encode([*question, assistant(end)]) for end in ENDINGS]
-    renderings += [lambda: formatter.encode([user("x")]), lambda: formatter.encode_prompt(question)]
-    found = set()
+    renderings = [partial(formatter.encode, [*question, assistant(end)]) for end in ENDINGS]
+    renderings += [partial(formatter.encode, [user("x")]), partial(formatter.encode_prompt, question)]
+    found: set[int] = set()
     for rendering in renderings:
         try:
             found |= set(rendering()[-1:])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
-from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
+from hafrm_ds.data.packing import PackedBatch, lay_out
 from hafrm_ds.data.pairs import assistant
 from hafrm_ds.data.tokenization import tokenize_conversation
 from hafrm_ds.model.attention import UnsupportedAttention
@@ -56,8 +56,7 @@ def settle_layout(model: HybridModel, formatter: ChatFormatter, device: torch.de
     """Go over to the padded layout and to the model's own logits where the faster ways change a value, as a training
     does at its start."""
     question = PROBE[:1]
-    answers = [tokenize_conversation(formatter, [*question, assistant(text)]) for text in ("y", "No, not yet.")]
-    items = [PromptWithResponses(prompt, (response,)) for prompt, response in answers]
+    items = [tokenize_conversation(formatter, [*question, assistant(text)]) for text in ("y", "No, not yet.")]
 
     def forward(batch: PackedBatch, **heads: bool) -> ResponseScores:
         return model(batch.to(device), **heads)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -120,10 +121,10 @@ class HybridRewardModel(Scorer):
 
         def read(scores: ResponseScores) -> list:
             if not per_token:
-                return scores.logprob.tolist()
-            return [part.tolist() for part in scores.token_logprobs.split(scores.num_tokens.tolist())]
+                return scores.of("logprob").tolist()
+            return [part.tolist() for part in scores.of("token_logprobs").split(scores.num_tokens.tolist())]
 
-        values = self.run(map(self.encode, conversations), read, ("logprob",))
+        values = self.of_conversations(map(self.encode, conversations), read, ("logprob",))
         return values[0] if is_one else values
 
     def forward(self, batch: PackedBatch, **heads: bool) -> ResponseScores:
@@ -138,5 +139,5 @@ def as_conversations(
     if responses is not None:
         if not is_one:
             raise DataError("responses belong to one conversation, but `messages` is a list of conversations")
-        return [[*messages, assistant(response)] for response in responses], False
-    return ([messages] if is_one else list(messages)), is_one
+        return [[*cast(Conversation, messages), assistant(response)] for response in responses], False
+    return (cast(list[Conversation], [messages] if is_one else list(messages))), is_one

@@ -1,4 +1,4 @@
-"""What every model that scores has in common: conversations in, a value for each out, prompts shared, in micro-batches.
+"""What every model that scores has in common: groups in, a value for each response out, in micro-batches.
 
 Scoring of files, evaluation and best-of-N ask for nothing else, so they take any kind of model (`model.opening`).
 """
@@ -11,15 +11,17 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.packing import PackedBatch, share_prompts
+from hafrm_ds.data.packing import PackedBatch, share_prompts, split_groups
 from hafrm_ds.data.pairs import Message
-from hafrm_ds.data.tokenization import ConversationIds, tokenize_conversation
+from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.engine.scoring import score_items
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.loading import known_positions
 from hafrm_ds.objective import ResponseScores
 
 Conversation = list[Message]
+Read = Callable[[ResponseScores], list[Any]]
+"""What a caller wants of the scores of a micro-batch: a value a response."""
 DEFAULT_MAX_TOKENS = 8192
 NO_REWARD = (
     "the model has no reward head, or was trained without a reward loss (objective.rm_weight 0). It has log-probs, and "
@@ -30,8 +32,8 @@ NO_REWARD = (
 class Scorer(ABC):
     """A model with its formatter.
 
-    Conversations go through in micro-batches of at most `max_tokens` tokens. Those with the same prompt (everything
-    before the last message) share its computation where the layout allows it; a value does not depend on what it was
+    Groups (a prompt with its responses) go through in micro-batches of at most `max_tokens` tokens. The responses of a
+    group share the computation of its prompt where the layout allows it; a value does not depend on what it was
     computed beside.
 
     Attributes:
@@ -53,53 +55,57 @@ class Scorer(ABC):
     def forward(self, batch: PackedBatch, *, with_reward: bool, with_logprob: bool) -> ResponseScores:
         """Scores of a micro-batch that lies on the CPU."""
 
-    def encode(self, messages: Conversation) -> ConversationIds:
-        """Messages -> token ids.
+    def encode(self, messages: Conversation) -> PromptWithResponses:
+        """Messages -> token ids, a group of one response.
 
         Raises:
             DataError: a conversation that the template refuses, or that is longer than max_tokens or the model knows.
         """
         ids = tokenize_conversation(self.formatter, messages)
-        length = len(ids.prompt) + len(ids.response)
+        length = ids.longest_conversation
         if length > self.max_length:
             what = "max_tokens" if self.max_length == self.max_tokens else "the positions that the model knows"
             raise DataError(f"the conversation has {length:,} tokens, more than {what} ({self.max_length:,})")
         return ids
 
-    def score_ids(self, conversations: Iterable[ConversationIds]) -> list[float]:
+    def score_ids(self, conversations: Iterable[PromptWithResponses]) -> list[float]:
         """Rewards of encoded conversations, in order. Raises ModelError if the model has none to give."""
         if "reward" not in self.heads:
             raise ModelError(NO_REWARD)
-        return self.run(conversations, lambda scores: scores.reward.tolist(), ("reward",))
+        return self.of_conversations(conversations, lambda scores: scores.of("reward").tolist(), ("reward",))
 
-    def values(self, conversations: Iterable[ConversationIds], heads: tuple[str, ...]) -> np.ndarray:
-        """What `heads` say of encoded conversations: [conversations, heads] fp32, in order."""
+    def of_conversations(
+        self, conversations: Iterable[PromptWithResponses], read: Read, heads: tuple[str, ...]
+    ) -> list[Any]:
+        """What `read` takes of free conversations, in their order. Prompts that they share are searched for."""
+        groups, places = share_prompts(list(conversations))
+        values = dict(zip(places, self.run(groups, read, heads), strict=True))
+        return [values[position] for position in range(len(values))]
+
+    def values(self, groups: Iterable[PromptWithResponses], heads: tuple[str, ...]) -> np.ndarray:
+        """What `heads` say of the responses of groups: [responses, heads] fp32, in order."""
 
         def read(scores: ResponseScores) -> list:
-            return list(zip(*(getattr(scores, head).tolist() for head in heads)))
+            return list(zip(*(scores.of(head).tolist() for head in heads)))
 
-        return np.array(self.run(conversations, read, heads), dtype=np.float32).reshape(-1, len(heads))
+        return np.array(self.run(groups, read, heads), dtype=np.float32).reshape(-1, len(heads))
 
-    def run(
-        self,
-        conversations: Iterable[ConversationIds],
-        read: Callable[[ResponseScores], list],
-        heads: tuple[str, ...],
-    ) -> list:
-        """What `read` takes from the scores of a micro-batch, a value a response, put in the conversations' order."""
-        conversations = list(conversations)
-        items, places, costs = share_prompts(conversations, self.layout, self.max_tokens)
+    def run(self, groups: Iterable[PromptWithResponses], read: Read, heads: tuple[str, ...]) -> list[Any]:
+        """What `read` takes from the scores of a micro-batch, a value a response, in the order of the responses."""
+        items = split_groups(groups, self.layout, self.max_tokens)
+        num_responses = np.array([len(item.responses) for item in items], dtype=np.int64)
+        first = np.cumsum(num_responses) - num_responses  # place of an item's first response
         values: dict[int, Any] = {}
 
         def keep(batch: list[int], scores: ResponseScores) -> None:
-            positions = [position for number in batch for position in places[number]]
-            values.update(zip(positions, read(scores), strict=True))
+            places = [first[number] + k for number in batch for k in range(num_responses[number])]
+            values.update(zip(places, read(scores), strict=True))
 
         score_items(
             self.forward,
             items.__getitem__,
-            costs,
-            num_responses=np.array([len(members) for members in places]),
+            np.array([len(prompt) + sum(map(len, responses)) for prompt, responses in items], dtype=np.int64),
+            num_responses=num_responses,
             layout=self.layout,
             max_tokens=self.max_tokens,
             on_scores=keep,
@@ -109,7 +115,7 @@ class Scorer(ABC):
             num_ranks=self.num_ranks,
         )
         values = self.of_all_ranks(values)
-        return [values[position] for position in range(len(conversations))]
+        return [values[place] for place in range(int(num_responses.sum()))]
 
     def of_all_ranks(self, values: dict[int, Any]) -> dict[int, Any]:
         """Values by position, those that other ranks have computed among them."""

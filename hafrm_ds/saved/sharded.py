@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import PackedBatch
-from hafrm_ds.engine.deepspeed_config import deepspeed_contradictions, read_deepspeed_json
+from hafrm_ds.engine.deepspeed_config import deepspeed_problems
 from hafrm_ds.engine.engine import Engine, load_scoring_engine
 from hafrm_ds.errors import ConfigError, ModelError
 from hafrm_ds.objective import ResponseScores
@@ -40,11 +40,9 @@ class ShardedModel(Scorer):
             ConfigError: the JSON cannot be used.
         """
         # Of a run only the model matters here.
-        config = TrainConfig(output_dir=".", deepspeed=deepspeed, model=saved.config, data={"train": "."})
-        content, problems = read_deepspeed_json(deepspeed)
-        if content is not None:
-            problems += deepspeed_contradictions(content, config)
-        if problems:
+        given = {"output_dir": ".", "deepspeed": deepspeed, "model": saved.config, "data": {"train": "."}}
+        config = TrainConfig.model_validate(given)
+        if problems := deepspeed_problems(config):
             raise ConfigError(problems)
         engine = load_scoring_engine(config, processes, lambda: saved.hybrid_model(processes.device))
         return cls(engine, saved, max_tokens)

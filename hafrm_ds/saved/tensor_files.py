@@ -111,7 +111,9 @@ def write_tensors(tensors: dict[str, TensorSource], file: Path, is_writer: bool 
             file.chmod(mode)  # safetensors lets nobody but the owner read it
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be written: {error}") from error
-        check_file(file, {name: checksum(tensor) for name, tensor in held.items()})
+        checksums = {name: checksum(tensor) for name, tensor in held.items()}
+        held.clear()  # before the file is mapped: one of the two stands in memory at a time
+        check_file(file, checksums)
 
 
 def checksum(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:

@@ -1,9 +1,9 @@
-"""Saving a hybrid model as a Hugging Face folder, one parameter at a time.
+"""Saving a hybrid model as a Hugging Face folder, one shard at a time.
 
-No rank ever holds a whole copy of the model: each parameter is gathered, written by rank 0 and dropped. What was
-written is read back and compared byte by byte, through a checksum of each gathered parameter: a folder whose tensors
-are those of the live model has its scores. Reopening the folder beside the live model would need room for a second one,
-and under ZeRO-3 a rank may not even have room for the first. (`hafrm_ds.saved.export`, which has the model to itself,
+Each parameter is gathered alone, copied by rank 0 and dropped by the others; rank 0 holds a shard (2 GiB of a larger
+model), writes it, reads it back and compares every tensor by a checksum: a folder whose tensors are those of the live
+model has its scores. Reopening the folder beside the live model would need room for a second one, and under ZeRO-3 a
+rank may not even have room for the first. (`hafrm_ds.saved.export`, which has the model to itself,
 does reopen what it writes and compares scores.)
 """
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hafrm_ds.config import ScoringSection
 from hafrm_ds.durability import whole_file
 from hafrm_ds.errors import DataError
 from hafrm_ds.processes.console import Console
@@ -16,7 +17,7 @@ from hafrm_ds.processes.parts import claim_folder, leave_together, stamp, work_t
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.implicit import SavedImplicitReward
 from hafrm_ds.saved.opening import SavedScorer, identity_of_model, open_reward_model
-from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS, Scorer
+from hafrm_ds.saved.scorer import Scorer
 from hafrm_ds.saved.sharded import load_for_job
 from hafrm_ds.scoring.rows import ScoredRow
 
@@ -25,31 +26,26 @@ SMALLEST_PART, MOST_PARTS = 64, 2000
 ERRORS_SHOWN = 20
 
 
-@dataclass(frozen=True)
-class ScoringOptions:
-    """What launch/score.py is asked for; its --help says what each means."""
+class ScoringOptions(ScoringSection):
+    """What launch/score.py is asked for."""
 
     model: Path
+    """The final/ folder of a training, or another reward model: AutoModelForSequenceClassification with one label."""
     input: Path
+    """JSON lines."""
     output: Path
-    max_tokens_per_micro_batch: int = DEFAULT_MAX_TOKENS
-    dtype: str | None = None
-    deepspeed: Path | None = None
-    trust_remote_code: bool = False
-    trust_pickle: bool = False
-    chat_template: str | None = None
+    """JSON lines; must not exist."""
     reference: str | None = None
+    """Of a model without a reward head, what the implicit reward is measured against: a folder, a hub id, or base: what
+    its training started from. Default: base."""
+    chat_template: str | None = None
+    """Name or file of a template, for a tokenizer without one."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON: shard the model over the processes."""
 
     def open(self) -> SavedScorer:
         """Raises ModelError if the model cannot be used, or gives no reward."""
-        return open_reward_model(
-            self.model,
-            reference=self.reference,
-            dtype=self.dtype,
-            chat_template=self.chat_template,
-            trust_remote_code=self.trust_remote_code,
-            trust_pickle=self.trust_pickle,
-        )
+        return open_reward_model(self.model, reference=self.reference, **self.loading)
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,6 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
     saved = options.open()
     if isinstance(saved, SavedImplicitReward):
         log.print(f"{options.model} has no reward head: scored by its implicit reward against {saved.reference.folder}")
-    if options.max_tokens_per_micro_batch < 1:
-        raise DataError(f"--max_tokens_per_micro_batch is {options.max_tokens_per_micro_batch}; no row is so short")
     folder = options.output.with_name(f"{options.output.name}.parts")
     # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
     plan = json.loads(processes.from_first("plan", lambda: json.dumps(plan_job(options, saved, folder))))
@@ -113,13 +107,13 @@ def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> dict[
     """
     if options.output.exists() and not folder.exists():
         raise DataError(f"--output {options.output} is already there; choose another file")
-    parts = cut_into_parts(options.input)
+    parts = split_into_parts(options.input)
     claim_folder(folder, identity_of(options, saved))
     missing = [part.number for part in parts if not part.file(folder).exists()]
     return {"parts": [asdict(part) for part in parts], "missing": missing}
 
 
-def cut_into_parts(input: Path) -> list[Part]:
+def split_into_parts(input: Path) -> list[Part]:
     """Raises DataError if the input cannot be read or has no line."""
     starts = [0]
     try:
@@ -181,8 +175,8 @@ def join_parts(output: Path, folder: Path, parts: list[Part], log: Console) -> i
         raise DataError(f"--output {output} cannot be written: {error.strerror}; start again to join it") from error
     if errors:
         log.warn(f"{len(errors):,} rows could not be scored; their score is null:")
-        for error in errors[:ERRORS_SHOWN]:
-            log.warn(error)
+        for reason in errors[:ERRORS_SHOWN]:
+            log.warn(reason)
         if len(errors) > ERRORS_SHOWN:
             log.warn(f"and {len(errors) - ERRORS_SHOWN:,} more, each with its reason in score_error")
     log.print(f"the scores are in {output}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from hafrm_ds.data.files import parse_json
 from hafrm_ds.data.pairs import Message, Row, assistant, prompt_from_text
-from hafrm_ds.data.tokenization import ConversationIds
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
 from hafrm_ds.saved.scorer import Scorer
 
@@ -22,7 +22,7 @@ class ScoredRow:
 
     fields: dict[str, Any]
     field: str
-    conversations: list[ConversationIds]
+    conversations: list[PromptWithResponses]
     error: str = ""
 
     @classmethod
@@ -51,7 +51,7 @@ class ScoredRow:
         if not error and not all(map(math.isfinite, scores)):
             error = f"{place}: the score is not finite"
         if error:
-            result = {self.field: None, "score_error": error}
+            result: dict[str, Any] = {self.field: None, "score_error": error}
         else:
             result = {self.field: scores if self.field == "scores" else scores[0]}
         return json_line(self.fields | result), error

@@ -63,7 +63,6 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         engine,
         pairs,
         index,
-        trainer.train_set.costs,
         layout=config.batch.layout,
         max_tokens=config.batch.token_budget,
         with_reward=config.objective.uses_reward,

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from hafrm_ds.config import ObjectiveConfig, TrainConfig, contradictions
+from hafrm_ds.config import ObjectiveConfig, TrainConfig
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError, UserError
 from hafrm_ds.evaluation.comparison import (
@@ -39,7 +39,8 @@ from hafrm_ds.processes.stopping import STOPPED_STATUS, Stopped
 from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
 
 CONTENT = ("model.name_or_path", "model.revision", "data.train", "data.eval")
-"""When a run goes on, the content of these is compared. Of a finished run it is not read again: their words count."""
+"""When a run is resumed, the content of these is compared. Of a finished run it is not read again: their words count.
+"""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]
     problems = [
         f"{arm.name}: {problem}"
         for arm in arms
-        for problem in contradictions(config.model_copy(update={"objective": arm.objective}))
+        for problem in config.model_copy(update={"objective": arm.objective}).contradictions()
     ]
     if problems:
         raise ConfigError(problems)

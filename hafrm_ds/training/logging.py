@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any, TextIO
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.durability import write_whole
@@ -32,7 +33,9 @@ class RunLog(Console):
         super().__init__(processes)
         self.writes = self.is_first and files
         self.config, self.device = config, processes.device
-        self.metrics_file = self.tensorboard = self.wandb = None
+        self.metrics_file: TextIO | None = None
+        self.tensorboard: Any = None
+        self.wandb: Any = None
         self.waiting: list[tuple] = []
         """Rows from before `start`."""
         if self.writes:
@@ -44,7 +47,7 @@ class RunLog(Console):
         metrics = folder / "metrics.jsonl"
         if self.config.resume == "none" and metrics.exists() and metrics.stat().st_size:
             raise UserError(
-                f"--output_dir {folder} already holds a run (metrics.jsonl); choose another folder, or go on with it: "
+                f"--output_dir {folder} already holds a run (metrics.jsonl); choose another folder, or resume it: "
                 "--resume auto"
             )
         if self.config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
@@ -56,7 +59,7 @@ class RunLog(Console):
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
 
     def start(self, config: TrainConfig, step: int, evaluation_is_due: bool = False) -> None:
-        """Begin to write, after `step` steps of an earlier start: later rows of it are cut off.
+        """Begin to write, after `step` steps of an earlier start: later rows of it are removed.
 
         Args:
             config: with everything decided that `auto` left open.
@@ -66,12 +69,12 @@ class RunLog(Console):
             return
         folder = config.output_dir
         self.first_step = step
-        (folder / "config.yaml").write_text(config.to_yaml())
+        write_whole(folder / "config.yaml", config.to_yaml().encode())
         self.write_json(folder / "environment.json", environment(self.num_ranks, self.device))
         for name in (SUMMARY_FILE, STOPPED_FILE):
             (folder / name).unlink(missing_ok=True)
         metrics = folder / "metrics.jsonl"
-        cut_rows(metrics, step, evaluation_is_due)
+        truncate_rows(metrics, step, evaluation_is_due)
         self.metrics_file = metrics.open("a", buffering=1)
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +89,7 @@ class RunLog(Console):
                 project=config.logging.wandb_project,
                 dir=folder.resolve(),
                 name=folder.resolve().name,
-                id=wandb_id(folder, goes_on=step > 0),
+                id=wandb_id(folder, is_resumed=step > 0),
                 resume="allow",
                 config=config.model_dump(mode="json"),
                 allow_val_change=True,  # options that a resumed run may change
@@ -96,7 +99,7 @@ class RunLog(Console):
 
     def write_json(self, path: Path, content: dict) -> None:
         if self.writes:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            write_whole(path, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
 
     def metrics(self, kind: str, step: int, values: dict[str, float], **labels: str) -> None:
         """One row of metrics.jsonl, and the same to TensorBoard and wandb under KIND/[set/]NAME."""
@@ -116,7 +119,7 @@ class RunLog(Console):
 
     def sync(self) -> None:
         """See to it that all rows so far are on disk."""
-        if self.writes:
+        if self.metrics_file is not None:
             os.fsync(self.metrics_file.fileno())
 
     def close(self) -> None:
@@ -129,7 +132,7 @@ class RunLog(Console):
             self.wandb.finish()
 
 
-def cut_rows(metrics: Path, step: int, evaluation_is_due: bool) -> None:
+def truncate_rows(metrics: Path, step: int, evaluation_is_due: bool) -> None:
     """Leave the rows of the first `step` steps in a metrics.jsonl, without a last one that was cut by a crash."""
     if not metrics.exists():
         return
@@ -144,14 +147,14 @@ def cut_rows(metrics: Path, step: int, evaluation_is_due: bool) -> None:
     write_whole(metrics, "".join(kept).encode())
 
 
-def wandb_id(folder: Path, goes_on: bool) -> str:
-    """Under which W&B keeps the run, so that one that goes on stays one run there; W&B passes over the steps that it
+def wandb_id(folder: Path, is_resumed: bool) -> str:
+    """Under which W&B keeps the run, so that one that is resumed stays one run there; W&B passes over the steps that it
     has already. One that starts anew gets a new id.
 
     Args:
-        goes_on: the run does not start at its first step.
+        is_resumed: the run does not start at its first step.
     """
     file = folder / WANDB_ID_FILE
-    if not goes_on or not file.exists():
-        file.write_text(secrets.token_hex(8))
+    if not is_resumed or not file.exists():
+        write_whole(file, secrets.token_hex(8).encode())
     return file.read_text()

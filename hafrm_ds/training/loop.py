@@ -27,21 +27,11 @@ from hafrm_ds.hardware.devices import published_peak
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.objective import JointLoss, joint_loss, preference_metrics, weights_at
-from hafrm_ds.reference.offline_pass import ReferenceLogprobs
+from hafrm_ds.reference.offline_pass import PairSet
 from hafrm_ds.reference.provide import ReferenceSource, provide_reference
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.saver import CheckpointSaver
 from hafrm_ds.training.schedule import learning_rate_factor
-
-
-@dataclass
-class PairSet:
-    """Pairs of a run with what each costs in its layout, the positions it uses and their reference log-probs."""
-
-    pairs: PreparedPairs
-    costs: np.ndarray
-    index: np.ndarray
-    reference: ReferenceLogprobs | None = None
 
 
 @dataclass
@@ -97,14 +87,10 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.plan = BatchPlan(len(train_pairs), config.batch.global_batch_size, config.seed)
         self.num_steps = config.max_steps or math.ceil(config.epochs * len(train_pairs) / self.plan.global_batch_size)
-        layout = config.batch.layout
-        self.train_set = PairSet(
-            train_pairs, token_costs(train_pairs.lengths, layout), self.plan.pairs_until(self.num_steps)
-        )
+        self.train_set = PairSet(train_pairs, self.plan.pairs_until(self.num_steps))
+        self.train_costs = token_costs(train_pairs.lengths, config.batch.layout)
         self.eval_sets = {
-            name: PairSet(
-                pairs, token_costs(pairs.lengths, layout), fixed_choice(len(pairs), config.evaluation.max_pairs)
-            )
+            name: PairSet(pairs, fixed_choice(len(pairs), config.evaluation.max_pairs))
             for name, pairs in eval_pairs.items()
         }
         self.state = saver.state
@@ -195,7 +181,7 @@ class Trainer:
     def cut(self, step: int) -> tuple[list[np.ndarray], float]:
         """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
         index, batch = self.plan.global_batch(step), self.config.batch
-        costs, rows = self.train_set.costs[index], padded_rows(batch.layout, len(index))
+        costs, rows = self.train_costs[index], padded_rows(batch.layout, len(index))
         ranks = cut_into_micro_batches(costs, self.world_size, batch.token_budget, rows)
         own = [np.array([DUMMY if place == DUMMY else index[place] for place in part]) for part in ranks[self.rank]]
         return own, imbalance(costs, ranks, rows)
@@ -211,20 +197,19 @@ class Trainer:
 
         DeepSpeed averages gradients over the ranks, hence the factor world_size.
         """
-        objective, moved = self.config.objective, micro_batch.to(self.engine.device)
+        objective = self.config.objective
         weights = weights_at(objective, step)
-        # The reward head costs next to nothing and always runs; the LM head does not while its loss counts nothing.
-        with_logprob = weights.policy > 0
         scores = self.engine(
-            moved.batch,
-            with_reward=objective.uses_reward,
-            with_logprob=with_logprob,
-            idle_lm_head=objective.uses_policy and not with_logprob,
+            micro_batch.batch,
+            with_reward=weights.reward > 0,
+            with_logprob=weights.policy > 0,
+            idle_heads=objective.alternate_every > 0,
         )
-        loss = joint_loss(objective, weights, scores, moved.reference, moved.margin)
-        totals.add(micro_batch, moved.weight, loss, preference_metrics(scores, moved.reference, objective.beta))
-        totals.flops += self.cost.training_flops(micro_batch.batch, with_logprob)
-        return (loss.total * moved.weight).sum() / self.plan.global_batch_size * self.world_size
+        weight, margin, reference = micro_batch.labels_on(self.engine.device)
+        loss = joint_loss(objective, weights, scores, reference, margin)
+        totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
+        totals.flops += self.cost.training_flops(micro_batch.batch, with_logprob=weights.policy > 0)
+        return (loss.total * weight).sum() / self.plan.global_batch_size * self.world_size
 
     def reduce(self, totals: StepTotals) -> dict[str, float]:
         """Means over the pairs of the global batch, from the sums of all ranks: one all-reduce a step."""
@@ -260,21 +245,15 @@ class Trainer:
         """Give every set its reference log-probs. Before `run`: they are checked against the untouched weights."""
         if self.reference_source is None:
             return
-        sets = [self.train_set, *self.eval_sets.values()]
-        pairs, positions = [each.pairs for each in sets], [each.index for each in sets]
-        may_compute = not self.saver.is_resuming
-        found = provide_reference(
+        provide_reference(
             self.reference_source,
             self.engine,
             self.config.batch,
-            pairs,
-            positions,
+            [self.train_set, *self.eval_sets.values()],
             self.log,
             record=partial(self.log.metrics, "check", 0),
-            may_compute=may_compute,
+            may_compute=not self.saver.is_resuming,
         )
-        for pair_set, reference in zip(sets, found, strict=True):
-            pair_set.reference = reference
 
     def evaluate(self, step: int) -> bool:
         """Score every evaluation set, log its metrics, remember the best step; False if a signal cuts it short."""
@@ -285,7 +264,6 @@ class Trainer:
                     self.engine,
                     pair_set.pairs,
                     pair_set.index,
-                    pair_set.costs,
                     layout=self.config.batch.layout,
                     max_tokens=self.config.batch.token_budget,
                     with_reward=objective.uses_reward,
@@ -315,7 +293,7 @@ class Trainer:
         best, step = self.state.best.step, self.state.step
         if self.config.checkpoint.final == "last" or best is None or best == step:
             return step
-        return best if self.saver.go_back(best) else step
+        return best if self.saver.restore_step(best) else step
 
     def summary(self, final_step: int) -> dict:
         """What a reader wants to know first, for summary.json.

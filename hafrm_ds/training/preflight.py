@@ -7,9 +7,10 @@ import numpy as np
 import torch.distributed as dist
 
 from hafrm_ds.config import BatchConfig, TrainConfig
-from hafrm_ds.data.packing import PromptWithResponses, from_pairs, lay_out, token_costs
+from hafrm_ds.data.packing import lay_out, token_costs
 from hafrm_ds.data.planning import BatchPlan, check_budget
 from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine, TrainingEngine
 from hafrm_ds.engine.scoring import over_all_ranks
 from hafrm_ds.errors import ModelError
@@ -145,11 +146,11 @@ def check_lm_head(engine: Engine, pairs: PreparedPairs, log: RunLog) -> None:
 def shortest_items(pairs: PreparedPairs, layout: str) -> list[PromptWithResponses]:
     """A few pairs that every model can take at once."""
     shortest = np.argsort(token_costs(pairs.lengths, layout))[:CHECKED_PAIRS]
-    return from_pairs([pairs[int(index)] for index in shortest])
+    return [pairs[int(index)].group for index in shortest]
 
 
 def longest_items(pairs: PreparedPairs, most_tokens: float) -> list[PromptWithResponses]:
     """The longest pair that takes at most `most_tokens` in the padded layout; nothing if none is that short."""
     costs = token_costs(pairs.lengths, "padded")
     fitting = np.flatnonzero(costs <= most_tokens)
-    return from_pairs([pairs[int(fitting[costs[fitting].argmax()])]] if len(fitting) else [])
+    return [pairs[int(fitting[costs[fitting].argmax()])].group] if len(fitting) else []

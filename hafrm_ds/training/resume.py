@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest whole checkpoint, and whether this run is the one that wrote it."""
+"""Where a run resumes: the newest whole checkpoint, and whether this run is the one that wrote it."""
 
 import json
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ class ResumePoint:
     allow_changed: tuple[str, ...]
 
     def settle(self, config: TrainConfig) -> TrainConfig:
-        """The configuration with what `auto` leaves open decided as it was: the same cut gives the same last bits."""
+        """The configuration with what `auto` leaves open decided as it was: equal partitions give equal last bits."""
         decided = {name: self.state.config["batch"][name] for name, value in config.batch if value == "auto"}
         return config.model_copy(update={"batch": config.batch.model_copy(update=decided)})
 
@@ -82,7 +82,7 @@ class ResumePoint:
         if refused:
             lines = "".join(f"\n  - {text}" for text in refused.values())
             raise CheckpointError(
-                f"{self.folder} {reason}:{lines}\nGo on with what it was, start anew in another --output_dir, or allow "
+                f"{self.folder} {reason}:{lines}\nResume it as it was, start anew in another --output_dir, or allow "
                 f"the change: --checkpoint.allow_changed '[{', '.join(sorted(refused))}]'"
             )
 
@@ -127,7 +127,7 @@ def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) ->
             point.check_config(config)
             return point
         if not is_auto:
-            raise CheckpointError(f"--resume {candidate} cannot be gone on from: {reason}")
+            raise CheckpointError(f"--resume {candidate} cannot be resumed: {reason}")
         log.warn(f"{candidate} is passed over: {reason}")
     return None
 

@@ -43,14 +43,14 @@ def train(config: TrainConfig, processes: Processes) -> None:
     tensorboard/, checkpoints/, summary.json, final/, report.html.
 
     Raises:
-        Stopped: a signal has ended the run; stopped.json says where it can go on.
+        Stopped: a signal has ended the run; stopped.json says where it resumes.
     """
     log = RunLog(config, processes)
     try:
         train_to_the_end(config, processes, log)
     except Stopped as stop:
         file = config.output_dir / STOPPED_FILE
-        if stop.checkpoint or not file.exists():  # stopped while it was about to go on: what it says still holds
+        if stop.checkpoint or not file.exists():  # stopped before it had resumed: what it says still holds
             log.write_json(file, stop.to_json())
         leave_report(config, log)
         raise
@@ -62,7 +62,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     """`train`, without what is left to do when it is cut short."""
     check_options(config, processes)
     if is_finished(config, processes):
-        log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to go on with")
+        log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to resume")
         return
     config, resume_point = settle_resume_point(config, processes, log)
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
@@ -116,7 +116,7 @@ def deepspeed_config_of(config: TrainConfig, processes: Processes) -> dict:
 
 
 def is_finished(config: TrainConfig, processes: Processes) -> bool:
-    """Whether the run that is to be gone on with has come to its end. The same on all ranks."""
+    """Whether the run that is to be resumed has come to its end. The same on all ranks."""
     file = config.output_dir / SUMMARY_FILE
     return config.resume == "auto" and processes.from_first("finished", lambda: str(file.exists())) == "True"
 
@@ -124,7 +124,7 @@ def is_finished(config: TrainConfig, processes: Processes) -> bool:
 def settle_resume_point(
     config: TrainConfig, processes: Processes, log: RunLog
 ) -> tuple[TrainConfig, ResumePoint | None]:
-    """Where the run goes on, and its configuration with what `auto` leaves open decided as it was there.
+    """Where the run resumes, and its configuration with what `auto` leaves open decided as it was there.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or was written under other options.

@@ -118,7 +118,7 @@ class CheckpointSaver:
         if self.stop_reason is not None:
             raise Stopped(self.stop_reason, step, checkpoint_name(step) if step else None)
 
-    def go_back(self, step: int) -> bool:
+    def restore_step(self, step: int) -> bool:
         """Restore the weights and the evaluation after an earlier step, once the run is over; False, with a warning, if
         its checkpoint is not whole."""
         folder = self.root / checkpoint_name(step)

@@ -13,7 +13,8 @@ import statistics
 import torch
 from transformers import LlamaConfig
 
-from hafrm_ds.data.packing import PromptWithResponses, lay_out
+from hafrm_ds.data.packing import lay_out
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.model.attention import KERNELS, ScoreRule, segment_sdpa
 from tests.benchmarks.roofline import seconds
 

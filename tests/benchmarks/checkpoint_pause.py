@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.engine.engine import load_training_engine
-from hafrm_ds.options import load_config
 from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer

@@ -52,7 +52,7 @@ def main(final: str, classifier: str, policy: str, rows_file: str, num_rows: str
     for dtype in ("float32", "bfloat16"):
         model = HybridRewardModel.from_pretrained(final, dtype=dtype)
         scores, log_probs = torch.tensor(model.score(conversations)), torch.tensor(model.log_probs(conversations))
-        lengths = [len(model.encode(conversation).response) for conversation in conversations]
+        lengths = [len(model.encode(conversation).responses[0]) for conversation in conversations]
         with torch.no_grad():
             alone, padded = stock_scores(classifier, conversations, getattr(torch, dtype))
             stock = stock_log_probs(policy, conversations, lengths, getattr(torch, dtype))

@@ -21,10 +21,10 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.planning import BatchPlan
 from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
 from hafrm_ds.objective import joint_loss, weights_at
-from hafrm_ds.options import load_config
 from hafrm_ds.saved.folder import SavedModel
 
 NUM_PAIRS, PAIRS_AT_ONCE = 32, 4
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--final", type=Path)
     own, rest = parser.parse_known_args(sys.argv[1:])
-    config = load_config(rest, about=__doc__, own=vars(own))
+    config = load_config(rest, about=__doc__)
     device = torch.device("cpu")
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
     pairs = prepare_pairs(

@@ -16,11 +16,12 @@ import torch
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import PromptWithResponses, lay_out, padded_rows, token_costs
+from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
 from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.tokenization import PromptWithResponses
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
-from hafrm_ds.options import load_config
 from tests.benchmarks.roofline import joint_step, seconds
 
 LAYOUTS = ("shared_prefix", "packed", "padded")

@@ -27,9 +27,9 @@ from hafrm_ds.capacity.plan import Machines, Plan
 from hafrm_ds.capacity.planner import workload_of
 from hafrm_ds.capacity.shapes import model_of_shapes
 from hafrm_ds.config import TrainConfig
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.hardware.devices import Device
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes
-from hafrm_ds.options import load_config
 from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.training.benchmark import trainer_for_measuring
 from hafrm_ds.training.logging import RunLog

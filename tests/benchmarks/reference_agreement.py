@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import ID_COLUMNS, prepare_pairs
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.model.token_logprobs import LOGPROB_VERSION
-from hafrm_ds.options import load_config
 from hafrm_ds.reference.fingerprint import fingerprint_weights
 from hafrm_ds.reference.store import Namespace, ReferenceStore
 

@@ -23,12 +23,12 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.planning import BatchPlan
 from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, synchronize
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import DTYPES, load_hybrid_model, load_tokenizer
 from hafrm_ds.objective import joint_loss, weights_at
-from hafrm_ds.options import load_config
 
 ROUNDS = 8
 WARM_UP = 2

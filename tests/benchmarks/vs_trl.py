@@ -48,7 +48,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hafrm_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import from_pairs, lay_out, token_costs
+from hafrm_ds.data.packing import lay_out, token_costs
 from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.data.reading import read_pairs
@@ -83,9 +83,8 @@ class Batches:
 
     def largest(self, layout: str) -> "Batches":
         """The batch with the most tokens, padding included, twice."""
-        step = max(
-            range(len(self.pairs)), key=lambda step: lay_out(from_pairs(self.pairs[step]), layout).input_ids.numel()
-        )
+        groups = [[pair.group for pair in pairs] for pairs in self.pairs]
+        step = max(range(len(groups)), key=lambda step: lay_out(groups[step], layout).input_ids.numel())
         return Batches([self.pairs[step]] * 2, [self.rows[step]] * 2, self.tokenizer)
 
 
@@ -400,7 +399,7 @@ def report(
     contenders: dict[str, Contender], batches: Batches, seconds: dict[str, np.ndarray], peak_gib: dict[str, float]
 ) -> None:
     tokens = sum(batches.tokens(step) for step in range(len(batches.pairs)))
-    padded = sum(lay_out(from_pairs(pairs), "padded").input_ids.numel() for pairs in batches.pairs)
+    padded = sum(lay_out([pair.group for pair in pairs], "padded").input_ids.numel() for pairs in batches.pairs)
     print(
         f"\n{len(batches.pairs)} steps of {len(batches.pairs[0])} pairs: {tokens:,} tokens, {padded:,} in padded rows; "
         f"{torch.get_num_threads()} threads; medians over the steps\n"

@@ -15,10 +15,10 @@ from hafrm_ds.capacity.planner import lengths_of_sets, uniform_sets, workload_of
 from hafrm_ds.capacity.shapes import count_parameters, model_of_shapes
 from hafrm_ds.capacity.workload import counts
 from hafrm_ds.data.packing import lay_out
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import ConfigError, run_alone
 from hafrm_ds.hardware.devices import DEVICES, Device, find_device
 from hafrm_ds.hardware.flops import ForwardCost
-from hafrm_ds.options import load_config
 from tests.distributed.launching import write_pairs
 from tests.tiny_models import random_items, save_tiny_model, tiny_hybrid
 
@@ -103,7 +103,7 @@ def test_operations_time_and_money_by_hand(tmp_path):
     assert plan.workload.num_steps == 10
     option = plan.configured
     assert option.compute_seconds == pytest.approx(
-        plan.operations.training / 10 / plan.machines.flops / (1 - option.cut.waiting)
+        plan.operations.training / 10 / plan.machines.flops / (1 - option.partition.waiting)
     )
     assert plan.checkpoint_bytes == pytest.approx(14 * 8.03e9, rel=1e-3)
     assert plan.final_bytes == pytest.approx(16.06e9, rel=1e-3)

@@ -208,7 +208,7 @@ def limit(case: Case) -> None:
     assert int(facts_of(job)["Restarts"]) >= 1, "the limit was never reached: more steps are needed"
     case.show("", "hafrm-train-" + job + ".log")
     assert case.show("stopped: SIGUSR1", f"*-{job}/rank-*.log")
-    assert case.show("going on after step", f"*-{job}/rank-*.log")
+    assert case.show("resuming after step", f"*-{job}/rank-*.log")
     show_equal(case.folder / "limited", case.folder / "straight")
 
 
@@ -227,7 +227,7 @@ def preempt(case: Case) -> None:
     case.wait(job, 400)
     case.show("", f"hafrm-train-{job}.log")
     assert case.show("stopped: SIGTERM", f"*-{job}/rank-*.log")
-    assert case.show("going on after step", f"*-{job}/rank-*.log")
+    assert case.show("resuming after step", f"*-{job}/rank-*.log")
     show_equal(case.folder / "preempted", case.folder / "straight")
 
 

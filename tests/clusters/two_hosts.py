@@ -188,7 +188,7 @@ def cut_and_resumed(way: str, hosts: list[Host], folder: Path) -> None:
     assert len(run.lines("cannot be reached")) == 2
     hosts[1].connect()
     Launch(way, hosts, folder, f"cut-{way}", [*words, "--resume", "auto"]).finish()
-    assert run.lines("going on after step")
+    assert run.lines("resuming after step")
     show_equal(run.run, straight.run)
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import PromptWithResponses, lay_out, padded_rows, token_costs
+from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
 from hafrm_ds.data.planning import DUMMY, cut_by_length
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedPair
 from tests.tiny_models import random_items
 
 ITEM = PromptWithResponses([10, 11, 12], ([20, 21], [30, 31, 32]))
@@ -97,7 +97,9 @@ def test_a_gpu_fetches_every_tensor_of_a_micro_batch_from_pinned_memory(monkeypa
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", to)
     pair = TokenizedPair([1, 2], [3], [4, 5], margin=0.5, source="", id="")
-    make_micro_batch([pair], [0, -1], "padded", torch.zeros(4)).to(torch.device("cuda"))
+    micro_batch = make_micro_batch([pair], [0, -1], "padded", torch.zeros(4))
+    micro_batch.labels_on(torch.device("cuda"))
+    micro_batch.batch.to(torch.device("cuda"))
     assert sent == [(id(tensor), True) for tensor in pinned]
     # weight, margin, reference; ids, positions, mask; three indices or targets, and the numbers of tokens
     assert len(pinned) == 3 + 3 + 4

@@ -8,7 +8,7 @@ from hafrm_ds.data.tokenization import (
     IDENTICAL_ANSWERS,
     REFUSED,
     TOO_LONG,
-    PairIds,
+    PromptWithResponses,
     TokenizedPair,
     fit,
     split_at_prompt,
@@ -42,8 +42,8 @@ def test_prompt_plus_response_is_the_conversation(formatter):
     result = tokenize_pair(formatter, user("Q"), assistant("good"), assistant("bad"), 1000, "drop")
     assert result.outcome == "" and not result.cut
     assert result.ids.prompt == formatter.encode_prompt(user("Q"))
-    assert result.ids.prompt + result.ids.chosen == formatter.encode(user("Q") + assistant("good"))
-    assert result.ids.prompt + result.ids.rejected == formatter.encode(user("Q") + assistant("bad"))
+    assert result.ids.prompt + result.ids.responses[0] == formatter.encode(user("Q") + assistant("good"))
+    assert result.ids.prompt + result.ids.responses[1] == formatter.encode(user("Q") + assistant("bad"))
     assert result.uncut_length == len(formatter.encode(user("Q") + assistant("good")))
 
 
@@ -54,23 +54,23 @@ def test_token_merged_over_the_boundary_belongs_to_the_response(make_tokenizer):
     decode = formatter.tokenizer.decode
     assert decode(formatter.encode_prompt(user("Q"))) == "user:Q</s>assistant:"
     assert decode(result.ids.prompt) == "user:Q</s>assistant"
-    assert decode(result.ids.chosen[:1]) == ":y"
-    assert [decode([token]) for token in result.ids.rejected] == [":", "n", "o", "</s>"]
+    assert decode(result.ids.responses[0][:1]) == ":y"
+    assert [decode([token]) for token in result.ids.responses[1]] == [":", "n", "o", "</s>"]
 
 
 def test_answers_that_begin_alike_do_not_lengthen_the_prompt(formatter):
     result = tokenize_pair(formatter, user("Q"), assistant("same start A"), assistant("same start B"), 1000, "drop")
     assert result.ids.prompt == formatter.encode_prompt(user("Q"))
-    assert formatter.tokenizer.decode(result.ids.chosen) == "same start A</s>"
+    assert formatter.tokenizer.decode(result.ids.responses[0]) == "same start A</s>"
 
 
 def test_read_out_is_the_final_eos_though_eos_also_ends_the_prompt_and_is_the_pad_token(formatter):
     tokenizer = formatter.tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     ids = tokenize_pair(formatter, user("Q"), assistant("good"), assistant("bad"), 1000, "drop").ids
-    pair = TokenizedPair(ids.prompt, ids.chosen, ids.rejected, margin=None, source="s", id="f:0")
+    pair = TokenizedPair(ids.prompt, *ids.responses, margin=None, source="s", id="f:0")
     # user:Q</s>assistant:good</s> has 7 + 10 + 5 tokens, eos at 6 and 21; "bad" is one shorter.
-    chosen = ids.prompt + ids.chosen
+    chosen = ids.prompt + ids.responses[0]
     assert [index for index, token in enumerate(chosen) if token == tokenizer.eos_token_id] == [6, 21]
     assert pair.read_outs == (21, 20)
 
@@ -78,10 +78,10 @@ def test_read_out_is_the_final_eos_though_eos_also_ends_the_prompt_and_is_the_pa
 def test_read_out_is_the_last_token_of_the_rendering_even_after_the_end_mark(make_tokenizer):
     formatter = ChatFormatter.create(make_tokenizer(None), "chatml", DATE)
     ids = tokenize_pair(formatter, user("Q"), assistant("good"), assistant("bad"), 1000, "drop").ids
-    pair = TokenizedPair(ids.prompt, ids.chosen, ids.rejected, margin=None, source="s", id="f:0")
+    pair = TokenizedPair(ids.prompt, *ids.responses, margin=None, source="s", id="f:0")
     # Each turn: mark, role, newline, content, mark, newline: 1+4+1+1+1+1 for user, 1+9+1+4+1+1 for the answer.
     assert pair.read_outs[0] == 9 + 17 - 1
-    assert formatter.tokenizer.decode((ids.prompt + ids.chosen)[25]) == "\n"
+    assert formatter.tokenizer.decode((ids.prompt + ids.responses[0])[25]) == "\n"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_read_out_is_the_last_token_of_the_rendering_even_after_the_end_mark(mak
 def test_dropped(formatter, prompt, chosen, rejected, reason):
     result = tokenize_pair(formatter, prompt, chosen, rejected, 100, "drop")
     assert result.outcome == reason
-    assert result.ids == ([], [], []) and not result.cut
+    assert result.ids == ([], ([], [])) and not result.cut
 
 
 def test_answers_that_the_template_makes_identical(make_tokenizer):
@@ -126,12 +126,12 @@ def test_refused_by_the_template(make_tokenizer):
 
 
 def test_split_at_prompt_never_passes_the_rendered_prompt():
-    assert split_at_prompt([1, 2, 3, 4], [1, 2, 3, 5], [1, 2]) == ([1, 2], [3, 4], [3, 5])
-    assert split_at_prompt([1, 2, 3], [1, 9, 3], [1, 2]) == ([1], [2, 3], [9, 3])
-    assert split_at_prompt([1, 2], [1, 2, 3], [1, 2, 3]) == ([1, 2], [], [3])
+    assert split_at_prompt([1, 2, 3, 4], [1, 2, 3, 5], [1, 2]) == ([1, 2], ([3, 4], [3, 5]))
+    assert split_at_prompt([1, 2, 3], [1, 9, 3], [1, 2]) == ([1], ([2, 3], [9, 3]))
+    assert split_at_prompt([1, 2], [1, 2, 3], [1, 2, 3]) == ([1, 2], ([], [3]))
 
 
-PAIR = PairIds([BOS, 10, 11, 12, 13], [20, 21, 22], [30, 31])  # conversations of 8 and 7 tokens
+PAIR = PromptWithResponses([BOS, 10, 11, 12, 13], ([20, 21, 22], [30, 31]))  # conversations of 8 and 7 tokens
 
 
 @pytest.mark.parametrize(
@@ -143,17 +143,17 @@ PAIR = PairIds([BOS, 10, 11, 12, 13], [20, 21, 22], [30, 31])  # conversations o
         ("cut_response", 8, BOS, PAIR),
         # One token over.
         ("drop", 7, BOS, None),
-        ("keep_prompt_end", 7, BOS, ([BOS, 11, 12, 13], [20, 21, 22], [30, 31])),
-        ("keep_prompt_end", 7, OTHER, ([10, 11, 12, 13], [20, 21, 22], [30, 31])),
+        ("keep_prompt_end", 7, BOS, ([BOS, 11, 12, 13], ([20, 21, 22], [30, 31]))),
+        ("keep_prompt_end", 7, OTHER, ([10, 11, 12, 13], ([20, 21, 22], [30, 31]))),
         # 7 - 5 leaves room for 2: the shorter response fits and stays whole.
-        ("cut_response", 7, BOS, ([BOS, 10, 11, 12, 13], [20, 21], [30, 31])),
+        ("cut_response", 7, BOS, ([BOS, 10, 11, 12, 13], ([20, 21], [30, 31]))),
         # The last that keeps one token of the prompt beside BOS, and the first that does not.
-        ("keep_prompt_end", 5, BOS, ([BOS, 13], [20, 21, 22], [30, 31])),
+        ("keep_prompt_end", 5, BOS, ([BOS, 13], ([20, 21, 22], [30, 31]))),
         ("keep_prompt_end", 4, BOS, None),
-        ("keep_prompt_end", 4, OTHER, ([13], [20, 21, 22], [30, 31])),
+        ("keep_prompt_end", 4, OTHER, ([13], ([20, 21, 22], [30, 31]))),
         ("keep_prompt_end", 3, OTHER, None),
         # The last that keeps one token of each response, and the first that does not.
-        ("cut_response", 6, BOS, ([BOS, 10, 11, 12, 13], [20], [30])),
+        ("cut_response", 6, BOS, ([BOS, 10, 11, 12, 13], ([20], [30]))),
         ("cut_response", 5, BOS, None),
     ],
 )
@@ -161,16 +161,16 @@ def test_fit(truncation, max_length, bos, expected):
     fitted = fit(PAIR, max_length, truncation, bos)
     assert fitted == expected
     if fitted is not None:
-        assert fitted.longer_conversation == min(max_length, 8)
+        assert fitted.longest_conversation == min(max_length, 8)
 
 
 def test_both_sides_over_long():
     # Prompt 50, responses 60 and 40, max_length 64: each policy cuts its own side alone, and no more than it must.
-    ids = PairIds(list(range(100, 150)), list(range(200, 260)), list(range(300, 340)))
+    ids = PromptWithResponses(list(range(100, 150)), (list(range(200, 260)), list(range(300, 340))))
     kept_prompt_end = fit(ids, 64, "keep_prompt_end", None)
-    assert kept_prompt_end == ([146, 147, 148, 149], ids.chosen, ids.rejected)
+    assert kept_prompt_end == ([146, 147, 148, 149], ids.responses)
     cut_response = fit(ids, 64, "cut_response", None)
-    assert cut_response == (ids.prompt, list(range(200, 214)), list(range(300, 314)))
+    assert cut_response == (ids.prompt, (list(range(200, 214)), list(range(300, 314))))
     # A response that is over-long by itself is beyond keep_prompt_end, and a prompt beyond cut_response.
     assert fit(ids, 60, "keep_prompt_end", None) is None
     assert fit(ids, 50, "cut_response", None) is None
@@ -191,4 +191,4 @@ def test_one_answer_is_the_start_of_the_other(formatter):
     result = tokenize_pair(formatter, prompt, chosen, rejected, short + 1, "cut_response")
     # yes, against yes</s>: the end mark alone tells them apart.
     assert result.cut and result.uncut_length == short + len(", of course") + 1
-    assert [formatter.tokenizer.decode(ids) for ids in result.ids[1:]] == ["yes,", "yes</s>"]
+    assert [formatter.tokenizer.decode(ids) for ids in result.ids.responses] == ["yes,", "yes</s>"]

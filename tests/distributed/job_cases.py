@@ -5,7 +5,7 @@ import json
 
 import torch.distributed as dist
 
-from hafrm_ds.options import load_config
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.training.run import precompute_reference, train
 

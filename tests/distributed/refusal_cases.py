@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import UserError
-from hafrm_ds.options import load_config
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.run import train
 

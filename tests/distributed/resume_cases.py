@@ -17,8 +17,8 @@ import signal
 
 import torch.distributed as dist
 
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import UserError
-from hafrm_ds.options import load_config
 from hafrm_ds.processes.ranks import FailedElsewhere, Processes, run_entry
 from hafrm_ds.processes.stopping import Stopped, StopRequest
 from hafrm_ds.training.loop import Trainer

@@ -20,9 +20,9 @@ def test_two_processes_leave_the_files_of_one(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"what is {n}"}) + "\n" for n in range(4 * PART)))
     model, policy = str(tmp_path / "final"), str(tmp_path / "policy")
-    sampling = SamplingOptions(prompts, policy, num_candidates=3, max_new_tokens=4)
+    sampling = SamplingOptions(prompts=prompts, policy=policy, num_candidates=3, max_new_tokens=4)
     alone = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
-    rank(RankingOptions([model], tmp_path / "one", sampling=sampling), alone)
+    rank(RankingOptions(model=[model], output_dir=tmp_path / "one", sampling=sampling), alone)
 
     command = ["launch/best_of_n.py", "--model", model, "--prompts", str(prompts), "--policy", policy]
     command += ["--num_candidates", "3", "--max_new_tokens", "4", "--output_dir", str(tmp_path / "two")]

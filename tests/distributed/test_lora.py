@@ -1,4 +1,4 @@
-"""LoRA through the launcher: every ZeRO stage, stopped and gone on with, on the reference of full training."""
+"""LoRA through the launcher: every ZeRO stage, stopped and resumed, on the reference of full training."""
 
 import json
 from pathlib import Path

@@ -82,7 +82,7 @@ def passes(setting) -> tuple[Path, list[int], str]:
             job("train", "computing-again", store="empty-store", reference__on_missing="stop"),
         ],
     )
-    run_jobs(1, [job("precompute", "one-rank", store="one-rank-store", stage=0, reference__per_token="true")])
+    run_jobs(1, [job("precompute", "one-rank", store="one-rank-store", stage=0)])
     return folder, computed(output), output
 
 
@@ -102,16 +102,6 @@ def test_zero3_on_two_ranks_stores_what_zero0_on_one_rank_stores(passes, other):
     torch.testing.assert_close(
         torch.tensor([two[key] for key in one]), torch.tensor(list(one.values())), rtol=1e-4, atol=0
     )
-
-
-def test_per_token_values_add_up(passes):
-    folder, _, _ = passes
-    (namespace,) = [path for path in (folder / "one-rank-store").iterdir() if path.is_dir()]
-    shards = [open_shard(path, namespace.name) for path in namespace.glob("*.arrow")]
-    for shard in shards:
-        tokens = shard.table["token_logprobs"].to_pylist()
-        assert [len(values) for values in tokens] == shard.num_tokens.tolist()
-        np.testing.assert_allclose([sum(values) for values in tokens], shard.logprob, rtol=1e-5)
 
 
 def test_training_from_the_store_equals_training_that_computes(passes):

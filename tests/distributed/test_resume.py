@@ -104,7 +104,7 @@ def run_cases(num_ranks: int, cases: list) -> str:
 
 
 def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
-    """Name -> (case that goes on from the checkpoint of "to be refused", pattern of its message)."""
+    """Name -> (case that resumes from the checkpoint of "to be refused", pattern of its message)."""
 
     def resumed(name: str = "to be refused", stage: int = 3, **changes) -> list:
         return [options(name, stage, **changes), None]
@@ -126,7 +126,7 @@ def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
             resumed(reference__store=folder / "empty store"),
             r"lacks 140 of 140 .* The run that is resumed had all of them",
         ),
-        "no such checkpoint": (resumed(resume=folder / "none"), r"none cannot be gone on from: its manifest.json"),
+        "no such checkpoint": (resumed(resume=folder / "none"), r"none cannot be resumed: its manifest.json"),
         "a folder with a run": (resumed(resume="none"), r"already holds a run .* --resume auto"),
         "a full disk": (
             [options("to be refused", 3, checkpoint__every_steps=1, resume=checkpoint), [7, 1, 4096]],
@@ -269,13 +269,13 @@ def test_what_does_not_fit_is_refused_by_one_message_that_names_it(setting, runs
         assert re.search(pattern, messages[number]), (name, messages[number])
 
 
-def test_a_refused_run_is_as_it_was_and_goes_on(runs):
+def test_a_refused_run_is_as_it_was_and_can_be_resumed(runs):
     folder, _ = runs
     run = folder / "to be refused"
     assert [row["step"] for row in rows(run, "train")] == list(range(1, STEPS + 1))
     assert not (run / "stopped.json").exists()
     assert not list((run / "checkpoints").glob(".*")), "the draft of a failed save"
     straight = rows(folder / "straight-3-float32", "train")
-    # The full disk came after step 7, and the last start went on from step 6 under another learning rate.
+    # The full disk came after step 7, and the last start resumed from step 6 under another learning rate.
     rates = [row["learning_rate"] / other["learning_rate"] for row, other in zip(rows(run, "train"), straight)]
     assert rates == pytest.approx([1] * 6 + [1 / 3] * 2)

@@ -120,18 +120,18 @@ def straight_run(folder: Path, stage: int, dtype: str) -> tuple[Path, float]:
 )
 def test_killed_at_random_moments_and_resumed_is_the_straight_run(folder, stage, dtype):
     straight, seconds_a_step = straight_run(folder, stage, dtype)
-    source, run, went_on_from = random.Random(stage), folder / f"killed-{stage}-{dtype}", []
+    source, run, resumed_from = random.Random(stage), folder / f"killed-{stage}-{dtype}", []
     for _ in range(KILLS):
-        went_on_from.append(next(iter(saved_steps(run / "checkpoints")), 0))
+        resumed_from.append(next(iter(saved_steps(run / "checkpoints")), 0))
         ranks = start(folder, run.name, stage, dtype, every_steps=SAVED_EVERY)
         # One kill in five comes while the run starts.
         if source.random() > 0.2:
-            wait_for_steps(ranks, run, went_on_from[-1] + source.randrange(2 * STEPS // (KILLS + 1)))
+            wait_for_steps(ranks, run, resumed_from[-1] + source.randrange(2 * STEPS // (KILLS + 1)))
         ranks.wait(source.uniform(0, 2 * seconds_a_step))
         ranks.kill(source.randrange(2))
-    went_on_from.append(next(iter(saved_steps(run / "checkpoints")), 0))
+    resumed_from.append(next(iter(saved_steps(run / "checkpoints")), 0))
     start(folder, run.name, stage, dtype, every_steps=SAVED_EVERY).finish()
-    print(f"ZeRO {stage}, {dtype}: {KILLS} kills, the starts went on from the steps {went_on_from}")
+    print(f"ZeRO {stage}, {dtype}: {KILLS} kills, the starts resumed from the steps {resumed_from}")
     assert_equal(run, straight)
     pairs = list(zip(optimizer_state(run), optimizer_state(straight), strict=True))
     assert pairs and all(torch.equal(*pair) for pair in pairs)
@@ -159,8 +159,8 @@ def test_killed_during_saves_the_newest_whole_checkpoint_loads(folder):
         assert damaged_file(folder_of_newest, read_manifest(folder_of_newest).items()) is None
     start(folder, run.name, 3, "float32", every_steps=1).finish()
     log = "".join(path.read_text() for path in folder.glob("saving*-rank0.log"))
-    went_on = log.count("going on after step")
-    print(f"{kills} kills during saves: every newest checkpoint was whole, {went_on} starts from one of them")
+    resumed = log.count("resuming after step")
+    print(f"{kills} kills during saves: every newest checkpoint was whole, {resumed} starts from one of them")
     assert "is passed over" not in log
     assert [row["step"] for row in rows(run, "train")] == list(range(1, STEPS + 1))
 

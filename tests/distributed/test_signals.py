@@ -149,7 +149,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("way", list(WAYS) if ALL else list(WAYS)[:WAYS_OF_CI])
-def test_a_run_is_saved_and_down_and_goes_on(folder, way):
+def test_a_run_is_saved_and_down_and_resumes(folder, way):
     """One run, stopped in one way after another."""
     act, reason, status = WAYS[way]
     run = Run.start(folder, "run")

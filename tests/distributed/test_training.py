@@ -80,6 +80,7 @@ def runs(setting):
     folder, job = setting
     gather_all = {"deepspeed": folder / "gather_all.json"}
     untied = {"model__name_or_path": folder / "untied"}
+    alternating = {"objective__alternate_every": 2, "max_steps": 8}
     three_pairs = {"batch__global_batch_size": 3, "batch__max_tokens_per_micro_batch": 120}
     run_jobs(
         1,
@@ -95,6 +96,10 @@ def runs(setting):
             job("checkpointed", 3, model__gradient_checkpointing=True),
             job("baseline", 3, objective__alpha=0),
             job("policy-only", 3, objective__rm_weight=0),
+            *(
+                job(f"alternating-zero{stage}", stage, **untied, **gather, **alternating)
+                for stage, gather in ((0, {}), (2, {}), (3, gather_all))
+            ),
             job("gathered", 3, **gather_all),
             job("untied-gathered", 3, **gather_all, **untied),
             job("untied-baseline", 3, **gather_all, **untied, objective__alpha=0),
@@ -120,6 +125,26 @@ def test_every_stage_and_number_of_ranks_trains_the_same_model(runs, ranks, stag
     norms = [[row["grad_norm"] for row in rows(run, "train")] for run in (expected, actual)]
     torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-4, atol=0)
     assert largest_difference(final_weights(actual), final_weights(expected)) < 1e-4
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_alternating_leaves_out_the_head_of_the_other_block_under_every_stage(runs, stage):
+    """ZeRO-3 keeps the last gradient of what has none in a step: were it stepped by, the norms would differ."""
+    expected, actual = rows(runs / "alternating-zero0", "train"), rows(runs / f"alternating-zero{stage}", "train")
+    for step, row in enumerate(actual):
+        is_policy_block = step // 2 % 2 == 0
+        own, other = ("policy", "reward") if is_policy_block else ("reward", "policy")
+        assert f"loss/{own}" in row and f"loss/{other}" not in row
+        assert ("accuracy/reward" in row) == ("accuracy/implicit" not in row) == (not is_policy_block)
+        for name in ("loss/total", "grad_norm"):
+            assert row[name] == pytest.approx(expected[step][name], rel=1e-4)
+    assert len(actual) == 8
+    last = rows(runs / f"alternating-zero{stage}", "eval")[-1]
+    assert {"loss/reward", "loss/policy"} <= last.keys()
+    weights = [final_weights(runs / f"alternating-zero{each}") for each in (stage, 0)]
+    # The true gradient of a key's bias is 0: Adam makes steps of its noise.
+    kept = [{name: each[name] for name in each if not name.endswith("k_proj.bias")} for each in weights]
+    assert largest_difference(*kept) < 1e-4
 
 
 @pytest.mark.parametrize("variant", ["one-cut", "padded", "checkpointed", "gathered"])

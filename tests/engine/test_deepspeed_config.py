@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.engine.deepspeed_config import REPOSITORY, read_deepspeed_json, resolve_deepspeed_config
+from hafrm_ds.engine.deepspeed_config import REPOSITORY, load_config, read_deepspeed_json, resolve_deepspeed_config
 from hafrm_ds.errors import ConfigError
-from hafrm_ds.options import load_config
 
 # In the spelling of the files that users of transformers bring along.
 ALL_AUTO = {

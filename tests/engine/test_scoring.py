@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.packing import token_costs
 from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.engine import scoring as module
 from hafrm_ds.engine.scoring import OccasionalQuestion, score_pairs
@@ -26,6 +25,12 @@ class CountingEngine:
         return ResponseScores(reward=sums, logprob=batch.num_tokens.float(), num_tokens=batch.num_tokens)
 
 
+class Pairs(list):
+    """Pairs with their lengths, as PreparedPairs has them."""
+
+    lengths: dict[str, np.ndarray]
+
+
 @pytest.fixture
 def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -37,12 +42,13 @@ def group():
 def test_every_value_comes_to_its_pair(group, layout):
     sizes = np.random.default_rng(0).integers(1, 30, size=(7, 3))
     pairs = [TokenizedPair([9] * p, [2] * c, [3] * r, margin=None, source="", id="") for p, c, r in sizes]
-    costs = token_costs(dict(zip(("prompt", "chosen", "rejected"), sizes.T)), layout)
+    prepared = Pairs(pairs)
+    prepared.lengths = dict(zip(("prompt", "chosen", "rejected"), sizes.T))
     index = np.array([6, 0, 3, 2, 5])
 
     def score(**options) -> dict[str, np.ndarray] | None:
         options = {"layout": layout, "max_tokens": 120, "with_reward": True, "with_logprob": True} | options
-        return score_pairs(CountingEngine(), pairs, index, costs, **options)
+        return score_pairs(CountingEngine(), prepared, index, **options)
 
     scores = score()
     assert scores["reward"].tolist() == (sizes[index, 1:] * [2, 3]).tolist()

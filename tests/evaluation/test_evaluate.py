@@ -1,6 +1,5 @@
 """An evaluation from folders to files: against plain transformers code, and stopped and started again."""
 
-import dataclasses
 import json
 import random
 
@@ -193,8 +192,8 @@ def test_results_of_two_evaluations_never_mix(folder, tmp_path):
     options = options_for(folder, "final", tmp_path / "out", max_pairs=10)
     assert run(options)["sets"]["held out"]["pairs"] == 10
     for changed in (
-        dataclasses.replace(options, model=str(folder / "classifier")),
-        dataclasses.replace(options, max_pairs=11),
+        options.model_copy(update={"model": str(folder / "classifier")}),
+        options.model_copy(update={"max_pairs": 11}),
     ):
         with pytest.raises(DataError, match=r"evaluation\.json holds another evaluation; choose another --output_dir"):
             run(changed)

@@ -28,7 +28,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.data.packing import PackedBatch, PromptWithResponses, lay_out
+from hafrm_ds.data.packing import PackedBatch, lay_out
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import TrainingEngine
 from hafrm_ds.hardware.flops import ForwardCost

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from hafrm_ds.data.packing import AttentionSegments, PromptWithResponses, lay_out
+from hafrm_ds.data.packing import AttentionSegments, lay_out
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.model.attention import KERNELS, ScoreRule, segment_attention
 from tests.gpu.environment import DEVICE, IS_GPU, obstacle
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralConfig, PhimoeConfig, Qwen2MoeConfig
 
-from hafrm_ds.data.packing import PromptWithResponses, lay_out
+from hafrm_ds.data.packing import lay_out
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model import attention
 from hafrm_ds.model.attention import (

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hafrm_ds.data import packing
-from hafrm_ds.data.packing import PromptWithResponses, lay_out
+from hafrm_ds.data.packing import lay_out
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model import token_logprobs
 from hafrm_ds.model.attention import UnsupportedAttention
@@ -332,3 +333,19 @@ def test_rewards_are_fp32_in_a_bfloat16_model():
     scores = model(lay_out(random_items(seed=4), "shared_prefix"))
     assert scores.reward.dtype == scores.logprob.dtype == torch.float32
     assert (scores.reward.bfloat16().float() != scores.reward).any()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("head", ["reward", "logprob"])
+def test_an_idle_head_is_not_read_and_gets_the_gradient_0(family, head):
+    """phi's LM head has a bias."""
+    model, items = tiny_hybrid(family), random_items(3)
+    use_layout(model, "shared_prefix")
+    asked = {"with_reward": head == "reward", "with_logprob": head == "logprob"}
+    batch = lay_out(items, "shared_prefix")
+    scores, alone = model(batch, **asked, idle_heads=True), model(batch, **asked)
+    assert (scores.reward is None, scores.logprob is None) == (head != "reward", head != "logprob")
+    assert torch.equal(getattr(scores, head), getattr(alone, head))
+    getattr(scores, head).sum().backward()
+    idle = model.lm_head if head == "reward" else model.reward_head
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in idle.parameters())

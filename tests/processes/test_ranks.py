@@ -115,7 +115,7 @@ def test_a_run_that_was_asked_to_stop_says_so_once_and_can_be_told_from_an_error
     for processes in ranks:
         with pytest.raises(SystemExit, match="75"):
             enter(processes, main)
-    said = "\nstopped: SIGUSR1 after step 40; --resume auto goes on from step-000040\n"
+    said = "\nstopped: SIGUSR1 after step 40; --resume auto resumes from step-000040\n"
     assert capsys.readouterr().err == said
 
 

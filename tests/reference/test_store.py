@@ -14,12 +14,14 @@ from hafrm_ds.data.content_keys import KEY_DTYPE, content_key, unique_keys
 from hafrm_ds.reference import store as module
 from hafrm_ds.reference.store import (
     NAMESPACE_FILE,
+    SCHEMA,
     SET_ASIDE,
     KeyIndex,
     Namespace,
     ReferenceStore,
     ShardWriter,
     StoreError,
+    write_shard,
 )
 
 NAMESPACE = Namespace(weights="a" * 64, dtype="float32", version=1)
@@ -93,14 +95,22 @@ def test_a_key_names_the_tokens_and_the_boundary():
     assert len({key, *others}) == 4
 
 
-def test_per_token_values_are_kept(tmp_path):
-    store = ReferenceStore(tmp_path, NAMESPACE)
-    key = some_keys(1)
+def test_a_shard_with_the_log_prob_of_each_token_is_read_beside_others(tmp_path):
+    """Written by older versions with reference.per_token."""
+    store, keys = ReferenceStore(tmp_path, NAMESPACE), some_keys(2)
+    columns = [
+        pa.array([keys[:1].tobytes()], pa.binary(16)),
+        pa.array([-3.5], pa.float32()),
+        pa.array([2], pa.int32()),
+        pa.array([[-1.5, -2.0]], pa.list_(pa.float32())),
+    ]
+    schema = SCHEMA.append(pa.field("token_logprobs", columns[-1].type, nullable=False))
+    metadata = {"namespace": NAMESPACE.name, "provenance": "{}"}
+    write_shard(store.folder, pa.Table.from_arrays(columns, schema=schema.with_metadata(metadata)))
     with ShardWriter(store.folder, NAMESPACE.name, {}) as writer:
-        writer.add(key.tobytes(), -3.5, 2, np.array([-1.5, -2.0], dtype=np.float32))
+        writer.add(keys[1:].tobytes(), -1.25, 3)
     store.refresh()
-    assert store.logprobs(key).tolist() == [-3.5]
-    assert store.shards[0].table["token_logprobs"].to_pylist() == [[-1.5, -2.0]]
+    assert store.logprobs(keys).tolist() == [-3.5, -1.25]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

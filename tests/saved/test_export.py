@@ -63,7 +63,7 @@ def test_a_policy_has_the_models_log_probs(tmp_path):
         ids = torch.tensor([model.formatter.encode(conversation)])
         with torch.no_grad():
             logprobs = stock(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])
-        length = len(model.encode(conversation).response)
+        length = len(model.encode(conversation).responses[0])
         assert logprobs[-length:].sum().item() == pytest.approx(expected, abs=1e-4)
 
 
@@ -146,7 +146,10 @@ def test_the_launch_file(tmp_path, monkeypatch, capsys):
     assert launch(monkeypatch, **options) == 0
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'export'}: pad token '<|im_start|>'" in printed and "reopened: scores that differ" in printed
-    for changes, message in (({}, "is already there"), ({"format": "onnx"}, "it is one of policy, sequence-class")):
+    for changes, message in (
+        ({}, "is already there"),
+        ({"format": "onnx"}, "format: input should be 'policy', 'sequence-classification', 'adapter' or 'hybrid'"),
+    ):
         assert launch(monkeypatch, **options | changes) != 0
         assert message in capsys.readouterr().err
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hafrm_ds import HybridRewardModel
-from hafrm_ds.data.packing import PromptWithResponses, lay_out, share_prompts
-from hafrm_ds.data.tokenization import ConversationIds, tokenize_pair
+from hafrm_ds.data.packing import lay_out, share_prompts, split_groups
+from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_pair
 from hafrm_ds.errors import DataError, ModelError
 from tests.tiny_models import save_tiny_final
 
@@ -58,24 +58,22 @@ def test_many_are_scored_as_one_by_one_in_the_order_given(model):
 
 def test_answers_of_one_prompt_share_it(model):
     ids = [model.encode(conversation) for conversation in CONVERSATIONS]
-    items, places, costs = share_prompts(ids, "shared_prefix", 1000)
-    assert places == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert [len(item.responses) for item in items] == [4, 4]
-    assert costs.tolist() == [
-        len(ids[first].prompt) + sum(len(response.response) for response in ids[first::2]) for first in (0, 1)
-    ]
-    assert [len(item.responses) for item in share_prompts(ids, "padded", 1000)[0]] == [1] * 8
+    groups, places = share_prompts(ids)
+    assert places == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert [len(group.responses) for group in groups] == [4, 4]
+    assert split_groups(groups, "shared_prefix", 1000) == groups
+    assert split_groups(groups, "padded", 1000) == [ids[place] for place in places]
 
 
 def test_answers_that_exceed_the_budget_have_their_prompt_again():
-    ids = [ConversationIds([1, 2, 3], [4] * 5)] * 5
-    _, places, costs = share_prompts(ids, "shared_prefix", 13)
-    assert places == [[0, 1], [2, 3], [4]]
-    assert costs.tolist() == [13, 13, 8]
+    group = PromptWithResponses([1, 2, 3], ([4] * 5,) * 5)
+    items = split_groups([group, group], "shared_prefix", 13)
+    assert [len(item.responses) for item in items] == [2, 2, 1] * 2
+    assert {tuple(item.prompt) for item in items} == {(1, 2, 3)}
 
 
 def test_a_small_budget_changes_no_value(final, model):
-    longest = max(len(ids.prompt) + len(ids.response) for ids in map(model.encode, CONVERSATIONS))
+    longest = max(model.encode(each).longest_conversation for each in CONVERSATIONS)
     narrow = HybridRewardModel.from_pretrained(final, max_tokens=longest)
     assert narrow.score(CONVERSATIONS) == pytest.approx(model.score(CONVERSATIONS), abs=1e-5)
     with pytest.raises(DataError, match=rf"has {longest} tokens, more than max_tokens \({longest - 1}\)"):
@@ -88,12 +86,11 @@ def test_log_probs_are_those_of_training(model):
     messages = [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)]
     pair = tokenize_pair(model.formatter, question, *messages, max_length=100, truncation="drop").ids
     with torch.no_grad():
-        item = PromptWithResponses(pair.prompt, (pair.chosen, pair.rejected))
-        expected = model.model(lay_out([item], "shared_prefix"))
+        expected = model.model(lay_out([pair], "shared_prefix"))
     assert model.log_probs(question, [chosen, rejected]) == pytest.approx(expected.logprob.tolist(), abs=1e-4)
     assert model.score(question, [chosen, rejected]) == pytest.approx(expected.reward.tolist(), abs=1e-5)
     per_token = model.log_probs(question, [chosen, rejected], per_token=True)
-    assert [len(tokens) for tokens in per_token] == [len(pair.chosen), len(pair.rejected)]
+    assert [len(tokens) for tokens in per_token] == [len(response) for response in pair.responses]
     assert [sum(tokens) for tokens in per_token] == pytest.approx(expected.logprob.tolist(), abs=1e-4)
 
 

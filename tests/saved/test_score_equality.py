@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.packing import PromptWithResponses, lay_out
+from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.tokenization import tokenize_pair
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
 from tests.tiny_models import tiny_causal_lm, use_layout
@@ -48,7 +48,7 @@ def our_scores(folder, layout: str) -> torch.Tensor:
     model = HybridModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), reward_head()).eval()
     use_layout(model, layout)
     with torch.no_grad():
-        batch = lay_out([PromptWithResponses(ids.prompt, (ids.chosen, ids.rejected))], layout)
+        batch = lay_out([ids], layout)
         return model(batch, with_logprob=False).reward
 
 

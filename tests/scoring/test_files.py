@@ -10,7 +10,7 @@ from hafrm_ds import HybridRewardModel
 from hafrm_ds.errors import DataError
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.scoring import files as job
-from hafrm_ds.scoring.files import ScoringOptions, cut_into_parts, score_file
+from hafrm_ds.scoring.files import ScoringOptions, score_file, split_into_parts
 from tests.tiny_models import save_tiny_final
 
 
@@ -118,7 +118,7 @@ def test_parts_cover_every_line_and_are_few(tmp_path, monkeypatch):
     for smallest, most, expected in ((64, 2000, 64), (64, 5, 201)):
         monkeypatch.setattr(job, "SMALLEST_PART", smallest)
         monkeypatch.setattr(job, "MOST_PARTS", most)
-        parts = cut_into_parts(file)
+        parts = split_into_parts(file)
         assert {part.num_lines for part in parts[:-1]} == {expected}
         assert sum(part.num_lines for part in parts) == 1001
         content = file.read_bytes()

@@ -9,12 +9,13 @@ import pytest
 import torch.distributed as dist
 
 from hafrm_ds.config import TrainConfig
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.report import writing
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training import compare as comparison
 from hafrm_ds.training.compare import arms_of, train_and_compare
-from launch.compare import numbers
+from launch.compare import CompareOptions
 from tests.evaluation.report.folders import pair_scores, training_rows, write_rows
 
 
@@ -128,7 +129,14 @@ def test_an_option_that_an_arm_cannot_have_is_named_before_any_training(tmp_path
 
 
 def test_numbers_of_the_command_line():
-    assert numbers("alphas", "[0.1, 2]") == [0.1, 2.0] and numbers("betas", "1e-2") == [0.01]
+    def read_numbers(*words: str) -> CompareOptions:
+        required = ["--output_dir", "o", "--model.name_or_path", "m", "--data.train", "a.jsonl"]
+        return load_config([*required, *words], CompareOptions)
+
+    options = read_numbers("--alphas", "[0.1, 2]", "--betas", "1e-2")
+    assert options.alphas == [0.1, 2.0] and options.betas == [0.01]
+    assert read_numbers("--alphas", "0.1", "2").alphas == [0.1, 2.0]
+    assert type(options.run) is TrainConfig and "seeds" not in options.to_yaml()
     for text in ("[0.1, 0.2", "[a, b]", "", "{a: 1}", "[[1]]"):
-        with pytest.raises(ConfigError, match=r"--alphas .*must be a number or a list of numbers"):
-            numbers("alphas", text)
+        with pytest.raises(ConfigError, match="alphas"):
+            read_numbers("--alphas", text)

@@ -48,7 +48,7 @@ def start(folder: Path, step: int) -> None:
     log.close()
 
 
-def test_a_run_that_goes_on_stays_one_run_of_wandb(tmp_path, wandb):
+def test_a_resumed_run_stays_one_run_of_wandb(tmp_path, wandb):
     for name, step in (("a", 0), ("a", 4), ("a", 8), ("b", 0), ("a", 0)):
         start(tmp_path / name, step)
     first, second, third, other, anew = wandb

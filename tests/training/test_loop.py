@@ -50,7 +50,7 @@ def test_an_idle_lm_head_has_a_gradient_of_0_and_leaves_the_rest_as_it_is():
     found = {}
     for idle in (False, True):
         model.zero_grad()
-        model(batch, with_logprob=False, idle_lm_head=idle).reward.square().sum().backward()
+        model(batch, with_logprob=False, idle_heads=idle).reward.square().sum().backward()
         found[idle] = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert not found[True].pop("causal_lm.lm_head.weight").any()
     assert found[False].pop("causal_lm.lm_head.weight") is None

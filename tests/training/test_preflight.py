@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model import attention
 from hafrm_ds.model.hybrid import HybridModel
@@ -21,7 +22,7 @@ WINDOW = 16
 def random_pairs(*lengths: int) -> Pairs:
     """Pairs whose prompt and responses have so many tokens each."""
     return Pairs(
-        SimpleNamespace(prompt_ids=item.prompt, chosen_ids=item.responses[0], rejected_ids=item.responses[1])
+        TokenizedPair(item.prompt, *item.responses, margin=None, source="", id="")
         for length in lengths
         for item in random_items(length, 1, prompt_lengths=(length,), response_lengths=(length,))
     )

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what it refuses."""
+"""Which checkpoint a run resumes from, and what it refuses."""
 
 import json
 from dataclasses import replace
@@ -12,9 +12,9 @@ import torch.distributed as dist
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.preparation import fingerprint
 from hafrm_ds.engine.checkpoint import CheckpointError
-from hafrm_ds.options import load_config
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes
-from hafrm_ds.training.logging import cut_rows
+from hafrm_ds.training.logging import truncate_rows
 from hafrm_ds.training.resume import ResumePoint, find_resume_point
 from tests.engine.test_checkpoint import flip_a_byte, save, state_at, truncate
 
@@ -75,9 +75,9 @@ def test_a_path_is_taken_or_refused_but_never_replaced(find, tmp_path):
     assert find(resume=tmp_path / "checkpoints/step-000010")[0].state.step == 10
     assert find(resume=tmp_path / "checkpoints/latest")[0].state.step == 20
     truncate(tmp_path / "checkpoints/step-000020")
-    with pytest.raises(CheckpointError, match=r"step-000020 cannot be gone on from: .* bytes instead of"):
+    with pytest.raises(CheckpointError, match=r"step-000020 cannot be resumed: .* bytes instead of"):
         find(resume=tmp_path / "checkpoints/latest")
-    with pytest.raises(CheckpointError, match=r"none cannot be gone on from: its manifest.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"none cannot be resumed: its manifest.json cannot be read"):
         find(resume=tmp_path / "none")
 
 
@@ -189,10 +189,10 @@ def test_the_fingerprint_of_pairs_knows_their_order_and_margins():
         (3, False, ["0 eval", "1 train", "2 train", "2 eval", "3 train"]),
     ],
 )
-def test_rows_after_a_step_are_cut_off(tmp_path, step, is_due, left):
+def test_rows_after_a_step_are_truncated(tmp_path, step, is_due, left):
     file = tmp_path / "metrics.jsonl"
     names = ["0 eval", "1 train", "2 train", "2 eval", "3 train"]
     rows = [json.dumps({"step": int(name[0]), "kind": name[2:]}) + "\n" for name in names]
     file.write_text("".join(rows) + '{"step": 4, "ki')
-    cut_rows(file, step, is_due)
+    truncate_rows(file, step, is_due)
     assert [f"{row['step']} {row['kind']}" for row in map(json.loads, file.read_text().splitlines())] == left

@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from hafrm_ds.options import load_config
+from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.run import leave_report, train

@@ -1,13 +1,12 @@
 """The token budget that is found at the start, on made-up memory: growth is a line in the tokens of a micro-batch."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from hafrm_ds.data.packing import token_costs
+from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training import token_budget as module
@@ -27,9 +26,7 @@ NAMES = ("prompt", "chosen", "rejected")
 
 def pairs_of(lengths: list[int]) -> Pairs:
     """Pairs that take so many tokens with a shared prompt."""
-    return Pairs(
-        SimpleNamespace(prompt_ids=[1] * (n - 2), chosen_ids=[2], rejected_ids=[3], margin=None) for n in lengths
-    )
+    return Pairs(TokenizedPair([1] * (n - 2), [2], [3], margin=None, source="", id="") for n in lengths)
 
 
 class ScoringEngine:

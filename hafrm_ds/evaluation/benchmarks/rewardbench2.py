@@ -83,7 +83,12 @@ def ties_score(judged: list[Judged]) -> dict[str, Any]:
     spreads = {n: max(correct) - min(correct) for (kind, n), (correct, _) in rewards.items() if kind == "tied"}
     both = [(gaps["tied", n], min(gaps["tied", n], gaps["ref", n]), spreads[n]) for n in spreads if ("ref", n) in gaps]
 
-    result = {"score": None, "questions": len(judged), "ties": sum(gap == 0 for gap in gaps.values()), "details": {}}
+    result: dict[str, Any] = {
+        "score": None,
+        "questions": len(judged),
+        "ties": sum(gap == 0 for gap in gaps.values()),
+        "details": {},
+    }
     if not both:
         return result
     details = {

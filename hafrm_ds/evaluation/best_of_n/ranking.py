@@ -8,12 +8,15 @@ OUTPUT/best_of_n.json        means over the prompts (evaluation.best_of_n)
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, Field
 from rich.markup import escape
 
+from hafrm_ds.config import ScoringSection
 from hafrm_ds.data.files import file_table
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
@@ -21,11 +24,11 @@ from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.best_of_n.sampling import SAMPLING_FILE, SamplingJob, SamplingOptions
 from hafrm_ds.evaluation.best_of_n.statistics import compare_with_gold
 from hafrm_ds.evaluation.terminal import render_best_of_n
+from hafrm_ds.options import as_list
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import identity_of_model, open_model
-from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS
 from hafrm_ds.scoring.files import ScoringOptions, score_file
 from hafrm_ds.scoring.rows import conversations_of, json_line
 
@@ -33,30 +36,35 @@ CANDIDATES_FILE, GOLD_FILE, RANKED_FILE = "candidates.jsonl", "gold.jsonl", "ran
 RESULTS_FILE = "best_of_n.json"
 
 
-@dataclass(frozen=True)
-class RankingOptions:
-    """What launch/best_of_n.py is asked for; its --help says what each means. It has either candidates or sampling."""
+class RankingOptions(ScoringSection):
+    """What launch/best_of_n.py is asked for: either candidates or sampling."""
 
-    model: list[str]
+    model: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)]
+    """One or more: final/ folders of trainings, or other reward models."""
     output_dir: Path
+    """Where the results go."""
     candidates: Path | None = None
-    sampling: SamplingOptions | None = None
+    """A file with answers: .jsonl, .json or .parquet."""
     gold: str | None = None
+    """Another reward model, by whose scores the picks are judged. Default: field gold of the rows."""
     reference: str | None = None
-    max_tokens_per_micro_batch: int = DEFAULT_MAX_TOKENS
-    dtype: str | None = None
-    trust_remote_code: bool = False
-    trust_pickle: bool = False
+    """Of a model without a reward head, what its implicit reward is measured against: a folder, a hub id, or base: what
+    its training started from. Default: base."""
+    sampling: SamplingOptions | None = None
 
-    def loading(self) -> dict[str, Any]:
-        names = ("dtype", "trust_remote_code", "trust_pickle")
-        return {name: getattr(self, name) for name in names}
-
-    def problems(self) -> list[str]:
-        found = [] if self.sampling is None else self.sampling.problems()
+    def contradictions(self) -> list[str]:
+        problems = []
+        if self.sampling is None and self.candidates is None:
+            problems.append("give --candidates FILE, or --prompts FILE with --policy MODEL")
+        if self.sampling is not None:
+            problems += self.sampling.contradictions()
+            if self.candidates is not None:
+                given = ", ".join(f"--{name}" for name in SamplingOptions.model_fields
+                                  if name in self.sampling.model_fields_set)  # fmt: skip
+                problems.append(f"--candidates brings the answers, so nothing is sampled: leave out {given}")
         if len(set(self.model)) < len(self.model):
-            found.append(f"--model {' '.join(self.model)}: a model stands there twice")
-        return found
+            problems.append(f"--model {' '.join(self.model)}: a model stands there twice")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,6 @@ def rank(options: RankingOptions, processes: Processes) -> int:
     Raises:
         ConfigError: options that contradict themselves. DataError, ModelError: files or models cannot be used.
     """
-    if problems := options.problems():
-        raise ConfigError(problems)
     log = Console(processes)
     folder = options.output_dir
     candidates = folder / CANDIDATES_FILE
@@ -113,10 +119,10 @@ def rank(options: RankingOptions, processes: Processes) -> int:
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }
 
-    if options.sampling is None:
-        processes.from_first("candidates", lambda: take_over(options.candidates, candidates, identity))
-    else:
-        job = SamplingJob.open(options.sampling, **options.loading())
+    if options.candidates is not None:
+        processes.from_first("candidates", partial(take_over, options.candidates, candidates, identity))
+    elif options.sampling is not None:
+        job = SamplingJob.open(options.sampling, **options.loading)
         identity["sampling"] = job.identity()
         if processes.from_first("claim", lambda: claim(candidates, identity)) == "open":
             job.sample(candidates, processes.for_job("sampling"), log)
@@ -130,19 +136,19 @@ def rank(options: RankingOptions, processes: Processes) -> int:
 
 def scoring_of(name: str, output: Path, options: RankingOptions) -> ScoringOptions:
     """How a model scores the candidates: the reference is for models without a reward head."""
-    needs_reference = "reward" not in open_model(name, **options.loading()).heads
+    needs_reference = "reward" not in open_model(name, **options.loading).heads
     return ScoringOptions(
         model=Path(name),
         input=options.output_dir / CANDIDATES_FILE,
         output=output,
         max_tokens_per_micro_batch=options.max_tokens_per_micro_batch,
         reference=options.reference if needs_reference else None,
-        **options.loading(),
+        **options.loading,
     )
 
 
 def claim(candidates: Path, identity: dict[str, Any]) -> str:
-    """Make the output folder, or go on with it: "done" if the candidates are there, else "open"."""
+    """Make the output folder, or resume it: "done" if the candidates are there, else "open"."""
     claim_folder(candidates.parent, identity)
     return "done" if candidates.exists() else "open"
 
@@ -164,7 +170,7 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: naming the row.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, fields in file_table(file, str(file)).rows():
         row = Row(fields, f"{file}:{number}", "")
         if not isinstance(fields, dict):
@@ -232,7 +238,8 @@ def write_results(options: RankingOptions, scorers: dict[str, str], log: Console
     if has_gold:
         scores = {model: [prompt.scores[model] for prompt in prompts] for model in options.model}
         names = [prompt.name for prompt in prompts]
-        results["results"] = compare_with_gold(scores, [prompt.gold for prompt in prompts], names)
+        golds = [prompt.gold for prompt in prompts if prompt.gold is not None]
+        results["results"] = compare_with_gold(scores, golds, names)
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(folder / RESULTS_FILE, text.encode())
     log.print(render_best_of_n(results))

@@ -15,31 +15,34 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import jinja2
 import numpy as np
 import torch
+from pydantic import Field
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from hafrm_ds.config import Positive, PositiveInt
 from hafrm_ds.data.files import file_table
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.loading import known_positions, load_model_config
+from hafrm_ds.options import Section
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import stamp, work_through
 from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.saved.classifier import SavedClassifier
 from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.opening import Saved, identity_of_model, open_model
 from hafrm_ds.saved.policy import SavedPolicy
 from hafrm_ds.scoring.rows import json_line, prompt_of
 
 PART = 16
-SAMPLERS = ("auto", "transformers", "vllm")
 SAMPLING_FILE = "sampling.json"
 # Why a prompt is dropped.
 TOO_FEW = "too few different answers"
@@ -47,30 +50,31 @@ TOO_LONG = "longer than the policy takes with max_new_tokens"
 REFUSED = "the policy's template refuses it"
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How candidates are sampled; the --help of launch/best_of_n.py says what each means."""
+class SamplingOptions(Section):
+    """How candidates are sampled, in place of --candidates."""
 
     prompts: Path
+    """A file with prompts."""
     policy: str
-    num_candidates: int = 8
-    temperature: tuple[float, float] = (0.5, 1.2)
-    top_p: float = 0.85
-    max_new_tokens: int = 512
-    seed: int = 0
-    sampler: str = "auto"
+    """Who answers: a folder or hub id with a causal LM."""
+    num_candidates: Annotated[int, Field(ge=2)] = 8
+    """Different answers to each prompt; at most twice as many are drawn."""
+    temperature: tuple[Positive, Positive] = (0.5, 1.2)
+    """LOW HIGH: uniform between these, anew for each answer."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Of the probability, the share that is drawn from."""
+    max_new_tokens: PositiveInt = 512
+    """An answer is truncated there."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the draws."""
+    sampler: Literal["auto", "transformers", "vllm"] = "auto"
+    """auto: vLLM on a GPU where it is installed."""
     policy_chat_template: str | None = None
+    """Name or file of a template, for a policy without one."""
 
-    def problems(self) -> list[str]:
+    def contradictions(self) -> list[str]:
         low, high = self.temperature
-        rules = [
-            (self.num_candidates >= 2, f"--num_candidates is {self.num_candidates}; a best of N needs 2 at least"),
-            (0 < low <= high, f"--temperature {low} {high}: must be two numbers above 0, the lower first"),
-            (0 < self.top_p <= 1, f"--top_p is {self.top_p}; it must be above 0 and at most 1"),
-            (self.max_new_tokens >= 1, f"--max_new_tokens is {self.max_new_tokens}; an answer needs 1 at least"),
-            (self.seed >= 0, f"--seed is {self.seed}; it must not be negative"),
-        ]
-        return [message for holds, message in rules if not holds]
+        return [] if low <= high else [f"--temperature {low} {high}: the lower of the two comes first"]
 
 
 class Request(NamedTuple):
@@ -117,7 +121,7 @@ class SamplingJob:
             DataError: the prompts cannot be used. ModelError: the policy or the sampler cannot.
         """
         policy = open_model(options.policy, chat_template=options.policy_chat_template, **how)
-        if "logprob" not in policy.heads:
+        if isinstance(policy, SavedClassifier) or "logprob" not in policy.heads:
             raise ModelError(f"--policy {options.policy} has no LM head: it cannot answer")
         sampler = choose_sampler(options.sampler, policy)
         try:
@@ -136,7 +140,7 @@ class SamplingJob:
 
     def identity(self) -> dict[str, Any]:
         """What the candidates depend on."""
-        settings = asdict(self.options) | {"sampler": self.sampler, "prompts": stamp(self.options.prompts)}
+        settings = self.options.model_dump() | {"sampler": self.sampler, "prompts": stamp(self.options.prompts)}
         return settings | {"policy": identity_of_model(self.policy)}
 
     def sample(self, output: Path, processes: Processes, log: Console) -> None:
@@ -200,22 +204,22 @@ class SamplingJob:
         for attempt in range(2):
             short = [place for place in prompts if len(found[place]) < options.num_candidates]
             requests = [request_for(prompts[place], part[place], attempt, options) for place in short]
-            for place, answers in zip(short, sampler.answers(requests) if requests else ()):
-                for text, ended in answers:
+            for place, drawn in zip(short, sampler.answers(requests) if requests else ()):
+                for text, ended in drawn:
                     if text and text not in found[place] and len(found[place]) < options.num_candidates:
                         found[place][text] = ended
-        for place, answers in found.items():
-            if len(answers) < options.num_candidates:
+        for place, chosen in found.items():
+            if len(chosen) < options.num_candidates:
                 written[place]["dropped"] = TOO_FEW
             else:
-                written[place] |= {"responses": list(answers), "ended": list(answers.values())}
+                written[place] |= {"responses": list(chosen), "ended": list(chosen.values())}
         return b"".join(map(json_line, written))
 
     def join(self, parts: list[Path], output: Path, log: Console) -> str:
         rows = [json.loads(line) for part in parts for line in part.read_bytes().splitlines()]
         kept = [row for row in rows if "dropped" not in row]
         dropped = Counter(row["dropped"] for row in rows if "dropped" in row)
-        cut = sum(row["ended"].count(False) for row in kept)
+        truncated = sum(row["ended"].count(False) for row in kept)
         for reason, count in sorted(dropped.items()):
             log.warn(f"{count:,} of {len(rows):,} prompts are dropped: {reason}")
         if not kept:
@@ -223,9 +227,10 @@ class SamplingJob:
                 f"no prompt of {self.options.prompts} has {self.options.num_candidates} candidates: "
                 f"{', '.join(dropped)}; other options go with another --output_dir"
             )
-        if cut:
-            log.warn(f"{cut:,} of {len(kept) * self.options.num_candidates:,} candidates were cut at max_new_tokens")
-        summary = {"prompts": len(rows), "dropped": dropped, "candidates_cut": cut, "sampler": self.sampler}
+        if truncated:
+            total = len(kept) * self.options.num_candidates
+            log.warn(f"{truncated:,} of {total:,} candidates were truncated at max_new_tokens")
+        summary = {"prompts": len(rows), "dropped": dropped, "candidates_cut": truncated, "sampler": self.sampler}
         write_whole(output.with_name(SAMPLING_FILE), json.dumps(summary, indent=2).encode())
         write_whole(output, b"".join(map(json_line, kept)))
         shutil.rmtree(output.with_suffix(".parts"))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hafrm_ds.evaluation.bootstrap import Estimate, estimate, estimates, exact_at_the_ends
+from hafrm_ds.evaluation.bootstrap import Estimate, EstimateJson, estimate, estimates, exact_at_the_ends
 
 TOP_KS = (1, 2)
 
@@ -140,7 +140,7 @@ def compare_with_gold(
         found = estimates({str(k): each(top_k_recall, own, gold, k=k) for k in ks}, prompts)
         return {k: exact_at_the_ends(value).to_json() for k, value in found.items()}
 
-    def curve(own: list[np.ndarray]) -> list[dict[str, float]]:
+    def curve(own: list[np.ndarray]) -> list[EstimateJson]:
         columns = {str(n): each(gold_of_pick, own, gold, n=n) for n in range(1, fewest + 1)}
         return [value.to_json() for value in estimates(columns, prompts).values()]
 
@@ -186,9 +186,10 @@ def share(values: np.ndarray, prompts: Sequence[str]) -> Estimate:
     return exact_at_the_ends(estimate(values, prompts))
 
 
-def mean_where_defined(values: np.ndarray, prompts: Sequence[str]) -> dict[str, float] | None:
+def mean_where_defined(values: np.ndarray, prompts: Sequence[str]) -> dict[str, Any] | None:
     """Mean over the prompts where a correlation is defined, and how many these are; None where there is none."""
     defined = ~np.isnan(values)
     if not defined.any():
         return None
-    return estimate(values[defined], np.asarray(prompts)[defined]).to_json() | {"prompts": int(defined.sum())}
+    found = estimate(values[defined], np.asarray(prompts)[defined])
+    return {**found.to_json(), "prompts": int(defined.sum())}

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.report.charts import Chart, Key, intervals_chart
 from hafrm_ds.evaluation.report.curves import comparison_charts
 from hafrm_ds.evaluation.report.reading import Results, differences
@@ -44,7 +45,9 @@ def comparison_page(results: list[Results]) -> ComparisonPage:
         accuracies=accuracy_tables(results),
         accuracy_charts=[chart for judge in JUDGES if (chart := judge_chart(judge, results)) is not None],
         differences=differences_table({each.name: each.config for each in results}, left_out=OF_THE_PLACE),
-        environments=environments and Folded("Versions, hardware and commands that differ", environments),
+        environments=None
+        if environments is None
+        else Folded("Versions, hardware and commands that differ", environments),
         curves=comparison_charts(results),
         legend=tuple(Key(name, place) for place, name in enumerate(names)),
     )
@@ -102,7 +105,7 @@ def accuracy_table(caption: str, results: list[Results], columns: dict[str, tupl
     return Table(rows, ("", *columns), caption=caption)
 
 
-def longer_answer(results: list[Results], name: str) -> dict[str, float] | None:
+def longer_answer(results: list[Results], name: str) -> EstimateJson | None:
     """Accuracy of always taking the longer answer; the first run that knows it."""
     analyses = [each.sets[name].analysis for each in results if name in each.sets]
     return next((analysis["yardsticks"]["longer"] for analysis in analyses if analysis), None)
@@ -126,7 +129,7 @@ def all_sets(results: list[Results]) -> list[str]:
     return list(dict.fromkeys(name for each in results for name in each.sets))
 
 
-def accuracy_of(results: Results, name: str) -> dict[str, dict[str, float]]:
+def accuracy_of(results: Results, name: str) -> dict[str, EstimateJson]:
     return results.sets[name].accuracy if name in results.sets else {}
 
 

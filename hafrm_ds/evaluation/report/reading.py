@@ -18,6 +18,7 @@ from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, load_all
 from hafrm_ds.evaluation.terminal import JUDGES
@@ -91,12 +92,12 @@ class SetResult:
     problem: str = ""
 
     @property
-    def accuracy(self) -> dict[str, dict[str, float]]:
+    def accuracy(self) -> dict[str, EstimateJson]:
         """Judge -> value, and low and high where there are scores to resample."""
         if self.analysis is not None:
             return self.analysis["accuracy"]
         values = self.over_steps.last("accuracy/")
-        return {judge: {"value": values[judge]} for judge in JUDGES if judge in values}
+        return {judge: {"value": values[judge], "low": None, "high": None} for judge in JUDGES if judge in values}
 
     @property
     def pairs(self) -> int | None:

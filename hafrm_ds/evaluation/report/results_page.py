@@ -11,6 +11,7 @@ import yaml
 
 from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport, Example
+from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.calibration import sigmoid
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
@@ -139,7 +140,8 @@ def results_page(results: Results) -> ResultsPage:
 
 def tiles(results: Results) -> Iterator[Tile]:
     """The figures that a reader looks for first."""
-    options, training = dict(options_of(results.config)), results.training
+    options: dict[str, Any] = dict(options_of(results.config))
+    training = results.training
     for name, result in list(results.sets.items())[:1]:
         for judge, estimate in result.accuracy.items():
             if judge in HISTOGRAMS:
@@ -161,9 +163,9 @@ def tiles(results: Results) -> Iterator[Tile]:
         processes = results.environment.get("world_size")
         detail = f"fullest of {processes} process{'es' if processes != 1 else ''}" if processes else ""
         yield Tile("peak memory", f"{memory.max():.2f} GiB", detail)
-    if name := options.get("model.name_or_path"):
+    if model := options.get("model.name_or_path"):
         rank = options.get("model.lora.rank")
-        yield Tile("model", Path(name).name, f"{options.get('model.dtype')}{f', LoRA rank {rank}' if rank else ''}")
+        yield Tile("model", Path(model).name, f"{options.get('model.dtype')}{f', LoRA rank {rank}' if rank else ''}")
 
 
 def objective_in_words(results: Results) -> str:
@@ -236,7 +238,7 @@ def by_size(sources: dict[str, dict]) -> dict[str, dict]:
     return dict(sorted(sources.items(), key=lambda item: -item[1]["pairs"]))
 
 
-def intervals(accuracy: dict[str, dict[str, float]]) -> dict[str, Interval]:
+def intervals(accuracy: dict[str, EstimateJson]) -> dict[str, Interval]:
     return {judge: Interval(**estimate) for judge, estimate in accuracy.items()}
 
 

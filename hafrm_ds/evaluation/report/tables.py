@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hafrm_ds.data.report import PERCENTILES, DataReport
+from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.report.charts import short
 
 NOTHING = "-"
@@ -53,20 +54,20 @@ def number(value: float | None) -> Cell:
     return Cell(NOTHING if value is None else short(value))
 
 
-def share_estimate(estimate: dict[str, float | None] | None) -> Cell:
+def share_estimate(estimate: EstimateJson | None) -> Cell:
     """A share with its interval, where that is known."""
     return estimate_cell(estimate, "{:.1%}".format)
 
 
-def number_estimate(estimate: dict[str, float | None] | None) -> Cell:
+def number_estimate(estimate: EstimateJson | None) -> Cell:
     return estimate_cell(estimate, short)
 
 
-def estimate_cell(estimate: dict[str, float | None] | None, form: Callable[[float], str]) -> Cell:
+def estimate_cell(estimate: EstimateJson | None, form: Callable[[float], str]) -> Cell:
     if estimate is None:
         return Cell(NOTHING)
-    is_known = estimate.get("low") is not None
-    interval = f"{form(estimate['low'])} to {form(estimate['high'])}" if is_known else ""
+    low, high = estimate.get("low"), estimate.get("high")
+    interval = "" if low is None or high is None else f"{form(low)} to {form(high)}"
     return Cell(form(estimate["value"]), interval)
 
 

@@ -19,6 +19,7 @@ from hafrm_ds.errors import ConfigError, DataError, ModelError, UserError
 from hafrm_ds.evaluation.best_of_n import ranking, sampling
 from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
 from hafrm_ds.evaluation.best_of_n.sampling import Answer, Request, SamplingJob, SamplingOptions, TransformersSampler
+from hafrm_ds.options import read
 from hafrm_ds.processes import parts
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import load_scorer, open_model
@@ -64,13 +65,15 @@ def alone() -> Processes:
 
 def from_candidates(folder, output, **changes) -> RankingOptions:
     models = [str(folder / "one"), str(folder / "two")]
-    return dataclasses.replace(RankingOptions(models, output, candidates=folder / "candidates.jsonl"), **changes)
+    return RankingOptions(
+        **{"model": models, "output_dir": output, "candidates": folder / "candidates.jsonl"} | changes
+    )
 
 
 def by_sampling(folder, output, **changes) -> RankingOptions:
     given = {"num_candidates": 3, "max_new_tokens": 6} | changes
-    options = SamplingOptions(folder / "prompts.jsonl", str(folder / "policy"), **given)
-    return RankingOptions([str(folder / "one")], output, sampling=options, gold=str(folder / "two"))
+    options = SamplingOptions(prompts=folder / "prompts.jsonl", policy=str(folder / "policy"), **given)
+    return RankingOptions(model=[str(folder / "one")], output_dir=output, sampling=options, gold=str(folder / "two"))
 
 
 def contents(output: Path) -> dict[str, bytes]:
@@ -193,14 +196,15 @@ def test_every_prompt_has_different_answers_under_its_own_seed(folder, sampled, 
     assert all(len(set(row["responses"])) == 3 and len(row["ended"]) == 3 for row in rows)
     fewer = write(tmp_path / "fewer.jsonl", lines(folder / "prompts.jsonl")[:3])
     options = by_sampling(folder, tmp_path / "out")
-    options = dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, prompts=fewer))
+    changed = options.sampling.model_copy(update={"prompts": fewer})
+    options = options.model_copy(update={"sampling": changed})
     rank(options, alone())
     assert lines(tmp_path / "out" / "candidates.jsonl") == rows[:3]
 
 
 def test_each_draw_has_its_own_temperature(folder):
     policy = open_model(folder / "policy")
-    options = SamplingOptions(Path("unused"), "unused", top_p=1.0, max_new_tokens=5)
+    options = SamplingOptions(prompts=Path("unused"), policy="unused", top_p=1.0, max_new_tokens=5)
     sampler = TransformersSampler(policy, policy.formatter(), options, alone())
     prompt = policy.formatter().encode_prompt([{"role": "user", "content": "abc"}])
     ids = torch.tensor([prompt])
@@ -221,7 +225,7 @@ def test_each_draw_has_its_own_temperature(folder):
 def test_an_answer_ends_at_the_first_stop_token(folder):
     policy = open_model(folder / "policy")
     formatter = policy.formatter()
-    sampler = TransformersSampler(policy, formatter, SamplingOptions(Path("unused"), "unused"), alone())
+    sampler = TransformersSampler(policy, formatter, SamplingOptions(prompts=Path("unused"), policy="unused"), alone())
     text, end = formatter.tokenizer(" ab")["input_ids"], formatter.tokenizer.eos_token_id
     assert sampler.read([*text, end, *text]) == Answer("ab", True)
     assert sampler.read(text) == Answer("ab", False)
@@ -249,7 +253,8 @@ def test_prompts_without_n_answers_are_dropped_after_2n_draws(folder, tmp_path, 
 def test_prompts_that_the_policy_cannot_take_are_dropped(folder, tmp_path, capsys):
     prompts = write(tmp_path / "in.jsonl", [{"prompt": "short"}, {"prompt": "long" * 200}])
     options = by_sampling(folder, tmp_path / "out")
-    options = dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, prompts=prompts))
+    changed = options.sampling.model_copy(update={"prompts": prompts})
+    options = options.model_copy(update={"sampling": changed})
     rank(options, alone())
     assert [row["prompt"] for row in lines(tmp_path / "out" / "candidates.jsonl")] == ["short"]
     results = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
@@ -303,7 +308,8 @@ def test_vllm_is_refused_where_it_cannot_be_used(folder, tmp_path, request):
         rank(by_sampling(folder, tmp_path / "out", sampler="vllm"), alone())
     request.getfixturevalue("vllm")
     options = by_sampling(folder, tmp_path / "out", sampler="vllm")
-    options = dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, policy=str(folder / "one")))
+    changed = options.sampling.model_copy(update={"policy": str(folder / "one")})
+    options = options.model_copy(update={"sampling": changed})
     with pytest.raises(ModelError, match=r"launch/export\.py --format policy"):
         rank(options, alone())
 
@@ -345,20 +351,33 @@ def test_files_and_models_that_are_not_there_are_named(folder, tmp_path):
         ({"policy": str(tmp_path / "nobody")}, "nobody' is no local folder"),
         ({"prompts": tmp_path / "none.jsonl"}, "none.jsonl: cannot be read"),
     ):
-        changed = dataclasses.replace(options.sampling, **changes)
-        assert message in refusal(dataclasses.replace(options, sampling=changed))
+        changed = options.sampling.model_copy(update=changes)
+        assert message in refusal(options.model_copy(update={"sampling": changed}))
     save_tiny_model(tmp_path / "bare", chat_template=None)
-    changed = dataclasses.replace(options.sampling, policy=str(tmp_path / "bare"))
-    assert "--policy_chat_template takes a name" in refusal(dataclasses.replace(options, sampling=changed))
-    assert "policy: the model has no reward head" in refusal(dataclasses.replace(options, gold=str(folder / "policy")))
-    assert "for models without a reward head" in refusal(dataclasses.replace(options, reference="base"))
+    changed = options.sampling.model_copy(update={"policy": str(tmp_path / "bare")})
+    assert "--policy_chat_template takes a name" in refusal(options.model_copy(update={"sampling": changed}))
+    without = str(folder / "policy")
+    assert "policy: the model has no reward head" in refusal(options.model_copy(update={"gold": without}))
+    assert "for models without a reward head" in refusal(options.model_copy(update={"reference": "base"}))
     assert not (tmp_path / "out").exists()
 
 
-def test_all_options_that_make_no_sense_are_named_at_once(folder, tmp_path):
-    options = by_sampling(folder, tmp_path, num_candidates=1, temperature=(0.0, 1.0), top_p=0.0, max_new_tokens=0)
-    with pytest.raises(ConfigError) as error:
-        rank(dataclasses.replace(options, model=["a", "a"]), alone())
-    assert [problem.split(" ")[0] for problem in error.value.problems] == [
-        "--num_candidates", "--temperature", "--top_p", "--max_new_tokens", "--model",
+def test_all_options_that_make_no_sense_are_named_at_once():
+    def problems(*words: str) -> list[str]:
+        short = {name: f"sampling.{name}" for name in SamplingOptions.model_fields}
+        with pytest.raises(ConfigError) as error:
+            read(RankingOptions, ["--output_dir", "o", *words], short=short)
+        return error.value.problems
+
+    sampled = ["--prompts", "p.jsonl", "--policy", "p"]
+    wrong = ["--num_candidates=1", "--temperature", "0", "1", "--top_p=0", "--max_new_tokens=0", "--model", "a", "a"]
+    assert [problem.split(" ")[0] for problem in problems(*sampled, *wrong)] == [
+        "num_candidates:", "temperature.0:", "top_p:", "max_new_tokens:", "--model",
     ]  # fmt: skip
+    assert problems("--model", "a", "--temperature", "1", "0.5", *sampled) == [
+        "--temperature 1.0 0.5: the lower of the two comes first"
+    ]
+    assert problems("--model", "a", "--policy", "p") == ["prompts: is required and was not given"]
+    assert problems("--model", "a") == ["give --candidates FILE, or --prompts FILE with --policy MODEL"]
+    (both,) = problems("--model", "a", "--candidates", "c.jsonl", *sampled)
+    assert both.endswith("so nothing is sampled: leave out --prompts, --policy")

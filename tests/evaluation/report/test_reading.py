@@ -50,7 +50,11 @@ def test_accuracies_without_scores_are_those_of_the_last_row(tmp_path):
     rows = [{"step": step, "kind": "eval", "set": "x", "pairs": 9, "accuracy/reward": step / 10} for step in (0, 7)]
     write_rows(tmp_path, rows)
     result = read_results(tmp_path).sets["x"]
-    assert result.accuracy == {"reward": {"value": 0.7}} and result.pairs == 9 and result.analysis is None
+    assert (
+        result.accuracy == {"reward": {"value": 0.7, "low": None, "high": None}}
+        and result.pairs == 9
+        and result.analysis is None
+    )
 
 
 def test_a_last_line_that_is_being_written_is_left_out_and_another_is_named(tmp_path):
