@@ -99,7 +99,7 @@ def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", k
             engine=FakeEngine(model),
             plan=SimpleNamespace(global_batch_size=5),
             world_size=2,
-            cost=SimpleNamespace(training_flops=lambda *how: 0.0),
+            cost=SimpleNamespace(training_flops=lambda *batch, **how: 0.0),
         )
         totals = StepTotals()
         with AsOnCuda():
@@ -172,6 +172,8 @@ def test_a_cpu_tensor_in_the_loss_is_found(monkeypatch):
 @pytest.mark.parametrize("copy", ["blocking", "not pinned", "to the CPU"])
 def test_a_blocking_copy_in_the_loop_is_found(monkeypatch, copy):
     def move(micro_batch, device):
+        if not isinstance(micro_batch, MicroBatch):
+            return usual(micro_batch, device)
         if copy == "blocking":
             micro_batch.weight.pin_memory().to(device)
         elif copy == "not pinned":
@@ -179,6 +181,7 @@ def test_a_blocking_copy_in_the_loop_is_found(monkeypatch, copy):
         else:
             torch.ones(1, device=device).cpu()
 
-    monkeypatch.setattr(MicroBatch, "to", move)
+    usual = loop.move
+    monkeypatch.setattr(loop, "move", move)
     with pytest.raises(HostWaits, match=r"test_fake_cuda.py:\d+: .*(micro_batch.weight|cpu\(\))"):
         joint_loss(monkeypatch)
