@@ -172,8 +172,6 @@ def test_a_cpu_tensor_in_the_loss_is_found(monkeypatch):
 @pytest.mark.parametrize("copy", ["blocking", "not pinned", "to the CPU"])
 def test_a_blocking_copy_in_the_loop_is_found(monkeypatch, copy):
     def move(micro_batch, device):
-        if not isinstance(micro_batch, MicroBatch):
-            return usual(micro_batch, device)
         if copy == "blocking":
             micro_batch.weight.pin_memory().to(device)
         elif copy == "not pinned":
@@ -181,7 +179,6 @@ def test_a_blocking_copy_in_the_loop_is_found(monkeypatch, copy):
         else:
             torch.ones(1, device=device).cpu()
 
-    usual = loop.move
-    monkeypatch.setattr(loop, "move", move)
+    monkeypatch.setattr(MicroBatch, "labels_on", move)
     with pytest.raises(HostWaits, match=r"test_fake_cuda.py:\d+: .*(micro_batch.weight|cpu\(\))"):
         joint_loss(monkeypatch)
