@@ -45,7 +45,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "cuda": ["flash-attn-4>=4.0.0b1"],
+        "cuda": ["flash-attn-4>=4.0.0b22"],  # earlier ones lack the backward of sm_90, or windows, for many lengths
         "lora": ["peft>=0.18"],
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
         "wandb": ["wandb"],

@@ -7,11 +7,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
-from hafrm_ds.saved.writing import save_hybrid_model
-from tests.tiny_tokenizers import byte_level_tokenizer
 
 VOCABULARY = 120
 SHAPE = {
@@ -78,6 +75,8 @@ def tiny_causal_lm(family: str, seed: int = 0, **shape) -> transformers.PreTrain
 
 def save_tiny_model(folder: Path, family: str = "llama-tied", **tokenizer_options) -> Path:
     """A folder as users have it: a tiny model and a byte-level tokenizer with a chat template."""
+    from tests.tiny_tokenizers import byte_level_tokenizer
+
     tokenizer = byte_level_tokenizer(**tokenizer_options)
     tiny_causal_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -98,6 +97,11 @@ def save_tiny_final(
     Args:
         base: what it says that it was trained from. objective: options of its training, instead of HaF's.
     """
+    # Here, as tests/gpu takes models from this file where datasets and pyarrow are not installed.
+    from hafrm_ds.data.formatting import ChatFormatter
+    from hafrm_ds.saved.writing import save_hybrid_model
+    from tests.tiny_tokenizers import byte_level_tokenizer
+
     formatter = ChatFormatter.create(byte_level_tokenizer(**tokenizer_options), None, "2024-07-26")
     causal_lm = tiny_causal_lm(family, vocab_size=len(formatter.tokenizer), max_position_embeddings=512).to(dtype)
     head = make_reward_head(32, bias=bias, init="normal", dtype=dtype, seed=0)

@@ -78,3 +78,29 @@ def find_device(name: str, numbers: dict[str, float | None]) -> Device:
         known_names = ", ".join(DEVICES)
         raise ConfigError([f"--device {name} is not known ({known_names}), so it needs {', '.join(missing)}"])
     return Device(**known | {"name": name} | given)
+
+
+PUBLISHED = (
+    ("H200", "h200"),
+    ("H100 80GB HBM3", "h100"),
+    ("B200", "b200"),
+    ("L40S", "l40s"),
+    ("GeForce RTX 4090", "rtx4090"),
+    ("A100", "a100-80"),
+)
+"""Part of a name that CUDA reports -> the device whose data sheet has its peak. Both A100 have the same; other H100
+(PCIe, NVL) have lower ones that are not here."""
+OTHERS = ("MIG", "NVL", "GB200", "4090 D", "Laptop")
+"""Parts of names of slices, and of GPUs of a like name with another peak."""
+
+
+def published_peak(name: str, dtype_bytes: int) -> float | None:
+    """FLOP/s of dense bfloat16 products by the data sheet of a GPU, None where it is not known or is sliced.
+
+    Args:
+        name: as CUDA reports it; a slice (MIG) has only a part of its GPU's peak.
+        dtype_bytes: of the weights; data sheets give the peak of two bytes.
+    """
+    if dtype_bytes != 2 or any(part in name for part in OTHERS):
+        return None
+    return next((DEVICES[device].peak_flops for part, device in PUBLISHED if part in name), None)

@@ -13,8 +13,8 @@ Legend: T tokens (queries), K keys, Q and G query and key-value heads, D head di
 import importlib
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -55,7 +55,8 @@ class Kernel:
     package: the module it comes from, which must be installed.
     capabilities: major compute capabilities of NVIDIA GPUs that it was written for; empty: any device, CPU included.
     has_softcap: takes a soft cap, forward and backward.
-    largest_head: dimensions of a head that it takes, in multiples of 8.
+    largest_heads: major compute capability -> dimensions of a head that it takes there, in multiples of 8; where it
+        says nothing, 256.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Kernel:
     package: str
     capabilities: tuple[int, ...]
     has_softcap: bool
-    largest_head: int = 256
+    largest_heads: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def implementation(self) -> str:
@@ -80,8 +81,9 @@ class Kernel:
                 return f"it is not made for GPUs of compute capability {major}"
             if dtype != torch.bfloat16:
                 return f"it has no {str(dtype).removeprefix('torch.')}"
-            if (size := head_dimension(config)) > self.largest_head or size % 8:
-                return f"it takes heads of up to {self.largest_head} dimensions in multiples of 8, not {size}"
+            largest = self.largest_heads.get(major, 256)
+            if (size := head_dimension(config)) > largest or size % 8:
+                return f"it takes heads of up to {largest} dimensions in multiples of 8, not {size}"
             if getattr(config, "v_head_dim", size) != size:
                 return "it takes keys and values of one size, and this model has two"
         if not self.has_softcap and getattr(config, "attn_logit_softcapping", None):
@@ -326,12 +328,14 @@ KERNELS = {
         Kernel("fa3", partial(run_flash_package, "flash_attn_interface"), "flash_attn_interface", (9,), True),
         Kernel("fa2", partial(run_flash_package, "flash_attn"), "flash_attn_2_cuda", (8, 9, 10, 12), True),
         # A pre-release. On Blackwell it has no head sizes between 128 and 256, and no soft cap for all of them.
-        Kernel("fa4", partial(run_flash_package, "flash_attn.cute"), "flash_attn.cute", (9, 10), False, 128),
+        Kernel("fa4", partial(run_flash_package, "flash_attn.cute"), "flash_attn.cute", (9, 10), False, {10: 128}),
         Kernel("varlen", run_varlen, "torch.nn.attention.varlen", (8, 9, 10, 12), False),
         Kernel("segmented", run_segmented, "torch", (), True),
     )
 }
-"""By name, in the order in which `auto` prefers them."""
+"""By name, in the order in which `auto` prefers them, but for PREFERRED."""
+PREFERRED = {10: "fa4"}
+"""Major compute capability -> the kernel that `auto` tries first: on Blackwell fa2 runs code for Ampere."""
 
 for kernel in KERNELS.values():
     AttentionInterface.register(kernel.implementation, partial(segment_attention, kernel))
@@ -347,12 +351,18 @@ def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype, conf
         ModelError: the named one cannot run it.
     """
     config = config.get_text_config()
-    able = (name for name, kernel in KERNELS.items() if kernel.obstacle(device, dtype, config) is None)
+    able = (name for name in kernel_order(device) if KERNELS[name].obstacle(device, dtype, config) is None)
     if requested == "auto":
         return KERNELS[next(able)]  # looks at no kernel behind it
     if (obstacle := KERNELS[requested].obstacle(device, dtype, config)) is not None:
         raise ModelError(f"--model.attention {requested} cannot be used: {obstacle}. What can: {', '.join(able)}")
     return KERNELS[requested]
+
+
+def kernel_order(device: torch.device) -> list[str]:
+    """Names of the kernels in the order in which `auto` tries them on a device."""
+    preferred = PREFERRED.get(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else None
+    return sorted(KERNELS, key=lambda name: name != preferred)  # which keeps the order of the others
 
 
 def stock_attention(model: PreTrainedModel) -> str:

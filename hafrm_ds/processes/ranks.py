@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -232,7 +233,9 @@ class Processes:
             rank=self.rank,
             world_size=self.world_size,
             timeout=self.timeout,
-            device_id=self.device if is_cuda else None,  # else torch guesses it at the first barrier, with a warning
+            # Without it torch guesses at the first barrier, with a warning. With it every later group, as DeepSpeed's
+            # own, is split off this one, which NCCL refuses on a single rank (CUDA error 600).
+            device_id=self.device if is_cuda and self.world_size > 1 else None,
         )
 
     def choose_interface(self) -> None:
@@ -343,6 +346,14 @@ def choose_allocators() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def keep_compiled_kernels() -> None:
+    """Let FlashAttention 4 keep what it compiles beside other caches of the user: by itself every rank of every run
+    compiles anew, seconds a variant. What the user has set stays."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "hafrm_ds" / "flash_attention_4"))
+
+
 def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     """Run an entry file: a UserError becomes one message from one rank, and exit status 1 on all.
 
@@ -351,6 +362,7 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     ever. A run that was asked to stop ends with STOPPED_STATUS.
     """
     choose_allocators()
+    keep_compiled_kernels()
     try:
         processes = Processes.join()
     except Stopped as stop:

@@ -23,6 +23,7 @@ from hafrm_ds.engine.shapes import full_shape
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
+from hafrm_ds.hardware.devices import published_peak
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.objective import JointLoss, joint_loss, preference_metrics, weights_at
@@ -94,7 +95,11 @@ class Trainer:
         }
         self.state = saver.state
         self.cost = ForwardCost.of(engine.model.causal_lm, full_shape)
-        self.peak_flops = measure_matmul_peak(engine.device, next(engine.model.parameters()).dtype)
+        dtype = next(engine.model.parameters()).dtype
+        self.measured_peak = measure_matmul_peak(engine.device, dtype)
+        # Of the data sheet, as published figures are; where that is not known, a CPU among them, the measured one.
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else ""
+        self.peak_flops = published_peak(name, dtype.itemsize) or self.measured_peak
 
     def run(self) -> None:
         """From where the saver says to the last step. Raises Stopped when a signal has ended it and all is saved."""
@@ -133,7 +138,9 @@ class Trainer:
         totals = StepTotals()
         parts, waiting_share = self.cut(step)
         for number, part in enumerate(parts):
-            micro_batch = self.lay_out(part)  # while a GPU still computes the one before
+            micro_batch = self.lay_out(
+                part
+            )  # while a GPU computes the one before, but under stage 3, which waits for it
             try:
                 loss = self.joint_loss(step, micro_batch, totals)
                 self.engine.backward(loss, is_last=number == len(parts) - 1)
@@ -164,6 +171,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "pairs_per_second": self.plan.global_batch_size / seconds,
             "mfu": flops / seconds / (self.peak_flops * self.world_size),
+            "mfu_measured": flops / seconds / (self.measured_peak * self.world_size),
             "micro_batches": len(parts),
             "tokens_per_rank": tokens / self.world_size,
             "padding_share": padding / (tokens + padding),

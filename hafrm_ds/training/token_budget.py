@@ -17,7 +17,8 @@ from hafrm_ds.hardware.measurement import free_memory_bytes, peak_growth_bytes
 
 SAFE_SHARE = 0.85
 """Share of the free memory that is planned with: the rest is for fragments and for what the line does not catch."""
-SMALLEST_PROBE = 1024
+SMALLEST_PROBE, SMALLEST_PROBE_ON_GPU = 1024, 4096
+"""Tokens. On a GPU the constant part (a chunk of logits, gathered weights, the allocator's steps) is larger."""
 PROBE_RATIO = 2
 ROUNDING = 64
 
@@ -47,7 +48,8 @@ def find_token_budget(
         UserError: even the longest pair does not fit.
     """
     costs = token_costs(pairs.lengths, layout)
-    smallest = max(longest, min(SMALLEST_PROBE, largest_useful))
+    usual = SMALLEST_PROBE_ON_GPU if engine.device.type == "cuda" else SMALLEST_PROBE
+    smallest = max(longest, min(usual, largest_useful))
 
     def probe(batch: PackedBatch) -> Callable[[], None]:
         def work() -> None:

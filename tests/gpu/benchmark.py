@@ -32,6 +32,7 @@ from hafrm_ds.data.packing import PackedBatch, lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import TrainingEngine
+from hafrm_ds.engine.shapes import full_shape
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_growth_bytes, peak_memory_bytes, synchronize
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
@@ -188,7 +189,7 @@ def reset_peak_memory() -> None:
 def time_steps(name: str, peak_flops: float) -> list[StepTime]:
     """shared_prefix under every kernel, then packed under the best, and padded under the model's stock attention."""
     model, step = make_steps(name)
-    cost, pairs = ForwardCost.of(model.causal_lm), random_pairs(SHAPES[name].vocab_size, MICRO_BATCH_TOKENS)
+    cost, pairs = ForwardCost.of(model.causal_lm, full_shape), random_pairs(SHAPES[name].vocab_size, MICRO_BATCH_TOKENS)
     runs = [("shared_prefix", kernel) for kernel in available_kernels()] + [("packed", "auto"), ("padded", "auto")]
     times = []
     for layout, kernel in runs:

@@ -16,7 +16,7 @@ import sys
 import torch
 from transformers import LlamaConfig
 
-from hafrm_ds.model.attention import KERNELS
+from hafrm_ds.model.attention import KERNELS, kernel_order
 
 IS_GPU = torch.cuda.is_available()
 IS_ALLOWED_ON_CPU = os.environ.get("HAFRM_GPU_TESTS_ON_CPU") == "1"
@@ -31,7 +31,7 @@ def obstacle(kernel: str, dtype: torch.dtype, head_dim: int = 64, softcap: float
 
 
 def available_kernels(dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    return [name for name in KERNELS if obstacle(name, dtype) is None]
+    return [name for name in kernel_order(DEVICE) if obstacle(name, dtype) is None]
 
 
 def version(package: str) -> str:

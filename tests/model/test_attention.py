@@ -18,6 +18,7 @@ from hafrm_ds.model.attention import (
     UnsupportedAttention,
     choose_kernel,
     import_problem,
+    kernel_order,
     masked_type,
     segment_attention,
     set_attention,
@@ -313,6 +314,21 @@ def test_auto_takes_the_first_that_can(hopper):
     assert choose_kernel("fa4", hopper, torch.bfloat16, LLAMA).name == "fa4"
     assert choose_kernel("auto", hopper, torch.float32, LLAMA).name == "segmented"
     assert choose_kernel("auto", torch.device("cpu"), torch.bfloat16, LLAMA).name == "segmented"
+
+
+@pytest.mark.parametrize(("capability", "first"), [(8, "fa3"), (9, "fa3"), (10, "fa4"), (12, "fa3")])
+def test_on_blackwell_auto_tries_the_kernel_that_is_written_for_it_first(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    order = kernel_order(torch.device("cuda", 0))
+    assert order[0] == first
+    assert [name for name in order if name != "fa4"] == [name for name in KERNELS if name != "fa4"]
+
+
+@pytest.mark.parametrize(("capability", "size", "refused"), [(9, 256, False), (10, 256, True), (10, 128, False)])
+def test_flash_attention_4_takes_large_heads_on_hopper(monkeypatch, imported, capability, size, refused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    obstacle = KERNELS["fa4"].obstacle(torch.device("cuda", 0), torch.bfloat16, LlamaConfig(head_dim=size))
+    assert ("heads of up to 128" in (obstacle or "")) is refused
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from hafrm_ds.errors import DataError, UserError
@@ -157,6 +158,19 @@ def test_a_group_is_not_started_without_a_rank_that_has_met_an_error(ranks):
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize(("world_size", "bound"), [(1, None), (2, torch.device("cuda", 0))])
+def test_nccl_is_bound_to_a_device_only_where_there_are_several_ranks(monkeypatch, world_size, bound):
+    """On one GPU the groups that DeepSpeed makes after a bound one fail."""
+    started = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.update(options, backend=backend))
+    monkeypatch.setattr(Processes, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(Processes, "use_device", lambda self: None)
+    store = dist.HashStore()
+    store.add("arrived", world_size - 1)
+    Processes(0, 0, world_size, store).start_group()
+    assert (started["backend"], started["device_id"]) == ("nccl", bound)
+
+
 def test_an_error_that_nobody_foresaw_also_stops_the_ranks_that_wait(ranks, enter, capsys):
     def main(arguments: list[str], processes: Processes) -> None:
         raise ZeroDivisionError("a bug on one rank")
@@ -267,3 +281,16 @@ def test_a_loopback_address_of_rank_0_is_refused_by_the_other_hosts(rank_0_on_lo
 def test_a_rank_0_that_cannot_be_found_is_one_message():
     with pytest.raises(UserError, match=r"^n2 does not know the address n1.invalid of rank 0 .* set MASTER_ADDR"):
         module.meet(Placement("n2", 1, 0, 2, 2, "n1.invalid", 23456), timedelta(seconds=1))
+
+
+def test_kernels_of_flash_attention_4_are_kept_where_the_user_says(monkeypatch):
+    names = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR")]
+    for name in names:  # set, then removed: what the call sets is removed again after the test
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    module.keep_compiled_kernels()
+    assert [os.environ[name] for name in names] == ["1", "/cache/hafrm_ds/flash_attention_4"]
+    monkeypatch.setenv(names[0], "0")
+    module.keep_compiled_kernels()
+    assert os.environ[names[0]] == "0"

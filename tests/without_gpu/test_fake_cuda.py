@@ -1,0 +1,184 @@
+"""The forward, the joint loss of the loop and the scoring of the reference pass on a CUDA device that computes nothing:
+no mix of devices, nothing that a host would wait for, no blocking copy. The backward cannot run so (test_meta.py)."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hafrm_ds.config import TrainConfig
+from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
+from hafrm_ds.data.packing import PackedBatch, lay_out, token_costs
+from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.engine.scoring import score_items
+from hafrm_ds.model import attention, hybrid
+from hafrm_ds.model.loading import set_gradient_checkpointing
+from hafrm_ds.objective import bradley_terry_loss
+from hafrm_ds.training import loop
+from hafrm_ds.training.loop import StepTotals, Trainer
+from tests.tiny_models import FAMILIES, random_items
+from tests.without_gpu.fake_cuda import DEVICE, AsOnCuda, HostWaits, fake_cuda, fake_hybrid
+
+ITEMS = random_items(seed=3, num_items=6)
+SETTINGS = [
+    ("shared_prefix", "varlen"),
+    ("shared_prefix", "segmented"),
+    ("packed", "varlen"),
+    ("packed", "segmented"),
+    ("padded", "auto"),
+]
+
+
+def use(model: hybrid.HybridModel, layout: str, kernel: str) -> None:
+    """Skips what a kernel refuses; a refusal is no fault."""
+    config = model.causal_lm.config.get_text_config()
+    if layout != "padded" and (reason := attention.KERNELS[kernel].obstacle(DEVICE, torch.bfloat16, config)):
+        pytest.skip(f"{kernel}: {reason}")
+    model.use_layout(layout, kernel, DEVICE)
+
+
+@pytest.mark.parametrize(("layout", "kernel"), SETTINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward(monkeypatch, family, layout, kernel):
+    batch = lay_out(ITEMS, layout)
+    with fake_cuda(monkeypatch):
+        model = fake_hybrid(family)
+        use(model, layout, kernel)
+        with AsOnCuda():
+            scores = model(batch.to(DEVICE))
+            loss = bradley_terry_loss(scores.reward)
+    assert (loss.device, scores.logprob.device, scores.reward.dtype) == (DEVICE, DEVICE, torch.float32)
+    assert scores.logprob.shape == (2 * len(ITEMS),)
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "segmented"])
+def test_forward_with_gradient_checkpointing(monkeypatch, kernel):
+    batch = lay_out(ITEMS, "shared_prefix")
+    with fake_cuda(monkeypatch):
+        model = fake_hybrid("llama")
+        set_gradient_checkpointing(model.causal_lm, True)
+        use(model, "shared_prefix", kernel)
+        with AsOnCuda():
+            assert model(batch.to(DEVICE)).reward.device == DEVICE
+
+
+def micro_batch_of(layout: str) -> MicroBatch:
+    pairs = [
+        TokenizedPair(
+            list(item.prompt), list(item.responses[0]), list(item.responses[1]), margin=None, source="", id=str(number)
+        )
+        for number, item in enumerate(ITEMS)
+    ]
+    return make_micro_batch(pairs, [0, 1, 2, -1, 4], layout, torch.zeros(10))
+
+
+class FakeEngine:
+    """What the loop asks of an engine."""
+
+    def __init__(self, model: hybrid.HybridModel):
+        self.model, self.device = model, DEVICE
+
+    def __call__(self, batch: PackedBatch, **how):
+        return self.model(batch.to(self.device), **how)
+
+
+def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", kernel: str = "varlen"):
+    """The loop's own, with its sums; what it counts of a micro-batch on the CPU is counted before."""
+    config = TrainConfig.model_validate(
+        {"output_dir": "unused", "model": {"name_or_path": "unused"}, "data": {"train": "unused.jsonl"}}
+    )
+    micro_batch = micro_batch_of(layout)
+    padding = micro_batch.batch.num_padding
+    monkeypatch.setattr(PackedBatch, "num_padding", padding)
+    with fake_cuda(monkeypatch):
+        model = fake_hybrid("llama")
+        use(model, layout, kernel)
+        trainer = SimpleNamespace(
+            config=config,
+            engine=FakeEngine(model),
+            plan=SimpleNamespace(global_batch_size=5),
+            world_size=2,
+            cost=SimpleNamespace(training_flops=lambda *batch, **how: 0.0),
+        )
+        totals = StepTotals()
+        with AsOnCuda():
+            loss = Trainer.joint_loss(trainer, 0, micro_batch, totals)
+    return loss, totals
+
+
+@pytest.mark.parametrize(("layout", "kernel"), SETTINGS)
+def test_joint_loss_of_the_loop(monkeypatch, layout, kernel):
+    loss, totals = joint_loss(monkeypatch, layout, kernel)
+    assert (loss.device, loss.shape) == (DEVICE, ())
+    assert {each.device for each in totals.sums.values()} == {DEVICE}
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_scoring_of_the_reference_pass(monkeypatch, layout):
+    lengths = {
+        "prompt": np.array([len(item.prompt) for item in ITEMS]),
+        "chosen": np.array([len(item.responses[0]) for item in ITEMS]),
+        "rejected": np.array([len(item.responses[1]) for item in ITEMS]),
+    }
+    kept = []
+    with fake_cuda(monkeypatch):
+        model = fake_hybrid("llama")
+        use(model, layout, "varlen")
+        with AsOnCuda():
+            score_items(
+                FakeEngine(model),
+                lambda position: ITEMS[position],
+                token_costs(lengths, layout),
+                num_responses=2,
+                layout=layout,
+                max_tokens=64,
+                on_scores=lambda positions, scores: kept.append((positions, scores.logprob)),
+                with_reward=False,
+            )
+    assert sorted(position for positions, _ in kept for position in positions) == list(range(len(ITEMS)))
+    assert {logprob.device for _, logprob in kept} == {DEVICE}
+
+
+# ---- what is planted is found, with file and line ------------------------------------------------------------------
+
+
+def test_an_item_in_the_forward_is_found(monkeypatch):
+    usual = hybrid.model_inputs
+
+    def with_item(batch):
+        batch.position_ids.max().item()
+        return usual(batch)
+
+    monkeypatch.setattr(hybrid, "model_inputs", with_item)
+    with pytest.raises(
+        HostWaits, match=r"tests/without_gpu/test_fake_cuda.py:\d+: batch.position_ids.max\(\).item\(\)"
+    ):
+        joint_loss(monkeypatch)
+
+
+def test_a_cpu_tensor_in_the_loss_is_found(monkeypatch):
+    usual = loop.joint_loss
+
+    def with_cpu_tensor(objective, weights, scores, reference, margin):
+        margin = margin + torch.ones(len(margin))
+        return usual(objective, weights, scores, reference, margin)
+
+    monkeypatch.setattr(loop, "joint_loss", with_cpu_tensor)
+    with pytest.raises(HostWaits, match=r"test_fake_cuda.py:\d+: margin = margin \+ torch.ones"):
+        joint_loss(monkeypatch)
+
+
+@pytest.mark.parametrize("copy", ["blocking", "not pinned", "to the CPU"])
+def test_a_blocking_copy_in_the_loop_is_found(monkeypatch, copy):
+    def move(micro_batch, device):
+        if copy == "blocking":
+            micro_batch.weight.pin_memory().to(device)
+        elif copy == "not pinned":
+            micro_batch.weight.to(device, non_blocking=True)
+        else:
+            torch.ones(1, device=device).cpu()
+
+    monkeypatch.setattr(MicroBatch, "labels_on", move)
+    with pytest.raises(HostWaits, match=r"test_fake_cuda.py:\d+: .*(micro_batch.weight|cpu\(\))"):
+        joint_loss(monkeypatch)
