@@ -91,7 +91,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Preference pairs: where they come from, how they are rendered and what is cut or dropped."""
+    """Preference pairs: where they come from, how they are rendered and what is truncated or dropped."""
 
     train: TrainSources
     """Training pairs: a path, hub id or preset:NAME with an optional row filter (`pairs.jsonl?split=train`), a mapping,
@@ -108,8 +108,8 @@ class DataConfig(Section):
     """Longest conversation, prompt and response together, in tokens."""
     truncation: Literal["drop", "keep_prompt_end", "cut_response"] = "keep_prompt_end"
     """What happens to a pair whose longer conversation exceeds max_length. drop: the pair is dropped. keep_prompt_end:
-    the start of the prompt is cut (a leading BOS is kept) until the longer response fits. cut_response: both responses
-    are cut at the end."""
+    the start of the prompt is truncated (a leading BOS is kept) until the longer response fits. cut_response: both
+    responses are truncated at the end."""
     max_dropped_share: Share = 0.05
     """The run stops when a larger share of the selected pairs would be dropped: empty, identical or over-long ones, and
     those without a common prompt or an answer at the end."""
@@ -262,7 +262,7 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints in OUTPUT_DIR/checkpoints, from which a run goes on (--resume). A signal to stop always saves one."""
+    """Checkpoints in OUTPUT_DIR/checkpoints, from which a run is resumed. A signal to stop always saves one."""
 
     every_steps: Annotated[int, Field(ge=0)] = 0
     """Save every N steps; 0: not by steps."""
@@ -325,7 +325,7 @@ class TrainConfig(Section):
     max_steps: PositiveInt | None = None
     """Optimizer steps."""
     resume: Literal["auto", "none"] | Path = "none"
-    """auto: go on from the newest whole checkpoint in output_dir, or start if there is none. PATH: go on from this
+    """auto: resume from the newest whole checkpoint in output_dir, or start if there is none. PATH: resume from this
     checkpoint. none: start; a folder that holds a run is refused."""
     model: ModelConfig
     data: DataConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hafrm_ds.data.packing import padded_rows, token_costs
-from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches, imbalance, occupied
+from hafrm_ds.data.planning import BatchPlan, imbalance, occupied, partition_into_micro_batches
 from hafrm_ds.hardware.flops import ForwardCost
 
 SAMPLED_STEPS = 32
@@ -105,7 +105,7 @@ class Workload:
         for step in self.sampled_steps:
             of_step = costs[plan.global_batch(step)]
             rows = padded_rows(self.layout, len(of_step))
-            ranks = cut_into_micro_batches(of_step, num_processes, budget, rows)
+            ranks = partition_into_micro_batches(of_step, num_processes, budget, rows)
             numbers.append(len(ranks[0]))
             waiting.append(imbalance(of_step, ranks, rows))
             heaviest = max(heaviest, *(occupied(of_step, part, rows) for own in ranks for part in own))

@@ -1,7 +1,7 @@
-"""The batch plan: which pairs make an optimizer step, and how a step is cut into micro-batches.
+"""The batch plan: which pairs make an optimizer step, and how a step is partitioned into micro-batches.
 
 The order of pairs depends on (number of pairs, seed, global batch size) alone, never on the number of ranks: the same
-global batches come in the same order on 1 or 1,000 GPUs, and resuming is going on at a step number.
+global batches come in the same order on 1 or 1,000 GPUs, and resuming is starting at a step number.
 
 Legend: I items, each a pair or a prompt with any number of responses.
 
@@ -78,7 +78,7 @@ def check_budget(costs: np.ndarray, max_tokens: int, ids) -> None:
         )
 
 
-def cut_into_micro_batches(
+def partition_into_micro_batches(
     costs: np.ndarray, num_ranks: int, max_tokens: int, rows: np.ndarray | None = None
 ) -> list[list[list[int]]]:
     """Cut one batch into num_ranks x n micro-batches of about equal work, with the smallest n that keeps the budget.
@@ -122,7 +122,7 @@ def imbalance(costs: np.ndarray, ranks: list[list[list[int]]], rows: np.ndarray 
     """Share of their time that ranks wait for the one with the most tokens, as they meet after every micro-batch.
 
     Args:
-        ranks: as `cut_into_micro_batches` returns it.
+        ranks: as `partition_into_micro_batches` returns it.
     """
     tokens = np.array([[occupied(costs, part, rows) for part in own] for own in ranks])
     return float(1 - tokens.mean(axis=0).sum() / tokens.max(axis=0).sum())
@@ -165,7 +165,7 @@ def fill_evenly(costs: np.ndarray, num_bins: int, max_tokens: int, rows: np.ndar
     return bins + [[]] * (num_bins - len(bins))
 
 
-def cut_by_length(
+def partition_by_length(
     costs: np.ndarray, num_ranks: int, max_tokens: int, rows: np.ndarray | None = None
 ) -> list[list[list[int]]]:
     """Cut many items (a whole evaluation set) into full micro-batches of similar lengths, the same number a rank.
@@ -173,7 +173,7 @@ def cut_by_length(
     Sorted by length, so that a padded layout pads little; dealt out in turn, so that ranks work alike.
 
     Returns:
-        As `cut_into_micro_batches`.
+        As `partition_into_micro_batches`.
     """
     batches = fill(costs, max_tokens, rows)
     batches += [[DUMMY]] * (-len(batches) % num_ranks)

@@ -73,9 +73,9 @@ class PreparedPairs:
     keys: np.ndarray
     """[pairs, 2] KEY_DTYPE, content keys of chosen and rejected response."""
     prompt_keys: np.ndarray
-    """[pairs] KEY_DTYPE, keys of the prompts before any cut: pairs of one prompt share it, however they were cut."""
+    """[pairs] KEY_DTYPE, keys of the prompts before any truncation: pairs of one prompt share it, whatever was left."""
     uncut_lengths: np.ndarray
-    """int64 tokens of the longer conversation before any cut, for all pairs that could be rendered: also for those that
+    """int64 tokens of the longer conversation, not truncated, for all pairs that could be rendered: also for those that
     were dropped as too long."""
     report: DataReport
 

@@ -83,11 +83,11 @@ class Tokenization(NamedTuple):
     outcome: str
     """"" for a usable pair, else why it is dropped."""
     cut: bool
-    """Whether tokens of a usable pair were cut: of its prompt (keep_prompt_end) or its responses (cut_response)."""
+    """Whether a usable pair was truncated: tokens of its prompt (keep_prompt_end) or its responses (cut_response)."""
     uncut_length: int
-    """Tokens of the longer conversation before any cut; 0 for pairs dropped before they had ids."""
+    """Tokens of the longer conversation before any truncation; 0 for pairs dropped before they had ids."""
     rendered_prompt: Sequence[int]
-    """Ids of the prompt rendered alone, before any cut; empty when the pair is dropped."""
+    """Ids of the prompt rendered alone, before any truncation; empty when the pair is dropped."""
 
 
 def tokenize_pair(
@@ -186,9 +186,9 @@ def fit(
 ) -> PromptWithResponses | None:
     """Truncate a pair so that both conversations have at most max_length tokens; None when the policy cannot do that.
 
-    keep_prompt_end leaves the responses whole and cuts the start of the prompt to what the longer response leaves. A
-    leading BOS stays, and so must at least one token after it. cut_response leaves the prompt whole and cuts the end
-    of each response that does not fit beside it; at least one token of each must stay.
+    keep_prompt_end leaves the responses whole and truncates the start of the prompt to what the longer response
+    leaves. A leading BOS stays, and so must at least one token after it. cut_response leaves the prompt whole and
+    truncates the end of each response that does not fit beside it; at least one token of each must stay.
     """
     if ids.longest_conversation <= max_length:
         return ids

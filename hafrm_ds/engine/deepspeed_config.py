@@ -68,7 +68,7 @@ def run_values(config: TrainConfig) -> dict[str, tuple[Any, str]]:
         "gradient_clipping": (optimizer.max_gradient_norm, "optimizer.max_gradient_norm"),
         "gradient_accumulation_steps": (
             1,
-            "the loop cuts each global batch into micro-batches itself (batch.max_tokens_per_micro_batch)",
+            "the loop partitions each global batch into micro-batches itself (batch.max_tokens_per_micro_batch)",
         ),
         "train_batch_size": (config.batch.global_batch_size, "batch.global_batch_size"),
         "optimizer.params.lr": (optimizer.learning_rate, "optimizer.learning_rate"),

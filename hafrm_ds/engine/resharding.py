@@ -1,8 +1,8 @@
 """Resuming with another number of processes or another ZeRO stage: the shards of a checkpoint, read parameter by
 parameter and dealt out anew.
 
-DeepSpeed cuts fp32 weights and Adam's moments into flat pieces, one a rank and group: under stage 3 each parameter is
-cut, under stages 1 and 2 (and 1 in bfloat16, by another optimizer) the concatenation of all. DeepSpeed's universal
+DeepSpeed splits fp32 weights and Adam's moments into flat pieces, one a rank and group: under stage 3 each parameter is
+split, under stages 1 and 2 (and 1 in bfloat16, by another optimizer) the concatenation of all. DeepSpeed's universal
 checkpoints are such shards merged by a conversion on disk; loading one overwrites the options of parameter groups,
 shares one step count between them, and does not lead from stage 3 to 2 or back. Here the pieces are mapped into memory
 and joined one parameter at a time, so nothing is converted, and any of the stages 1 to 3 follows any other.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from hafrm_ds.data.micro_batches import DUMMY_PAIR
 from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
-from hafrm_ds.data.planning import DUMMY, cut_by_length
+from hafrm_ds.data.planning import DUMMY, partition_by_length
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
@@ -46,14 +46,14 @@ def score_items(
         must_stop: asked before each micro-batch, by all ranks together.
 
     Returns:
-        False if it was cut short by must_stop.
+        False if it was interrupted by must_stop.
 
     Raises:
         UserError: the device has no room for a micro-batch.
     """
     if not len(costs):
         return True
-    batches = cut_by_length(costs, num_ranks, max_tokens, padded_rows(layout, len(costs), num_responses))[rank]
+    batches = partition_by_length(costs, num_ranks, max_tokens, padded_rows(layout, len(costs), num_responses))[rank]
     with torch.no_grad():
         for positions in batches:
             if must_stop():
@@ -93,7 +93,7 @@ def score_pairs(
         must_stop: asked before the first micro-batches and about once a second after them, by all ranks together.
 
     Returns:
-        "reward" and "logprob" as asked for: [P, 2] fp32, (chosen, rejected); None if cut short by must_stop.
+        "reward" and "logprob" as asked for: [P, 2] fp32, (chosen, rejected); None if interrupted by must_stop.
     """
     names = ["reward"] * with_reward + ["logprob"] * with_logprob
     scored: list[int] = []

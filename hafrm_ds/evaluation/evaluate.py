@@ -361,7 +361,7 @@ def encode_question(
     They are one group, or several where the tokenizer merges the first token of some responses with the prompt's last.
 
     A conversation of more than `max_length` tokens loses the start of its prompt, as data.truncation keep_prompt_end
-    does it: a leading BOS stays. All answers keep the same prompt, cut for the longest.
+    does it: a leading BOS stays. All answers keep the same prompt, truncated for the longest.
 
     Raises:
         DataError: naming `place`, for a conversation that cannot be rendered, or an answer that is too long by itself.

@@ -37,7 +37,7 @@ class PairScores:
 
     set: its name. step: optimizer steps that the model had been trained; None where nobody knows.
     beta: scale of the implicit reward. ids, sources: [P]. prompts: [P] a name of each
-    prompt, by its tokens before any cut.
+    prompt, by its tokens before any truncation.
     num_tokens: [P, 2] int64 tokens of the responses.
     reward, logprob, reference: [P, 2] fp32, None where not computed: score of the reward head, summed log-prob of the
     policy, summed log-prob of the reference.

@@ -47,7 +47,7 @@ def check_sample(
         with_reward=False,
         with_logprob=True,
     )
-    assert fresh is not None  # nothing cuts it short
+    assert fresh is not None  # nothing interrupts it
     num_tokens = np.stack([pairs.lengths["chosen"], pairs.lengths["rejected"]], axis=1)[chosen]
     difference = np.abs(fresh["logprob"] - reference.values[chosen])
     per_token, tolerance = float((difference / num_tokens).mean()), TOLERANCE[config.model.dtype]

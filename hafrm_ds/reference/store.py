@@ -144,7 +144,7 @@ def write_shard(folder: Path, table: pa.Table) -> Path:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise StoreError(
             f"the reference store {folder} cannot be written: {reason}. What was stored before is good; "
-            "the next start goes on from there"
+            "the next start continues from there"
         ) from error
     return shard
 

@@ -134,7 +134,7 @@ def train_and_compare(
         train_script: launch/train.py, which each training is a run of.
 
     Raises:
-        Stopped: a signal has ended it; the same command goes on.
+        Stopped: a signal has ended it; the same command resumes it.
         DataError: a training has seen other pairs than the rest.
     """
     log = Console(processes)
@@ -245,8 +245,8 @@ def train_in_child(run: TrainConfig, train_script: Path, port: str, processes: P
         processes.stopping.defer()
         child.terminate()
         child.wait()
-        raise Stopped(f"{stop.reason}; the same command goes on") from None
+        raise Stopped(f"{stop.reason}; the same command resumes it") from None
     if status == STOPPED_STATUS:
-        raise Stopped(f"the training in {run.output_dir} was stopped; the same command goes on")
+        raise Stopped(f"the training in {run.output_dir} was stopped; the same command resumes it")
     if status:
         raise FailedElsewhere

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import padded_rows, token_costs
-from hafrm_ds.data.planning import DUMMY, BatchPlan, cut_into_micro_batches, imbalance
+from hafrm_ds.data.planning import DUMMY, BatchPlan, imbalance, partition_into_micro_batches
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.engine.engine import TrainingEngine
 from hafrm_ds.engine.scoring import score_pairs
@@ -136,7 +136,7 @@ class Trainer:
         """One optimizer step on global batch `step`; returns its metrics, the same on all ranks."""
         started = time.perf_counter()
         totals = StepTotals()
-        parts, waiting_share = self.cut(step)
+        parts, waiting_share = self.partition(step)
         for number, part in enumerate(parts):
             micro_batch = self.lay_out(
                 part
@@ -178,11 +178,11 @@ class Trainer:
             "imbalance": waiting_share,
         }
 
-    def cut(self, step: int) -> tuple[list[np.ndarray], float]:
+    def partition(self, step: int) -> tuple[list[np.ndarray], float]:
         """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
         index, batch = self.plan.global_batch(step), self.config.batch
         costs, rows = self.train_costs[index], padded_rows(batch.layout, len(index))
-        ranks = cut_into_micro_batches(costs, self.world_size, batch.token_budget, rows)
+        ranks = partition_into_micro_batches(costs, self.world_size, batch.token_budget, rows)
         own = [np.array([DUMMY if place == DUMMY else index[place] for place in part]) for part in ranks[self.rank]]
         return own, imbalance(costs, ranks, rows)
 
@@ -256,7 +256,7 @@ class Trainer:
         )
 
     def evaluate(self, step: int) -> bool:
-        """Score every evaluation set, log its metrics, remember the best step; False if a signal cuts it short."""
+        """Score every evaluation set, log its metrics, remember the best step; False if a signal interrupts it."""
         objective = self.config.objective
         for name, pair_set in self.eval_sets.items():
             with self.log.progress(f"evaluating {name}", len(pair_set.index), "pairs") as progress:

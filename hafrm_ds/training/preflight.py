@@ -88,7 +88,7 @@ def check_layout(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log:
     """Compare the scores of the shortest pairs and of a long one, which a window or a chunk cuts, in the model's layout
     with those of padded, separate sequences under its own attention.
 
-    With batch.layout "auto" a model whose scores differ goes on in the padded layout.
+    With batch.layout "auto" a model whose scores differ continues in the padded layout.
 
     Raises:
         ModelError: the scores are not finite, or the layout that was asked for changes them.

@@ -17,7 +17,7 @@ import torch
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
-from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches
+from hafrm_ds.data.planning import BatchPlan, partition_into_micro_batches
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.deepspeed_config import load_config
@@ -47,7 +47,7 @@ def main() -> None:
             model.use_layout(layout, config.model.attention, device)
             index = plan.global_batch(number)
             costs, rows = token_costs(pairs.lengths, layout)[index], padded_rows(layout, len(index))
-            (parts,) = cut_into_micro_batches(costs, 1, config.batch.max_tokens_per_micro_batch, rows)
+            (parts,) = partition_into_micro_batches(costs, 1, config.batch.max_tokens_per_micro_batch, rows)
             micro_batches = [make_micro_batch(pairs, index[part], layout) for part in parts]
             took = sum(seconds(device, joint_step, config, model, each, device) for each in micro_batches)
             if number:

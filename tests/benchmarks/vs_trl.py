@@ -49,7 +49,7 @@ from hafrm_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfi
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import lay_out, token_costs
-from hafrm_ds.data.planning import BatchPlan, cut_into_micro_batches
+from hafrm_ds.data.planning import BatchPlan, partition_into_micro_batches
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.data.reading import read_pairs
 from hafrm_ds.data.tokenization import TokenizedPair
@@ -288,7 +288,7 @@ def ours(config: TrainConfig, batches: Batches) -> Contender:
         pairs = batches.pairs[number]
         names = ("prompt", "chosen", "rejected")
         lengths = {name: np.array([len(getattr(pair, f"{name}_ids")) for pair in pairs]) for name in names}
-        (parts,) = cut_into_micro_batches(token_costs(lengths, layout), 1, max_tokens)
+        (parts,) = partition_into_micro_batches(token_costs(lengths, layout), 1, max_tokens)
         return [make_micro_batch(pairs, part, layout) for part in parts]
 
     started = time.perf_counter()

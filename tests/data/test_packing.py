@@ -6,7 +6,7 @@ import torch
 
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
-from hafrm_ds.data.planning import DUMMY, cut_by_length
+from hafrm_ds.data.planning import DUMMY, partition_by_length
 from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedPair
 from tests.tiny_models import random_items
 
@@ -78,7 +78,7 @@ def test_a_padded_pass_over_many_texts_is_hardly_padding():
     """Counted in the rows that are laid out."""
     lengths = np.random.default_rng(0).lognormal(5, 0.7, size=1000).astype(int) + 2
     items = [PromptWithResponses([1], ([2] * (length - 1),)) for length in lengths]
-    ranks = cut_by_length(lengths, 2, 4096, padded_rows("padded", len(items), 1))
+    ranks = partition_by_length(lengths, 2, 4096, padded_rows("padded", len(items), 1))
     batches = [lay_out([items[i] for i in part], "padded") for own in ranks for part in own if part != [DUMMY]]
     padding, tokens = (sum(getattr(batch, name) for batch in batches) for name in ("num_padding", "num_positions"))
     assert max(batch.num_positions for batch in batches) <= 4096

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hafrm_ds.data.planning import DUMMY, BatchPlan, check_budget, cut_by_length, cut_into_micro_batches, imbalance
+from hafrm_ds.data.planning import (
+    DUMMY,
+    BatchPlan,
+    check_budget,
+    imbalance,
+    partition_by_length,
+    partition_into_micro_batches,
+)
 from hafrm_ds.errors import DataError
 
 
@@ -42,7 +49,7 @@ def test_pairs_until_are_those_of_the_batches():
     max_tokens=st.integers(200, 800),
 )
 @settings(max_examples=200, deadline=None)
-@pytest.mark.parametrize("cut", [cut_into_micro_batches, cut_by_length])
+@pytest.mark.parametrize("cut", [partition_into_micro_batches, partition_by_length])
 def test_cuts_hold_every_pair_once_within_the_budget_and_equally_often_on_all_ranks(
     cut, widths, num_responses, is_padded, num_ranks, max_tokens
 ):
@@ -59,7 +66,7 @@ def test_cuts_hold_every_pair_once_within_the_budget_and_equally_often_on_all_ra
 
 def test_micro_batches_are_balanced_and_few():
     costs = np.random.default_rng(0).integers(50, 500, size=128)
-    ranks = cut_into_micro_batches(costs, 8, max_tokens=2048)
+    ranks = partition_into_micro_batches(costs, 8, max_tokens=2048)
     loads = np.array([[costs[batch].sum() for batch in batches] for batches in ranks])
     assert loads.shape[1] == -(-costs.sum() // (8 * 2048))
     assert loads.sum(1).max() < 1.05 * loads.sum(1).mean()
@@ -70,7 +77,7 @@ def test_micro_batches_are_balanced_and_few():
 def test_padded_micro_batches_are_as_even_as_rows_of_similar_width_can_be(seed, num_ranks):
     """The largest of them against that of every way to cut the sorted pairs into as many."""
     lengths = np.sort(np.random.default_rng(seed).integers(5, 100, size=9))
-    ranks = cut_into_micro_batches(2 * lengths, num_ranks, 400, np.full(9, 2))
+    ranks = partition_into_micro_batches(2 * lengths, num_ranks, 400, np.full(9, 2))
     num_batches = num_ranks * len(ranks[0])
 
     def largest(batches: list[np.ndarray]) -> int:

@@ -59,7 +59,7 @@ def test_a_comparison_is_stopped_goes_on_and_is_not_done_twice(tmp_path):
     first.send_signal(signal.SIGTERM)
     printed = first.communicate(timeout=120)[0]
     assert first.returncode == STOPPED_STATUS, printed[-4000:]
-    assert printed.rstrip().endswith("stopped: SIGTERM; the same command goes on")
+    assert printed.rstrip().endswith("stopped: SIGTERM; the same command resumes it")
     assert (runs / "baseline-seed0" / "summary.json").exists() and not (runs / "dpo-seed0" / "summary.json").exists()
 
     second = start(tmp_path)

@@ -237,7 +237,7 @@ def state_of_run(folder: Path, summary: dict[str, Any], rows: list[dict[str, Any
         return f"finished after {summary.get('steps')} steps"
     if stopped := read_mapping(folder / STOPPED_FILE):
         checkpoint = stopped.get("checkpoint")
-        resumes = f"; --resume auto goes on from {checkpoint}" if checkpoint else ""
+        resumes = f"; --resume auto resumes from {checkpoint}" if checkpoint else ""
         return f"stopped by {stopped.get('reason')} after step {stopped.get('step')}{resumes}"
     if not rows:
         return "has written no row yet"

@@ -36,7 +36,7 @@ def test_the_state_of_a_run_that_has_not_ended(tmp_path):
     assert read_results(folder).state.startswith("has not ended: step 40 was written at 20")
     stopped = {"reason": "SIGTERM", "step": 12, "checkpoint": "step-000012", "time": ""}
     (folder / "stopped.json").write_text(json.dumps(stopped))
-    assert read_results(folder).state == "stopped by SIGTERM after step 12; --resume auto goes on from step-000012"
+    assert read_results(folder).state == "stopped by SIGTERM after step 12; --resume auto resumes from step-000012"
 
 
 def test_a_run_that_has_only_begun(tmp_path):
