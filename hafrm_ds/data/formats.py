@@ -217,8 +217,8 @@ def from_implicit_text(row: Row, source: "Source") -> Outcome:
     prompt = chosen[:length].strip()
     if not prompt or not (prompt.endswith(TURN_ENDS) or chosen[:length].rstrip(" ").endswith("\n")):
         return Dropped(NO_PROMPT)
-    answers = ([assistant(text[length:].strip())] for text in (chosen, rejected))
-    return make_pair(row, source, [user(prompt)], *answers)
+    answers = [[assistant(text[length:].strip())] for text in (chosen, rejected)]
+    return make_pair(row, source, [user(prompt)], answers[0], answers[1])
 
 
 def common_words_length(a: str, b: str) -> int:
