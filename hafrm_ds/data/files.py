@@ -6,6 +6,7 @@ Every row comes with its number, counted from 1; a line that is passed over is c
 import codecs
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,8 +19,13 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import hf_hub_download
 
+from hafrm_ds.data.pairs import in_words, shortened
 from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, has_splits, is_hub_id
 from hafrm_ds.errors import DataError
+
+HUB_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
+SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}\.")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -56,18 +62,30 @@ def local_tables(path: Path, source: Source) -> list[Table]:
     if has_splits(path) or (path / "state.json").is_file():
         return [saved_table(path, source)]
     for name in HUB_FIELDS:
-        if getattr(source, name) is not None:
+        if getattr(source, name) is not None and not (name == "split" and path.is_dir()):
             hint = "; rows are chosen with where, or with portion" if name == "split" else ""
             raise DataError(f"{path}: {name} {getattr(source, name)!r} was given, but this is local data{hint}")
     if not path.is_dir():
         return [file_table(path, source.path)]
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.name.endswith(DATA_SUFFIXES))
+    files = sorted(file for file in path.iterdir() if file.is_file() and is_data_file(file.name))
+    if not files and (path / "data").is_dir():  # a hub data set as it lies on disk
+        files = sorted(file for file in (path / "data").iterdir() if file.is_file() and is_data_file(file.name))
     if not files:
         raise DataError(f"{path}: this folder holds no data file ({', '.join(DATA_SUFFIXES)})")
+    if source.split is not None:
+        files = [file for file in files if (shard := SHARD.match(file.name)) and shard["split"] == source.split]
+        if not files:
+            raise DataError(f"{path}: holds no shards of split {source.split!r} (SPLIT-00000-of-00001.parquet)")
     return [file_table(file, str(file)) for file in files]
 
 
+def is_data_file(name: str) -> bool:
+    """Whether a file of a folder holds rows: not what systems leave behind (._NAME) or the hub's own descriptions."""
+    return name.endswith(DATA_SUFFIXES) and not name.startswith(".") and name not in HUB_DESCRIPTIONS
+
+
 def file_table(path: Path, name: str) -> Table:
+    refuse_lfs_pointer(path, name)
     if path.name.endswith(".parquet"):
         read = read_parquet
     elif path.name.endswith((".json", ".json.gz")):
@@ -164,7 +182,26 @@ def read_json(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             yield from enumerate(parse_json(start + read_some(file, name, file.read), name), start=1)
             return
-    yield from read_json_lines(path, name)
+    try:
+        yield from read_json_lines(path, name)
+    except DataError as error:
+        refuse_other_shape(path, name)
+        raise error
+
+
+def refuse_other_shape(path: Path, name: str) -> None:
+    """Raise DataError if a file that is no JSON lines is JSON all the same: one object over several lines."""
+    with open_data(path, name) as file:
+        try:
+            whole = json.loads(read_some(file, name, file.read).decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return
+    if isinstance(whole, dict):
+        keys = ", ".join(f"{shortened(key)} ({in_words(value).split(' with ')[0]})" for key, value in whole.items())
+        raise DataError(
+            f"{name}: is one JSON object with {shortened(keys, 120)}; a list of objects, or an object a line, "
+            "is expected"
+        )
 
 
 def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
@@ -175,6 +212,19 @@ def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
             number += 1
             if line.strip():
                 yield number, parse_json(line.rstrip(), f"{name}:{number}")
+
+
+def refuse_lfs_pointer(path: Path, name: str) -> None:
+    """Raise DataError for the few lines that Git leaves where the content of a file was not fetched."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(200)
+    except OSError:  # told by whoever reads the file
+        return
+    if start.startswith(LFS_POINTER):
+        size = re.search(rb"^size (\d+)", start, re.MULTILINE)
+        of = f" (size {size[1].decode()})" if size else ""
+        raise DataError(f"{name}: is a Git LFS pointer{of}, not the file itself: fetch it with git lfs pull")
 
 
 def open_data(path: Path, name: str) -> IO[bytes]:
@@ -199,3 +249,7 @@ def parse_json(data: bytes, place: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{place}: is not valid JSON: {error.msg} ({line}column {error.colno})") from error
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise DataError(f"{place}: holds a number of too many digits: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{place}: is nested too deeply to be read") from error

@@ -54,11 +54,13 @@ FATE_FEATURES = {
     "deselected": datasets.Value("string"),
     "cut": datasets.Value("bool"),
     "uncut_length": datasets.Value("int64"),
+    "not_read": datasets.Value("string"),
+    "margin_fault": datasets.Value("string"),
     "prompt_key": datasets.Value("binary"),
     "chosen_key": datasets.Value("binary"),
     "rejected_key": datasets.Value("binary"),
 }
-CARRIED = ("margin", "source", "id", "format", "dropped", "deselected")
+CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "not_read", "margin_fault")
 """Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
 
 
@@ -154,6 +156,8 @@ def prepare_pairs(
     uncut = uncut[uncut > 0]
     report = summarize(table, lengths, keys, uncut, formatter, options, role)
     report.with_margin = len(kept) - table["margin"].take(kept).null_count
+    report.not_read = columns_not_read(table["not_read"])
+    report.margin_faults, report.first_margin_fault = margin_faults(table["margin_fault"].take(kept))
     check_enough_left(report, options)
     pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
     prepared = PreparedPairs(pairs, lengths, keys, prompt_keys, uncut, report)
@@ -269,6 +273,18 @@ def summarize(
         template=TemplateFacts.of(formatter),
         examples=[],
     )
+
+
+def columns_not_read(column: pa.ChunkedArray) -> list[str]:
+    """Names of the columns that were filled in some row and read in none, in order of appearance."""
+    names = (name for names in pc.unique(column).to_pylist() for name in names.split("\n") if name)
+    return list(dict.fromkeys(names))
+
+
+def margin_faults(column: pa.ChunkedArray) -> tuple[int, str]:
+    """How many margins were given but could not be read, and the first of them in words."""
+    faults = pc.filter(column, pc.not_equal(column, ""))
+    return len(faults), faults[0].as_py() if len(faults) else ""
 
 
 def first_id(table: pa.Table, reason: str) -> str:

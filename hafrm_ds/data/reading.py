@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -16,16 +17,8 @@ from typing import Any
 import datasets
 
 from hafrm_ds.data.files import Table, find_tables
-from hafrm_ds.data.pairs import (
-    FORMAT_VERSION,
-    Deselected,
-    Dropped,
-    PreferencePair,
-    Row,
-    detect_format,
-    in_words,
-    read_pair,
-)
+from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, not_read, read_pairs_of
+from hafrm_ds.data.pairs import Deselected, Dropped, PreferencePair, Row, in_words, names_in_words
 from hafrm_ds.data.presets import Role
 from hafrm_ds.data.row_filter import RowFilter
 from hafrm_ds.data.selection import SELECTION_FIELDS, mix, select
@@ -44,10 +37,13 @@ FEATURES = datasets.Features(
         "format": datasets.Value("string"),
         "dropped": datasets.Value("string"),
         "deselected": datasets.Value("string"),
+        "not_read": datasets.Value("string"),
+        "margin_fault": datasets.Value("string"),
     }
 )
 """One row for each row read. A pair is used where both `dropped` (why the row is no usable pair) and `deselected` (why
-it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format."""
+it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format.
+`not_read` holds the names of filled columns that the format does not read, one a line."""
 
 
 def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> datasets.Dataset:
@@ -97,6 +93,7 @@ def read_source(source: Source, cache_dir: Path | None) -> datasets.Dataset:
         DataError: naming file and row.
     """
     tables = find_tables(source, cache_dir)
+    refuse_several_splits(tables, source)
     try:
         return datasets.Dataset.from_generator(
             partial(read_rows, tables, source),
@@ -108,6 +105,20 @@ def read_source(source: Source, cache_dir: Path | None) -> datasets.Dataset:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
         raise
+
+
+def refuse_several_splits(tables: list[Table], source: Source) -> None:
+    """Raise DataError for a folder whose files are of training and of test alike: they are not to be read as one."""
+    if len(tables) < 2:
+        return
+    names = [Path(table.name).name.split(".")[0] for table in tables]
+    splits = sorted({re.sub(r"-\d{5}-of-\d{5}$", "", name) for name in names})
+    held_out = [name for name in splits if re.match(r"(test|val|valid|validation|dev|eval)(?![a-z])", name)]
+    if held_out and held_out != splits:
+        raise DataError(
+            f"{source.path}: holds several splits ({names_in_words(splits)}): give split, for files named "
+            "SPLIT-00000-of-00001, or name the files as sources of their own"
+        )
 
 
 def content_key(tables: list[Table], source: Source) -> str:
@@ -141,7 +152,8 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
                 raise DataError(
                     f"{row.id}: exactly_one_safe was given, but these are rows of format {format_name}, not safe_rlhf"
                 )
-            yield as_features(row, format_name, read_pair(row, format_name, source))
+            for outcome in read_pairs_of(row, format_name, source):
+                yield as_features(row, format_name, outcome)
     row_filter.check_some_passed(source.path)
 
 
@@ -158,4 +170,6 @@ def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected
         "format": format_name,
         "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
         "deselected": outcome.reason if isinstance(outcome, Deselected) else "",
+        "not_read": "\n".join(not_read(row, format_name)) if format_name else "",
+        "margin_fault": pair.margin_fault,
     }

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.pairs import names_in_words
 from hafrm_ds.data.tables import Cell, Table, as_text, count
 from hafrm_ds.data.tokenization import TokenizedPair
 
@@ -132,6 +133,11 @@ class DataReport:
     examples: list[Example]
     with_margin: int = 0
     """Kept pairs that have a margin."""
+    not_read: list[str] = field(default_factory=list)
+    """Columns that are filled in some row, but that its format does not read."""
+    margin_faults: int = 0
+    """Kept pairs whose margin could not be read; training with objective.use_margin refuses them."""
+    first_margin_fault: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping for data_report.json."""
@@ -156,6 +162,7 @@ class DataReport:
             *tables,
             Text(self.in_words),
             *self._margins(),
+            *self._not_read(),
             lengths,
             Text(f"Template: {self.template.in_words}"),
             *(render_example(example) for example in self.examples if with_examples),
@@ -199,6 +206,12 @@ class DataReport:
         return [
             Text(f"{self.with_margin} of {self.total.kept} pairs ({share:.1%}) have a margin; the others count as 0")
         ]
+
+    def _not_read(self) -> list[Text]:
+        lines = [as_text(f"not read: {names_in_words(self.not_read)}")] if self.not_read else []
+        if self.margin_faults:
+            lines.append(as_text(f"{self.margin_faults} margins could not be read (first: {self.first_margin_fault})"))
+        return lines
 
 
 # ---- counting ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from hafrm_ds.data.pairs import FORMATS
+from hafrm_ds.data.formats import FORMATS
 from hafrm_ds.data.portions import parse_portion
 from hafrm_ds.data.presets import PRESETS, Role
 
@@ -55,11 +55,13 @@ class Source(BaseModel):
     """Branch, tag or commit on the hub."""
     split: str | None = None
     """Split expression of a hub data set (train, train[:5%], train+test), or the split of a folder written by
-    save_to_disk. Default: train."""
+    save_to_disk (default for both: train), or of a folder of shards named SPLIT-00000-of-00001."""
     where: dict[str, str | int | float | bool | None] = {}
     """Keep only rows whose fields have these values (compared as text: true, false and null are written so)."""
     format: str = "auto"
     """Row format; auto recognises it from the columns."""
+    ignore_columns: list[str] = []
+    """Columns to leave unread although their names speak of the conversation."""
     label: Literal["helpful", "safe"] = "safe"
     """PKU-SafeRLHF and BeaverTails rows: which of their two labels decides."""
     exactly_one_safe: bool = False

@@ -144,6 +144,8 @@ def check_training_pairs(pairs: PreparedPairs, config: TrainConfig, processes: P
             f"{config.batch.global_batch_size} (and this run has {processes.world_size} processes); "
             "lower --batch.global_batch_size or give more pairs"
         )
+    if config.objective.use_margin and pairs.report.margin_faults:
+        raise DataError(f"objective.use_margin is true, but {pairs.report.first_margin_fault}")
     if config.objective.use_margin and not pairs.report.with_margin:
         raise DataError(
             f"objective.use_margin is true, but none of the {len(pairs)} pairs of data.train has a margin: the rows "

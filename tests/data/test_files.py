@@ -37,6 +37,8 @@ def test_every_kind_of_file(read, path, first_id):
         "format": "explicit_prompt",
         "dropped": "",
         "deselected": "",
+        "not_read": "",
+        "margin_fault": "",
     }
     assert prompts(pairs) == ["p0", "p1", "p2"]
 
@@ -58,6 +60,25 @@ def test_a_folder_of_files_is_read_in_order_of_names(read):
     write_rows("data/a.parquet", rows_of(2))
     Path("data/README.md").write_text("not data")
     assert read("data")["id"][:] == ["data/a.parquet:1", "data/a.parquet:2", "data/b.jsonl:1"]
+
+
+def test_what_lies_beside_the_data_is_passed_over(read):
+    """A snapshot of the hub: data/, with descriptions beside it, and what macOS leaves behind."""
+    Path("set/data").mkdir(parents=True)
+    Path("set/dataset_infos.json").write_text('{"default": {}}')
+    Path("set/data/._a.jsonl").write_bytes(b"\0\5\x16\7Mac OS X")
+    write_lines("set/data/a.jsonl", rows_of(2))
+    assert read("set")["id"][:] == ["set/data/a.jsonl:1", "set/data/a.jsonl:2"]
+
+
+def test_a_folder_of_several_splits_is_not_read_as_one(read):
+    Path("set").mkdir()
+    for split in ("train_prefs", "test_prefs"):
+        write_rows(f"set/{split}-00000-of-00001.parquet", rows_of(2))
+    assert "set: holds several splits (test_prefs, train_prefs): give split" in error_of(read, "set")
+    read_ids = read({"path": "set", "split": "train_prefs"})["id"][:]
+    assert read_ids == [f"set/train_prefs-00000-of-00001.parquet:{number}" for number in (1, 2)]
+    assert "holds no shards of split 'train'" in error_of(read, {"path": "set", "split": "train"})
 
 
 def test_a_split_of_a_saved_folder(read):
@@ -85,6 +106,19 @@ def test_a_split_of_a_saved_folder(read):
         ("x.jsonl.gz", b"plain", "x.jsonl.gz: cannot be read: Not a gzipped file (b'pl')"),
         ("x.jsonl.gz", gzip.compress(b"{}\n" * 999, mtime=0)[:-20], "x.jsonl.gz: cannot be read: "),
         ("x.parquet", b"plain", "x.parquet: cannot be read as parquet: ArrowInvalid"),
+        (
+            "x.json",
+            b'{\n "data": [\n  {"prompt": "p"}\n ]\n}',
+            "x.json: is one JSON object with data (a list of 1); a list of objects, or an object a line, is expected",
+        ),
+        (
+            "x.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n",
+            "x.jsonl: is a Git LFS pointer (size 12345), not the file itself: fetch it with git lfs pull",
+        ),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\n", "x.parquet: is a Git LFS pointer, not the file"),
+        ("x.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "x.jsonl:1: holds a number of too many digits"),
+        ("x.jsonl", b'{"a": ' + b"[" * 99999 + b"]" * 99999 + b"}", "x.jsonl:1: is nested too deeply to be read"),
         ("x.csv", b"a,b", "x.csv: unknown kind of file; known are .jsonl, .json, .jsonl.gz, .json.gz, .parquet"),
         ("x.jsonl", b'{"question": "q"}', "x.jsonl:1: the columns question are of no known format"),
         (

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hafrm_ds.data.pairs import FORMATS, Deselected, Dropped, PreferencePair, Row, detect_format, read_pair
+from hafrm_ds.data.formats import FORMATS, detect_format, read_pairs_of
+from hafrm_ds.data.pairs import Deselected, Dropped, PreferencePair, Row
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
 
@@ -23,7 +24,8 @@ def system(content):
 
 def convert(fields, source=SOURCE):
     row = Row(fields, "pairs.jsonl:7", "pairs")
-    return read_pair(row, detect_format(row), source)
+    outcomes = read_pairs_of(row, detect_format(row), source)
+    return outcomes[0] if len(outcomes) == 1 else outcomes
 
 
 def parts(pair):
@@ -48,17 +50,60 @@ EXAMPLES = {
     },
     "implicit_messages": {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
     "transcripts": {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
-    "implicit_text": {"chosen": "p a", "rejected": "p b"},
+    "implicit_text": {"chosen": "p\na", "rejected": "p\nb"},
+    "alpaca_preference": {"instruction": "p", "input": "", "chosen": "a", "rejected": "b"},
+    "question": {"system": "", "question": "p", "chosen": "a", "rejected": "b"},
+    "conversations": {
+        "conversations": [{"from": "human", "value": "p"}],
+        "chosen": {"from": "gpt", "value": "a"},
+        "rejected": {"from": "gpt", "value": "b"},
+    },
+    "ms_swift": {"messages": [user("p"), assistant("a")], "rejected_response": "b"},
+    "kaggle_arena": {
+        "prompt": '["p"]',
+        "response_a": '["b"]',
+        "response_b": '["a"]',
+        "winner_model_a": 0,
+        "winner_model_b": 1,
+        "winner_tie": 0,
+    },
+    "helpsteer3": {"context": [user("p")], "response1": "a", "response2": "b", "overall_preference": -2},
+    "summaries": {"info": {"post": "p"}, "summaries": [{"text": " b"}, {"text": " a"}], "choice": 1},
+    "shp": {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 10, "score_B": 3},
+    "webgpt": {
+        "question": {"full_text": "p", "dataset": "eli5"},
+        "answer_0": "b",
+        "answer_1": "a",
+        "score_0": -1.0,
+        "score_1": 1.0,
+    },
+    "nectar": {
+        "prompt": "\n\nHuman: p\n\nAssistant: ",
+        "answers": [{"answer": "b", "model": "m", "rank": 2.0}, {"answer": "a", "model": "n", "rank": 1.0}],
+        "turns": 1,
+        "num_responses": 2,
+    },
+    "ultrafeedback": {
+        "instruction": "p",
+        "models": ["m", "n"],
+        "completions": [{"response": "b", "overall_score": 3.0}, {"response": "a", "overall_score": 8.0}],
+    },
 }
+MARGINS = {"helpsteer3": 2.0, "webgpt": 2.0, "ultrafeedback": 5.0}
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_recognised_and_gives_the_same_pair(name):
     row = Row(EXAMPLES[name] | {"an": "extra column"}, "pairs.jsonl:7", "pairs")
     assert detect_format(row) == name
-    assert read_pair(row, name, SOURCE) == PreferencePair(
-        [user("p")], [assistant("a")], [assistant("b")], None, "pairs", "pairs.jsonl:7"
+    (pair,) = read_pairs_of(row, name, SOURCE)
+    assert parts(pair) == (
+        [user("p" if name != "summaries" else "POST: p\nTL;DR:")],
+        [assistant("a")],
+        [assistant("b")],
     )
+    assert (pair.source, pair.id, pair.margin_fault) == ("pairs", "pairs.jsonl:7", "")
+    assert pair.margin == MARGINS.get(name)
 
 
 def test_unknown_columns_are_listed_with_the_known_formats():
@@ -136,7 +181,7 @@ def test_a_row_with_tool_calls_is_dropped_by_name(changes):
     assert convert(fields) == Dropped("has tool calls, which are not supported")
 
 
-@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "null", {}, "{}"])
 def test_columns_for_tools_that_a_row_does_not_use_are_nothing(tools):
     message = assistant("a") | {"tool_calls": None, "function_call": None}
     fields = {"prompt": [user("p")], "chosen": [message], "rejected": [assistant("b")], "tools": tools}
@@ -167,8 +212,8 @@ def test_conversations_that_end_with_the_user_are_dropped():
     [
         ("Name a fruit: apple", "Name a fruit: apricot", "Name a fruit:", ("apple", "apricot")),
         ("Is it so?\nYes.", "Is it so?\nNo.", "Is it so?", ("Yes.", "No.")),
-        ("Tell me more", "Tell me", "Tell me", ("more", "")),
-        ("Tell menial", "Tell me", "Tell", ("menial", "me")),
+        ("Tell me: more", "Tell me:", "Tell me:", ("more", "")),
+        ("Tell\nmenial", "Tell\nme", "Tell", ("menial", "me")),
     ],
 )
 def test_common_words_are_the_prompt(chosen, rejected, prompt, answers):
@@ -176,8 +221,16 @@ def test_common_words_are_the_prompt(chosen, rejected, prompt, answers):
     assert parts(pair) == ([user(prompt)], [assistant(answers[0])], [assistant(answers[1])])
 
 
-def test_texts_without_a_common_word_are_dropped():
-    assert convert({"chosen": "apple", "rejected": "apricot"}) == Dropped("no common prompt")
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("apple", "apricot"),
+        ("You should cook the tea.", "You should cook until it burns."),
+        ("Tell me more", "Tell me"),
+    ],
+)
+def test_what_answers_begin_with_alike_is_no_prompt_unless_it_ends_a_turn(chosen, rejected):
+    assert convert({"chosen": chosen, "rejected": rejected}) == Dropped("no common prompt")
 
 
 # ---- transcripts ---------------------------------------------------------------------------------------------------
@@ -349,8 +402,6 @@ def test_source(own, source):
         (EXAMPLES["explicit_prompt"] | {"prompt": []}, "field 'prompt' is a list of 0, expected a list of messages"),
         (EXAMPLES["implicit_text"] | {"chosen": None}, "field 'chosen' is null, expected a text"),
         (EXAMPLES["implicit_text"] | {"rejected": ["x"]}, "field 'rejected' is a list of 1, expected a text"),
-        (EXAMPLES["explicit_prompt"] | {"margin": "big"}, "field 'margin' is the text 'big', expected a finite number"),
-        (EXAMPLES["explicit_prompt"] | {"margin": float("nan")}, "the float nan, expected a finite number"),
         (SAFE_RLHF | {"safer_response_id": True}, "field 'safer_response_id' is true, expected a finite number"),
         (
             {name: SAFE_RLHF[name] for name in ("prompt", "response_0", "response_1")},
@@ -361,7 +412,7 @@ def test_source(own, source):
             "message 2 of field 'chosen' is an object with the keys role, expected an object with role and content",
         ),
         (
-            {"prompt": [user([{"type": "image"}])], "chosen": "a", "rejected": "b"},
+            {"prompt": [user([3])], "chosen": "a", "rejected": "b"},
             "content of message 1 of field 'prompt' is a list of 1, expected a text (other kinds of content are not",
         ),
         (
@@ -382,5 +433,5 @@ def test_flags_must_be_true_or_false():
 
 
 def test_long_values_are_shortened_in_messages():
-    message = error_of(EXAMPLES["explicit_prompt"] | {"margin": "x" * 100})
+    message = convert(EXAMPLES["explicit_prompt"] | {"margin": "x" * 100}).margin_fault
     assert "x" * 40 + "..." in message and "x" * 41 not in message

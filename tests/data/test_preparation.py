@@ -28,6 +28,8 @@ def row(question, chosen, rejected, *, source="one", dropped="", deselected="", 
         "format": "explicit_prompt",
         "dropped": dropped,
         "deselected": deselected,
+        "not_read": "",
+        "margin_fault": "",
     }
 
 

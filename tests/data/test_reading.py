@@ -50,10 +50,20 @@ def test_a_source_of_faults_alone_is_an_error(read):
 
 def test_every_row_tells_its_format(read):
     write_lines("x.jsonl", rows_of(1))
-    write_lines("y.jsonl", [{"chosen": "p a", "rejected": "p b"}, {"chosen": "a", "rejected": "b"}])
+    write_lines("y.jsonl", [{"chosen": "p\na", "rejected": "p\nb"}, {"chosen": "a", "rejected": "b"}])
     expected = ["explicit_prompt", "implicit_text", "implicit_text"]
     for _ in ("read", "taken from the cache"):
         assert read("x.jsonl", "y.jsonl")["format"][:] == expected
+
+
+def test_columns_that_are_not_read_stand_with_their_rows(read):
+    write_lines("x.jsonl", [*rows_of(1, votes=3, note=None), *rows_of(1, votes=0, note="x", margin="big")])
+    pairs = read("x.jsonl")
+    assert pairs["not_read"][:] == ["votes", "votes\nnote"]
+    assert pairs["margin_fault"][:] == ["", "x.jsonl:2: field 'margin' is the text 'big', expected a finite number"]
+    write_lines("y.jsonl", rows_of(1, system_prompt="Be kind."))
+    assert "y.jsonl:1: system_prompt: filled, but not read" in error_of(read, "y.jsonl")
+    assert outcomes(read({"path": "y.jsonl", "ignore_columns": ["system_prompt"]})) == {"": 1}
 
 
 # ---- cache ---------------------------------------------------------------------------------------------------------
