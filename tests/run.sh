@@ -33,9 +33,10 @@ timed python -m mypy
 
 # Side by side, as many as there are cores; a test file stays with one process, whose fixtures it shares.
 # The tests for GPUs run on the CPU here: that finds mistakes in them.
+cores="$(nproc)" # before OMP_NUM_THREADS, which nproc obeys
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 HAFRM_GPU_TESTS_ON_CPU=1 timed python -m pytest -q -m "not distributed and not slow" \
-    --numprocesses "$(nproc)" --dist loadfile --durations 15
+    --numprocesses "$cores" --dist loadfile --durations 15
 [[ "$what" == fast ]] && exit
 
 # These take all cores themselves.
