@@ -120,7 +120,7 @@ class DataConfig(Section):
 
     @property
     def preparation(self) -> "PreparationOptions":
-        """What preparing pairs takes of these options."""
+        """The options that preparing pairs takes."""
         from hafrm_ds.data.preparation import PreparationOptions  # takes seconds to import, and --help needs none of it
 
         names = [field.name for field in fields(PreparationOptions)]
@@ -305,7 +305,7 @@ class ScoringSection(Section):
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What `saved.opening.open_model` takes of these options."""
+        """The options that `saved.opening.open_model` takes."""
         names = ("dtype", "chat_template", "trust_remote_code", "trust_pickle")
         return {name: getattr(self, name) for name in names if name in type(self).model_fields}
 

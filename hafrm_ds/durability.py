@@ -19,7 +19,7 @@ from typing import IO
 from hafrm_ds.errors import DataError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-"""Of Linux' renameat2: paths as the process sees them; two names change places in one step."""
+"""Arguments of Linux' renameat2: paths as the process sees them, and two names that change places in one step."""
 NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 """What renameat2 says where the kernel, or the file system (NFS), cannot exchange."""
 

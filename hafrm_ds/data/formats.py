@@ -569,7 +569,7 @@ CONVERSATION_WORD = re.compile(
     "dialog(ue)?|tools?|reasoning|thinking"
 )
 MADE_WITH = ("generation_prompt", "raw_generation_prompt")
-"""What distilabel keeps of how the answers were generated: no part of the conversation."""
+"""Columns in which distilabel keeps how the answers were generated: no part of the conversation."""
 
 
 def speaks_of_conversation(name: str, value: Any) -> bool:

@@ -197,6 +197,7 @@ def publish(draft: Path, root: Path, state: TrainingState, files: dict[str, File
         sync_folder(folder)
     folder = root / checkpoint_name(state.step)
     draft.rename(folder)
+    sync_folder(root)  # before the link names it
     link = root / f".{LATEST}"
     link.symlink_to(folder.name)
     link.replace(root / LATEST)

@@ -201,7 +201,7 @@ def run_config(config: TrainConfig, arm: Arm, seed: int) -> TrainConfig:
 
 def options_file(run: TrainConfig) -> Path:
     """What the training is started with: `--config` takes it to repeat it by hand."""
-    return run.output_dir.with_suffix(".yaml")
+    return run.output_dir.with_name(f"{run.output_dir.name}.yaml")  # a name may hold a dot: alpha0.2
 
 
 def is_finished(run: TrainConfig) -> bool:

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.report import writing
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training import compare as comparison
-from hafrm_ds.training.compare import arms_of, train_and_compare
+from hafrm_ds.training.compare import arms_of, options_file, train_and_compare
 from launch.compare import CompareOptions
 from tests.evaluation.report.folders import pair_scores, training_rows, write_rows
 
@@ -140,3 +141,9 @@ def test_numbers_of_the_command_line():
     for text in ("[0.1, 0.2", "[a, b]", "", "{a: 1}", "[[1]]"):
         with pytest.raises(ConfigError, match="alphas"):
             read_numbers("--alphas", text)
+
+
+def test_runs_whose_names_hold_a_dot_have_options_of_their_own(tmp_path):
+    """Beside one another, by which a run can be repeated by hand."""
+    runs = [SimpleNamespace(output_dir=tmp_path / f"haf-alpha{alpha}-seed0") for alpha in (0.1, 0.2)]
+    assert [options_file(run).name for run in runs] == ["haf-alpha0.1-seed0.yaml", "haf-alpha0.2-seed0.yaml"]
