@@ -157,6 +157,11 @@ class ObjectiveConfig(Section):
         return self.rm_weight > 0
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """What an evaluation in training asks the model for, of "reward" and "logprob"."""
+        return ("reward",) * self.uses_reward + ("logprob",) * self.uses_policy
+
+    @property
     def uses_policy(self) -> bool:
         return self.alpha > 0
 

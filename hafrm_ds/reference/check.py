@@ -42,10 +42,9 @@ def check_sample(
         engine,
         pairs,
         chosen,
+        ("logprob",),
         layout=batch.layout,
         max_tokens=batch.token_budget,
-        with_reward=False,
-        with_logprob=True,
     )
     assert fresh is not None  # nothing interrupts it
     num_tokens = np.stack([pairs.lengths["chosen"], pairs.lengths["rejected"]], axis=1)[chosen]

@@ -9,6 +9,7 @@ import torch
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.data.pairs import assistant
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.objective import ResponseScores
@@ -119,12 +120,10 @@ class HybridRewardModel(Scorer):
         if any(len(conversation) < 2 for conversation in conversations):
             raise DataError("a log-prob needs a prompt and an answer: a conversation of two messages at least")
 
-        def read(scores: ResponseScores) -> list:
-            if not per_token:
-                return scores.of("logprob").tolist()
-            return [part.tolist() for part in scores.of("token_logprobs").split(scores.num_tokens.tolist())]
+        def ask(groups: list[PromptWithResponses]) -> list:
+            return self.token_logprobs(groups) if per_token else self.values(groups, ("logprob",))[:, 0].tolist()
 
-        values = self.of_conversations(map(self.encode, conversations), read, ("logprob",))
+        values = self.of_conversations(map(self.encode, conversations), ask)
         return values[0] if is_one else values
 
     def forward(self, batch: PackedBatch, **heads: bool) -> ResponseScores:

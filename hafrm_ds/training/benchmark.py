@@ -63,10 +63,9 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         engine,
         pairs,
         index,
+        config.objective.heads,
         layout=config.batch.layout,
         max_tokens=config.batch.token_budget,
-        with_reward=config.objective.uses_reward,
-        with_logprob=config.objective.uses_policy,
     )
     seconds = time.perf_counter() - started
     tokens = int(token_costs(pairs.lengths, config.batch.layout)[index].sum())

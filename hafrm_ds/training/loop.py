@@ -264,10 +264,9 @@ class Trainer:
                     self.engine,
                     pair_set.pairs,
                     pair_set.index,
+                    objective.heads,
                     layout=self.config.batch.layout,
                     max_tokens=self.config.batch.token_budget,
-                    with_reward=objective.uses_reward,
-                    with_logprob=objective.uses_policy,
                     on_progress=progress.advance_for_all_ranks,
                     must_stop=self.saver.must_stop,
                 )
