@@ -171,10 +171,6 @@ class Shard:
     def num_tokens(self) -> np.ndarray:
         return column_view(self.table["num_tokens"], np.dtype(np.int32))
 
-    @property
-    def provenance(self) -> dict:
-        return json.loads(self.table.schema.metadata[b"provenance"])
-
 
 def column_view(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
     """A column of fixed-size values as numpy, without a copy where it is one chunk."""
