@@ -6,7 +6,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hafrm_ds.config import OptimizerConfig, TrainConfig
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.engine.checkpoint import FileFacts
 from hafrm_ds.engine.deepspeed_config import is_offloaded, resolve_deepspeed_config
+from hafrm_ds.engine.gradients import discard, inner_products, own_parts
 from hafrm_ds.engine.resharding import Shards, deal_out
 from hafrm_ds.engine.shapes import full_numel, full_shape
 from hafrm_ds.errors import UserError
@@ -171,6 +172,22 @@ class TrainingEngine(Engine):
         """Accumulate gradients; with the last micro-batch of a step they are averaged over the ranks."""
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def shared_gradient(self) -> list[Tensor]:
+        """A copy of this rank's part of the gradient of what both losses train, in fp32 on the host. All ranks have
+        called backward with is_last."""
+        parts = own_parts(self.model.shared_parameters(), self.stage)
+        return [part.to("cpu", torch.float32, copy=True) for part in parts]
+
+    def inner_products(self, gradient: Sequence[Tensor]) -> tuple[float, float, float]:
+        """Inner products of an earlier `shared_gradient`, a, and the one that is there now, b: a·a, a·b and b·b. All
+        ranks call this together."""
+        there_now = own_parts(self.model.shared_parameters(), self.stage)
+        return inner_products(gradient, there_now, self.stage, self.device)
+
+    def discard_gradients(self) -> None:
+        """Clear the gradients instead of stepping. All ranks have called backward with is_last."""
+        discard(self.deepspeed, self.stage)
 
     def step(self, learning_rate_factor: float) -> None:
         """Clip, update the weights, clear the gradients. All ranks have called backward with is_last.
