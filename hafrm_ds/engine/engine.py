@@ -6,7 +6,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,10 +176,10 @@ class TrainingEngine(Engine):
     def shared_gradient(self) -> list[Tensor]:
         """A copy of this rank's part of the gradient of what both losses train, in fp32 on the host. All ranks have
         called backward with is_last."""
-        parts = own_parts(self.model.shared_parameters(), self.stage)
-        return [part.to("cpu", torch.float32, copy=True) for part in parts]
+        there_now = own_parts(self.model.shared_parameters(), self.stage)
+        return [part.to("cpu", torch.float32, copy=True) for part in there_now]
 
-    def inner_products(self, gradient: Sequence[Tensor]) -> tuple[float, float, float]:
+    def inner_products(self, gradient: Iterable[Tensor]) -> tuple[float, float, float]:
         """Inner products of an earlier `shared_gradient`, a, and the one that is there now, b: a·a, a·b and b·b. All
         ranks call this together."""
         there_now = own_parts(self.model.shared_parameters(), self.stage)

@@ -6,7 +6,7 @@ bfloat16 by another optimizer, as the fragment that a rank's optimizer updates; 
 parameter. DeepSpeed's safe_get_full_grad would gather each parameter's on every rank, which no sum over them needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ CHUNK = 2**24
 """Elements that are multiplied at once: in fp64, two of them take 256 MiB."""
 
 
-def own_parts(parameters: Sequence[nn.Parameter], zero_stage: int) -> list[Tensor]:
-    """This rank's part of each parameter's averaged gradient, flat, where and as it lies. Under stages 1 to 3 the parts
-    of all ranks are the whole; under stage 0 every rank has the whole."""
-    return [own_part(parameter, zero_stage) for parameter in parameters]
+def own_parts(parameters: Iterable[nn.Parameter], zero_stage: int) -> Iterator[Tensor]:
+    """This rank's part of each parameter's averaged gradient, flat, as it lies or copied from where it is offloaded to.
+    Under stages 1 to 3 the parts of all ranks are the whole; under stage 0 every rank has the whole."""
+    return (own_part(parameter, zero_stage) for parameter in parameters)
 
 
 def own_part(parameter: Any, zero_stage: int) -> Tensor:
@@ -40,7 +40,7 @@ def own_part(parameter: Any, zero_stage: int) -> Tensor:
 
 
 def inner_products(
-    first: Sequence[Tensor], second: Sequence[Tensor], zero_stage: int, device: torch.device
+    first: Iterable[Tensor], second: Iterable[Tensor], zero_stage: int, device: torch.device
 ) -> tuple[float, float, float]:
     """first·first, first·second and second·second in fp64, over the parts of all ranks, which call this together.
 
