@@ -452,8 +452,8 @@ def share_problems(config: TrainConfig) -> Iterator[str]:
         )
     if objective.policy_share is not None and config.model.reward_head_init == "zero":
         yield (
-            "objective.policy_share needs model.reward_head_init normal: from a reward head of zeros the reward loss "
-            "gives the body no gradient at the start, so there is nothing to share"
+            "objective.policy_share cannot begin with model.reward_head_init zero: through a head of zeros the reward "
+            "loss gives the body no gradient, so there is nothing to share"
         )
     if objective.policy_share_every is not None and objective.policy_share is None:
         yield "objective.policy_share_every keeps a share, but objective.policy_share is not given"

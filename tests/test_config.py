@@ -245,7 +245,7 @@ def test_no_contradiction_with_the_default_of_a_faulty_option_is_named():
         ({"objective.policy_share": "0.5", "objective.alternate_every": "3"}, ["every step", "alternate_every 3"]),
         (
             {"objective.policy_share": "0.5", "model.reward_head_init": "zero"},
-            ["reward_head_init normal", "no gradient"],
+            ["reward_head_init zero", "no gradient"],
         ),
         ({"objective.policy_share_every": "10"}, ["policy_share_every", "objective.policy_share is not given"]),
         ({"logging.gradient_shares_every": "10", "objective.alpha": "0"}, ["gradient_shares_every", "alpha 0"]),

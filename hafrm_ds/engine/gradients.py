@@ -24,8 +24,9 @@ def own_parts(parameters: Iterable[nn.Parameter], zero_stage: int) -> Iterator[T
 
 
 def own_part(parameter: Any, zero_stage: int) -> Tensor:
-    if zero_stage == 0:
-        return parameter.grad.flatten()
+    if zero_stage == 0:  # an expert that no token was sent to has none
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return gradient.detach().flatten()
     if zero_stage == 3:
         from deepspeed.utils import safe_get_local_grad
 

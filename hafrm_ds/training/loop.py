@@ -150,8 +150,7 @@ class Trainer:
         if not math.isfinite(metrics["loss/total"]):
             self.stop_on_non_finite_loss(step, totals)
         if of_reward is not None:
-            pull = Pull.of_joint(*self.engine.inner_products(of_reward)).checked(step)
-            self.note_pull(step, weights.policy, pull)
+            self.note_pull(step, weights.policy, Pull.of_joint(*self.engine.inner_products(of_reward)))
         factor = learning_rate_factor(step, self.num_steps, self.config.optimizer)
         self.engine.step(factor)
         if not math.isfinite(self.engine.gradient_norm):
@@ -280,7 +279,7 @@ class Trainer:
                 self.saver.after_step()
             of_reward = self.reward_gradient(step)
             with self.gradient_of(step, LossWeights(0.0, 1.0)):
-                pulls.append(Pull.of(*self.engine.inner_products(of_reward)).checked(step))
+                pulls.append(Pull.of(*self.engine.inner_products(of_reward)))
         state.alpha = alpha = alpha_for(share, pulls)
         rows = [pull.times(alpha).metrics(alpha) for pull in pulls]
         self.log.metrics("gradients", state.step, {name: fmean(row[name] for row in rows) for name in rows[0]})

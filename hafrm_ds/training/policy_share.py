@@ -36,43 +36,47 @@ class Pull(NamedTuple):
         return cls.of(reward_reward, reward_joint - reward_reward, joint_joint - 2 * reward_joint + reward_reward)
 
     @property
-    def share(self) -> float:
-        return self.policy / (self.reward + self.policy)
-
-    def checked(self, step: int) -> "Pull":
-        """Itself. Raises UserError unless both losses pull in global batch `step`."""
-        for name, norm in (("rm_weight * L_reward", self.reward), ("alpha * L_policy", self.policy)):
-            if not 0 < norm < math.inf:
-                raise UserError(
-                    f"global batch {step + 1}: the gradient of {name} on the body has the norm {norm}, so there is no "
-                    "share of the pull to measure. Give --objective.alpha instead of --objective.policy_share, and set "
-                    "--logging.gradient_shares_every 0"
-                )
-        return self
+    def is_of_both(self) -> bool:
+        """Whether both losses pull. The hinge loss does not where all pairs of a batch are beyond its margin."""
+        return 0 < self.reward < math.inf and 0 < self.policy < math.inf
 
     def times(self, alpha: float) -> "Pull":
         """What it is under the weight alpha, if it was measured under 1."""
         return self._replace(policy=alpha * self.policy)
 
     def metrics(self, alpha: float) -> dict[str, float]:
-        """A row of kind gradients; alpha is the weight that the policy loss had."""
-        return {
-            "alpha": alpha,
-            "policy_share": self.share,
-            "body_grad_norm/reward": self.reward,
-            "body_grad_norm/policy": self.policy,
-            "body_grad_cosine": self.cosine,
-        }
+        """A row of kind gradients, without what is not defined where a loss does not pull.
+
+        Args:
+            alpha: the weight that the policy loss had.
+        """
+        row = {"alpha": alpha, "body_grad_norm/reward": self.reward, "body_grad_norm/policy": self.policy}
+        if self.reward + self.policy > 0:
+            row["policy_share"] = self.policy / (self.reward + self.policy)
+        if self.is_of_both:
+            row["body_grad_cosine"] = self.cosine
+        return row
 
 
 def alpha_for(share: float, pulls: Sequence[Pull]) -> float:
-    """The weight that gives the policy loss a share, in the geometric mean over batches that were measured with 1."""
+    """The weight that gives the policy loss a share, in the geometric mean over batches that were measured with 1.
+
+    Raises:
+        UserError: in one of them a loss does not pull.
+    """
+    for number, pull in enumerate(pulls, start=1):
+        if not pull.is_of_both:
+            raise UserError(
+                f"objective.policy_share: in batch {number} of {len(pulls)} the gradients of the reward loss and the "
+                f"policy loss on the body have the norms {pull.reward} and {pull.policy}, so no alpha gives a share. Give "
+                "--objective.alpha instead"
+            )
     return math.exp(sum(missing(share, pull) for pull in pulls) / len(pulls))
 
 
 def readjusted(alpha: float, share: float, pull: Pull) -> float:
-    """The weight after alpha has given a measured pull where a share is to be kept."""
-    return alpha * math.exp(READJUSTMENT * missing(share, pull))
+    """The weight after alpha has given a measured pull, where a share is to be kept."""
+    return alpha * math.exp(READJUSTMENT * missing(share, pull)) if pull.is_of_both else alpha
 
 
 def missing(share: float, pull: Pull) -> float:
