@@ -113,7 +113,7 @@ class Processes:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of this process in messages."""
         return f"rank {self.rank}" + (f" on {self.host}" if self.num_hosts > 1 else "")
 
     @property

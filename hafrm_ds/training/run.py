@@ -59,7 +59,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 
 def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> None:
-    """`train`, without what is left to do when it is interrupted."""
+    """Train to the last step; `train` around it leaves the report, however this ends."""
     check_options(config, processes)
     if is_finished(config, processes):
         log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to resume")
