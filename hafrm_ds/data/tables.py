@@ -89,8 +89,8 @@ def share_estimate(estimate: EstimateJson | None) -> Cell:
 
 
 def number_estimate(estimate: EstimateJson | None, form: Callable[[float], str] | None = None) -> Cell:
-    form = form or short
-    return estimate_cell(estimate, form, form)
+    """A number with its interval, where that is known. form: how it is written; default: `short`."""
+    return estimate_cell(estimate, form or short, "{:.3g}".format)
 
 
 def estimate_cell(estimate: EstimateJson | None, form: Callable[[float], str], brief: Callable[[float], str]) -> Cell:

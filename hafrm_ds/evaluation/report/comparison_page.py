@@ -6,11 +6,11 @@ import numpy as np
 
 from hafrm_ds.data.tables import Cell, Table, count, number, share_estimate, value_of_option
 from hafrm_ds.evaluation.bootstrap import EstimateJson
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.report.charts import Chart, Key, intervals_chart
 from hafrm_ds.evaluation.report.curves import comparison_charts
 from hafrm_ds.evaluation.report.reading import Results, differences
 from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, Folded, intervals, objective_in_words
-from hafrm_ds.evaluation.terminal import JUDGES
 
 OF_THE_PLACE = ("output_dir", "resume")
 """Options that differ between any two runs."""

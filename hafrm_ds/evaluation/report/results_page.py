@@ -17,12 +17,11 @@ from hafrm_ds.data.tables import (
     count,
     facts_table,
     number,
-    number_estimate,
-    share,
     share_estimate,
 )
 from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.calibration import sigmoid
+from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, by_size, set_tables, sets_table
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
     Chart,
@@ -41,7 +40,6 @@ from hafrm_ds.evaluation.report.curves import (
     panel_charts,
 )
 from hafrm_ds.evaluation.report.reading import Results, SetResult
-from hafrm_ds.evaluation.terminal import JUDGES, accuracy_table, agreement_of, length_table
 
 ACCURACY_NOTE = (
     "Share of pairs in which the chosen answer gets the higher value; a tie counts half. Below it the 95% interval, "
@@ -124,7 +122,7 @@ def results_page(results: Results) -> ResultsPage:
         title=f"{kind} {results.name}",
         subtitle=" · ".join(subtitle),
         tiles=list(tiles(results)),
-        accuracies=sets_table(results.sets) if results.sets else None,
+        accuracies=sets_table({name: each.overview for name, each in results.sets.items()}) if results.sets else None,
         sets=[set_section(name, result) for name, result in results.sets.items()],
         benchmarks=[benchmark_table(found) for found in results.benchmarks.values()],
         training=panel_charts(TRAINING_PANELS, results.training),
@@ -176,27 +174,6 @@ def objective_in_words(results: Results) -> str:
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items() if weight)
 
 
-def sets_table(sets: dict[str, SetResult]) -> Table:
-    """A row for each set, a column for each judge and the yardstick."""
-    judges = {judge: judge for judge in JUDGES if any(judge in result.accuracy for result in sets.values())}
-    parts = [
-        (
-            name,
-            {
-                "pairs": result.pairs,
-                "accuracy": result.accuracy,
-                "yardsticks": (result.analysis or {}).get("yardsticks"),
-            },
-        )
-        for name, result in sets.items()
-    ]
-
-    def longer(part: dict[str, Any]) -> Cell:
-        return share_estimate(part["yardsticks"] and part["yardsticks"]["longer"])
-
-    return accuracy_table("accuracy", parts, judges, {"longer": longer})
-
-
 # ---- one evaluation set ---------------------------------------------------------------------------------------------
 
 
@@ -216,7 +193,7 @@ def set_section(name: str, result: SetResult) -> SetSection:
         facts=" · ".join(facts),
         problem=result.problem,
         charts=charts,
-        tables=analysis_tables(analysis) if analysis is not None else [],
+        tables=set_tables(analysis) if analysis is not None else [],
         mistakes=mistakes(scores) if scores is not None and scores.texts else [],
     )
 
@@ -245,47 +222,8 @@ def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iter
         yield intervals_chart(title, groups, series)
 
 
-def by_size(sources: dict[str, dict]) -> dict[str, dict]:
-    return dict(sorted(sources.items(), key=lambda item: -item[1]["pairs"]))
-
-
 def intervals(accuracy: dict[str, EstimateJson]) -> dict[str, Interval]:
     return {judge: Interval(**estimate) for judge, estimate in accuracy.items()}
-
-
-def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
-    """Everything that the charts of a set show, in figures."""
-    judges = [judge for judge in JUDGES if judge in analysis["accuracy"]]
-    calibration = analysis["calibration"]
-    rows = [
-        ("accuracy", [share_estimate(analysis["accuracy"][judge]) for judge in judges]),
-        ("ties", [count(analysis["ties"][judge]) for judge in judges]),
-        ("mean margin", [number_estimate(analysis["margin"][judge]) for judge in judges]),
-    ]
-    for label, key, form in (
-        ("expected calibration error (ECE)", "ece", share),
-        ("Brier score", "brier", number),
-        ("log loss", "log_loss", number),
-        ("fitted temperature", "temperature", number),
-        ("ECE at this temperature", "ece_at_temperature", share),
-        ("Brier score at this temperature", "brier_at_temperature", number),
-    ):
-        rows.append((label, [form(calibration[judge][key]) if judge in calibration else Cell("") for judge in judges]))
-    rows += [
-        (f"agreement with {other}", [share(agreement_of(analysis["agreement"], judge, other)) for judge in judges])
-        for other in judges[1:]
-    ]
-    yardsticks = [
-        (f"the {kind} answer", [share_estimate(analysis["yardsticks"][kind])]) for kind in ("longer", "shorter")
-    ]
-    return [
-        Table(rows, ("", *judges)),
-        length_table("accuracy, chosen longer by", analysis, {judge: judge for judge in judges}),
-        accuracy_table(
-            "accuracy by source", by_size(analysis["by_source"]).items(), {judge: judge for judge in judges}
-        ),
-        Table(yardsticks, ("whoever always takes", "accuracy")),
-    ]
 
 
 def mistakes(scores: PairScores) -> list[Mistake]:
@@ -308,33 +246,6 @@ def mistakes(scores: PairScores) -> list[Mistake]:
 
 
 # ---- the rest -------------------------------------------------------------------------------------------------------
-
-
-def benchmark_table(found: dict[str, Any]) -> Table:
-    """Scores of each judge on a benchmark: categories with their subsets and details, then the whole.
-
-    Args:
-        found: cut (questions whose prompt was cut), and judges: judge -> as `Benchmark.summarize` gives it.
-    """
-    results = {judge: found["judges"][judge] for judge in JUDGES if judge in found["judges"]}
-    first = next(iter(results.values()))
-    rows = []
-
-    def add(name: str, parts: list[dict[str, Any]], with_details: bool = True) -> None:
-        """parts: the same part of each judge's result."""
-        scores = [Cell(share(part["score"]).text, f"{part['ties']:,} ties" if part["ties"] else "") for part in parts]
-        rows.append((name, [count(parts[0]["questions"]), *scores]))
-        for detail in parts[0]["details"] if with_details else ():
-            rows.append((f"{name}, {detail}", [Cell(""), *(share(part["details"].get(detail)) for part in parts)]))
-
-    for name, category in first["categories"].items():
-        categories = [result["categories"][name] for result in results.values()]
-        add(name, categories)
-        for subset in category["subsets"] if len(category["subsets"]) > 1 else ():
-            add(f"{name} / {subset}", [each["subsets"][subset] for each in categories], with_details=False)
-    add("overall", list(results.values()))
-    cut = f" ({found['cut']:,} questions with a cut prompt)" if found["cut"] else ""
-    return Table(rows, ("", "questions", *results), caption=f"{first['title']}{cut}")
 
 
 def appendix(results: Results) -> Iterator[Folded]:
