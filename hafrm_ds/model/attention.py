@@ -13,6 +13,7 @@ Legend: T tokens (queries), K keys, Q and G query and key-value heads, D head di
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -144,7 +145,7 @@ def segment_attention(
             f"{type(module).__name__} makes an attention mask of its own, which the layouts shared_prefix and packed "
             "have no place for; set --batch.layout padded"
         )
-    if sliding_window is None and (kind := masked_type(module, max(segments.k_lengths))):
+    if sliding_window is None and (kind := masked_type(module, segments.max_k)):
         raise UnsupportedAttention(
             f"{type(module).__name__} is {kind} by its attention mask alone, and the layouts shared_prefix and packed "
             "have no mask; set --batch.layout padded"
@@ -274,8 +275,8 @@ def run_varlen(query: Tensor, key: Tensor, value: Tensor, segments: AttentionSeg
         value,
         segments.cu_seqlens_q,
         segments.cu_seqlens_k,
-        max(segments.q_lengths),
-        max(segments.k_lengths),
+        segments.max_q,
+        segments.max_k,
         scale=rule.scale,
         window_size=(-1, 0) if rule.window is None else flash_window(rule.window),  # (-1, 0): causal
         **grouping,
@@ -297,7 +298,9 @@ def run_flash_package(
     Their backward adds in the order in which blocks finish, unless told otherwise: torch.use_deterministic_algorithms
     tells them.
     """
-    function = importlib.import_module(module).flash_attn_varlen_func
+    if module not in sys.modules:  # torch.compile breaks its graph at an import
+        importlib.import_module(module)
+    function = sys.modules[module].flash_attn_varlen_func
     options: dict[str, Any] = {} if rule.window is None else {"window_size": flash_window(rule.window)}
     if torch.are_deterministic_algorithms_enabled():
         options["deterministic"] = True
@@ -307,8 +310,8 @@ def run_flash_package(
         value,
         cu_seqlens_q=segments.cu_seqlens_q,
         cu_seqlens_k=segments.cu_seqlens_k,
-        max_seqlen_q=max(segments.q_lengths),
-        max_seqlen_k=max(segments.k_lengths),
+        max_seqlen_q=segments.max_q,
+        max_seqlen_k=segments.max_k,
         softmax_scale=rule.scale,
         causal=True,
         softcap=rule.softcap or 0.0,
