@@ -58,6 +58,7 @@ class Kernel:
     has_softcap: takes a soft cap, forward and backward.
     largest_heads: major compute capability -> dimensions of a head that it takes there, in multiples of 8; where it
         says nothing, 256.
+    deterministic_heads: dimensions of the largest head whose backward can add in one order.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Kernel:
     capabilities: tuple[int, ...]
     has_softcap: bool
     largest_heads: Mapping[int, int] = field(default_factory=dict)
+    deterministic_heads: int = 256
 
     @property
     def implementation(self) -> str:
@@ -85,6 +87,8 @@ class Kernel:
             largest = self.largest_heads.get(major, 256)
             if (size := head_dimension(config)) > largest or size % 8:
                 return f"it takes heads of up to {largest} dimensions in multiples of 8, not {size}"
+            if size > self.deterministic_heads and torch.are_deterministic_algorithms_enabled():
+                return f"deterministic is true, and its backward for heads of {size} dimensions is not"
             if getattr(config, "v_head_dim", size) != size:
                 return "it takes keys and values of one size, and this model has two"
         if not self.has_softcap and getattr(config, "attn_logit_softcapping", None):
@@ -295,8 +299,8 @@ def run_flash_package(
 ) -> Tensor:
     """flash_attn_varlen_func of one of the FlashAttention packages, which agree in these arguments.
 
-    Their backward adds in the order in which blocks finish, unless told otherwise: torch.use_deterministic_algorithms
-    tells them.
+    Their backward adds in the order in which blocks finish, unless told otherwise; torch's own kernels look at
+    torch.use_deterministic_algorithms by themselves.
     """
     if module not in sys.modules:  # torch.compile breaks its graph at an import
         importlib.import_module(module)
@@ -328,7 +332,15 @@ def flash_window(window: int) -> tuple[int, int]:
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("fa3", partial(run_flash_package, "flash_attn_interface"), "flash_attn_interface", (9,), True),
+        # Its deterministic backward refuses heads that it rounds up to 256 (hopper/flash_api.cpp).
+        Kernel(
+            "fa3",
+            partial(run_flash_package, "flash_attn_interface"),
+            "flash_attn_interface",
+            (9,),
+            True,
+            deterministic_heads=192,
+        ),
         Kernel("fa2", partial(run_flash_package, "flash_attn"), "flash_attn_2_cuda", (8, 9, 10, 12), True),
         # A pre-release. On Blackwell it has no head sizes between 128 and 256, and no soft cap for all of them.
         Kernel("fa4", partial(run_flash_package, "flash_attn.cute"), "flash_attn.cute", (9, 10), False, {10: 128}),
