@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "reference.",
     # Cost, and the last bits of a sum.
     "batch.max_tokens_per_micro_batch",
+    "deterministic",
     "model.gradient_checkpointing",
 )
 """Options, or sections that end in a dot, that change nothing of what a run computes."""
