@@ -27,6 +27,10 @@ def render_evaluation(results: dict[str, Any]) -> RenderableType:
             parts += [Text(f"\n{result['title']}, judged by the {JUDGES[judge]}"), render(result)]
         if found["cut"]:
             parts.append(Text(f"{found['cut']:,} questions lost the start of their prompt"))
+        if found.get("left_out"):  # older results do not say
+            parts.append(
+                as_text(f"{found['left_out']:,} questions were left out, the first: {found['why_left_out'][0]}")
+            )
     return Group(*parts)
 
 

@@ -136,12 +136,11 @@ def test_an_error_leaves_no_lock_and_no_empty_folder(tmp_path):
 
 
 def test_files_have_owners_of_their_own(tmp_path):
+    said = r"--output .*a.jsonl is in use by process \d+ on .*choose another --output"
     with sole_owner(tmp_path / "a.jsonl", rank(), "--output"), sole_owner(tmp_path / "b.jsonl", rank(), "--output"):
-        with pytest.raises(
-            UserError, match=r"--output .*a.jsonl is in use by process \d+ on .*choose another --output"
-        ):
-            with sole_owner(tmp_path / "a.jsonl", rank(), "--output"):
-                pass
+        again = sole_owner(tmp_path / "a.jsonl", rank(), "--output")
+        with pytest.raises(UserError, match=said):
+            again.__enter__()
     assert not list(tmp_path.iterdir())
 
 

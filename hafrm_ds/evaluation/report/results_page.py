@@ -334,7 +334,8 @@ def benchmark_table(found: dict[str, Any]) -> Table:
             add(f"{name} / {subset}", [each["subsets"][subset] for each in categories], with_details=False)
     add("overall", list(results.values()))
     cut = f" ({found['cut']:,} questions with a cut prompt)" if found["cut"] else ""
-    return Table(rows, ("", "questions", *results), caption=f"{first['title']}{cut}")
+    left_out = f" ({found['left_out']:,} questions left out)" if found.get("left_out") else ""
+    return Table(rows, ("", "questions", *results), caption=f"{first['title']}{cut}{left_out}")
 
 
 def appendix(results: Results) -> Iterator[Folded]:
