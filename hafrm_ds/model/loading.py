@@ -1,6 +1,5 @@
 """Loading a causal LM and its tokenizer from the hub or a local folder."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -38,11 +37,6 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(**origin(config))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
-
-
-def known_positions(config: PretrainedConfig) -> float:
-    """Tokens of the longest sequence that a model knows; infinity where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -1,8 +1,8 @@
 """One job at a time in a folder: the lock of a run, an evaluation, a comparison or a file of scores.
 
 The first process of a job holds a lock on a small file that says who it is. The kernel takes the lock from a process
-that dies, however it dies. Network file systems may not pass locks on to other hosts, so the owner also touches the file
-every few seconds, and one on another host that has not done so for a minute counts as dead.
+that dies, however it dies. Network file systems may not pass locks on to other hosts, so the owner also touches the
+file every few seconds, and one on another host that has not done so for a minute counts as dead.
 """
 
 import fcntl

@@ -136,12 +136,11 @@ def test_an_error_leaves_no_lock_and_no_empty_folder(tmp_path):
 
 
 def test_files_have_owners_of_their_own(tmp_path):
+    said = r"--output .*a.jsonl is in use by process \d+ on .*choose another --output"
     with sole_owner(tmp_path / "a.jsonl", rank(), "--output"), sole_owner(tmp_path / "b.jsonl", rank(), "--output"):
-        with pytest.raises(
-            UserError, match=r"--output .*a.jsonl is in use by process \d+ on .*choose another --output"
-        ):
-            with sole_owner(tmp_path / "a.jsonl", rank(), "--output"):
-                pass
+        again = sole_owner(tmp_path / "a.jsonl", rank(), "--output")
+        with pytest.raises(UserError, match=said):
+            again.__enter__()
     assert not list(tmp_path.iterdir())
 
 
@@ -153,9 +152,12 @@ def test_the_other_ranks_have_nothing_to_do(tmp_path, holder):
 def test_a_child_that_outlives_the_owner_does_not_keep_the_lock(tmp_path):
     lock = OwnerFile(tmp_path / ".owner")
     assert lock.take() is None
+    has_begun, begins = os.pipe()
     child = os.fork()
     if not child:
+        os.write(begins, b".")
         signal.pause()
+    os.read(has_begun, 1)
     try:
         lock.forget()  # as the kernel does when the owner is killed
         assert OwnerFile(tmp_path / ".owner").take() is None
