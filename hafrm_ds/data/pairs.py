@@ -294,18 +294,22 @@ def assistant(content: str) -> Message:
 
 # A turn of a transcript begins at the start of the text, after an empty line, or with ### (OpenAssistant's guanaco);
 # "Human:" inside a line is text.
-TURN = re.compile(r"(?:\A\s*|\r?\n\r?\n|\s*###\s?)(Human|Assistant):")
+TURN = re.compile(r"(?:\n\r?\n|###\s?)(Human|Assistant):")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def has_turns(value: Any) -> bool:
-    return isinstance(value, str) and TURN.search(value) is not None
+    if not isinstance(value, str) or ("Human:" not in value and "Assistant:" not in value):  # as most texts
+        return False
+    return TURN.search("\n\n" + value.lstrip()) is not None
 
 
 def transcript_turns(text: str) -> list[Message]:
     """Turns of a transcript as messages, white space around them removed; text before the first turn is a system
     message. None without turns."""
-    head, *parts = TURN.split(text)
+    if "Human:" not in text and "Assistant:" not in text:
+        return []
+    head, *parts = TURN.split("\n\n" + text.lstrip())
     head = head.strip().removeprefix("System:").strip()
     turns = [
         {"role": SPEAKERS[speaker], "content": content.strip()}

@@ -261,7 +261,7 @@ def unread_columns(format_name: str, columns: tuple[str, ...]) -> Unread:
 
 
 def is_filled(value: Any) -> bool:
-    return value not in (None, "", [], {})
+    return value is not None and value not in ("", [], {})
 
 
 CONVERSATION_WORD = re.compile(

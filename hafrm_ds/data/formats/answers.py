@@ -94,8 +94,8 @@ def answer_values(row: Row, better: str, worse: str) -> list[Any]:
     """Two answers, parsed if their texts spell messages. One of two texts alone is an answer that is JSON."""
     written = [row.value(field) for field in (better, worse)]
     values = [parsed_messages(value) for value in written]
-    both_texts = all(isinstance(value, str) for value in written)
-    return written if both_texts and any(isinstance(value, str) for value in values) else values
+    both_texts = all([isinstance(value, str) for value in written])
+    return written if both_texts and any([isinstance(value, str) for value in values]) else values
 
 
 def answer_of(row: Row, field: str, value: Any, *, strip: bool) -> list[Message]:
@@ -137,15 +137,14 @@ def without_repeated_prompt(
     text: str, prompt: list[Message], answers: list[list[Message]]
 ) -> tuple[list[Message], list[list[Message]]]:
     """Prompt and answers, where both answers repeat the prompt's `text` or open a turn of their own, without that."""
-    if not all(len(answer) == 1 and answer[0]["role"] == "assistant" for answer in answers):
+    if not all([len(answer) == 1 and answer[0]["role"] == "assistant" for answer in answers]):
         return prompt, answers
     start, texts = text.strip(), [answer[0]["content"].strip() for answer in answers]
     turns = transcript_turns(text)
     is_transcript = starts_with_user(turns)
     # Two words may begin both answers by chance.
-    if (is_transcript or len(start.split()) > 2) and all(
-        answer.startswith(start) and answer[len(start) :][:1].isspace() for answer in texts
-    ):
+    repeated = all([answer.startswith(start) and answer[len(start) : len(start) + 1].isspace() for answer in texts])
+    if repeated and (is_transcript or len(start.split()) > 2):
         texts = [answer[len(start) :].strip() for answer in texts]
         answers = [[assistant(answer)] for answer in texts]
     if is_transcript and turns[-1]["role"] == "user":
