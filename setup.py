@@ -34,6 +34,7 @@ setup(
         "protobuf",  # without it transformers cannot read a sentencepiece model
         "safetensors",
         "numpy",
+        "pandas",
         "jinja2",
         "markupsafe",
         "matplotlib>=3.11",
