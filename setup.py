@@ -58,6 +58,7 @@ setup(
             "ruff",
             "import-linter",
             "mypy",
+            "pandas-stubs",
             "types-PyYAML",
             "types-psutil",
             "trl>=1.16",
