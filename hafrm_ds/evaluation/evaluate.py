@@ -30,7 +30,7 @@ from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.report.writing import leave_report
-from hafrm_ds.evaluation.scoring import AskedItems, ModelAsked, score_parts
+from hafrm_ds.evaluation.scoring import Items, score_parts
 from hafrm_ds.model.loading import known_positions, load_model_config
 from hafrm_ds.objective import judges
 from hafrm_ds.processes.agreement import environment
@@ -108,8 +108,11 @@ class EvaluatedSet:
     pairs: PreparedPairs
     index: np.ndarray
 
-    def groups(self, item: int) -> list[PromptWithResponses]:
-        return [self.pairs[int(self.index[item])].group]
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> list[PromptWithResponses]:
+        return [self.pairs[int(self.index[place])].group]
 
 
 @dataclass(frozen=True)
@@ -129,16 +132,9 @@ class EvaluatedBenchmark:
         ]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
-    reference, where there is one."""
-
-    values: dict[str, list[np.ndarray]]
-    references: dict[str, list[np.ndarray]]
-
-    def of(self, name: str) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-        return self.values[name], self.references.get(name)
+Scores = dict[str, tuple[list[np.ndarray], list[np.ndarray] | None]]
+"""Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
+reference, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +182,7 @@ class Evaluation:
             "reference": None if self.reference is None else identity_of_model(self.reference),
             "template": self.formatter.fingerprint,
             "pairs": {
-                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each.index)]
+                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each)]
                 for name, each in self.sets.items()
             },
             "questions": {
@@ -200,18 +196,21 @@ class Evaluation:
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
         """Ask the model and the reference about everything, as far as `folder` does not have the answers. All processes
         call this together; the first gets the scores."""
-        asked = [AskedItems(f"set {name}", len(each.index), each.groups) for name, each in self.sets.items()]
-        asked += [
-            AskedItems(f"benchmark {name}", len(each.groups), each.groups.__getitem__)
-            for name, each in self.benchmarks.items()
-        ]
+        asked: dict[str, Items] = {f"set {name}": each for name, each in self.sets.items()}
+        asked |= {f"benchmark {name}": each.groups for name, each in self.benchmarks.items()}
 
-        def ask(name: str, saved: Saved, heads: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
-            model = ModelAsked(saved, self.options.deepspeed, self.options.max_tokens_per_micro_batch)
-            return score_parts(name, model, heads, asked, folder, processes, log)
-
+        ask = partial(
+            score_parts,
+            asked=asked,
+            folder=folder,
+            processes=processes,
+            log=log,
+            deepspeed=self.options.deepspeed,
+            max_tokens=self.options.max_tokens_per_micro_batch,
+        )
         values = ask("scoring", self.saved, self.saved.heads)
-        return Scores(values, {} if self.reference is None else ask("reference", self.reference, ("logprob",)))
+        references = {} if self.reference is None else ask("reference", self.reference, ("logprob",))
+        return {name: (each, references.get(name)) for name, each in values.items()}
 
     def results(self, scores: Scores, processes: Processes) -> dict[str, Any]:
         """What evaluation.json says. The scores of the sets are left in output_dir."""
@@ -228,7 +227,7 @@ class Evaluation:
 
     def analyse_set(self, name: str, scores: Scores) -> dict[str, Any]:
         pairs, index = self.sets[name].pairs, self.sets[name].index
-        values, references = scores.of(f"set {name}")
+        values, references = scores[f"set {name}"]
         pair_scores = PairScores.of(
             name,
             pairs,
@@ -246,7 +245,7 @@ class Evaluation:
     def judge_benchmark(self, name: str, scores: Scores) -> dict[str, Any]:
         """{"cut": questions whose prompt was cut, "judges": judge -> result of the benchmark}."""
         evaluated = self.benchmarks[name]
-        values, references = scores.of(f"benchmark {name}")
+        values, references = scores[f"benchmark {name}"]
         rows: dict[str, list[list[float]]] = {}
         for place, of_heads in enumerate(values):
             known = dict(zip(self.saved.heads, of_heads.T))
