@@ -1,4 +1,4 @@
-"""An evaluation from model and data to evaluation.json, on any number of processes, killed and started again at will.
+"""An evaluation from model and data to evaluation.json, on any number of processes; one that was killed resumes.
 
 sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evaluation/SET.parquet -> evaluation.json
 """
@@ -65,7 +65,7 @@ def known_benchmarks(found: dict[str, str | None]) -> dict[str, str | None]:
 
 
 class EvaluationOptions(ScoringSection):
-    """What launch/evaluate.py is asked for."""
+    """The options of launch/evaluate.py."""
 
     model: str
     """Folder or hub id."""
@@ -82,7 +82,7 @@ class EvaluationOptions(ScoringSection):
     beta: Positive | None = None
     """Scale of the implicit reward. Default: that of the training, else 0.1."""
     max_pairs: PositiveInt | None = None
-    """Use at most so many pairs of each set: a fixed random choice."""
+    """Use at most this many pairs of each set: a fixed random choice."""
     max_length: PositiveInt | None = None
     """Longest conversation in tokens. Default: that of the training, else what the model knows and a micro-batch holds.
     """
@@ -154,7 +154,7 @@ class Evaluation:
 
     @classmethod
     def open(cls, options: EvaluationOptions, processes: Processes, log: Console) -> "Evaluation":
-        """Look at the models, and read and tokenise the data. All processes call this together.
+        """Open the models without their weights, and read and tokenise the data. All processes call this together.
 
         Raises:
             ConfigError, DataError, ModelError: what was asked for cannot be evaluated.
@@ -194,8 +194,8 @@ class Evaluation:
         }
 
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
-        """Ask the model and the reference about everything, as far as `folder` does not have the answers. All processes
-        call this together; the first gets the scores."""
+        """Score all sets and benchmarks by the model and the reference, but for the parts that `folder` has. All
+        processes call this together; the first gets the scores."""
         asked: dict[str, Items] = {f"set {name}": each for name, each in self.sets.items()}
         asked |= {f"benchmark {name}": each.groups for name, each in self.benchmarks.items()}
 
@@ -243,7 +243,7 @@ class Evaluation:
         return analysis
 
     def judge_benchmark(self, name: str, scores: Scores) -> dict[str, Any]:
-        """{"cut": questions whose prompt was cut, "judges": judge -> result of the benchmark}."""
+        """{"cut": questions whose prompt was truncated, "judges": judge -> result of the benchmark}."""
         evaluated = self.benchmarks[name]
         values, references = scores[f"benchmark {name}"]
         rows: dict[str, list[list[float]]] = {}

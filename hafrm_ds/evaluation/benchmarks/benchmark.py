@@ -55,12 +55,12 @@ class Benchmark:
     """A public benchmark of reward models."""
 
     name: str
-    """As it is asked for."""
+    """Its name on the command line."""
     title: str
     default_path: str
     """Its hub id."""
     split: str
-    """Of the hub data set, unless the path names another: `ORG/NAME?split=SPLIT`."""
+    """Split of the hub data set, unless the path names another: `ORG/NAME?split=SPLIT`."""
     row_format: str
     """What its rows look like, for messages."""
     to_question: Callable[[Row], Question]

@@ -29,13 +29,13 @@ POINTS_PER_INCH = 72
 NUM_COLOURS = 8
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MAX_POINTS = 300
-"""Of a curve: more rows are drawn as the means of groups of consecutive rows."""
+"""Most points of a curve. One of more rows is drawn as the means of groups of consecutive rows."""
 SMOOTHING_SHARE = 1 / 15
 """Width of the running mean, as a share of the curve."""
 MIN_BINS, MAX_BINS = 9, 40
-"""Of a histogram. The smallest number is odd: values that are all alike then stand in the middle of a bin."""
+"""Bins of a histogram. The smallest number is odd, so that values that are all alike stand in the middle of a bin."""
 ALIKE = 1e-6
-"""Values whose range is below this share of their size, or of 1, are drawn as one."""
+"""Values whose range is below this share of the largest of them, or of 1, are drawn as one."""
 LOG_SCALE_RATIO = 50
 """A curve whose largest value is this many times its median is drawn on a logarithmic axis, where that is allowed."""
 LABEL_LENGTH = 46
@@ -102,7 +102,7 @@ class Key:
 
     @property
     def dash(self) -> str:
-        """As stroke-dasharray."""
+        """The dashes of its line, as a stroke-dasharray of SVG; "" for a whole line."""
         dash = DASHES[self.series // NUM_COLOURS % len(DASHES)]
         return "" if dash == "-" else " ".join(str(2 * length) for length in dash[1])
 
@@ -164,7 +164,8 @@ def curves_chart(
         noisy: draw the running mean, and behind it what it is the mean of.
         may_be_logarithmic: see LOG_SCALE_RATIO.
         marks: a dot at each point, for curves of few points.
-        overlaid: of several runs: the page names them once for all charts, and nothing is drawn behind the curves.
+        overlaid: the curves are of several runs, which the page names once for all charts, and nothing is drawn
+            behind them.
     """
     finite = [replace(curve, values=curve.values[np.isfinite(curve.values)]) for curve in curves]
     curves = [curve for curve in finite if len(curve.values)]

@@ -59,7 +59,7 @@ def panel_charts(panels: tuple[Panel, ...], rows: pd.DataFrame, *, is_dotted: bo
 
 
 def curves_of(panel: Panel, rows: pd.DataFrame) -> list[Curve]:
-    """Of the columns that are there. One that is 0 throughout has nothing to show, nor a total of one part."""
+    """The curves of the columns that are there, but for one that is 0 throughout, and for a total of one part."""
     found = {name: rows[name] for name in panel.columns if name in rows and rows[name].any()}
     if not LOSS_PARTS.keys() <= found.keys():
         found.pop("loss/total", None)

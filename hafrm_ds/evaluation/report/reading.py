@@ -112,14 +112,6 @@ class Results:
     benchmarks: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """results: as `compare` gives them. runs: the folders of the trainings, seed by seed."""
-
-    results: dict[str, Any]
-    runs: list[Path]
-
-
 def read_results(folder: Path) -> Results:
     """The run or the evaluation in the folder.
 
@@ -135,8 +127,9 @@ def read_results(folder: Path) -> Results:
     raise DataError(f"{folder} holds neither a run ({METRICS_FILE}) nor an evaluation ({EVALUATION_FILE})")
 
 
-def read_comparison(folder: Path) -> Comparison:
-    """A comparison of methods. Raises DataError as `read_results` does."""
+def read_comparison(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A comparison of methods: (results as `compare` gives them, folders of the trainings, seed by seed). Raises
+    DataError as `read_results` does."""
     file = folder / COMPARISON_FILE
     results = read_mapping(file)
     if missing := COMPARISON_KEYS - set(results):
@@ -145,7 +138,7 @@ def read_comparison(folder: Path) -> Comparison:
             "when it is started again"
         )
     runs = [run_folder(folder, method, seed) for seed in results["seeds"] for method in results["methods"]]
-    return Comparison(results, runs)
+    return results, runs
 
 
 def read_run(folder: Path) -> Results:
