@@ -380,7 +380,7 @@ def use_deterministic_algorithms() -> str:
             )
     torch.use_deterministic_algorithms(True)
     # Filling what is not written yet is for finding mistakes, and costs a kernel for each tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
     settings = ", ".join(f"{name}={os.environ[name]}" for name in DETERMINISTIC_VALUES)
     return f"deterministic algorithms are on ({settings})"
 
