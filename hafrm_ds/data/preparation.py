@@ -55,12 +55,13 @@ FATE_FEATURES = {
     "cut": datasets.Value("bool"),
     "uncut_length": datasets.Value("int64"),
     "not_read": datasets.Value("string"),
+    "mapped_roles": datasets.Value("string"),
     "margin_fault": datasets.Value("string"),
     "prompt_key": datasets.Value("binary"),
     "chosen_key": datasets.Value("binary"),
     "rejected_key": datasets.Value("binary"),
 }
-CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "not_read", "margin_fault")
+CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "not_read", "mapped_roles", "margin_fault")
 """Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
 
 
@@ -156,7 +157,8 @@ def prepare_pairs(
     uncut = uncut[uncut > 0]
     report = summarize(table, lengths, keys, uncut, formatter, options, role)
     report.with_margin = len(kept) - table["margin"].take(kept).null_count
-    report.not_read = columns_not_read(table["not_read"])
+    report.not_read = list(lines_of(table["not_read"]))
+    report.mapped_roles = lines_of(table["mapped_roles"])
     report.margin_faults, report.first_margin_fault = margin_faults(table["margin_fault"].take(kept))
     check_enough_left(report, options)
     pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
@@ -275,10 +277,13 @@ def summarize(
     )
 
 
-def columns_not_read(column: pa.ChunkedArray) -> list[str]:
-    """Names of the columns that were filled in some row and read in none, in order of appearance."""
-    names = (name for names in pc.unique(column).to_pylist() for name in names.split("\n") if name)
-    return list(dict.fromkeys(names))
+def lines_of(column: pa.ChunkedArray) -> dict[str, int]:
+    """Each line of the texts of a column -> rows that have it, in order of appearance."""
+    lines: dict[str, int] = {}
+    for text in pc.value_counts(column).to_pylist():
+        for line in filter(None, text["values"].split("\n")):
+            lines[line] = lines.get(line, 0) + text["counts"]
+    return lines
 
 
 def margin_faults(column: pa.ChunkedArray) -> tuple[int, str]:

@@ -1,6 +1,5 @@
 """Loading a causal LM and its tokenizer from the hub or a local folder."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -38,11 +37,6 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(**origin(config))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
-
-
-def known_positions(config: PretrainedConfig) -> float:
-    """Tokens of the longest sequence that a model knows; infinity where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -88,7 +82,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     It is loaded on the CPU, unless its weights are quantised; `device` is where it will run, which decides the
     attention kernel.
 
-    Inside `training.engine.sharded_loading` the weights are partitioned while they are read.
+    Inside `engine.engine.sharded_loading` the weights are partitioned while they are read.
     """
     dtype = DTYPES[config.dtype]
     model_config = load_model_config(config)
@@ -123,7 +117,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
 
 
 def set_gradient_checkpointing(causal_lm: PreTrainedModel, on: bool) -> None:
-    """Recompute each layer in backward, or keep what it gave."""
+    """Set whether backward recomputes each layer's activations or forward keeps them."""
     # transformers 5.24 has new names for the methods, and warns at the old ones.
     stem = "activation" if hasattr(causal_lm, "activation_checkpointing_enable") else "gradient"
     if on:

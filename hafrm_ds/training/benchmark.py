@@ -1,13 +1,13 @@
-"""What a run would do a second: a few steps of training and of the reference pass, nothing kept."""
+"""Speed and memory of a run, measured in a few steps of training and a reference pass of which nothing is kept."""
 
 import statistics
 import time
 
 import numpy as np
-from rich.table import Table
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import token_costs
+from hafrm_ds.data.tables import Cell, Table
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import check_build_tools, load_training_engine
 from hafrm_ds.engine.scoring import score_pairs
@@ -87,7 +87,5 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         "without gradients: tokens/s; pairs/s": f"{tokens / seconds:,.0f}; {len(index) / seconds:,.2f}",
         "peak memory of the largest process": f"{steps[-1]['memory_gib']:.2f} GiB",
     }
-    table = Table("", f"median of {num_steps} steps")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    log.print(table)
+    header = ("", f"median of {num_steps} steps")
+    log.print(Table([(name, [Cell(value)]) for name, value in rows.items()], header, texts=1).to_rich())

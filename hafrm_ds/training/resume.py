@@ -109,7 +109,7 @@ def changed_options(saved: dict, current: dict, free: tuple[str, ...] = FREE_TO_
 
 
 def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) -> ResumePoint | None:
-    """The checkpoint that `config.resume` asks for; None to start anew. All ranks share the reading of the files.
+    """The checkpoint that the option `resume` asks for; None to start anew. All ranks share the reading of the files.
 
     Called before the process group is started: checksums of a large checkpoint take their time.
 

@@ -22,8 +22,9 @@ from hafrm_ds.errors import ConfigError, DataError, UserError
 from hafrm_ds.evaluation.report import writing as leaving
 from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
 from hafrm_ds.hardware.measurement import peak_memory_bytes
-from hafrm_ds.model.loading import fetch_model, local_folder
+from hafrm_ds.model.loading import fetch_model, load_model_config, local_folder
 from hafrm_ds.model.lora import check_packages
+from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
 from hafrm_ds.processes.stopping import Stopped
 from hafrm_ds.reference.provide import ReferenceSource, precompute, shared_namespace
@@ -59,7 +60,7 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 
 def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> None:
-    """`train`, without what is left to do when it is interrupted."""
+    """Train to the last step; `train` around it leaves the report, however this ends."""
     check_options(config, processes)
     if config.deterministic:
         log.print(use_deterministic_algorithms())
@@ -269,9 +270,11 @@ def prepare_data(
         )
 
     train_pairs, eval_pairs = processes.in_turns("data", prepare)
-    for name, pairs in named_sets(train_pairs, eval_pairs).items():
+    sets = named_sets(train_pairs, eval_pairs)
+    for name, pairs in sets.items():
         log.print(f"\n[bold]{name}[/bold]")
         log.print(pairs.report.render(with_examples=name == "train"))
+    ModelSizes.of(config.model.name_or_path, load_model_config(config.model)).check(sets, tokenizer)
     check_budgets((train_pairs, *eval_pairs.values()), config.batch)
     return formatter, train_pairs, eval_pairs
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hafrm_ds.errors import DataError, UserError
 from hafrm_ds.processes import ranks as module
 from hafrm_ds.processes.launchers import Placement
+from hafrm_ds.processes.meeting import meet
 from hafrm_ds.processes.ranks import FailedElsewhere, Processes, run_entry
 from hafrm_ds.processes.stopping import Stopped
 
@@ -280,7 +281,7 @@ def test_a_loopback_address_of_rank_0_is_refused_by_the_other_hosts(rank_0_on_lo
 
 def test_a_rank_0_that_cannot_be_found_is_one_message():
     with pytest.raises(UserError, match=r"^n2 does not know the address n1.invalid of rank 0 .* set MASTER_ADDR"):
-        module.meet(Placement("n2", 1, 0, 2, 2, "n1.invalid", 23456), timedelta(seconds=1))
+        meet(Placement("n2", 1, 0, 2, 2, "n1.invalid", 23456), timedelta(seconds=1))
 
 
 def test_kernels_of_flash_attention_4_are_kept_where_the_user_says(monkeypatch):
