@@ -218,6 +218,9 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     max_gradient_norm: NonNegative = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
+    reduce_in_fp32: bool = False
+    """Average gradients over GPUs in fp32, not in the type of the weights: twice the bytes, and no rounding for each
+    GPU. Worth it from about 16 GPUs on (ds_configs/README.md)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up, towards min_learning_rate_share of the peak, which it would reach one step after the
     last."""
