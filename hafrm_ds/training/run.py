@@ -256,7 +256,9 @@ def prepare_data(
     """The formatter, the training pairs, and the pairs of each evaluation set; reported and checked."""
     # Fetched from the hub by one rank of each node, and before the process group: a download outlasts a collective.
     tokenizer = processes.in_turns("model", lambda: fetch_model(config.model))
-    formatter = ChatFormatter.create(tokenizer, config.data.chat_template, config.data.template_date)
+    formatter = ChatFormatter.create(
+        tokenizer, config.data.chat_template, config.data.template_date, config.data.reasoning
+    )
     prepared = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
 
     def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:
