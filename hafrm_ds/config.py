@@ -329,6 +329,9 @@ class TrainConfig(Section):
     error."""
     seed: int = 0
     """Seed of the data order, of the mixing of sources, of the reward head and of adapters."""
+    deterministic: bool = False
+    """Only algorithms that give equal bits in equal runs on equal GPUs: in torch, in attention's backward pass and in
+    NCCL. They are slower. What has none is refused by name. On CPUs every run is so."""
     epochs: Positive = 1.0
     """Passes over the training pairs. Ignored when max_steps is given."""
     max_steps: PositiveInt | None = None

@@ -58,6 +58,7 @@ FATE_FEATURES = {
     "cut": datasets.Value("bool"),
     "uncut_length": datasets.Value("int64"),
     "not_read": datasets.Value("string"),
+    "mapped_roles": datasets.Value("string"),
     "margin_fault": datasets.Value("string"),
     "prompt_key": datasets.Value("binary"),
     "chosen_key": datasets.Value("binary"),
@@ -65,7 +66,7 @@ FATE_FEATURES = {
     "left_out": datasets.Value("string"),
     "marks": datasets.Value("string"),
 }
-CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "not_read", "margin_fault")
+CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "not_read", "mapped_roles", "margin_fault")
 """Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
 
 
@@ -162,6 +163,7 @@ def prepare_pairs(
     report = summarize(table, lengths, keys, uncut, formatter, options, role)
     report.with_margin = len(kept) - table["margin"].take(kept).null_count
     report.not_read = list(lines_of(table["not_read"]))
+    report.mapped_roles = lines_of(table["mapped_roles"])
     report.margin_faults, report.first_margin_fault = margin_faults(table["margin_fault"].take(kept))
     report.left_out, report.marks = (lines_of(table[name].take(kept)) for name in ("left_out", "marks"))
     report.with_marks = len(kept) - pc.sum(pc.equal(table["marks"].take(kept), "")).as_py() if len(kept) else 0

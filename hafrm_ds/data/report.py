@@ -135,6 +135,8 @@ class DataReport:
     """Kept pairs that have a margin."""
     not_read: list[str] = field(default_factory=list)
     """Columns that are filled in some row, but that its format does not read."""
+    mapped_roles: dict[str, int] = field(default_factory=dict)
+    """"human -> user" -> rows with messages of a role that was read as another."""
     margin_faults: int = 0
     """Kept pairs whose margin could not be read; training with objective.use_margin refuses them."""
     first_margin_fault: str = ""
@@ -234,6 +236,9 @@ class DataReport:
 
     def _not_read(self) -> list[Text]:
         lines = [as_text(f"not read: {names_in_words(self.not_read)}")] if self.not_read else []
+        if self.mapped_roles:
+            roles = names_in_words(f"{role} ({rows:,} rows)" for role, rows in self.mapped_roles.items())
+            lines.append(as_text(f"roles read as others: {roles}"))
         if self.margin_faults:
             lines.append(as_text(f"{self.margin_faults} margins could not be read (first: {self.first_margin_fault})"))
         return lines

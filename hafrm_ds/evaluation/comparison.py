@@ -16,8 +16,8 @@ from hafrm_ds.data.tables import Cell, Table, share_estimate
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimate, exact_at_the_ends, mean_of_sets
 from hafrm_ds.evaluation.calibration import correctness
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
-from hafrm_ds.evaluation.terminal import JUDGES
 
 COMPARISON_FILE = "comparison.json"
 """In the folder of a comparison: what is said about its methods."""

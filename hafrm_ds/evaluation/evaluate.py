@@ -28,10 +28,10 @@ from hafrm_ds.errors import DataError, ModelError, in_own_names
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
+from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.evaluation.scoring import AskedItems, ModelAsked, score_parts
-from hafrm_ds.evaluation.terminal import render_evaluation
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.objective import judges

@@ -70,7 +70,7 @@ class HybridModel(nn.Module):
             attention: name of a kernel, or "auto" for the best that runs on `device`.
 
         Raises:
-            ModelError: the model cannot run so.
+            ModelError: the model cannot run in this layout, or not under this kernel.
         """
         self.layout = set_attention(self.causal_lm, layout, attention, device)
 

@@ -82,7 +82,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     It is loaded on the CPU, unless its weights are quantised; `device` is where it will run, which decides the
     attention kernel.
 
-    Inside `training.engine.sharded_loading` the weights are partitioned while they are read.
+    Inside `engine.engine.sharded_loading` the weights are partitioned while they are read.
     """
     dtype = DTYPES[config.dtype]
     model_config = load_model_config(config)
@@ -117,7 +117,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
 
 
 def set_gradient_checkpointing(causal_lm: PreTrainedModel, on: bool) -> None:
-    """Recompute each layer in backward, or keep what it gave."""
+    """Set whether backward recomputes each layer's activations or forward keeps them."""
     # transformers 5.24 has new names for the methods, and warns at the old ones.
     stem = "activation" if hasattr(causal_lm, "activation_checkpointing_enable") else "gradient"
     if on:

@@ -114,7 +114,7 @@ class Processes:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of this process in messages."""
         return f"rank {self.rank}" + (f" on {self.host}" if self.num_hosts > 1 else "")
 
     @property
@@ -323,6 +323,37 @@ def keep_compiled_kernels() -> None:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "hafrm_ds" / "flash_attention_4"))
 
 
+DETERMINISTIC_VALUES = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("^NVLS,NVLSTree", "^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),
+}
+"""Environment variable -> the values under which cuBLAS and NCCL add in one order, the first where none is set. Those
+of NCCL are the ones that Megatron-LM's deterministic mode takes: a switch (NVLS) adds in the order of arrival."""
+
+
+def use_deterministic_algorithms() -> str:
+    """Let torch, cuBLAS and NCCL take only algorithms that give equal bits in equal runs. Comes before CUDA starts:
+    cuBLAS and NCCL read their variables once.
+
+    Returns:
+        What is set, for the log.
+
+    Raises:
+        UserError: the user's environment asks for another algorithm.
+    """
+    for name, values in DETERMINISTIC_VALUES.items():
+        if (given := os.environ.setdefault(name, values[0])) not in values:
+            raise UserError(
+                f"deterministic is true, but the environment sets {name} to {given!r}, which need not give the same "
+                f"bits twice; unset it or set it to one of {'  '.join(values)}"
+            )
+    torch.use_deterministic_algorithms(True)
+    # Filling what is not written yet is for finding mistakes, and costs a kernel for each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made by torch at run time
+    settings = ", ".join(f"{name}={os.environ[name]}" for name in DETERMINISTIC_VALUES)
+    return f"deterministic algorithms are on ({settings})"
+
+
 def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     """Run an entry file: a UserError becomes one message from one rank, and exit status 1 on all.
 
@@ -358,6 +389,8 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
         if is_lost_connection(error):
             cause = (processes.watch and processes.watch.verdict) or "another process of the run has ended"
             print(f"{processes.name} stops: {cause}", file=sys.stderr, flush=True)
+        elif has_no_deterministic_algorithm(error):
+            processes.report(UserError(f"{reason_of(error).split(', but')[0]}. Leave --deterministic out"))
         else:
             processes.speaks()
             traceback.print_exc()
@@ -373,3 +406,8 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
 def is_lost_connection(error: Exception) -> bool:
     """A collective that failed, or a store that is gone: gloo raises a plain RuntimeError that names its own source."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def has_no_deterministic_algorithm(error: Exception) -> bool:
+    """An operation that torch refuses under `use_deterministic_algorithms`."""
+    return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)

@@ -1,6 +1,6 @@
 """What every model that scores has in common: groups in, a value for each response out, in micro-batches.
 
-Scoring of files, evaluation and best-of-N ask for nothing else, so they take any kind of model (`model.opening`).
+Scoring of files, evaluation and best-of-N ask for nothing else, so they take any kind of model (`saved.opening`).
 """
 
 from abc import ABC, abstractmethod

@@ -25,7 +25,7 @@ from hafrm_ds.hardware.measurement import peak_memory_bytes
 from hafrm_ds.model.loading import fetch_model, load_model_config, local_folder
 from hafrm_ds.model.lora import check_packages
 from hafrm_ds.model.sizes import ModelSizes
-from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
 from hafrm_ds.processes.stopping import Stopped
 from hafrm_ds.reference.provide import ReferenceSource, precompute, shared_namespace
 from hafrm_ds.reference.store import Namespace
@@ -60,8 +60,10 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 
 def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> None:
-    """`train`, without what is left to do when it is interrupted."""
+    """Train to the last step; `train` around it leaves the report, however this ends."""
     check_options(config, processes)
+    if config.deterministic:
+        log.print(use_deterministic_algorithms())
     if is_finished(config, processes):
         log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to resume")
         return
@@ -216,6 +218,8 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
     check_build_tools(processes.device)
     check_packages(config.model.lora)
     log = RunLog(config, processes, files=False)
+    if config.deterministic:
+        log.print(use_deterministic_algorithms())
     _, train_pairs, eval_pairs = prepare_data(config, processes, log)
     processes.must_agree("data", fingerprints_of(named_sets(train_pairs, eval_pairs)))
     sets = [train_pairs, *eval_pairs.values()]

@@ -152,9 +152,12 @@ def test_the_other_ranks_have_nothing_to_do(tmp_path, holder):
 def test_a_child_that_outlives_the_owner_does_not_keep_the_lock(tmp_path):
     lock = OwnerFile(tmp_path / ".owner")
     assert lock.take() is None
+    has_begun, begins = os.pipe()
     child = os.fork()
     if not child:
+        os.write(begins, b".")
         signal.pause()
+    os.read(has_begun, 1)
     try:
         lock.forget()  # as the kernel does when the owner is killed
         assert OwnerFile(tmp_path / ".owner").take() is None

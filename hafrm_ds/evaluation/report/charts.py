@@ -9,6 +9,7 @@ import hashlib
 import io
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from hafrm_ds.data.tables import MINUS, printable, short
+from hafrm_ds.data.tables import MINUS, EstimateJson, printable, short
 
 WIDTH, HEIGHT = 380, 230
 RIGHT_MARGIN = 10
@@ -158,15 +159,6 @@ class Condensed:
             group=group,
             window=window,
         )
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with the ends of its interval, which may be unknown."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -317,7 +309,7 @@ def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str
 @matplotlib.rc_context(STYLE)
 def intervals_chart(
     title: str,
-    groups: dict[str, dict[str, Interval]],
+    groups: Mapping[str, Mapping[str, EstimateJson]],
     series: dict[str, int],
     *,
     legend: bool = True,
@@ -338,12 +330,14 @@ def intervals_chart(
         y += 1
         for name, each in intervals.items():
             colour = series_colour(series[name])
-            low, high = (each.value if end is None else end for end in (each.low, each.high))
+            value = each["value"]
+            low, high = (value if end is None else end for end in (each["low"], each["high"]))
             axes.plot([low, high], [y, y], color=colour, linewidth=2.2)
-            axes.plot([each.value], [y], color=colour, marker="o", markersize=6, clip_on=False)
+            axes.plot([value], [y], color=colour, marker="o", markersize=6, clip_on=False)
             ends += [low, high]
             y += 1
-        described.append(f"{label}: {', '.join(f'{name} {each.value:.1%}' for name, each in intervals.items())}")
+        values = ", ".join(f"{name} {each['value']:.1%}" for name, each in intervals.items())
+        described.append(f"{label}: {values}")
         y += 0.3
     axes.axvline(neutral, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_ylim(y - 0.5, -0.6)

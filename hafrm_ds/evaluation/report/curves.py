@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.report.charts import Chart, Condensed, Curve, curves_chart
 from hafrm_ds.evaluation.report.reading import Results, Rows
-from hafrm_ds.evaluation.terminal import JUDGES
 
 JUDGE_SERIES = {judge: series for series, judge in enumerate(JUDGES)}
 """The colour of a judge is the same in all charts."""

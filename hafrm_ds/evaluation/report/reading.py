@@ -20,8 +20,8 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, run_folder
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, load_all
-from hafrm_ds.evaluation.terminal import JUDGES
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -92,19 +92,22 @@ class SetResult:
     problem: str = ""
 
     @property
-    def accuracy(self) -> dict[str, EstimateJson]:
-        """Judge -> value, and low and high where there are scores to resample."""
+    def overview(self) -> dict[str, Any]:
+        """The analysis; without one, the pairs and accuracies of the last evaluation."""
         if self.analysis is not None:
-            return self.analysis["accuracy"]
-        values = self.over_steps.last("accuracy/")
-        return {judge: {"value": values[judge], "low": None, "high": None} for judge in JUDGES if judge in values}
+            return self.analysis
+        values, pairs = self.over_steps.last("accuracy/"), self.over_steps.known("pairs")
+        return {
+            "pairs": int(pairs[-1]) if len(pairs) else None,
+            "accuracy": {
+                judge: {"value": values[judge], "low": None, "high": None} for judge in JUDGES if judge in values
+            },
+        }
 
     @property
-    def pairs(self) -> int | None:
-        if self.analysis is not None:
-            return self.analysis["pairs"]
-        known = self.over_steps.known("pairs")
-        return int(known[-1]) if len(known) else None
+    def accuracy(self) -> dict[str, EstimateJson]:
+        """Judge -> value, and low and high where there are scores to resample."""
+        return self.overview["accuracy"]
 
 
 @dataclass

@@ -11,7 +11,6 @@ from hafrm_ds.evaluation.report.charts import (
     MIN_BINS,
     Condensed,
     Curve,
-    Interval,
     curves_chart,
     histogram_chart,
     histogram_edges,
@@ -73,8 +72,12 @@ def test_the_svg_takes_its_colours_from_the_page_and_nothing_from_elsewhere():
     assert [key.label for key in chart.legend] == ["a", "b"] and [key.colour for key in chart.legend] == [1, 2]
 
 
+def interval(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high}
+
+
 def test_names_of_sources_are_texts_and_never_markup():
-    groups = {"<b>$x_1$ & \x07" + 60 * "y": {"reward": Interval(0.75, 0.5, 1.0)}, "two": {"reward": Interval(0.25)}}
+    groups = {"<b>$x_1$ & \x07" + 60 * "y": {"reward": interval(0.75, 0.5, 1.0)}, "two": {"reward": interval(0.25)}}
     svg = intervals_chart("By source", groups, {"reward": 0}).svg
     assert "<b>" not in svg and "\x07" not in svg
     assert "&lt;b&gt;$x_1$ &amp; \\x07yyy" in svg and "yyy…" in svg
@@ -115,7 +118,7 @@ def test_the_number_of_bins_is_that_of_freedman_and_diaconis():
 
 
 def test_differences_stand_around_zero_and_accuracies_end_at_all():
-    groups = {"set": {"one": Interval(0.1, 0.05, 0.15)}}
+    groups = {"set": {"one": interval(0.1, 0.05, 0.15)}}
     differences = intervals_chart("A", groups, {"one": 0}, are_differences=True).svg
     accuracies = intervals_chart("A", groups, {"one": 0}).svg
     assert "difference in accuracy" in differences and ">100%<" not in differences

@@ -24,7 +24,7 @@ def test_a_run_is_read_with_everything_in_it(tmp_path):
     assert results.is_run and results.name == "run" and results.state == "finished after 40 steps"
     assert len(results.training) == 40 and results.training.columns["loss/reward"][1] == 0.69
     result = results.sets["held out"]
-    assert result.pairs == NUM_PAIRS and list(result.over_steps.steps) == [0, 40]
+    assert result.overview["pairs"] == NUM_PAIRS and list(result.over_steps.steps) == [0, 40]
     assert result.accuracy.keys() == {"reward", "implicit", "logprob"}
     assert result.accuracy["reward"]["low"] < result.accuracy["reward"]["value"] < result.accuracy["reward"]["high"]
     assert results.data["train"].total.kept == 1200
@@ -52,7 +52,7 @@ def test_accuracies_without_scores_are_those_of_the_last_row(tmp_path):
     result = read_results(tmp_path).sets["x"]
     assert (
         result.accuracy == {"reward": {"value": 0.7, "low": None, "high": None}}
-        and result.pairs == 9
+        and result.overview["pairs"] == 9
         and result.analysis is None
     )
 
@@ -107,7 +107,7 @@ def test_a_score_that_is_not_finite_leaves_the_rest_of_the_run_to_read(tmp_path)
 def test_an_evaluation_is_read_and_a_set_without_its_parts_is_named(tmp_path):
     folder = write_evaluation(tmp_path)
     results = read_results(folder)
-    assert not results.is_run and results.state == "org/scorer" and results.sets["arena"].pairs == NUM_PAIRS
+    assert not results.is_run and results.state == "org/scorer" and results.sets["arena"].overview["pairs"] == NUM_PAIRS
     content = json.loads((folder / "evaluation.json").read_text())
     del content["sets"]["arena"]["by_source"]
     (folder / "evaluation.json").write_text(json.dumps(content))
