@@ -85,8 +85,9 @@ class ModelConfig(Section):
     compute."""
     reward_head_bias: bool = False
     """Give the reward head a bias. It cancels in every pair, so it only moves the zero of the score."""
-    reward_head_init: Literal["normal", "zero"] = "normal"
-    """normal: N(0, 1/(hidden size + 1)). zero: all rewards start at 0, as the paper's code intends."""
+    reward_head_init: Literal["normal", "zero", "from_model"] = "normal"
+    """normal: N(0, 1/(hidden size + 1)). zero: all rewards start at 0, as the paper's code intends. from_model: that of
+    a finished reward model, the final/ folder of a training or a sequence-classification model with tied embeddings."""
     lora: LoraOptions = LoraOptions()
 
 
