@@ -120,7 +120,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
 
 
 def take_over_head(head: RewardHead, config: ModelConfig) -> None:
-    """Give a head the values of that in the model's folder. Raises ModelError if that has none, or one of other shape."""
+    """Give a head the values of that in the model's folder. Raises ModelError if that has none that fits."""
     given = reward_head_of(local_folder(config))
     if given is None or given["weight"].shape != head.weight.shape or ("bias" in given and head.bias is None):
         raise ModelError(

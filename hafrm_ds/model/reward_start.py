@@ -96,12 +96,14 @@ def names_in(folder: Path) -> Iterator[tuple[str, Path]]:
     elif (folder / "model.safetensors").is_file():
         file = folder / "model.safetensors"
         with opened(file) as tensors:
-            yield from ((name, file) for name in tensors.keys())
+            names = tensors.keys()
+            yield from ((name, file) for name in names)
 
 
 def tensor_of(file: Path, name: str) -> Tensor | None:
     with opened(file) as tensors:
-        return tensors.get_tensor(name) if name in tensors.keys() else None
+        names = tensors.keys()
+        return tensors.get_tensor(name) if name in names else None
 
 
 def opened(file: Path):

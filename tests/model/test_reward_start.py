@@ -1,4 +1,4 @@
-"""Finished reward models as a start: the head is taken over, said not to be, or the model is refused with what to do."""
+"""Finished reward models as a start: the head is taken over, said not to be, or the model is refused."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_several_labels_are_no_reward_model(tmp_path):
 
 def test_a_training_of_ours_gives_both_heads_or_says_that_it_does_not(tmp_path):
     folder = save_tiny_final(tmp_path / "final")
-    warning, config = start(folder)
+    warning, config = start(folder, reward_head_init="zero")
     assert "has a reward head of its own, which is not used" in warning and "from_model takes it over" in warning
     saved = read_reward_head(folder)
     assert not torch.equal(load(config).reward_head.weight, saved["weight"])
@@ -86,7 +86,7 @@ def test_an_earlier_export_gives_its_score(tmp_path):
 def test_a_plain_causal_lm_has_no_head_to_take_over(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     assert start(folder)[0] == ""
-    with pytest.raises(ModelError, match="has no reward head .*: set it to normal or zero"):
+    with pytest.raises(ModelError, match=r"has no reward head .*: set it to normal or zero"):
         start(folder, reward_head_init="from_model")
 
 
