@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer under each ZeRO stage, and what the processes say to each other in a step.
+"""Bytes of weights, gradients and optimizer under each ZeRO stage.
 
 Rajbhandari et al. 2020 (arXiv 1910.02054), section 3 and 7: mixed precision with Adam holds 2 bytes a parameter for
 weights, 2 for gradients and 12 for the optimizer (fp32 weights and two moments), of which stage 1 splits the last over
@@ -14,7 +14,7 @@ from hafrm_ds.engine.deepspeed_config import is_offloaded
 
 FP32 = 4
 MOMENTS = 8
-"""Adam's two, in fp32."""
+"""Bytes of Adam's two moments of a parameter, in fp32."""
 ALLREDUCE_BUCKET = 500_000_000
 """Elements that DeepSpeed's engine reduces at a time where no ZeRO optimizer does (MEMORY_OPT_ALLREDUCE_SIZE)."""
 
@@ -114,7 +114,7 @@ def state_bytes(
 
     Args:
         accumulates: a step has more than one micro-batch.
-        touched_only: count of a buffer what is written, as a CPU's resident memory does, not what is allocated.
+        touched_only: count the part of a buffer that is written, as a CPU's resident memory does, not all of it.
     """
     trained, b, n = parameters.trained, parameters.weight_bytes, num_processes
     is_mixed = b < FP32

@@ -60,6 +60,7 @@ def analyse(scores: PairScores) -> dict[str, Any]:
 
 
 def check(scores: PairScores) -> None:
+    """Raises DataError where there is no pair, or a score that is not finite."""
     if not len(scores):
         raise DataError(f"{scores.set}: the set has no pairs")
     for judge, values in scores.judges.items():

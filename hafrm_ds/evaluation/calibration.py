@@ -13,7 +13,7 @@ import numpy as np
 NUM_BINS = 10
 """Of equal width between the confidences 0.5 (a coin) and 1."""
 LARGEST_INVERSE_TEMPERATURE = 1e6
-"""In units of 1 / the mean size of a margin: where the search for the temperature ends."""
+"""Where the search for 1 / temperature ends, in units of 1 / the mean size of a margin."""
 BISECTIONS = 80
 
 

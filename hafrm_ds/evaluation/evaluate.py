@@ -1,4 +1,4 @@
-"""An evaluation from model and data to evaluation.json, on any number of processes, killed and started again at will.
+"""An evaluation from model and data to evaluation.json, on any number of processes; one that was killed resumes.
 
 sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evaluation/SET.parquet -> evaluation.json
 """
@@ -31,7 +31,7 @@ from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.report.writing import leave_report
-from hafrm_ds.evaluation.scoring import AskedItems, ModelAsked, score_parts
+from hafrm_ds.evaluation.scoring import AskedItems, score_parts
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.objective import judges
@@ -68,7 +68,7 @@ def known_benchmarks(found: dict[str, str | None]) -> dict[str, str | None]:
 
 
 class EvaluationOptions(ScoringSection):
-    """What launch/evaluate.py is asked for."""
+    """The options of launch/evaluate.py."""
 
     model: str
     """Folder or hub id."""
@@ -85,7 +85,7 @@ class EvaluationOptions(ScoringSection):
     beta: Positive | None = None
     """Scale of the implicit reward. Default: that of the training, else 0.1."""
     max_pairs: PositiveInt | None = None
-    """Use at most so many pairs of each set: a fixed random choice."""
+    """Use at most this many pairs of each set: a fixed random choice."""
     max_length: PositiveInt | None = None
     """Longest conversation in tokens. Default: that of the training, else what the model knows and a micro-batch holds.
     """
@@ -116,8 +116,11 @@ class EvaluatedSet:
     pairs: PreparedPairs
     index: np.ndarray
 
-    def groups(self, item: int) -> list[PromptWithResponses]:
-        return [self.pairs[int(self.index[item])].group]
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> list[PromptWithResponses]:
+        return [self.pairs[int(self.index[place])].group]
 
 
 @dataclass(frozen=True)
@@ -143,16 +146,9 @@ class EvaluatedBenchmark:
         ]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
-    reference, where there is one."""
-
-    values: dict[str, list[np.ndarray]]
-    references: dict[str, list[np.ndarray]]
-
-    def of(self, name: str) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-        return self.values[name], self.references.get(name)
+Scores = dict[str, tuple[list[np.ndarray], list[np.ndarray] | None]]
+"""Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
+reference, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,7 @@ class Evaluation:
 
     @classmethod
     def open(cls, options: EvaluationOptions, processes: Processes, log: Console) -> "Evaluation":
-        """Look at the models, and read and tokenise the data. All processes call this together.
+        """Open the models without their weights, and read and tokenise the data. All processes call this together.
 
         Raises:
             ConfigError, DataError, ModelError: what was asked for cannot be evaluated.
@@ -200,7 +196,7 @@ class Evaluation:
             "reference": None if self.reference is None else identity_of_model(self.reference),
             "template": self.formatter.fingerprint,
             "pairs": {
-                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each.index)]
+                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each)]
                 for name, each in self.sets.items()
             },
             "questions": {
@@ -212,20 +208,23 @@ class Evaluation:
         }
 
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
-        """Ask the model and the reference about everything, as far as `folder` does not have the answers. All processes
-        call this together; the first gets the scores."""
-        asked = [AskedItems(f"set {name}", len(each.index), each.groups) for name, each in self.sets.items()]
-        asked += [
-            AskedItems(f"benchmark {name}", len(each.groups), each.groups.__getitem__)
-            for name, each in self.benchmarks.items()
-        ]
+        """Score all sets and benchmarks by the model and the reference, but for the parts that `folder` has. All
+        processes call this together; the first gets the scores."""
+        asked: dict[str, AskedItems] = {f"set {name}": each for name, each in self.sets.items()}
+        asked |= {f"benchmark {name}": each.groups for name, each in self.benchmarks.items()}
 
-        def ask(name: str, saved: Saved, heads: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
-            model = ModelAsked(saved, self.options.deepspeed, self.options.max_tokens_per_micro_batch)
-            return score_parts(name, model, heads, asked, folder, processes, log)
-
+        ask = partial(
+            score_parts,
+            asked=asked,
+            folder=folder,
+            processes=processes,
+            log=log,
+            deepspeed=self.options.deepspeed,
+            max_tokens=self.options.max_tokens_per_micro_batch,
+        )
         values = ask("scoring", self.saved, self.saved.heads)
-        return Scores(values, {} if self.reference is None else ask("reference", self.reference, ("logprob",)))
+        references = {} if self.reference is None else ask("reference", self.reference, ("logprob",))
+        return {name: (each, references.get(name)) for name, each in values.items()}
 
     def results(self, scores: Scores, processes: Processes) -> dict[str, Any]:
         """What evaluation.json says. The scores of the sets are left in output_dir."""
@@ -242,7 +241,7 @@ class Evaluation:
 
     def analyse_set(self, name: str, scores: Scores) -> dict[str, Any]:
         pairs, index = self.sets[name].pairs, self.sets[name].index
-        values, references = scores.of(f"set {name}")
+        values, references = scores[f"set {name}"]
         pair_scores = PairScores.of(
             name,
             pairs,
@@ -258,10 +257,10 @@ class Evaluation:
         return analysis
 
     def judge_benchmark(self, name: str, scores: Scores) -> dict[str, Any]:
-        """{"cut": questions that were cut, "left_out": questions that were not asked, "why_left_out": of the first of
-        these, "judges": judge -> result of the benchmark}."""
+        """{"cut": questions whose prompt was truncated, "left_out": questions that were not asked, "why_left_out": the
+        reasons of the first of these, "judges": judge -> result of the benchmark}."""
         evaluated = self.benchmarks[name]
-        values, references = scores.of(f"benchmark {name}")
+        values, references = scores[f"benchmark {name}"]
         rows: dict[str, list[list[float]]] = {}
         for place, of_heads in enumerate(values):
             known = dict(zip(self.saved.heads, of_heads.T))

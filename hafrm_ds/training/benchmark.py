@@ -1,4 +1,4 @@
-"""What a run would do a second: a few steps of training and of the reference pass, nothing kept."""
+"""Speed and memory of a run, measured in a few steps of training and a reference pass of which nothing is kept."""
 
 import statistics
 import time

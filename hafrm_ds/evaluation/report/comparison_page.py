@@ -9,7 +9,7 @@ from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.report.charts import Chart, Key, intervals_chart
 from hafrm_ds.evaluation.report.curves import comparison_charts
-from hafrm_ds.evaluation.report.reading import Results, differences
+from hafrm_ds.evaluation.report.reading import Results, differences, known
 from hafrm_ds.evaluation.report.results_page import objective_in_words
 
 OF_THE_PLACE = ("output_dir", "resume")
@@ -40,14 +40,14 @@ def comparison_page(results: list[Results]) -> dict[str, Any]:
 def overview(results: list[Results]) -> Table:
     rows = []
     for each in results:
-        seconds, speed = each.training.known("seconds"), each.training.known("tokens_per_second")
-        memory = each.training.known("memory_gib")
+        seconds, speed = known(each.training, "seconds"), known(each.training, "tokens_per_second")
+        memory = known(each.training, "memory_gib")
         rows.append(
             (
                 each.name,
                 [
                     Cell(objective_in_words(each)),
-                    count(int(each.training.steps[-1]) if len(each.training) else None),
+                    count(int(each.training.index[-1]) if len(each.training) else None),
                     number(float(f"{np.median(seconds):.3g}") if len(seconds) else None),
                     count(float(np.median(speed)) if len(speed) else None),
                     number(float(f"{memory.max():.3g}") if len(memory) else None),

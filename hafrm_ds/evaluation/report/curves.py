@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
+import pandas as pd
 
 from hafrm_ds.evaluation.figures import JUDGES
-from hafrm_ds.evaluation.report.charts import Chart, Condensed, Curve, curves_chart
-from hafrm_ds.evaluation.report.reading import Results, Rows
+from hafrm_ds.evaluation.report.charts import Chart, Curve, curves_chart, smoothing
+from hafrm_ds.evaluation.report.reading import Results
 
 JUDGE_SERIES = {judge: series for series, judge in enumerate(JUDGES)}
 """The colour of a judge is the same in all charts."""
@@ -52,18 +52,18 @@ EVALUATION_PANELS = (
 )
 
 
-def panel_charts(panels: tuple[Panel, ...], rows: Rows, *, is_dotted: bool = False) -> list[Chart]:
+def panel_charts(panels: tuple[Panel, ...], rows: pd.DataFrame, *, is_dotted: bool = False) -> list[Chart]:
     """One chart of each panel that has something to show. is_dotted: mark each row."""
     charts = [draw(panel, curves_of(panel, rows), is_dotted=is_dotted) for panel in panels]
     return [chart for chart in charts if chart is not None]
 
 
-def curves_of(panel: Panel, rows: Rows) -> list[Curve]:
-    """Of the columns that are there. One that is 0 throughout has nothing to show, nor a total of one part."""
-    found = {name: rows.columns[name] for name in panel.columns if name in rows.columns and rows.columns[name].any()}
+def curves_of(panel: Panel, rows: pd.DataFrame) -> list[Curve]:
+    """The curves of the columns that are there, but for one that is 0 throughout, and for a total of one part."""
+    found = {name: rows[name] for name in panel.columns if name in rows and rows[name].any()}
     if not LOSS_PARTS.keys() <= found.keys():
         found.pop("loss/total", None)
-    return [Curve(*panel.columns[name], rows.steps, values) for name, values in found.items()]
+    return [Curve(*panel.columns[name], values) for name, values in found.items()]
 
 
 def comparison_charts(results: list[Results]) -> list[Chart]:
@@ -71,12 +71,12 @@ def comparison_charts(results: list[Results]) -> list[Chart]:
     colours = {each.name: place for place, each in enumerate(results)}
     charts = []
 
-    def add(panel: Panel, rows: dict[str, Rows], kind: str, is_dotted: bool) -> None:
+    def add(panel: Panel, rows: dict[str, pd.DataFrame], kind: str, is_dotted: bool) -> None:
         for column, (label, _) in panel.columns.items():
             curves = [
-                Curve(run, colours[run], each.steps, each.columns[column])
+                Curve(run, colours[run], each[column])
                 for run, each in rows.items()
-                if column in each.columns and each.columns[column].any()
+                if column in each and each[column].any()
             ]
             title = f"{kind}: {label}" if label else kind
             charts.append(draw(panel, curves, title, is_dotted=is_dotted, overlaid=True))
@@ -106,12 +106,11 @@ def draw(
     )
 
 
-def how_rows_are_drawn(rows: Rows) -> str:
+def how_rows_are_drawn(rows: pd.DataFrame) -> str:
     """What the curves of these rows show, in words."""
     if not len(rows):
         return ""
-    condensed = Condensed.of(Curve("", 0, rows.steps, np.zeros(len(rows))))
-    group, window = condensed.group, condensed.window
+    group, window = smoothing(len(rows))
     parts = [f"{len(rows):,} rows of metrics.jsonl"]
     if group > 1:
         parts.append(f"each point is the mean of {group} rows and the pale band reaches from their smallest to largest")

@@ -36,7 +36,7 @@ from hafrm_ds.evaluation.report.curves import (
     how_rows_are_drawn,
     panel_charts,
 )
-from hafrm_ds.evaluation.report.reading import Results, SetResult
+from hafrm_ds.evaluation.report.reading import Results, SetResult, known
 
 HISTOGRAMS = {"reward": "score of the reward head", "implicit": "beta * (log pi - log pi_ref)"}
 MAX_LISTED_SOURCES = 40
@@ -86,15 +86,15 @@ def tiles(results: Results) -> Iterator[tuple[str, str, str]]:
         rates = f"learning rate {options['optimizer.learning_rate']:g}, beta {options['objective.beta']:g}"
         yield ("objective", objective_in_words(results), rates)
     if len(training):
-        seconds = training.known("seconds")
+        seconds = known(training, "seconds")
         each = f"{short(float(f'{np.median(seconds):.3g}'))} s each" if len(seconds) else ""
         pairs = options.get("batch.global_batch_size")
-        yield ("steps", f"{training.steps[-1]:,}", ", ".join(filter(None, [pairs and f"{pairs:,} pairs", each])))
-    if len(speeds := training.known("tokens_per_second")):
-        utilisation = training.known("mfu")
+        yield ("steps", f"{training.index[-1]:,}", ", ".join(filter(None, [pairs and f"{pairs:,} pairs", each])))
+    if len(speeds := known(training, "tokens_per_second")):
+        utilisation = known(training, "mfu")
         detail = f"median; MFU {np.median(utilisation):.0%}" if len(utilisation) else "median"
         yield ("tokens a second", short(float(f"{np.median(speeds):.3g}")), detail)
-    if len(memory := training.known("memory_gib")):
+    if len(memory := known(training, "memory_gib")):
         processes = results.environment.get("world_size")
         detail = f"fullest of {processes} process{'es' if processes != 1 else ''}" if processes else ""
         yield ("peak memory", f"{memory.max():.2f} GiB", detail)
@@ -187,12 +187,11 @@ def appendix(results: Results) -> Iterator[tuple[str, Table]]:
     if environment:
         yield ("Versions, hardware and command", facts_table(options_of(environment)))
     if len(results.checks):
-        rows = [(name, [number(float(values[-1]))]) for name, values in results.checks.columns.items()]
+        rows = [(str(name), [number(value)]) for name, value in results.checks.iloc[-1].items()]
         yield ("Checks at the start", Table(rows, ("check", "value")))
     if len(results.checkpoints):
-        columns = results.checkpoints.columns
         rows = [
-            (f"step {step:,}", [number(columns["seconds"][place]), Cell(f"{columns['bytes'][place] / 2**30:.2f}")])
-            for place, step in enumerate(results.checkpoints.steps)
+            (f"step {step:,}", [number(seconds), Cell(f"{size / 2**30:.2f}")])
+            for step, seconds, size in results.checkpoints[["seconds", "bytes"]].itertuples()
         ]
         yield ("Checkpoints", Table(rows, ("saved after", "seconds", "GiB")))
