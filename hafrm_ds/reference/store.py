@@ -284,7 +284,7 @@ class KeyIndex:
         return cls(high[place], low[place], place)
 
     def __len__(self) -> int:
-        """Different keys."""
+        """The number of different keys."""
         if not len(self.high):
             return 0
         same = (self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])
