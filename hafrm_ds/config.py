@@ -448,19 +448,18 @@ def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 def share_problems(config: TrainConfig) -> Iterator[str]:
     """What is wrong with the options that weigh the two losses by their gradients."""
     objective = config.objective
-    asked = [
-        name
-        for name, is_asked in (
-            ("objective.policy_share", objective.policy_share is not None),
-            ("logging.gradient_shares_every", config.logging.gradient_shares_every > 0),
-        )
-        if is_asked
-    ]
-    if asked and (objective.alternate_every or not (objective.uses_reward and objective.uses_policy)):
-        yield (
-            f"{asked[0]} needs both losses in every step, but objective.rm_weight is {objective.rm_weight}, "
-            f"objective.alpha {objective.alpha} and objective.alternate_every {objective.alternate_every}"
-        )
+    asked = {
+        "objective.policy_share": objective.policy_share is not None,
+        "logging.gradient_shares_every": config.logging.gradient_shares_every > 0,
+    }
+    faults = {
+        "objective.rm_weight is 0": not objective.uses_reward,
+        "objective.alpha is 0": not objective.uses_policy,
+        f"objective.alternate_every is {objective.alternate_every}": objective.alternate_every > 0,
+    }
+    wrong = " and ".join(fault for fault, is_there in faults.items() if is_there)
+    if wrong and (name := next((name for name, is_asked in asked.items() if is_asked), None)):
+        yield f"{name} needs both losses in every step, but {wrong}"
     if objective.policy_share is not None and config.model.reward_head_init == "zero":
         yield (
             "objective.policy_share cannot begin with model.reward_head_init zero: through a head of zeros the reward "

@@ -114,7 +114,8 @@ class Trainer:
         if state.evaluation_is_due if state.step else self.config.evaluation.at_start:
             self.evaluate(state.step)
         self.saver.after_step()
-        if (share := self.config.objective.policy_share) is not None and state.alpha is None:
+        share = self.config.objective.policy_share
+        if share is not None and state.alpha is None and state.step < self.num_steps:
             self.find_alpha(share)
         with self.log.progress("training", self.num_steps - state.step, "steps") as progress:
             while state.step < self.num_steps and not self.has_lost_patience:
@@ -142,7 +143,7 @@ class Trainer:
         """One optimizer step on global batch `step`; returns its metrics, the same on all ranks."""
         weights = weights_at(self.config.objective, step, self.state.alpha)
         measuring = (self.config.logging.gradient_shares_every, self.config.objective.policy_share_every)
-        of_reward = self.reward_gradient(step) if any(is_due(step, every) for every in measuring) else None
+        of_reward = self.reward_gradient(step) if any(is_turn(step, every) for every in measuring) else None
         started = time.perf_counter()
         totals = StepTotals()
         num_micro_batches, waiting_share = self.accumulate(step, weights, totals)
@@ -293,7 +294,7 @@ class Trainer:
         """Log what was measured in optimizer step `step`, and move alpha for those after it where a share is kept."""
         self.log.metrics("gradients", step + 1, pull.metrics(alpha))
         objective = self.config.objective
-        if objective.policy_share is not None and is_due(step, objective.policy_share_every):
+        if objective.policy_share is not None and is_turn(step, objective.policy_share_every):
             self.state.alpha = readjusted(alpha, objective.policy_share, pull)
 
     # ---- around the steps ----
@@ -372,7 +373,7 @@ class Trainer:
             self.log.metrics("train", step, metrics)
 
 
-def is_due(step: int, every: int | None) -> bool:
+def is_turn(step: int, every: int | None) -> bool:
     """Whether optimizer step `step` (from 0) is one of every N; of none where N is not given or 0."""
     return every is not None and every > 0 and (step + 1) % every == 0
 

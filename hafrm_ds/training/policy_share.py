@@ -68,8 +68,8 @@ def alpha_for(share: float, pulls: Sequence[Pull]) -> float:
         if not pull.is_of_both:
             raise UserError(
                 f"objective.policy_share: in batch {number} of {len(pulls)} the gradients of the reward loss and the "
-                f"policy loss on the body have the norms {pull.reward} and {pull.policy}, so no alpha gives a share. Give "
-                "--objective.alpha instead"
+                f"policy loss on the body have the norms {pull.reward} and {pull.policy}, so no alpha gives a share. "
+                "Give --objective.alpha instead"
             )
     return math.exp(sum(missing(share, pull) for pull in pulls) / len(pulls))
 
