@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import UserError, print_in_any_encoding
 from hafrm_ds.processes.agreement import differences, disagreement, software
 from hafrm_ds.processes.launchers import Placement, placement_of, timeout_of
 from hafrm_ds.processes.meeting import meet
@@ -361,6 +361,7 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     it is reports it. Anything else keeps its traceback; ranks that wait for this one are told, for they would wait for
     ever. A run that was asked to stop ends with STOPPED_STATUS.
     """
+    print_in_any_encoding()
     choose_allocators()
     keep_compiled_kernels()
     try:
