@@ -36,10 +36,16 @@ class ModelError(UserError):
 
 
 def in_own_names(error: "UserError") -> str:
-    """The message of an error, with the options of a training under data by the names that entry files with few options
-    give them: --max_length, where a training has data.max_length."""
-    names = "max_dropped_share|max_length|truncation|chat_template|cache_dir"
-    return re.sub(rf"(?<![\w./])(?:--)?data\.({names})\b", r"--\1", str(error))
+    """The message of an error, with the options of a training by the names that entry files with few options give them:
+    --max_length, where a training has data.max_length, and --model, where it has model.name_or_path."""
+    names = "max_dropped_share|max_length|truncation|chat_template|cache_dir|reasoning"
+    message = re.sub(rf"(?<![\w./])(?:--)?data\.({names})\b", r"--\1", str(error))
+    message = message.replace("(model.name_or_path, or --model)", "(--model)")
+    return re.sub(r"(?<![\w./])(?:--)?model\.(name_or_path|trust_remote_code)\b", own_model_option, message)
+
+
+def own_model_option(found: re.Match) -> str:
+    return "--model" if found[1] == "name_or_path" else f"--{found[1]}"
 
 
 def print_in_any_encoding() -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hafrm_ds.errors import DataError, in_own_names
+from hafrm_ds.errors import DataError, ModelError, in_own_names
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
@@ -29,3 +29,15 @@ def test_a_console_that_cannot_show_a_character_shows_another(encoding, status):
 def test_options_have_the_names_of_the_entry_file():
     error = DataError("lower --data.max_length, or data.max_dropped_share, in /my/data.max_length")
     assert in_own_names(error) == "lower --max_length, or --max_dropped_share, in /my/data.max_length"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("model.name_or_path 'm' cannot be loaded", "--model 'm' cannot be loaded"),
+        ("no local folder (model.name_or_path, or --model)", "no local folder (--model)"),
+        ("--data.reasoning drop, --model.trust_remote_code true", "--reasoning drop, --trust_remote_code true"),
+    ],
+)
+def test_the_model_has_its_own_name_too(said, expected):
+    assert in_own_names(ModelError(said)) == expected

@@ -49,6 +49,7 @@ class Processes:
     num_hosts: as far as the launcher tells; 1 if it does not.
     timeout: of each collective.
     first_store: that of all jobs, where `store` is of one of them (`for_job`).
+    words: the message of an error in the words of the entry file, which may have other names for options.
     """
 
     rank: int
@@ -61,6 +62,7 @@ class Processes:
     num_hosts: int = 1
     timeout: timedelta = field(default_factory=lambda: timeout_of(os.environ))
     first_store: dist.Store | None = None
+    words: Callable[[UserError], str] = str
 
     @property
     def errors(self) -> dist.Store:
@@ -267,7 +269,7 @@ class Processes:
         if isinstance(error, FailedElsewhere) or not self.speaks():
             return False
         where = f" ({self.name})" if self.num_hosts > 1 else ""
-        print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror{where}: {self.words(error)}", file=sys.stderr, flush=True)
         return True
 
     def speaks(self) -> bool:
