@@ -4,7 +4,9 @@ Every row comes with its number, counted from 1; a line that is passed over is c
 """
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -19,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import hf_hub_download
 
-from hafrm_ds.data.pairs import in_words, shortened
+from hafrm_ds.data.pairs import Cell, in_words, names_in_words, shortened
 from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, has_splits, is_hub_id
 from hafrm_ds.errors import DataError
 
@@ -81,19 +83,16 @@ def local_tables(path: Path, source: Source) -> list[Table]:
 
 def is_data_file(name: str) -> bool:
     """Whether a file of a folder holds rows: not what systems leave behind (._NAME) or the hub's own descriptions."""
-    return name.endswith(DATA_SUFFIXES) and not name.startswith(".") and name not in HUB_DESCRIPTIONS
+    return name.lower().endswith(DATA_SUFFIXES) and not name.startswith(".") and name not in HUB_DESCRIPTIONS
 
 
 def file_table(path: Path, name: str) -> Table:
     refuse_lfs_pointer(path, name)
-    if path.name.endswith(".parquet"):
-        read = read_parquet
-    elif path.name.endswith((".json", ".json.gz")):
-        read = read_json
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        read = read_json_lines
-    else:
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    readers = {"jsonl": read_json_lines, "json": read_json, "parquet": read_parquet, "csv": read_csv, "tsv": read_csv}
+    if not path.name.lower().endswith(DATA_SUFFIXES):
         raise DataError(f"{name}: unknown kind of file; known are {', '.join(DATA_SUFFIXES)}")
+    read = readers[kind]
     return Table(name, [path], partial(read, path, name))
 
 
@@ -197,11 +196,32 @@ def refuse_other_shape(path: Path, name: str) -> None:
         except (ValueError, RecursionError):
             return
     if isinstance(whole, dict):
-        keys = ", ".join(f"{shortened(key)} ({in_words(value).split(' with ')[0]})" for key, value in whole.items())
-        raise DataError(
-            f"{name}: is one JSON object with {shortened(keys, 120)}; a list of objects, or an object a line, "
-            "is expected"
-        )
+        raise one_object(name, whole)
+
+
+def one_object(place: str, content: dict[str, Any]) -> DataError:
+    """What is said of a whole set in one JSON object."""
+    keys = ", ".join(f"{shortened(key)} ({in_words(value).split(' with ')[0]})" for key, value in content.items())
+    return DataError(
+        f"{place}: is one JSON object with {shortened(keys, 120)}; a list of objects, or an object a line, is expected"
+    )
+
+
+def holds_whole_set(content: dict[str, Any]) -> bool:
+    """Whether a row is a set of its own: a column with many objects that are no messages, or only columns of values, as
+    pandas writes them ({"prompt": {"0": ..., "1": ...}, ...})."""
+    values = list(content.values())
+    if len(values) == 1:
+        return isinstance(values[0], list | dict)
+    lists = [list(value.values()) if isinstance(value, dict) else value for value in values]
+    return len(values) > 1 and all(
+        isinstance(each, list) and len(each) > 1 and len(each) == len(lists[0]) and not any_objects(each)
+        for each in lists
+    )
+
+
+def any_objects(values: list[Any]) -> bool:
+    return any(isinstance(value, dict | list) for value in values)
 
 
 def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
@@ -212,6 +232,39 @@ def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
             number += 1
             if line.strip():
                 yield number, parse_json(line.rstrip(), f"{name}:{number}")
+
+
+def read_csv(path: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """Rows of comma- or tab-separated values, of which the first names the columns and counts as row 1."""
+    csv.field_size_limit(2**31 - 1)  # the texts of conversations are longer than what it takes by default
+    delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
+    with open_data(path, name) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        number = 0
+        while True:
+            number += 1
+            try:
+                cells = next(rows, None)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name}:{number}: is not UTF-8 (byte {error.object[error.start]:#04x})") from error
+            except (csv.Error, OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{name}:{number}: cannot be read: {error}") from error
+            if cells is None:
+                return
+            if not cells:  # an empty line
+                continue
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise DataError(f"{name}:{number}: two columns have the same name ({names_in_words(header)})")
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{name}:{number}: has {len(cells)} cells, but the header names {len(header)} columns "
+                    f"({names_in_words(header)})"
+                )
+            yield number, dict(zip(header, map(Cell, cells)))
 
 
 def refuse_lfs_pointer(path: Path, name: str) -> None:

@@ -16,9 +16,18 @@ from typing import Any
 
 import datasets
 
-from hafrm_ds.data.files import Table, find_tables
+from hafrm_ds.data.files import Table, find_tables, holds_whole_set, one_object
 from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, not_read, read_pairs_of
-from hafrm_ds.data.pairs import Deselected, Dropped, PreferencePair, Row, in_words, names_in_words
+from hafrm_ds.data.pairs import (
+    ROLES,
+    Deselected,
+    Dropped,
+    PreferencePair,
+    Row,
+    in_words,
+    names_in_words,
+    valid_text,
+)
 from hafrm_ds.data.presets import Role
 from hafrm_ds.data.row_filter import RowFilter
 from hafrm_ds.data.selection import SELECTION_FIELDS, mix, select
@@ -38,12 +47,14 @@ FEATURES = datasets.Features(
         "dropped": datasets.Value("string"),
         "deselected": datasets.Value("string"),
         "not_read": datasets.Value("string"),
+        "mapped_roles": datasets.Value("string"),
         "margin_fault": datasets.Value("string"),
     }
 )
 """One row for each row read. A pair is used where both `dropped` (why the row is no usable pair) and `deselected` (why
 it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format.
-`not_read` holds the names of filled columns that the format does not read, one a line."""
+`not_read` holds the names of filled columns that the format does not read, and `mapped_roles` the roles that were read
+as others ("human -> user"), one a line."""
 
 
 def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> datasets.Dataset:
@@ -139,15 +150,21 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
     """Rows of FEATURES. The format is recognised by the first row that passes the row filter."""
     row_filter = RowFilter(source.where)
     format_name = None if source.format == "auto" else source.format
+    roles, label = ROLES | source.roles, source.label_in_reports
     for table in tables:
         for number, content in table.rows():
-            row = Row(content, f"{table.name}:{number}", source.label_in_reports)
+            row = Row(content, valid_text(f"{table.name}:{number}"), label, roles)
             if not isinstance(content, dict):
                 raise DataError(f"{row.id}: is {in_words(content)}, expected an object with fields")
             if not row_filter.passes(content):
                 yield as_features(row, "", Deselected(row_filter.description))
                 continue
-            format_name = format_name or detect_format(row)
+            if source.columns:
+                row = Row(renamed(row, source), row.id, label, roles)
+            if format_name is None:
+                if holds_whole_set(content):
+                    raise one_object(row.id, content)
+                format_name = detect_format(row)
             if source.exactly_one_safe and format_name != "safe_rlhf":
                 raise DataError(
                     f"{row.id}: exactly_one_safe was given, but these are rows of format {format_name}, not safe_rlhf"
@@ -155,6 +172,27 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
             for outcome in read_pairs_of(row, format_name, source):
                 yield as_features(row, format_name, outcome)
     row_filter.check_some_passed(source.path)
+
+
+def renamed(row: Row, source: Source) -> dict[str, Any]:
+    """The fields of a row under the names that `source.columns` gives them.
+
+    Raises:
+        DataError: a name is taken by another column of the row, which would be lost.
+    """
+    names = {theirs: ours for ours, theirs in source.columns.items()}
+    taken = [
+        name
+        for name, theirs in source.columns.items()
+        if theirs in row.fields and name in row.fields and name not in names and name not in source.ignore_columns
+    ]
+    if taken:
+        raise DataError(
+            f"{row.id}: the source's columns give the name {names_in_words(taken)} to another column, but the row has "
+            "one of that name: map it too, or name it in ignore_columns"
+        )
+    given = {names[name]: value for name, value in row.fields.items() if name in names}
+    return {name: value for name, value in row.fields.items() if name not in names and name not in given} | given
 
 
 def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected | Dropped) -> dict[str, Any]:
@@ -170,6 +208,7 @@ def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected
         "format": format_name,
         "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
         "deselected": outcome.reason if isinstance(outcome, Deselected) else "",
-        "not_read": "\n".join(not_read(row, format_name)) if format_name else "",
+        "not_read": valid_text("\n".join(map(str, not_read(row, format_name)))) if format_name else "",
+        "mapped_roles": "\n".join(f"{written} -> {role}" for written, role in row.mapped_roles.items()),
         "margin_fault": pair.margin_fault,
     }

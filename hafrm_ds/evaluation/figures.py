@@ -123,6 +123,8 @@ def benchmark_table(found: dict[str, Any]) -> Table:
     caption = first["title"]
     if found["cut"]:
         caption += f" ({found['cut']:,} questions with a cut prompt)"
+    if found.get("left_out"):  # older results do not say
+        caption += f" ({found['left_out']:,} questions left out, the first: {found['why_left_out'][0]})"
     if first["missing"]:
         absent = {name: first["categories"][name] for name in first["missing"]}
         names = [", ".join(part["missing"]) if part["questions"] else name for name, part in absent.items()]

@@ -1,6 +1,6 @@
 """What a saved model says of many pairs and questions, on any number of processes, kept in parts on disk.
 
-Items -> parts of SMALLEST_PART of them -> FOLDER/MODEL-NAME-NNNNNN.npy -> scores of each item
+AskedItems -> parts of SMALLEST_PART of them -> FOLDER/MODEL-NAME-NNNNNN.npy -> scores of each item
 """
 
 import io
@@ -21,7 +21,7 @@ from hafrm_ds.saved.sharded import load_for_job
 SMALLEST_PART = 64
 
 
-class Items(Protocol):
+class AskedItems(Protocol):
     """Items that are reported together, each as the groups that it is scored in: the pairs of a set are one group each;
     the answers of a benchmark's question one, or several where the tokenizer ends their common prompt at different
     tokens."""
@@ -35,7 +35,7 @@ def score_parts(
     name: str,
     saved: Saved,
     heads: tuple[str, ...],
-    asked: Mapping[str, Items],
+    asked: Mapping[str, AskedItems],
     folder: Path,
     processes: Processes,
     log: Console,

@@ -14,7 +14,7 @@ from hafrm_ds.saved.scorer import Scorer
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A line of the input on its way.
+    """A line of the input, on its way to a line of the output.
 
     fields: of the row; {} if it could not be read. field: "score", or "scores" for a row with several answers.
     conversations: encoded; empty for a row that cannot be scored. error: why it cannot, else "".
@@ -64,7 +64,7 @@ def json_line(fields: dict[str, Any]) -> bytes:
 
 
 def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
-    """-> (name of the output field, conversations).
+    """The name of the output field and the conversations of a row.
 
     A row has `messages`, or `prompt` (a text or messages) with `response` or with a list of `responses` (each a text or
     messages).

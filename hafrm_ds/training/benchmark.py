@@ -13,7 +13,7 @@ from hafrm_ds.engine.engine import check_build_tools, load_training_engine
 from hafrm_ds.engine.scoring import score_pairs
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.model.lora import check_packages
-from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
 from hafrm_ds.reference.offline_pass import ReferenceLogprobs
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
@@ -31,6 +31,8 @@ def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Proces
     """
     check_build_tools(processes.device, resolve_deepspeed_config(config, processes.world_size, processes.machine_size))
     check_packages(config.model.lora)
+    if config.deterministic:
+        log.print(use_deterministic_algorithms())
     config = config.model_copy(update={"max_steps": num_steps})
     formatter, pairs, _ = prepare_data(config, processes, log)
     processes.start_group()

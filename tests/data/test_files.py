@@ -38,6 +38,7 @@ def test_every_kind_of_file(read, path, first_id):
         "dropped": "",
         "deselected": "",
         "not_read": "",
+        "mapped_roles": "",
         "margin_fault": "",
     }
     assert prompts(pairs) == ["p0", "p1", "p2"]
@@ -119,7 +120,16 @@ def test_a_split_of_a_saved_folder(read):
         ("x.parquet", b"version https://git-lfs.github.com/spec/v1\n", "x.parquet: is a Git LFS pointer, not the file"),
         ("x.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "x.jsonl:1: holds a number of too many digits"),
         ("x.jsonl", b'{"a": ' + b"[" * 99999 + b"]" * 99999 + b"}", "x.jsonl:1: is nested too deeply to be read"),
-        ("x.csv", b"a,b", "x.csv: unknown kind of file; known are .jsonl, .json, .jsonl.gz, .json.gz, .parquet"),
+        (
+            "x.xlsx",
+            b"a,b",
+            "x.xlsx: unknown kind of file; known are .jsonl, .json, .jsonl.gz, .json.gz, .parquet, .csv",
+        ),
+        ("x.csv", b"", "x.csv: holds no rows"),
+        ("x.csv", b"prompt,chosen\np\n", "x.csv:2: has 1 cells, but the header names 2 columns (prompt, chosen)"),
+        ("x.csv", b"prompt,prompt\n", "x.csv:1: two columns have the same name (prompt, prompt)"),
+        ("x.csv", b'prompt,chosen\n"p,a\n', "x.csv:2: cannot be read: unexpected end of data"),
+        ("x.csv", b"prompt,chosen\np,\xe9\n", "x.csv:1: is not UTF-8 (byte 0xe9)"),
         ("x.jsonl", b'{"question": "q"}', "x.jsonl:1: the columns question are of no known format"),
         (
             "x.jsonl",

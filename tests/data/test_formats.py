@@ -9,7 +9,8 @@ from hafrm_ds.data.formats import FORMATS, detect_format, read_pairs_of
 from hafrm_ds.data.pairs import Deselected, Dropped, Row, assistant, user
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
-from tests.data.test_pairs import EXAMPLES, convert, error_of, parts
+from tests.data.format_rows import EXAMPLES
+from tests.data.test_pairs import convert, error_of, parts
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 SYSTEM = {"role": "system", "content": "s"}

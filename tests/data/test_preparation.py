@@ -29,6 +29,7 @@ def row(question, chosen, rejected, *, source="one", dropped="", deselected="", 
         "dropped": dropped,
         "deselected": deselected,
         "not_read": "",
+        "mapped_roles": "",
         "margin_fault": "",
     }
 

@@ -32,6 +32,7 @@ def test_rows_outside_the_filter_need_no_format(read):
         "dropped": "",
         "deselected": "row filter kind=pair",
         "not_read": "",
+        "mapped_roles": "",
         "margin_fault": "",
     }
 

@@ -33,7 +33,8 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
-from hafrm_ds.model.loading import known_positions, load_model_config
+from hafrm_ds.model.loading import load_model_config
+from hafrm_ds.model.sizes import known_positions
 from hafrm_ds.options import Section
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import stamp, work_through
