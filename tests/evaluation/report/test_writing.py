@@ -145,7 +145,7 @@ def test_the_page_needs_nothing_from_elsewhere(html, page):
 def test_a_baseline_shows_one_judge_and_one_loss(tmp_path):
     html = write_report(write_run(tmp_path / "baseline", policy=False)).read_text()
     page = Page(html)
-    assert page.row("accuracy")[:3] == ["pairs", "reward", "longer"]
+    assert page.row("accuracy")[:3] == ["pairs", "reward head", "longer"]
     assert "Distribution of the implicit reward" not in page.titles
     assert re.search(r'aria-label="Loss: reward from [^;]*"', html)  # and no total of one part
 
