@@ -27,7 +27,7 @@ CALIBRATION = (
     ("ECE at this temperature", "ece_at_temperature", share),
     ("Brier score at this temperature", "brier_at_temperature", number),
 )
-"""(label, field of `Calibration`, how it is written)."""
+"""(label, key of `calibrate`, how it is written)."""
 
 
 def render_evaluation(results: dict[str, Any]) -> RenderableType:

@@ -142,7 +142,7 @@ def make_reward_head(hidden_size: int, *, bias: bool, init: str, dtype: torch.dt
     """
     head = RewardHead(hidden_size, 1, bias=bias, device="cpu", dtype=torch.float32)
     with torch.no_grad():
-        if init == "zero":
+        if init != "normal":  # a head that is taken over gets its values afterwards
             head.weight.zero_()
         else:
             generator = torch.Generator().manual_seed(seed)

@@ -15,8 +15,9 @@ from transformers import (
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.model.hybrid import HybridModel, RewardHead, disable_dropout, make_reward_head
 from hafrm_ds.model.lora import quantization
+from hafrm_ds.model.reward_start import reward_head_of
 
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tflite", "original/*"]
 """Files of a hub repository that no from_pretrained call reads."""
@@ -90,6 +91,8 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     head = make_reward_head(
         hidden_size, bias=config.reward_head_bias, init=config.reward_head_init, dtype=dtype, seed=seed
     )
+    if config.reward_head_init == "from_model":
+        take_over_head(head, config)
     options = {}
     if (how := quantization(config.lora, dtype)) is not None:
         options = {"quantization_config": how, "device_map": {"": device}}
@@ -114,6 +117,18 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     model = HybridModel(causal_lm, head)
     model.use_layout(layout, config.attention, device)
     return model
+
+
+def take_over_head(head: RewardHead, config: ModelConfig) -> None:
+    """Give a head the values of that in the model's folder. Raises ModelError if that has none that fits."""
+    given = reward_head_of(local_folder(config))
+    if given is None or given["weight"].shape != head.weight.shape or ("bias" in given and head.bias is None):
+        raise ModelError(
+            f"model.reward_head_init is from_model, but {config.name_or_path!r} has no reward head that fits"
+        )
+    with torch.no_grad():
+        for name, values in given.items():
+            getattr(head, name).copy_(values)
 
 
 def set_gradient_checkpointing(causal_lm: PreTrainedModel, on: bool) -> None:

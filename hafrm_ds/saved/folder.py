@@ -24,8 +24,9 @@ from hafrm_ds.model.loading import (
     load_tokenizer,
     local_folder,
 )
+from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
 from hafrm_ds.saved.adapters import merge_adapter, read_adapter_config
-from hafrm_ds.saved.writing import METADATA_FILE, REWARD_HEAD_FILE
+from hafrm_ds.saved.writing import METADATA_FILE
 
 ANY_DAY = "2024-07-26"
 """For a template whose dates were frozen when it was saved: there is none left that a day could stand for."""

@@ -24,6 +24,7 @@ from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
 from hafrm_ds.hardware.measurement import peak_memory_bytes
 from hafrm_ds.model.loading import fetch_model, load_model_config, local_folder
 from hafrm_ds.model.lora import check_packages
+from hafrm_ds.model.reward_start import check_start
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
 from hafrm_ds.processes.stopping import Stopped
@@ -260,7 +261,12 @@ def prepare_data(
     """The formatter, the training pairs, and the pairs of each evaluation set; reported and checked."""
     # Fetched from the hub by one rank of each node, and before the process group: a download outlasts a collective.
     tokenizer = processes.in_turns("model", lambda: fetch_model(config.model))
-    formatter = ChatFormatter.create(tokenizer, config.data.chat_template, config.data.template_date)
+    stock = load_model_config(config.model)
+    if warning := check_start(config.model, local_folder(config.model), stock):
+        log.warn(warning)
+    formatter = ChatFormatter.create(
+        tokenizer, config.data.chat_template, config.data.template_date, config.data.reasoning
+    )
     prepared = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
 
     def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:
@@ -274,7 +280,7 @@ def prepare_data(
     for name, pairs in sets.items():
         log.print(f"\n[bold]{name}[/bold]")
         log.print(pairs.report.render(with_examples=name == "train"))
-    ModelSizes.of(config.model.name_or_path, load_model_config(config.model)).check(sets, tokenizer)
+    ModelSizes.of(config.model.name_or_path, stock).check(sets, tokenizer)
     check_budgets((train_pairs, *eval_pairs.values()), config.batch)
     return formatter, train_pairs, eval_pairs
 
