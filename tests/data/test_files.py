@@ -37,9 +37,7 @@ def test_every_kind_of_file(read, path, first_id):
         "format": "explicit_prompt",
         "dropped": "",
         "deselected": "",
-        "not_read": "",
-        "mapped_roles": "",
-        "margin_fault": "",
+        "remarks": "",
     }
     assert prompts(pairs) == ["p0", "p1", "p2"]
 

@@ -28,9 +28,7 @@ def row(question, chosen, rejected, *, source="one", dropped="", deselected="", 
         "format": "explicit_prompt",
         "dropped": dropped,
         "deselected": deselected,
-        "not_read": "",
-        "mapped_roles": "",
-        "margin_fault": "",
+        "remarks": "",
     }
 
 

@@ -59,8 +59,8 @@ def test_every_row_tells_its_format(read):
 def test_columns_that_are_not_read_stand_with_their_rows(read):
     write_lines("x.jsonl", [*rows_of(1, votes=3, note=None), *rows_of(1, votes=0, note="x", margin="big")])
     pairs = read("x.jsonl")
-    assert pairs["not_read"][:] == ["votes", "votes\nnote"]
-    assert pairs["margin_fault"][:] == ["", "x.jsonl:2: field 'margin' is the text 'big', expected a finite number"]
+    fault = "x.jsonl:2: field 'margin' is the text 'big', expected a finite number"
+    assert pairs["remarks"][:] == ["not read: votes", f"not read: votes\nnot read: note\nmargin: {fault}"]
     write_lines("y.jsonl", rows_of(1, system_prompt="Be kind."))
     assert "y.jsonl:1: system_prompt: filled, but not read" in error_of(read, "y.jsonl")
     assert outcomes(read({"path": "y.jsonl", "ignore_columns": ["system_prompt"]})) == {"": 1}

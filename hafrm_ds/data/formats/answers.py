@@ -45,9 +45,10 @@ def answers_to(
     value = messages_or_text(row, question)
     from_transcript = False
     if isinstance(value, str):
-        prompt, from_transcript = prompt_from_text(row.text(question))
-        if question == "instruction":
-            prompt[-1] = user(joined_instruction(row))
+        text = joined_instruction(row) if question == "instruction" else row.text(question)
+        prompt, from_transcript = prompt_from_text(text)
+    elif question == "instruction" and row.given("input") and row.fields["input"]:
+        raise row.fault("field 'instruction'", row.fields["instruction"], "a text, because there is an input too")
     else:
         prompt = [row.message(value, f"field {question!r}")] if isinstance(value, dict) else row.messages(question)
     answers = [
