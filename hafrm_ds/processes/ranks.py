@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import UserError, print_in_any_encoding
 from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.processes.agreement import differences, disagreement, software
 from hafrm_ds.processes.launchers import Placement, placement_of, timeout_of
@@ -50,6 +50,7 @@ class Processes:
     num_hosts: as far as the launcher tells; 1 if it does not.
     timeout: of each collective.
     first_store: that of all jobs, where `store` is of one of them (`for_job`).
+    words: the message of an error in the words of the entry file, which may have other names for options.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class Processes:
     num_hosts: int = 1
     timeout: timedelta = field(default_factory=lambda: timeout_of(os.environ))
     first_store: dist.Store | None = None
+    words: Callable[[UserError], str] = str
 
     @property
     def errors(self) -> dist.Store:
@@ -275,7 +277,7 @@ class Processes:
         if isinstance(error, FailedElsewhere) or not self.speaks():
             return False
         where = f" ({self.name})" if self.num_hosts > 1 else ""
-        print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror{where}: {self.words(error)}", file=sys.stderr, flush=True)
         return True
 
     def speaks(self) -> bool:
@@ -369,6 +371,7 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     it is reports it. Anything else keeps its traceback; ranks that wait for this one are told, for they would wait for
     ever. A run that was asked to stop ends with STOPPED_STATUS.
     """
+    print_in_any_encoding()
     choose_allocators()
     keep_compiled_kernels()
     try:
