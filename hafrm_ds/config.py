@@ -85,8 +85,9 @@ class ModelConfig(Section):
     compute."""
     reward_head_bias: bool = False
     """Give the reward head a bias. It cancels in every pair, so it only moves the zero of the score."""
-    reward_head_init: Literal["normal", "zero"] = "normal"
-    """normal: N(0, 1/(hidden size + 1)). zero: all rewards start at 0, as the paper's code intends."""
+    reward_head_init: Literal["normal", "zero", "from_model"] = "normal"
+    """normal: N(0, 1/(hidden size + 1)). zero: all rewards start at 0, as the paper's code intends. from_model: that of
+    a finished reward model, the final/ folder of a training or a sequence-classification model with tied embeddings."""
     lora: LoraOptions = LoraOptions()
 
 
@@ -104,6 +105,10 @@ class DataConfig(Section):
     template_date: Day = "2024-07-26"
     """The day (YYYY-MM-DD) that templates which print today's date are frozen to, so that scores do not depend on the
     day."""
+    reasoning: Literal["drop"] | None = None
+    """drop: what stands before </think> in an answer is no part of it, and is taken out before the template sees it, in
+    training and by whatever renders with the saved tokenizer. Default: it is part of the answer, and a template that
+    leaves it out is refused."""
     max_length: Annotated[int, Field(ge=4)] = 1024
     """Longest conversation, prompt and response together, in tokens."""
     truncation: Literal["drop", "keep_prompt_end", "cut_response"] = "keep_prompt_end"
@@ -218,6 +223,9 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     max_gradient_norm: NonNegative = 1.0
     """Global norm that gradients are clipped to; 0 turns clipping off."""
+    reduce_in_fp32: bool = False
+    """Average gradients over GPUs in fp32, not in the type of the weights: twice the bytes, and no rounding for each
+    GPU. Worth it from about 16 GPUs on (ds_configs/README.md)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up, towards min_learning_rate_share of the peak, which it would reach one step after the
     last."""
@@ -325,6 +333,9 @@ class TrainConfig(Section):
     error."""
     seed: int = 0
     """Seed of the data order, of the mixing of sources, of the reward head and of adapters."""
+    deterministic: bool = False
+    """Only algorithms that give equal bits in equal runs on equal GPUs: in torch, in attention's backward pass and in
+    NCCL. They are slower. What has none is refused by name. On CPUs every run is so."""
     epochs: Positive = 1.0
     """Passes over the training pairs. Ignored when max_steps is given."""
     max_steps: PositiveInt | None = None

@@ -44,7 +44,7 @@ def in_own_names(error: "UserError") -> str:
 def run_alone(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry file that needs no launcher: a UserError becomes one message, and exit status 1.
 
-    Those that a launcher may start use `training.processes.run_entry`.
+    Those that a launcher may start use `processes.ranks.run_entry`.
     """
     try:
         status = main() or 0

@@ -13,11 +13,14 @@ started again.
 
 from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
 from hafrm_ds.options import read
+from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry
 
 
 def main(arguments: list[str], processes: Processes) -> None:
-    evaluate(read(EvaluationOptions, arguments, about=__doc__), processes)
+    options = read(EvaluationOptions, arguments, about=__doc__)
+    with sole_owner(options.output_dir, processes):
+        evaluate(options, processes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The project's checks and tests, as CI runs them. Every part prints its seconds.
 #
-#   bash tests/run.sh           all: checks, fast tests, and those that start several processes
+#   bash tests/run.sh           all: checks, fast tests, those that ask a package index or start several processes
 #   bash tests/run.sh fast      checks and fast tests: about two minutes on two cores
 #   bash tests/run.sh checks    lint, format, which room imports which, types
 set -euo pipefail
@@ -38,6 +38,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 HAFRM_GPU_TESTS_ON_CPU=1 timed python -m pytest -q -m "not distributed and not slow" \
     --numprocesses "$cores" --dist loadfile --durations 15
 [[ "$what" == fast ]] && exit
+
+# These ask a package index, and are skipped where none answers.
+timed python -m pytest -q -rs -m index --numprocesses "$cores" --dist loadfile --durations 15
 
 # These take all cores themselves.
 timed python -m pytest -q -m distributed --durations 15

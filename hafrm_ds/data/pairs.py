@@ -141,7 +141,7 @@ class Row:
             if isinstance(value, int | float | Decimal | Cell) and not isinstance(value, bool):
                 number = float(value)
                 if math.isfinite(number):
-                    return number
+                    return value if isinstance(value, int) else number
         except (OverflowError, ValueError):  # a whole number beyond the largest float; a cell that holds words
             pass
         raise self.fault(f"field {field!r}", value, "a finite number")

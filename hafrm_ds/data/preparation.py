@@ -19,11 +19,14 @@ from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.presets import Role
 from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs
+from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
 from hafrm_ds.data.report import DataReport, Example, TemplateFacts, count_outcomes, count_repeats, percentiles
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import (
     IDENTICAL_AFTER_CUT,
+    LEFT_OUT,
     NOT_TOKENIZED,
+    REFUSED,
     TOKENIZATION_VERSION,
     TOO_LONG,
     TokenizedPair,
@@ -58,6 +61,8 @@ FATE_FEATURES = {
     "prompt_key": datasets.Value("binary"),
     "chosen_key": datasets.Value("binary"),
     "rejected_key": datasets.Value("binary"),
+    "left_out": datasets.Value("string"),
+    "marks": datasets.Value("string"),
 }
 CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "remarks")
 """Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
@@ -159,7 +164,10 @@ def prepare_pairs(
     report.not_read, report.mapped_roles = list(remarks[NOT_READ]), remarks[ROLE]
     report.margin_faults = sum(of_kept[MARGIN].values())
     report.first_margin_fault = next(iter(of_kept[MARGIN]), "")
+    report.left_out, report.marks = (lines_of(table[name].take(kept)) for name in ("left_out", "marks"))
+    report.with_marks = len(kept) - pc.sum(pc.equal(table["marks"].take(kept), "")).as_py() if len(kept) else 0
     check_enough_left(report, options)
+    check_written(report, table["left_out"].take(kept), formatter)
     pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
     prepared = PreparedPairs(pairs, lengths, keys, prompt_keys, uncut, report)
     for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
@@ -233,6 +241,8 @@ def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length:
             "prompt_key": content_key(tokenization.rendered_prompt, []),
             "chosen_key": content_key(prompt_ids, chosen_ids),
             "rejected_key": content_key(prompt_ids, rejected_ids),
+            "left_out": "\n".join(tokenization.left_out),
+            "marks": "\n".join(tokenization.marks),
         }
         for name, value in row.items():
             columns[name].append(value)
@@ -276,14 +286,21 @@ def summarize(
     )
 
 
+def lines_of(column: pa.ChunkedArray) -> dict[str, int]:
+    """Each line of the texts of a column -> rows that have it, in order of appearance."""
+    lines: dict[str, int] = {}
+    for text in pc.value_counts(column).to_pylist():
+        for line in filter(None, text["values"].split("\n")):
+            lines[line] = lines.get(line, 0) + text["counts"]
+    return lines
+
+
 def counted_remarks(column: pa.ChunkedArray) -> dict[str, dict[str, int]]:
     """What a remark begins with -> the rest of it -> rows that have it, in order of appearance."""
     found: dict[str, dict[str, int]] = {kind: {} for kind in REMARKS}
-    for text in pc.value_counts(column).to_pylist():
-        for line in filter(None, text["values"].split("\n")):
-            kind = next(kind for kind in REMARKS if line.startswith(kind))
-            rest = line.removeprefix(kind)
-            found[kind][rest] = found[kind].get(rest, 0) + text["counts"]
+    for line, rows in lines_of(column).items():
+        kind = next(kind for kind in REMARKS if line.startswith(kind))
+        found[kind][line.removeprefix(kind)] = rows
     return found
 
 
@@ -311,13 +328,35 @@ def check_enough_left(report: DataReport, options: PreparationOptions) -> None:
             f"{uncut['max']} at most. data.max_length is {options.max_length}, data.truncation {options.truncation}."
         )
     by_length = TOO_LONG in total.dropped or IDENTICAL_AFTER_CUT in total.dropped
-    remedy = (
-        "Raise data.max_length, choose another data.truncation, or repair the data"
-        if by_length
-        else "Repair these rows, or take them out"
-    )
+    remedy = "Repair these rows, or take them out"
+    if by_length:
+        remedy = "Raise data.max_length, choose another data.truncation, or repair the data"
+    elif LEFT_OUT in total.dropped or any(reason.startswith(REFUSED) for reason in total.dropped):
+        template = "the tokenizer's own" if report.template.origin == "tokenizer" else report.template.origin
+        remedy = f"Give a template that takes these rows whole (--data.chat_template, now {template}), or take them out"
     lines.append(remedy + (f"; data.max_dropped_share {share} lets this set through." if total.kept else "."))
     raise DataError("\n".join(lines))
+
+
+def check_written(report: DataReport, column: pa.ChunkedArray, formatter: ChatFormatter) -> None:
+    """Raise DataError when the template leaves out a part of every pair.
+
+    Args:
+        column: of the kept pairs, what is left out of them (`Tokenization.left_out`), in lines.
+    """
+    shares = pc.value_counts(column).to_pylist()
+    serious = [each for each in shares if each["values"] and is_serious(each["values"].split("\n"))]
+    if not report.total.kept or sum(each["counts"] for each in serious) < report.total.kept:
+        return
+    kinds = list(dict.fromkeys(kind for each in serious for kind in each["values"].split("\n")))
+    total = report.total.kept
+    message = (
+        f"{report.role} data: {total:,} of {total:,} pairs hold text that {formatter.template_name} does not write: it "
+        f"leaves out {', '.join(kinds)}. Give a template that writes it (--data.chat_template FILE.jinja)"
+    )
+    if ANSWER_REASONING in kinds:
+        message += ", or say that reasoning is no part of an answer: --data.reasoning drop"
+    raise DataError(message)
 
 
 def counted(reasons: dict[str, int], first: dict[str, str]) -> Iterable[str]:

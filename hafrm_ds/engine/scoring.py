@@ -167,7 +167,8 @@ def score_pairs(
     if values is None:
         return None
     table = values.reshape(len(index), 2, len(heads))
-    return {head: table[:, :, k] for k, head in enumerate(heads)}
+    # Contiguous: numpy adds up other numbers in another order, and means would differ in their last bits.
+    return {head: np.ascontiguousarray(table[:, :, k]) for k, head in enumerate(heads)}
 
 
 @dataclass

@@ -70,7 +70,7 @@ class HybridModel(nn.Module):
             attention: name of a kernel, or "auto" for the best that runs on `device`.
 
         Raises:
-            ModelError: the model cannot run so.
+            ModelError: the model cannot run in this layout, or not under this kernel.
         """
         self.layout = set_attention(self.causal_lm, layout, attention, device)
 
@@ -142,7 +142,7 @@ def make_reward_head(hidden_size: int, *, bias: bool, init: str, dtype: torch.dt
     """
     head = RewardHead(hidden_size, 1, bias=bias, device="cpu", dtype=torch.float32)
     with torch.no_grad():
-        if init == "zero":
+        if init != "normal":  # a head that is taken over gets its values afterwards
             head.weight.zero_()
         else:
             generator = torch.Generator().manual_seed(seed)

@@ -32,7 +32,7 @@ def check_sample(
         record: is told the figures, also of a sample that does not agree.
 
     Raises:
-        UserError: beyond TOLERANCE.
+        UserError: the mean difference a token is larger than TOLERANCE allows.
     """
     pairs, reference = pair_set.pairs, pair_set.reference
     if reference is None or not len(candidates):

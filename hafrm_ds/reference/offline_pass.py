@@ -1,4 +1,4 @@
-"""Log-probs of the reference policy: from the store where they are there, from the start weights where not."""
+"""Log-probs of the reference policy: looked up in the store, and computed from the start weights where it has none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Responses:
 
     @classmethod
     def of(cls, sets: Sequence[PairSet]) -> "Responses":
-        """Those of the pairs that the sets use."""
+        """The responses of the pairs that the sets use."""
         index = np.concatenate(
             [np.stack([np.full(len(each.index), number), each.index], axis=1) for number, each in enumerate(sets)]
         )
@@ -158,7 +158,7 @@ def compute_missing(
     """Compute what is missing; each rank writes what it computes into the store as it goes.
 
     Args:
-        writer: of this rank.
+        writer: takes what this rank computes.
         on_progress: told how many tokens this rank has computed since the last call.
 
     Returns:

@@ -174,7 +174,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def identity_of_model(saved: SavedScorer) -> dict[str, Any]:
-    """What of a model the scores depend on."""
+    """Facts of a model that its scores depend on, for the identity of a job."""
     if isinstance(saved, SavedImplicitReward):
         models = {"policy": saved.policy, "reference": saved.reference}
         return {name: identity_of_model(each) for name, each in models.items()} | {"beta": saved.beta}

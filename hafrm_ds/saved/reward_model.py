@@ -133,7 +133,7 @@ class HybridRewardModel(Scorer):
 def as_conversations(
     messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None
 ) -> tuple[list[Conversation], bool]:
-    """-> (conversations, whether a single one was meant)."""
+    """What `messages` and `responses` stand for: (conversations, whether a single one was meant)."""
     is_one = bool(messages) and isinstance(messages[0], dict)
     if responses is not None:
         if not is_one:

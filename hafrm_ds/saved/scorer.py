@@ -1,6 +1,6 @@
 """What every model that scores has in common: groups in, a value for each response out, in micro-batches.
 
-Scoring of files, evaluation and best-of-N ask for nothing else, so they take any kind of model (`model.opening`).
+Scoring of files, evaluation and best-of-N ask for nothing else, so they take any kind of model (`saved.opening`).
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.engine.scoring import Items, score_items
 from hafrm_ds.errors import DataError, ModelError
-from hafrm_ds.model.loading import known_positions
+from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.objective import ResponseScores
 
 Conversation = list[Message]
@@ -48,7 +48,8 @@ class Scorer(ABC):
 
     def __init__(self, formatter: ChatFormatter, config: PretrainedConfig, *, layout: str, max_tokens: int):
         self.formatter, self.layout, self.max_tokens = formatter, layout, max_tokens
-        self.max_length = min(max_tokens, known_positions(config))
+        self.sizes = ModelSizes.of(config.name_or_path or "the model", config)
+        self.max_length = min(max_tokens, self.sizes.positions)
 
     @abstractmethod
     def forward(self, batch: PackedBatch, *, with_reward: bool, with_logprob: bool) -> ResponseScores:
@@ -58,13 +59,15 @@ class Scorer(ABC):
         """Messages -> token ids, a group of one response.
 
         Raises:
-            DataError: a conversation that the template refuses, or that is longer than max_tokens or the model knows.
+            DataError: a conversation that the template refuses, is longer than max_tokens or the model knows, or holds
+                tokens that the model has no embedding for.
         """
         ids = tokenize_conversation(self.formatter, messages)
         length = ids.longest_conversation
         if length > self.max_length:
             what = "max_tokens" if self.max_length == self.max_tokens else "the positions that the model knows"
             raise DataError(f"the conversation has {length:,} tokens, more than {what} ({self.max_length:,})")
+        self.sizes.check_ids((ids.prompt, *ids.responses), self.formatter.tokenizer)
         return ids
 
     def score_ids(self, conversations: Iterable[PromptWithResponses]) -> list[float]:

@@ -55,7 +55,7 @@ def load_for_job(saved: SavedScorer, deepspeed: Path | None, max_tokens: int, pr
         deepspeed: a DeepSpeed JSON, if the model is sharded.
 
     Raises:
-        ModelError: the model cannot be loaded, or not so.
+        ModelError: the model cannot be loaded, or cannot be sharded.
     """
     if deepspeed is None:
         processes.use_device()

@@ -32,7 +32,7 @@ SCORES = ("score", "scores")
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A line of the input on its way.
+    """A line of the input, on its way to a line of the output.
 
     fields: of the row; {} if it could not be read. field: "score", or "scores" for a row with several answers.
     conversations: encoded; empty for a row that cannot be scored. error: why it cannot, else "".
@@ -85,7 +85,7 @@ def json_line(fields: dict[str, Any]) -> bytes:
 
 
 def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
-    """-> (name of the output field, conversations).
+    """The name of the output field and the conversations of a row.
 
     A row has `messages`, or `prompt` (a text or messages) with `response` or with a list of `responses` (each a text or
     messages), and perhaps `system` and `history` before the prompt. What is null is not given. Where answers are given

@@ -1,19 +1,19 @@
-"""What a run would do a second: a few steps of training and of the reference pass, nothing kept."""
+"""Speed and memory of a run, measured in a few steps of training and a reference pass of which nothing is kept."""
 
 import statistics
 import time
 
 import numpy as np
-from rich.table import Table
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import token_costs
+from hafrm_ds.data.tables import Cell, Table
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import check_build_tools, load_training_engine
 from hafrm_ds.engine.scoring import score_pairs
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.model.lora import check_packages
-from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
 from hafrm_ds.reference.offline_pass import ReferenceLogprobs
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
@@ -31,6 +31,8 @@ def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Proces
     """
     check_build_tools(processes.device, resolve_deepspeed_config(config, processes.world_size, processes.machine_size))
     check_packages(config.model.lora)
+    if config.deterministic:
+        log.print(use_deterministic_algorithms())
     config = config.model_copy(update={"max_steps": num_steps})
     formatter, pairs, _ = prepare_data(config, processes, log)
     processes.start_group()
@@ -85,7 +87,5 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         "without gradients: tokens/s; pairs/s": f"{tokens / seconds:,.0f}; {len(index) / seconds:,.2f}",
         "peak memory of the largest process": f"{steps[-1]['memory_gib']:.2f} GiB",
     }
-    table = Table("", f"median of {num_steps} steps")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    log.print(table)
+    header = ("", f"median of {num_steps} steps")
+    log.print(Table([(name, [Cell(value)]) for name, value in rows.items()], header, texts=1).to_rich())

@@ -180,7 +180,7 @@ def check_same_data(runs: Sequence[Path]) -> None:
 
 
 def train_unless_finished(run: TrainConfig, title: str, train_script: Path, processes: Processes, log: Console) -> bool:
-    """Returns whether there was anything to do."""
+    """Train one arm with one seed, or resume it; False if it is finished already."""
     name = run.output_dir.name
     if processes.from_first(f"finished {name}", lambda: str(is_finished(run))) == "True":
         log.print(f"{title}: {run.output_dir} is finished")

@@ -94,7 +94,9 @@ def export_checkpoint(
         start = start.model_copy(update={"name_or_path": base, "revision": None})
     check_start(checkpoint, state, config, start)
     model = load_model(checkpoint, state, config, start)
-    formatter = ChatFormatter.create(load_tokenizer(start), config.data.chat_template, config.data.template_date)
+    formatter = ChatFormatter.create(
+        load_tokenizer(start), config.data.chat_template, config.data.template_date, config.data.reasoning
+    )
     report = checkpoint.parents[1] / DATA_REPORT_FILE
     save_hybrid_model(
         model,

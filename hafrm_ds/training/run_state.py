@@ -19,7 +19,7 @@ from hafrm_ds.engine.checkpoint import (
     random_file,
     random_state,
     restore_random_state,
-    write_synced,
+    write_json,
 )
 from hafrm_ds.engine.engine import TrainingEngine
 from hafrm_ds.training.logging import RunLog
@@ -105,7 +105,7 @@ class RunState:
         """
         files = self.engine.save(draft / DEEPSPEED_FOLDER)
         name = random_file(dist.get_rank())
-        return files | {name: write_synced(draft / name, random_state())}
+        return files | {name: write_json(draft / name, random_state())}
 
     def saved_with(self, config: TrainConfig, data: dict[str, str], reference: str) -> TrainingState:
         """The rest, as a checkpoint holds it.

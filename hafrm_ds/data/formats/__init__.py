@@ -293,7 +293,9 @@ def speaks_of_conversation(name: str) -> bool:
     words = [word for word in re.split(r"[^a-z]+", snake_case) if word]
     while len(words) > 1 and words[-1] in TEXT_WORDS:
         words.pop()
-    return name not in MADE_WITH and bool(words) and (CONVERSATION_WORD.fullmatch(words[-1]) or words[0] == "system")
+    if not words or name in MADE_WITH:
+        return False
+    return CONVERSATION_WORD.fullmatch(words[-1]) is not None or words[0] == "system"
 
 
 def may_be_lost(name: str, value: Any) -> bool:

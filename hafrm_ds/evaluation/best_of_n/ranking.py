@@ -1,9 +1,9 @@
 """Best-of-N from candidates to results, in stages that each leave a whole file and are passed over when it is there.
 
-OUTPUT/candidates.jsonl      given, or sampled (evaluation.sampling)
-OUTPUT/scores-K.jsonl        by the K-th model; gold.jsonl by the gold scorer (scoring.job)
+OUTPUT/candidates.jsonl      given, or sampled (best_of_n.sampling)
+OUTPUT/scores-K.jsonl        by the K-th model; gold.jsonl by the gold scorer (scoring.files)
 OUTPUT/ranked.jsonl          a line for each prompt and model: the candidates, best first
-OUTPUT/best_of_n.json        means over the prompts (evaluation.best_of_n)
+OUTPUT/best_of_n.json        means over the prompts (best_of_n.statistics)
 """
 
 import json
@@ -24,7 +24,7 @@ from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.best_of_n.sampling import SAMPLING_FILE, SamplingJob, SamplingOptions
 from hafrm_ds.evaluation.best_of_n.statistics import compare_with_gold
-from hafrm_ds.evaluation.terminal import render_best_of_n
+from hafrm_ds.evaluation.figures import render_best_of_n
 from hafrm_ds.options import as_list
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
@@ -38,7 +38,7 @@ RESULTS_FILE = "best_of_n.json"
 
 
 class RankingOptions(ScoringSection):
-    """What launch/best_of_n.py is asked for: either candidates or sampling."""
+    """The options of launch/best_of_n.py: either candidates or sampling."""
 
     model: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)]
     """One or more: final/ folders of trainings, or other reward models."""
