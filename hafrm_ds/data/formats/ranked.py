@@ -49,7 +49,7 @@ def answers_with(row: Row, field: str, answer: str, number: str) -> list[tuple[f
 def numbers_of(row: Row, field: str, items: list[Any], number: str) -> list[float | None]:
     """The number that each object of `field` holds, or None."""
     rows = [Row({number: item.get(number)}, f"{row.id}: {field}", "") for item in items]
-    return [found.number(number) if found.given(number) else None for found in rows]
+    return [float(found.number(number)) if found.given(number) else None for found in rows]
 
 
 def of_nectar(row: Row, source: "Source") -> list[Made]:
