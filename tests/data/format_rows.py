@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from hafrm_ds.data.formats import FORMATS, NO_PAIRS
+from hafrm_ds.data.formats import FORMATS
 from hafrm_ds.data.pairs import assistant, user
 
 README = Path(__file__).parents[2] / "hafrm_ds" / "data" / "README.md"
@@ -103,11 +103,6 @@ def table() -> str:
         row = json.dumps(EXAMPLES[name]).replace("|", "\\|")
         lines.append(f"| {name} | {known.whose} | `{row}` |")
     return "\n".join(lines) + "\n"
-
-
-def refusals() -> str:
-    """Markdown: the layouts that give no pair, and why."""
-    return "; ".join(f"{name} ({', '.join(columns)}): {reason}" for name, (columns, reason) in NO_PAIRS.items())
 
 
 def main() -> None:
