@@ -81,6 +81,7 @@ EXAMPLES = {
         "answers": [{"text": "b", "pm_score": 0, "selected": False}, {"text": "a", "pm_score": 3, "selected": True}],
     },
     "ratings": {"instruction": "p", "generations": ["b", "a"], "ratings": [2.0, 4.0]},
+    "groups": {"prompt": "p", "responses": ["b", "a"], "scores": [0.5, 2.5]},
     "oasst": {
         "message_tree_id": "1",
         "tree_state": "ready_for_export",
