@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs
+from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs, unwritable_cache
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
 from hafrm_ds.data.report import DataReport, Example, TemplateFacts, count_outcomes, count_repeats, percentiles
 from hafrm_ds.data.sources import Source
@@ -223,7 +223,10 @@ def tokenize_rows(
         rows._fingerprint, formatter.fingerprint, options.max_length, options.truncation
     )
     folder = options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable_cache(options.cache_dir, error) from error
     return rows.map(
         tokenize_batch,
         batched=True,
@@ -329,9 +332,9 @@ def lines_of(column: pa.ChunkedArray) -> dict[str, int]:
 def counted_remarks(column: pa.ChunkedArray) -> dict[str, dict[str, int]]:
     """What a remark begins with -> the rest of it -> rows that have it, in order of appearance."""
     found: dict[str, dict[str, int]] = {kind: {} for kind in REMARKS}
-    for line, num_rows in lines_of(column).items():
+    for line, rows in lines_of(column).items():
         kind = next(kind for kind in REMARKS if line.startswith(kind))
-        found[kind][line.removeprefix(kind)] = num_rows
+        found[kind][line.removeprefix(kind)] = rows
     return found
 
 

@@ -98,6 +98,7 @@ def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
         raise ToolCallsError(f"{row.id}: field 'tools': {TOOL_CALLS}")
     if media := [name for name in MEDIA_NAMES if row.fields.get(name)]:
         raise MediaError(f"{row.id}: {names_in_words(media)}: {MEDIA}")
+    read: tuple[str, ...]
     answers = next((name for name in ("responses", "response") if row.given(name)), None)
     whole = earlier_turns(row) + row.messages("messages") if row.given("messages") else []
     if whole and not (answers and not row.given("prompt") and whole[-1]["role"] == "user"):

@@ -29,7 +29,7 @@ from hafrm_ds.data.formats.labelled import (
     of_webgpt,
 )
 from hafrm_ds.data.formats.parts import Made, finished
-from hafrm_ds.data.formats.ranked import of_nectar, of_ratings, of_stack_exchange, of_tree, of_ultrafeedback
+from hafrm_ds.data.formats.ranked import of_lists, of_nectar, of_stack_exchange, of_tree, of_ultrafeedback
 from hafrm_ds.data.pairs import (
     MEDIA,
     MEDIA_NAMES,
@@ -78,6 +78,12 @@ def answered(
     """The format of rows with a question, a better and a worse answer."""
     make = partial(answers_to, question=question, better=answers[0], worse=answers[1])
     return Format((question, *answers), make, whose, (*also_reads, *EARLIER), **how)
+
+
+def lists(question: str, answers: str, numbers: str, whose: str, *also_reads: str) -> Format:
+    """The format of rows with a question, a list of answers and one of their values."""
+    make = partial(of_lists, question=question, answers=answers, numbers=numbers)
+    return Format((question, answers, numbers), make, whose, also_reads)
 
 
 def is_whole(answer: Any) -> bool:
@@ -136,7 +142,8 @@ FORMATS: dict[str, Format] = {
     "nectar": Format(("prompt", "answers"), of_nectar, "Nectar (berkeley-nest)"),
     "ultrafeedback": Format(("instruction", "completions"), of_ultrafeedback, "UltraFeedback (openbmb)"),
     "stack_exchange": Format(("question", "answers"), of_stack_exchange, "Stack Exchange preferences (HuggingFaceH4)"),
-    "ratings": Format(("instruction", "generations", "ratings"), of_ratings, "distilabel", ("input",)),
+    "ratings": lists("instruction", "generations", "ratings", "distilabel", "input"),
+    "groups": lists("prompt", "responses", "scores", "groups of answers, as score.py writes them"),
     "oasst": Format(("message_tree_id", "prompt"), of_tree, "OpenAssistant, its trees"),
     "implicit_messages": Format(
         ("chosen", "rejected"),
