@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.reading import read_pairs
+from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs, unwritable_cache
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
 from hafrm_ds.data.report import DataReport, Example, TemplateFacts, count_outcomes, count_repeats, percentiles
 from hafrm_ds.data.sources import Source
@@ -57,16 +57,14 @@ FATE_FEATURES = {
     "deselected": datasets.Value("string"),
     "cut": datasets.Value("bool"),
     "uncut_length": datasets.Value("int64"),
-    "not_read": datasets.Value("string"),
-    "mapped_roles": datasets.Value("string"),
-    "margin_fault": datasets.Value("string"),
+    "remarks": datasets.Value("string"),
     "prompt_key": datasets.Value("binary"),
     "chosen_key": datasets.Value("binary"),
     "rejected_key": datasets.Value("binary"),
     "left_out": datasets.Value("string"),
     "marks": datasets.Value("string"),
 }
-CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "not_read", "mapped_roles", "margin_fault")
+CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "remarks")
 """Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
 
 
@@ -189,9 +187,10 @@ def prepare_pairs(
     uncut = uncut[uncut > 0]
     report = summarize(table, lengths, keys, uncut, formatter, options, role)
     report.with_margin = len(kept) - table["margin"].take(kept).null_count
-    report.not_read = list(lines_of(table["not_read"]))
-    report.mapped_roles = lines_of(table["mapped_roles"])
-    report.margin_faults, report.first_margin_fault = margin_faults(table["margin_fault"].take(kept))
+    remarks, of_kept = counted_remarks(table["remarks"]), counted_remarks(table["remarks"].take(kept))
+    report.not_read, report.mapped_roles = list(remarks[NOT_READ]), remarks[ROLE]
+    report.margin_faults = sum(of_kept[MARGIN].values())
+    report.first_margin_fault = next(iter(of_kept[MARGIN]), "")
     report.left_out, report.marks = (lines_of(table[name].take(kept)) for name in ("left_out", "marks"))
     report.with_marks = len(kept) - pc.sum(pc.equal(table["marks"].take(kept), "")).as_py() if len(kept) else 0
     check_enough_left(report, options)
@@ -224,7 +223,10 @@ def tokenize_rows(
         rows._fingerprint, formatter.fingerprint, options.max_length, options.truncation
     )
     folder = options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable_cache(options.cache_dir, error) from error
     return rows.map(
         tokenize_batch,
         batched=True,
@@ -327,10 +329,13 @@ def lines_of(column: pa.ChunkedArray) -> dict[str, int]:
     return lines
 
 
-def margin_faults(column: pa.ChunkedArray) -> tuple[int, str]:
-    """How many margins were given but could not be read, and the first of them in words."""
-    faults = pc.filter(column, pc.not_equal(column, ""))
-    return len(faults), faults[0].as_py() if len(faults) else ""
+def counted_remarks(column: pa.ChunkedArray) -> dict[str, dict[str, int]]:
+    """What a remark begins with -> the rest of it -> rows that have it, in order of appearance."""
+    found: dict[str, dict[str, int]] = {kind: {} for kind in REMARKS}
+    for line, rows in lines_of(column).items():
+        kind = next(kind for kind in REMARKS if line.startswith(kind))
+        found[kind][line.removeprefix(kind)] = rows
+    return found
 
 
 def first_id(table: pa.Table, reason: str) -> str:

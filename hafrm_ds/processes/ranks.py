@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from hafrm_ds.errors import UserError, print_in_any_encoding
+from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.processes.agreement import differences, disagreement, software
 from hafrm_ds.processes.launchers import Placement, placement_of, timeout_of
 from hafrm_ds.processes.meeting import meet
@@ -132,6 +133,7 @@ class Processes:
         """Make this process's GPU the one that kernels run on when they are not told."""
         if self.device.type != "cuda":
             return
+        refuse_untried(self.device)
         if self.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"{self.name} is process {self.local_rank} (from 0) of its host and sees "
@@ -230,6 +232,12 @@ class Processes:
         if self.device.type != "cuda" and self.num_hosts > 1:
             self.choose_interface()
         is_cuda = self.device.type == "cuda"
+        # DeepSpeed's collectives run in a group of its own, so two communicators may be busy at once: under ZeRO-3
+        # weights that are fetched ahead, and a vote whether to stop. Their kernels could then start in another order on
+        # each GPU, and wait for one another for ever. All ranks call both in the same order, one after another, and
+        # NCCL (2.26 and later, which torch brings) keeps it. Handing DeepSpeed's group to every collective of ours
+        # would do as well, but all rooms would have to know it.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
             store=dist.PrefixStore("group", self.store),

@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (
     # Cost, and the last bits of a sum.
     "batch.max_tokens_per_micro_batch",
     "deterministic",
+    "optimizer.reduce_in_fp32",
     "model.gradient_checkpointing",
 )
 """Options, or sections that end in a dot, that change nothing of what a run computes."""

@@ -13,6 +13,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCHER = Path(sys.executable).parent / "deepspeed"
+COMMAND = [LAUNCHER] if LAUNCHER.exists() else [sys.executable, "-m", "deepspeed.launcher.runner"]
+"""Where packages are only unpacked (tests/gpu/first_run.sh) there is no command."""
 
 
 def free_port() -> int:
@@ -23,7 +25,7 @@ def free_port() -> int:
 
 def launch(num_ranks: int, script: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """`deepspeed --num_gpus N script arguments`, with stdout and stderr captured together."""
-    command = [LAUNCHER, "--num_gpus", num_ranks, "--master_port", free_port(), script, *arguments]
+    command = [*COMMAND, "--num_gpus", num_ranks, "--master_port", free_port(), script, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [str(word) for word in command],

@@ -255,7 +255,7 @@ def histogram_edges(values: np.ndarray) -> np.ndarray:
 
 @matplotlib.rc_context(STYLE)
 def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str, int]) -> Chart:
-    """Confidence against accuracy of each judge, as `Calibration.to_json` gives them."""
+    """Confidence against accuracy of each judge, as `calibrate` gives them."""
     figure, axes = new_figure()
     axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     described, lowest = [], 0.5
