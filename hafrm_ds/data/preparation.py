@@ -130,6 +130,29 @@ def progress_bars_on_a_terminal() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+@contextmanager
+def cache_in_words(cache_dir: Path | None) -> Iterator[None]:
+    """Turn what goes wrong with the cache of prepared data into one message. datasets wraps it in errors of its own.
+
+    Raises:
+        DataError: the cache cannot be written or read, or its disk is full.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        cause: BaseException | None = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError):
+            cause = cause.__cause__
+        if not isinstance(cause, OSError | pa.ArrowInvalid):
+            raise
+        folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+        reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0][:200]
+        raise DataError(
+            f"the cache of prepared data in {folder} cannot be used: {reason}. Set --data.cache_dir (or HF_HOME) to a "
+            "folder that can be written and has room; what is damaged there may be removed"
+        ) from error
+
+
 @progress_bars_on_a_terminal()
 def prepare_pairs(
     sources: list[Source],
@@ -149,8 +172,12 @@ def prepare_pairs(
         DataError: a source cannot be read, more than options.max_dropped_share of the selected pairs is unusable, or no
             pair is left.
     """
-    rows = read_pairs(sources, role=role, seed=seed if role == "train" else 0, cache_dir=options.cache_dir)
-    tokenized = tokenize_rows(rows, formatter, options)
+    with cache_in_words(options.cache_dir):
+        rows = read_pairs(sources, role=role, seed=seed if role == "train" else 0, cache_dir=options.cache_dir)
+        try:
+            tokenized = tokenize_rows(rows, formatter, options)
+        except pa.ArrowInvalid:  # what the cache holds is damaged
+            tokenized = tokenize_rows(rows, formatter, options, anew=True)
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
     lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in ("prompt", "chosen", "rejected")}
@@ -184,10 +211,13 @@ def choose_examples(num_pairs: int, num_examples: int, seed: int) -> list[int]:
 # ---- tokenising all rows -------------------------------------------------------------------------------------------
 
 
-def tokenize_rows(rows: datasets.Dataset, formatter: ChatFormatter, options: PreparationOptions) -> datasets.Dataset:
+def tokenize_rows(
+    rows: datasets.Dataset, formatter: ChatFormatter, options: PreparationOptions, anew: bool = False
+) -> datasets.Dataset:
     """Tokenise every selected row -> Dataset of PAIR_FEATURES and FATE_FEATURES, one row for each row read.
 
-    Loaded from the cache when the same rows were tokenised before under the same formatter, length and policy.
+    Loaded from the cache when the same rows were tokenised before under the same formatter, length and policy, unless
+    it is to be done `anew`.
     """
     fingerprint = tokenization_cache_key(
         rows._fingerprint, formatter.fingerprint, options.max_length, options.truncation
@@ -204,6 +234,7 @@ def tokenize_rows(rows: datasets.Dataset, formatter: ChatFormatter, options: Pre
         remove_columns=rows.column_names,
         features=datasets.Features(PAIR_FEATURES | FATE_FEATURES),
         num_proc=num_processes(len(rows), options.num_proc),
+        load_from_cache_file=not anew,
         cache_file_name=str(folder / f"tokenized-{fingerprint}.arrow"),
         # Given, because datasets would else hash the pickled formatter, whose bytes differ from process to process.
         new_fingerprint=fingerprint,
@@ -301,9 +332,9 @@ def lines_of(column: pa.ChunkedArray) -> dict[str, int]:
 def counted_remarks(column: pa.ChunkedArray) -> dict[str, dict[str, int]]:
     """What a remark begins with -> the rest of it -> rows that have it, in order of appearance."""
     found: dict[str, dict[str, int]] = {kind: {} for kind in REMARKS}
-    for line, rows in lines_of(column).items():
+    for line, num_rows in lines_of(column).items():
         kind = next(kind for kind in REMARKS if line.startswith(kind))
-        found[kind][line.removeprefix(kind)] = rows
+        found[kind][line.removeprefix(kind)] = num_rows
     return found
 
 

@@ -148,12 +148,16 @@ def refuse_several_splits(tables: list[Table], source: Source) -> None:
 
 def content_key(tables: list[Table], source: Source) -> str:
     """Hexadecimal key of what `read_source` depends on."""
-    stamps = [
-        [table.name, [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in table.files]]
-        for table in tables
-    ]
+    stamps = [[table.name, [stamp_of(file) for file in table.files]] for table in tables]
     fields = {name: getattr(source, name) for name in Source.model_fields if name not in SELECTION_FIELDS}
     return digest([FORMAT_VERSION, fields, stamps])
+
+
+def stamp_of(file: Path) -> list[Any]:
+    """What tells whether a file has changed, without reading it. Its time of change (ctime) cannot be set back, as the
+    time of its content (mtime) is by tools that copy."""
+    facts = file.stat()
+    return [str(file.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def digest(content: Any) -> str:

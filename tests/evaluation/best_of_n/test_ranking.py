@@ -331,7 +331,7 @@ GOOD = {"prompt": "p", "responses": ["a", "b"]}
         ([GOOD | {"context": "c"}], "in.jsonl:1: context: filled, but not read"),
         (
             [{"messages": [user("p"), assistant("a")], "responses": ["b"]}],
-            "in.jsonl:1: field 'responses' is a list of 1",
+            "in.jsonl:1: field 'responses' is a list of 1, expected answers to a prompt, or to messages that end with",
         ),
         ([], "in.jsonl is empty"),
     ],
