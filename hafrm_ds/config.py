@@ -334,6 +334,9 @@ class ScoringSection(Section):
     """Token budget of one forward pass."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the weights. Default: that of the saved weights."""
+    reasoning: Literal["drop"] | None = None
+    """drop: of a model that was not trained here, what stands before </think> in an answer is taken out before it is
+    rendered. Default: a conversation that loses it by the model's template is not scored."""
     trust_remote_code: bool = False
     """Run modelling code that comes with a model."""
     trust_pickle: bool = False
@@ -342,7 +345,7 @@ class ScoringSection(Section):
     @property
     def loading(self) -> dict[str, Any]:
         """The options that `saved.opening.open_model` takes."""
-        names = ("dtype", "chat_template", "trust_remote_code", "trust_pickle")
+        names = ("dtype", "chat_template", "reasoning", "trust_remote_code", "trust_pickle")
         return {name: getattr(self, name) for name in names if name in type(self).model_fields}
 
 

@@ -11,6 +11,7 @@ filter: 'pairs.jsonl?split=test'), or '{NAME: SOURCE, ...}' to name the sets. A 
 started again.
 """
 
+from hafrm_ds.errors import in_own_names
 from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
 from hafrm_ds.options import read
 from hafrm_ds.processes.ownership import sole_owner
@@ -19,6 +20,7 @@ from hafrm_ds.processes.ranks import Processes, run_entry
 
 def main(arguments: list[str], processes: Processes) -> None:
     options = read(EvaluationOptions, arguments, about=__doc__)
+    processes.words = in_own_names
     with sole_owner(options.output_dir, processes):
         evaluate(options, processes)
 

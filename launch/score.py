@@ -13,6 +13,7 @@ it is started again.
 
 import sys
 
+from hafrm_ds.errors import in_own_names
 from hafrm_ds.options import read
 from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry
@@ -23,6 +24,7 @@ ROWS_NOT_SCORED = 3
 
 def main(arguments: list[str], processes: Processes) -> None:
     options = read(ScoringOptions, arguments, about=__doc__)
+    processes.words = in_own_names
     with sole_owner(options.output, processes, "--output"):
         num_bad = score_file(options, processes)
     if num_bad:

@@ -10,6 +10,8 @@ Legend: P parameters, N processes, b bytes of a weight.
 
 from dataclasses import dataclass
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from hafrm_ds.engine.deepspeed_config import is_offloaded
 
 FP32 = 4
@@ -19,40 +21,34 @@ ALLREDUCE_BUCKET = 500_000_000
 """Elements that DeepSpeed's engine reduces at a time where no ZeRO optimizer does (MEMORY_OPT_ALLREDUCE_SIZE)."""
 
 
-@dataclass(frozen=True)
-class ZeroSettings:
+class ZeroSettings(BaseModel):
     """What a DeepSpeed configuration says of ZeRO, with DeepSpeed's defaults. Sizes are in parameters."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     stage: int = 0
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
-    secondary_shards: int = 1
-    reduce_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
-    persistence_threshold: int = 100_000
-    max_live: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
-    overlaps: bool = False
+    secondary_shards: int = Field(1, alias="zero_hpz_partition_size")
+    reduce_bucket: int = Field(500_000_000, alias="reduce_bucket_size")
+    prefetch_bucket: int = Field(50_000_000, alias="stage3_prefetch_bucket_size")
+    persistence_threshold: int = Field(100_000, alias="stage3_param_persistence_threshold")
+    max_live: int = Field(1_000_000_000, alias="stage3_max_live_parameters")
+    sub_group: int = Field(1_000_000_000, alias="sub_group_size")
+    overlaps: bool = Field(False, alias="overlap_comm")
     reduces_in_fp32: bool = False
 
     @classmethod
     def of(cls, deepspeed_config: dict) -> "ZeroSettings":
         """From what `resolve_deepspeed_config` returns."""
-        zero = deepspeed_config.get("zero_optimization") or {}
-        stage = zero.get("stage", 0)
-        return cls(
-            stage=stage,
-            offloads_optimizer=is_offloaded(deepspeed_config, "offload_optimizer"),
-            offloads_parameters=is_offloaded(deepspeed_config, "offload_param"),
-            secondary_shards=zero.get("zero_hpz_partition_size", cls.secondary_shards),
-            reduce_bucket=int(zero.get("reduce_bucket_size", cls.reduce_bucket)),
-            prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch_bucket)),
-            persistence_threshold=int(zero.get("stage3_param_persistence_threshold", cls.persistence_threshold)),
-            max_live=int(zero.get("stage3_max_live_parameters", cls.max_live)),
-            sub_group=int(zero.get("sub_group_size", cls.sub_group)),
-            overlaps=bool(zero.get("overlap_comm", stage == 3)),
-            reduces_in_fp32=deepspeed_config.get("communication_data_type") == "fp32",
-        )
+        section = deepspeed_config.get("zero_optimization") or {}
+        zero = {name: value for name, value in section.items() if value is not None}
+        beside = {
+            "offloads_optimizer": is_offloaded(deepspeed_config, "offload_optimizer"),
+            "offloads_parameters": is_offloaded(deepspeed_config, "offload_param"),
+            "reduces_in_fp32": deepspeed_config.get("communication_data_type") == "fp32",
+        }
+        return cls.model_validate({"overlap_comm": zero.get("stage", 0) == 3} | zero | beside)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import pyarrow.parquet
 from huggingface_hub import hf_hub_download
 
 from hafrm_ds.data.pairs import Cell, in_words, names_in_words, shortened
-from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, has_splits, is_hub_id
+from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, has_splits, is_hub_id, is_there
 from hafrm_ds.errors import DataError
 
 HUB_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
@@ -49,14 +49,16 @@ def find_tables(source: Source, cache_dir: Path | None) -> list[Table]:
         DataError: if there is no such file, folder or hub data set, or it holds no data.
     """
     path = Path(source.path)
-    if path.exists():
+    if is_there(source.path):
         tables = local_tables(path, source)
     elif match := HUB_FILE.fullmatch(source.path):
         tables = [hub_file(source, *match.groups())]
     elif is_hub_id(source.path):
         tables = [hub_table(source, cache_dir)]
     else:
-        raise DataError(f"{source.path}: no such file or folder, and not the form of a hub id (ORG/NAME)")
+        raise DataError(
+            f"{shortened(source.path, 120)}: no such file or folder, and not the form of a hub id (ORG/NAME)"
+        )
     return tables
 
 
@@ -89,7 +91,8 @@ def is_data_file(name: str) -> bool:
 def file_table(path: Path, name: str) -> Table:
     refuse_lfs_pointer(path, name)
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    readers = {"jsonl": read_json_lines, "json": read_json, "parquet": read_parquet, "csv": read_csv, "tsv": read_csv}
+    json_kinds = {"jsonl": read_json_lines, "ndjson": read_json_lines, "json": read_json}
+    readers = json_kinds | {"parquet": read_parquet, "csv": read_csv, "tsv": read_csv}
     if not path.name.lower().endswith(DATA_SUFFIXES):
         raise DataError(f"{name}: unknown kind of file; known are {', '.join(DATA_SUFFIXES)}")
     read = readers[kind]
@@ -150,16 +153,20 @@ def one_line(error: Exception) -> str:
 
 
 def arrow_table(data: datasets.Dataset, name: str) -> Table:
-    return Table(name, [Path(file["filename"]) for file in data.cache_files], partial(read_arrow, data))
+    return Table(name, [Path(file["filename"]) for file in data.cache_files], partial(read_arrow, data, name))
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-def read_arrow(data: datasets.Dataset) -> Iterator[tuple[int, Any]]:
+def read_arrow(data: datasets.Dataset, name: str) -> Iterator[tuple[int, Any]]:
     number = 0
     for batch in data.with_format("arrow").iter(batch_size=1000):
-        for row in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, times beyond Python's
+            raise DataError(f"{name}: cannot be read after row {number}: {one_line(error)}") from error
+        for row in rows:
             yield (number := number + 1), row
 
 
@@ -170,7 +177,7 @@ def read_parquet(path: Path, name: str) -> Iterator[tuple[int, Any]]:
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     yield (number := number + 1), row
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise DataError(f"{name}: cannot be read as parquet: {one_line(error)}") from error
 
 
@@ -181,15 +188,11 @@ def read_json(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             yield from enumerate(parse_json(start + read_some(file, name, file.read), name), start=1)
             return
-    try:
-        yield from read_json_lines(path, name)
-    except DataError as error:
-        refuse_other_shape(path, name)
-        raise error
+    yield from read_json_lines(path, name)
 
 
 def refuse_other_shape(path: Path, name: str) -> None:
-    """Raise DataError if a file that is no JSON lines is JSON all the same: one object over several lines."""
+    """Raise DataError if a file that is no JSON lines is JSON all the same: one object or list over several lines."""
     with open_data(path, name) as file:
         try:
             whole = json.loads(read_some(file, name, file.read).decode("utf-8-sig"))
@@ -197,14 +200,14 @@ def refuse_other_shape(path: Path, name: str) -> None:
             return
     if isinstance(whole, dict):
         raise one_object(name, whole)
+    if isinstance(whole, list):
+        raise DataError(f"{name}: is one JSON list over several lines, not an object a line: name it .json")
 
 
 def one_object(place: str, content: dict[str, Any]) -> DataError:
     """What is said of a whole set in one JSON object."""
-    keys = ", ".join(f"{shortened(key)} ({in_words(value).split(' with ')[0]})" for key, value in content.items())
-    return DataError(
-        f"{place}: is one JSON object with {shortened(keys, 120)}; a list of objects, or an object a line, is expected"
-    )
+    keys = names_in_words(f"{shortened(key)} ({in_words(value).split(' with ')[0]})" for key, value in content.items())
+    return DataError(f"{place}: is one JSON object with {keys}; a list of objects, or an object a line, is expected")
 
 
 def holds_whole_set(content: dict[str, Any]) -> bool:
@@ -227,11 +230,18 @@ def any_objects(values: list[Any]) -> bool:
 def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     """One JSON object a line; empty lines are passed over but counted."""
     with open_data(path, name) as file:
-        number = 0
+        number, is_first = 0, True
         while line := read_some(file, name, file.readline):
             number += 1
             if line.strip():
-                yield number, parse_json(line.rstrip(), f"{name}:{number}")
+                try:
+                    row = parse_json(line.rstrip(), f"{name}:{number}")
+                except DataError:
+                    if is_first:
+                        refuse_other_shape(path, name)
+                    raise
+                is_first = False
+                yield number, row
 
 
 def read_csv(path: Path, name: str) -> Iterator[tuple[int, Any]]:
@@ -303,6 +313,6 @@ def parse_json(data: bytes, place: str) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{place}: is not valid JSON: {error.msg} ({line}column {error.colno})") from error
     except ValueError as error:  # Python reads no number of more than 4,300 digits
-        raise DataError(f"{place}: holds a number of too many digits: {error}") from error
+        raise DataError(f"{place}: holds a number of too many digits (4,300 can be read)") from error
     except RecursionError as error:
         raise DataError(f"{place}: is nested too deeply to be read") from error

@@ -196,7 +196,7 @@ class Row:
                     f"role of {place}", written, f"one of {', '.join(self.roles)} (others: roles of the source)"
                 )
         if role != written:
-            self.mapped_roles[shortened(written)] = role
+            self.mapped_roles[" ".join(shortened(written).split())] = role
         return role
 
     def content(self, value: Any, place: str) -> str:
@@ -276,9 +276,13 @@ def shortened(text: str, length: int = 40) -> str:
 
 
 def names_in_words(names: Iterable[Any]) -> str:
-    """Names of fields, at most ten, each shortened."""
-    shown = [shortened(valid_text(str(name))) for name in names]
-    return ", ".join(shown[:10]) + (f" and {len(shown) - 10} more" if len(shown) > 10 else "") or "(none)"
+    """Names of fields, at most ten and not much more than 120 characters of them."""
+    all_names = [shortened(valid_text(str(name)), 60) for name in names]
+    shown = all_names[:10]
+    while len(shown) > 1 and len(", ".join(shown)) > 120:
+        shown.pop()
+    more = len(all_names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "") or "(none)"
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------

@@ -46,15 +46,17 @@ FEATURES = datasets.Features(
         "format": datasets.Value("string"),
         "dropped": datasets.Value("string"),
         "deselected": datasets.Value("string"),
-        "not_read": datasets.Value("string"),
-        "mapped_roles": datasets.Value("string"),
-        "margin_fault": datasets.Value("string"),
+        "remarks": datasets.Value("string"),
     }
 )
 """One row for each row read. A pair is used where both `dropped` (why the row is no usable pair) and `deselected` (why
 it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format.
-`not_read` holds the names of filled columns that the format does not read, and `mapped_roles` the roles that were read
-as others ("human -> user"), one a line."""
+`remarks` says what else is to be told of the row, one thing a line: REMARKS."""
+
+NOT_READ, ROLE, MARGIN = "not read: ", "role: ", "margin: "
+REMARKS = (NOT_READ, ROLE, MARGIN)
+"""What a remark begins with: the name of a filled column that the format does not read; a role that was read as another
+("human -> user"); why a margin could not be read."""
 
 
 def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> datasets.Dataset:
@@ -115,7 +117,19 @@ def read_source(source: Source, cache_dir: Path | None) -> datasets.Dataset:
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            raise unwritable_cache(cache_dir, error.__cause__) from error
         raise
+    except OSError as error:
+        raise unwritable_cache(cache_dir, error) from error
+
+
+def unwritable_cache(cache_dir: Path | None, error: OSError) -> DataError:
+    folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+    reason = error.strerror or str(error)
+    return DataError(
+        f"the cache folder {folder} cannot be written: {reason}; give another as --data.cache_dir, or in HF_HOME"
+    )
 
 
 def refuse_several_splits(tables: list[Table], source: Source) -> None:
@@ -134,12 +148,16 @@ def refuse_several_splits(tables: list[Table], source: Source) -> None:
 
 def content_key(tables: list[Table], source: Source) -> str:
     """Hexadecimal key of what `read_source` depends on."""
-    stamps = [
-        [table.name, [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in table.files]]
-        for table in tables
-    ]
+    stamps = [[table.name, [stamp_of(file) for file in table.files]] for table in tables]
     fields = {name: getattr(source, name) for name in Source.model_fields if name not in SELECTION_FIELDS}
     return digest([FORMAT_VERSION, fields, stamps])
+
+
+def stamp_of(file: Path) -> list[Any]:
+    """What tells whether a file has changed, without reading it. Its time of change (ctime) cannot be set back, as the
+    time of its content (mtime) is by tools that copy."""
+    facts = file.stat()
+    return [str(file.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def digest(content: Any) -> str:
@@ -169,8 +187,11 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
                 raise DataError(
                     f"{row.id}: exactly_one_safe was given, but these are rows of format {format_name}, not safe_rlhf"
                 )
-            for outcome in read_pairs_of(row, format_name, source):
-                yield as_features(row, format_name, outcome)
+            outcomes = read_pairs_of(row, format_name, source)
+            remarks = remarks_on(row, format_name)
+            for outcome in outcomes:
+                yield as_features(row, format_name, outcome, remarks)
+                remarks = ""  # of a row with several pairs, once
     row_filter.check_some_passed(source.path)
 
 
@@ -195,7 +216,17 @@ def renamed(row: Row, source: Source) -> dict[str, Any]:
     return {name: value for name, value in row.fields.items() if name not in names and name not in given} | given
 
 
-def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected | Dropped) -> dict[str, Any]:
+def remarks_on(row: Row, format_name: str) -> str:
+    names = not_read(row, format_name)
+    if not names and not row.mapped_roles:
+        return ""
+    lines = [NOT_READ + " ".join(valid_text(str(name)).split()) for name in names]
+    return "\n".join(lines + [f"{ROLE}{written} -> {role}" for written, role in row.mapped_roles.items()])
+
+
+def as_features(
+    row: Row, format_name: str, outcome: PreferencePair | Deselected | Dropped, remarks: str = ""
+) -> dict[str, Any]:
     """What became of a row -> a row of FEATURES."""
     pair = outcome if isinstance(outcome, PreferencePair) else PreferencePair([], [], [], None, row.source, row.id)
     return {
@@ -208,7 +239,5 @@ def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected
         "format": format_name,
         "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
         "deselected": outcome.reason if isinstance(outcome, Deselected) else "",
-        "not_read": valid_text("\n".join(map(str, not_read(row, format_name)))) if format_name else "",
-        "mapped_roles": "\n".join(f"{written} -> {role}" for written, role in row.mapped_roles.items()),
-        "margin_fault": pair.margin_fault,
+        "remarks": f"{remarks}\n{MARGIN}{pair.margin_fault}".lstrip() if pair.margin_fault else remarks,
     }

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from hafrm_ds.data.pairs import names_in_words
 from hafrm_ds.errors import DataError
 
 
@@ -38,7 +39,7 @@ class RowFilter:
             raise DataError(f"{path}: holds no rows")
         for name, counter in self._values.items():
             if not counter:
-                known = ", ".join(self._fields)
+                known = names_in_words(self._fields)
                 raise DataError(f"{path}: no row has the field {name!r} of the row filter (fields: {known})")
         if not self._passed:
             seen = "; ".join(f"{name} is {most_common(counter)}" for name, counter in self._values.items())

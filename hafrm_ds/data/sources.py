@@ -26,7 +26,7 @@ from hafrm_ds.data.portions import parse_portion
 from hafrm_ds.data.presets import PRESETS, Role
 
 DATA_SUFFIXES = (
-    *(".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet"),
+    *(".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".parquet"),
     *(".csv", ".tsv", ".csv.gz", ".tsv.gz"),
 )
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -46,7 +46,7 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     path: str = ""
-    """A file (json, jsonl, csv, tsv, each also with .gz, or parquet), a folder of them, a folder written by datasets'
+    """A file (json, jsonl or ndjson, csv, tsv, also with .gz; parquet), a folder of them, a folder written by datasets'
     save_to_disk, a hub id (ORG/NAME), or a file of a hub data set (hf://datasets/ORG/NAME/FILE)."""
     preset: str | None = None
     """One of the paper's sets by name; it fills every field not given here."""
@@ -149,7 +149,14 @@ class Source(BaseModel):
 
 
 def is_hub_id(path: str) -> bool:
-    return HUB_ID.fullmatch(path) is not None and not path.lower().endswith(DATA_SUFFIXES) and not Path(path).exists()
+    return HUB_ID.fullmatch(path) is not None and not path.lower().endswith(DATA_SUFFIXES) and not is_there(path)
+
+
+def is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def has_splits(path: Path) -> bool:
@@ -158,7 +165,7 @@ def has_splits(path: Path) -> bool:
 
 
 def report_label(name: str | None, preset: str | None, path: str) -> str:
-    return name or preset or (Path(path).name.split(".")[0] if Path(path).exists() else path)
+    return name or preset or (Path(path).name.split(".")[0] if is_there(path) else path)
 
 
 def suggestion(name: str, known: Any) -> str:
@@ -176,7 +183,7 @@ def resolve_preset(source: Source, role: Role) -> Source:
         return source
     preset = PRESETS[source.preset]
     fields = preset.both | (preset.train if role == "train" else preset.eval)
-    if source.path and Path(source.path).exists():
+    if source.path and is_there(source.path):
         kept = ("split",) if has_splits(Path(source.path)) else ()
         fields = {name: value for name, value in fields.items() if name not in HUB_FIELDS or name in kept}
     given = {name: getattr(source, name) for name in source.model_fields_set}

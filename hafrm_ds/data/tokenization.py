@@ -13,7 +13,7 @@ import jinja2
 
 from hafrm_ds.data.formatting import ChatFormatter, encode_rendered
 from hafrm_ds.data.pairs import Message
-from hafrm_ds.data.rendering_check import is_serious, marks_in
+from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious, marks_in
 from hafrm_ds.errors import DataError
 
 TOKENIZATION_VERSION = 4
@@ -196,9 +196,10 @@ def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> 
     except jinja2.TemplateError as error:
         raise DataError(refusal_of(error)) from error
     if is_serious(left_out := formatter.left_out(messages, text)):
+        remedy = "; the option reasoning, set to drop, takes it out on purpose" if ANSWER_REASONING in left_out else ""
         raise DataError(
-            f"{formatter.template_name} leaves out {', '.join(left_out)}: the model would not see the "
-            "whole conversation"
+            f"{formatter.template_name} leaves out {', '.join(left_out)}: the model would not see the whole "
+            f"conversation{remedy}"
         )
     if len(ids) < 2:
         raise DataError(f"the conversation is rendered as {len(ids)} tokens; there must be two at least")

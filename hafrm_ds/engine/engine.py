@@ -23,6 +23,7 @@ from hafrm_ds.engine.gradients import discard, inner_products, own_parts
 from hafrm_ds.engine.resharding import Shards, deal_out
 from hafrm_ds.engine.shapes import full_numel, full_shape
 from hafrm_ds.errors import UserError
+from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.hardware.measurement import synchronize
 from hafrm_ds.model.hybrid import HybridModel, freeze_unused_heads
 from hafrm_ds.model.lora import add_adapters
@@ -40,8 +41,9 @@ def check_build_tools(device: torch.device, deepspeed_config: dict | None = None
         deepspeed_config: of a training; scoring has no optimizer.
 
     Raises:
-        UserError: a tool is missing.
+        UserError: a tool is missing, or the GPU is one of AMD.
     """
+    refuse_untried(device)
     offloads = is_offloaded(deepspeed_config or {}, "offload_optimizer")
     if device.type != "cpu" and not offloads:
         return

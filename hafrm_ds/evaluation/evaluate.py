@@ -93,6 +93,8 @@ class EvaluationOptions(ScoringSection):
     """What happens to longer ones. Default: as in the training, else keep_prompt_end."""
     max_dropped_share: Share | None = None
     """Stop when a larger share of the pairs would be dropped. Default: 0.05."""
+    cache_dir: Path | None = None
+    """Where prepared data is kept between runs. Default: the cache folder of Hugging Face datasets."""
     misfits: Literal["leave_out", "cut"] = "leave_out"
     """Questions of a benchmark with an answer that leaves no room for its prompt. leave_out: they are not asked, and
     counted. cut: their answers lose their end. Questions that the chat template cannot render are left out."""
@@ -335,7 +337,7 @@ def prepare_sets(
     trained = trained_with(saved, "data")
     given = {name: trained.get(name, default) for name, default in defaults.items()}
     given["max_length"] = int(min(given["max_length"], sizes_of(saved).positions))
-    asked = {name: getattr(options, name) for name in (*defaults, "max_dropped_share")}
+    asked = {name: getattr(options, name) for name in (*defaults, "max_dropped_share", "cache_dir")}
     given |= {name: value for name, value in asked.items() if value is not None}
     if given["max_length"] > options.max_tokens_per_micro_batch:
         raise DataError(

@@ -54,7 +54,7 @@ def accuracy_table(title: str, parts: Mapping[str, Mapping[str, Any]]) -> Table:
         (name, [count(part["pairs"]), *(share_estimate(part["accuracy"].get(judge)) for judge in judges)])
         for name, part in parts.items()
     ]
-    return Table(rows, (title, "pairs", *judges))
+    return Table(rows, (title, "pairs", *(JUDGES[judge] for judge in judges)))
 
 
 def set_tables(analysis: dict[str, Any]) -> list[Table]:
@@ -71,9 +71,12 @@ def set_tables(analysis: dict[str, Any]) -> list[Table]:
         rows.append((label, [form(calibration[judge][key]) if judge in calibration else Cell("") for judge in judges]))
     for other in judges[1:]:
         known = [agreement.get(f"{judge}/{other}", agreement.get(f"{other}/{judge}")) for judge in judges]
-        rows.append((f"agreement with {other}", [*map(share, known)]))
+        rows.append((f"agreement with {JUDGES[other]}", [*map(share, known)]))
     lengths = {length_range(part["low"], part["high"]): part for part in analysis["by_length_difference"]}
-    tables = [Table(rows, ("", *judges)), accuracy_table("accuracy, chosen longer by", lengths)]
+    tables = [
+        Table(rows, ("", *(JUDGES[judge] for judge in judges))),
+        accuracy_table("accuracy, chosen longer by", lengths),
+    ]
     if len(sources := by_size(analysis["by_source"])) > 1:
         tables.append(accuracy_table("accuracy by source", sources))
     yardsticks = [
@@ -129,7 +132,7 @@ def benchmark_table(found: dict[str, Any]) -> Table:
         absent = {name: first["categories"][name] for name in first["missing"]}
         names = [", ".join(part["missing"]) if part["questions"] else name for name, part in absent.items()]
         caption += f": no overall score without all of {', '.join(names)}"
-    return Table(rows, ("", "questions", *results), caption=caption)
+    return Table(rows, ("", "questions", *(JUDGES[judge] for judge in results)), caption=caption)
 
 
 # ---- best of N -----------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ class Kernel:
         if self.capabilities:
             if device.type != "cuda":
                 return f"it needs an NVIDIA GPU, not {device.type}"
+            if torch.version.hip:
+                return "it needs an NVIDIA GPU, not one of AMD"  # whose major capabilities are other GPUs'
             if (major := torch.cuda.get_device_capability(device)[0]) not in self.capabilities:
                 return f"it is not made for GPUs of compute capability {major}"
             if dtype != torch.bfloat16:

@@ -19,7 +19,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import UserError, print_in_any_encoding
+from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.processes.agreement import differences, disagreement, software
 from hafrm_ds.processes.launchers import Placement, placement_of, timeout_of
 from hafrm_ds.processes.meeting import meet
@@ -49,6 +50,7 @@ class Processes:
     num_hosts: as far as the launcher tells; 1 if it does not.
     timeout: of each collective.
     first_store: that of all jobs, where `store` is of one of them (`for_job`).
+    words: the message of an error in the words of the entry file, which may have other names for options.
     """
 
     rank: int
@@ -61,6 +63,7 @@ class Processes:
     num_hosts: int = 1
     timeout: timedelta = field(default_factory=lambda: timeout_of(os.environ))
     first_store: dist.Store | None = None
+    words: Callable[[UserError], str] = str
 
     @property
     def errors(self) -> dist.Store:
@@ -130,6 +133,7 @@ class Processes:
         """Make this process's GPU the one that kernels run on when they are not told."""
         if self.device.type != "cuda":
             return
+        refuse_untried(self.device)
         if self.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"{self.name} is process {self.local_rank} (from 0) of its host and sees "
@@ -228,6 +232,12 @@ class Processes:
         if self.device.type != "cuda" and self.num_hosts > 1:
             self.choose_interface()
         is_cuda = self.device.type == "cuda"
+        # DeepSpeed's collectives run in a group of its own, so two communicators may be busy at once: under ZeRO-3
+        # weights that are fetched ahead, and a vote whether to stop. Their kernels could then start in another order on
+        # each GPU, and wait for one another for ever. All ranks call both in the same order, one after another, and
+        # NCCL (2.26 and later, which torch brings) keeps it. Handing DeepSpeed's group to every collective of ours
+        # would do as well, but all rooms would have to know it.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
             store=dist.PrefixStore("group", self.store),
@@ -267,7 +277,7 @@ class Processes:
         if isinstance(error, FailedElsewhere) or not self.speaks():
             return False
         where = f" ({self.name})" if self.num_hosts > 1 else ""
-        print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror{where}: {self.words(error)}", file=sys.stderr, flush=True)
         return True
 
     def speaks(self) -> bool:
@@ -361,6 +371,7 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     it is reports it. Anything else keeps its traceback; ranks that wait for this one are told, for they would wait for
     ever. A run that was asked to stop ends with STOPPED_STATUS.
     """
+    print_in_any_encoding()
     choose_allocators()
     keep_compiled_kernels()
     try:

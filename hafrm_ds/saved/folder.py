@@ -125,13 +125,14 @@ class SavedStockModel:
     """A folder that transformers loads without code of ours. Build one of its kinds with `open`.
 
     folder: where it lies. config: how it is loaded. metadata: {} but for an export of ours.
-    chat_template: name or file of a template for a tokenizer without one.
+    chat_template: name or file of a template for a tokenizer without one. reasoning: as for `ChatFormatter.create`.
     """
 
     folder: Path
     config: ModelConfig
     metadata: dict[str, Any]
     chat_template: str | None
+    reasoning: str | None = None
 
     @classmethod
     def open(
@@ -141,6 +142,7 @@ class SavedStockModel:
         dtype: str | None,
         metadata: dict[str, Any],
         chat_template: str | None,
+        reasoning: str | None,
     ) -> Self:
         """Look at a folder without loading its weights.
 
@@ -153,14 +155,14 @@ class SavedStockModel:
         stock = load_model_config(ModelConfig(**options))
         cls.check(folder, stock)
         dtype = dtype_of_weights(folder, dtype or str(stock.dtype or "").removeprefix("torch."))
-        return cls(folder, ModelConfig.model_validate(options | {"dtype": dtype}), metadata, chat_template)
+        return cls(folder, ModelConfig.model_validate(options | {"dtype": dtype}), metadata, chat_template, reasoning)
 
     @classmethod
     def check(cls, folder: Path, config: PretrainedConfig) -> None:
         """Raises ModelError for a model of this kind that gives no scores."""
 
     def formatter(self) -> ChatFormatter:
-        return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY)
+        return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY, self.reasoning)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.data.pairs import assistant
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
+from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.saved.folder import SavedModel
@@ -74,7 +75,9 @@ class HybridRewardModel(Scorer):
             trust_remote_code=trust_remote_code,
             trust_pickle=trust_pickle,
         )
-        return cls.load(saved, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), max_tokens)
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        refuse_untried(chosen)
+        return cls.load(saved, chosen, max_tokens)
 
     @classmethod
     def load(cls, saved: SavedModel, device: torch.device, max_tokens: int) -> "HybridRewardModel":
@@ -127,7 +130,10 @@ class HybridRewardModel(Scorer):
         return values[0] if is_one else values
 
     def forward(self, batch: PackedBatch, **heads: bool) -> ResponseScores:
-        return self.model(batch.to(self.model.reward_head.weight.device), **heads)
+        weight = self.model.reward_head.weight
+        # Kernels that are compiled at their first call run on the current GPU, and pinned memory is that GPU's.
+        with torch.cuda.device_of(weight):
+            return self.model(batch.to(weight.device), **heads)
 
 
 def as_conversations(

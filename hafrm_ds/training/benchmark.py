@@ -86,6 +86,7 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         "tokens/s": f"{median('tokens_per_second'):,.0f}",
         "pairs/s": f"{median('pairs_per_second'):,.2f}",
         "MFU": f"{median('mfu'):.1%} of {trainer.peak_flops / 1e12:.3g} TFLOP/s a process",
+        "mfu_measured": f"{median('mfu_measured'):.1%} of {trainer.measured_peak / 1e12:.3g} TFLOP/s, as measured here",
         "without gradients: tokens/s; pairs/s": f"{tokens / seconds:,.0f}; {len(index) / seconds:,.2f}",
         "peak memory of the largest process": f"{steps[-1]['memory_gib']:.2f} GiB",
     }

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from hafrm_ds.data.formats import FORMATS, NO_PAIRS
+from hafrm_ds.data.formats import FORMATS
 from hafrm_ds.data.pairs import assistant, user
 
 README = Path(__file__).parents[2] / "hafrm_ds" / "data" / "README.md"
@@ -81,6 +81,7 @@ EXAMPLES = {
         "answers": [{"text": "b", "pm_score": 0, "selected": False}, {"text": "a", "pm_score": 3, "selected": True}],
     },
     "ratings": {"instruction": "p", "generations": ["b", "a"], "ratings": [2.0, 4.0]},
+    "groups": {"prompt": "p", "responses": ["b", "a"], "scores": [0.5, 2.5]},
     "oasst": {
         "message_tree_id": "1",
         "tree_state": "ready_for_export",
@@ -103,11 +104,6 @@ def table() -> str:
         row = json.dumps(EXAMPLES[name]).replace("|", "\\|")
         lines.append(f"| {name} | {known.whose} | `{row}` |")
     return "\n".join(lines) + "\n"
-
-
-def refusals() -> str:
-    """Markdown: the layouts that give no pair, and why."""
-    return "; ".join(f"{name} ({', '.join(columns)}): {reason}" for name, (columns, reason) in NO_PAIRS.items())
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def error_of(fields, source=SOURCE):
     return str(caught.value)
 
 
-MARGINS = {"helpsteer2": 1.0, "ratings": 2.0, "helpsteer3": 2.0, "webgpt": 2.0, "ultrafeedback": 5.0}
+MARGINS = {"helpsteer2": 1.0, "ratings": 2.0, "groups": 2.0, "helpsteer3": 2.0, "webgpt": 2.0, "ultrafeedback": 5.0}
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -58,7 +58,7 @@ def test_each_set_has_calibration_agreement_sources_and_yardsticks(sets):
             values = [calibration[judge][key] for judge in ("reward", "implicit")]
             assert rows[label] == [*("-" if value is None else f"{value:.1%}" for value in values), ""]
         agreement = found["agreement"]
-        assert rows["agreement with implicit"] == [
+        assert rows["agreement with implicit reward"] == [
             f"{agreement['reward/implicit']:.1%}", "-", f"{agreement['implicit/logprob']:.1%}"
         ]  # fmt: skip
         assert rows["ties"] == ["0", "0", "0"] and len(rows["mean margin"]) == 3

@@ -389,6 +389,14 @@ def test_a_package_that_is_not_installed_is_named():
     assert import_problem("torch") is None
 
 
+def test_kernels_of_nvidia_gpus_are_refused_on_one_of_amd(hopper, monkeypatch):
+    """An MI300 calls itself cuda and says 9.4, as if it were a Hopper."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    assert choose_kernel("auto", hopper, torch.bfloat16, LLAMA).name == "segmented"
+    with pytest.raises(ModelError, match=r"fa2 cannot be used: it needs an NVIDIA GPU, not one of AMD. What can: segm"):
+        choose_kernel("fa2", hopper, torch.bfloat16, LLAMA)
+
+
 def test_a_gpu_kernel_is_refused_on_the_cpu():
     with pytest.raises(ModelError, match="varlen cannot be used: it needs an NVIDIA GPU, not cpu"):
         choose_kernel("varlen", torch.device("cpu"), torch.bfloat16, LLAMA)

@@ -166,10 +166,31 @@ def test_nccl_is_bound_to_a_device_only_where_there_are_several_ranks(monkeypatc
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.update(options, backend=backend))
     monkeypatch.setattr(Processes, "device", torch.device("cuda", 0))
     monkeypatch.setattr(Processes, "use_device", lambda self: None)
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "")  # so that it is as it was after the test
+    monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT")
     store = dist.HashStore()
     store.add("arrived", world_size - 1)
     Processes(0, 0, world_size, store).start_group()
     assert (started["backend"], started["device_id"]) == ("nccl", bound)
+    # Those groups and ours have communicators of their own.
+    assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+
+
+def test_an_amd_gpu_is_refused_unless_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(Processes, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    processes = Processes(0, 0, 1, dist.HashStore())
+    with pytest.raises(
+        UserError, match=r"AMD GPUs \(ROCm 6.4.1\), on which hafrm_ds has never run.*set HAFRM_TRY_ROCM=1"
+    ):
+        processes.use_device()
+    assert chosen == []
+    monkeypatch.setenv("HAFRM_TRY_ROCM", "1")
+    processes.use_device()
+    assert chosen == [torch.device("cuda", 0)]
 
 
 def test_an_error_that_nobody_foresaw_also_stops_the_ranks_that_wait(ranks, enter, capsys):

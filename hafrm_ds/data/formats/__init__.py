@@ -11,7 +11,7 @@ is not read is told by `not_read`.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +29,7 @@ from hafrm_ds.data.formats.labelled import (
     of_webgpt,
 )
 from hafrm_ds.data.formats.parts import Made, finished
-from hafrm_ds.data.formats.ranked import of_nectar, of_ratings, of_stack_exchange, of_tree, of_ultrafeedback
+from hafrm_ds.data.formats.ranked import of_lists, of_nectar, of_stack_exchange, of_tree, of_ultrafeedback
 from hafrm_ds.data.pairs import (
     MEDIA,
     MEDIA_NAMES,
@@ -37,6 +37,7 @@ from hafrm_ds.data.pairs import (
     ROLES,
     TOOL_CALLS,
     Dropped,
+    Message,
     Outcome,
     PreferencePair,
     Row,
@@ -77,6 +78,12 @@ def answered(
     """The format of rows with a question, a better and a worse answer."""
     make = partial(answers_to, question=question, better=answers[0], worse=answers[1])
     return Format((question, *answers), make, whose, (*also_reads, *EARLIER), **how)
+
+
+def lists(question: str, answers: str, numbers: str, whose: str, *also_reads: str) -> Format:
+    """The format of rows with a question, a list of answers and one of their values."""
+    make = partial(of_lists, question=question, answers=answers, numbers=numbers)
+    return Format((question, answers, numbers), make, whose, also_reads)
 
 
 def is_whole(answer: Any) -> bool:
@@ -135,7 +142,8 @@ FORMATS: dict[str, Format] = {
     "nectar": Format(("prompt", "answers"), of_nectar, "Nectar (berkeley-nest)"),
     "ultrafeedback": Format(("instruction", "completions"), of_ultrafeedback, "UltraFeedback (openbmb)"),
     "stack_exchange": Format(("question", "answers"), of_stack_exchange, "Stack Exchange preferences (HuggingFaceH4)"),
-    "ratings": Format(("instruction", "generations", "ratings"), of_ratings, "distilabel", ("input",)),
+    "ratings": lists("instruction", "generations", "ratings", "distilabel", "input"),
+    "groups": lists("prompt", "responses", "scores", "groups of answers, as score.py writes them"),
     "oasst": Format(("message_tree_id", "prompt"), of_tree, "OpenAssistant, its trees"),
     "implicit_messages": Format(
         ("chosen", "rejected"),
@@ -225,12 +233,24 @@ def read_pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]
         return [Dropped(error.reason)]
     outcomes = [finished(each, row, source) for each in (made if isinstance(made, list) else [made])]
     lost = [name for name in unread.of_conversation if name not in ignored and may_be_lost(name, row.fields[name])]
-    if lost and (lost := [name for name in lost if not repeats(row.fields[name], outcomes)]):
-        raise DataError(
-            f"{row.id}: {names_in_words(lost)}: filled, but not read in rows of format {format_name}; if nothing of "
-            f"the conversation is lost without, name it in ignore_columns of the source"
-        )
+    pairs = [outcome for outcome in outcomes if isinstance(outcome, PreferencePair)]
+    if lost and pairs:
+        said = [message for pair in pairs for message in (*pair.prompt, *pair.chosen, *pair.rejected)]
+        if lost := [name for name in lost if not repeats(row.fields[name], said)]:
+            raise DataError(
+                f"{row.id}: {names_in_words(lost)}: filled, but not read in rows of format {format_name}; if nothing "
+                f"of the conversation is lost without, name it in ignore_columns of the source"
+            )
     return outcomes
+
+
+def refuse_lost(row: Row, read: Iterable[str], said: Iterable[Message]) -> None:
+    """The contract for rows of one fixed layout, which reads the columns `read`: raises DataError for another one that
+    speaks of the conversation, unless it repeats what is `said`."""
+    names = [name for name in row.fields if name not in read and speaks_of_conversation(name)]
+    lost = [name for name in names if may_be_lost(name, row.fields[name])]
+    if lost and (lost := [name for name in lost if not repeats(row.fields[name], said)]):
+        raise DataError(f"{row.id}: {names_in_words(lost)}: filled, but not read; take it out of the row")
 
 
 def not_read(row: Row, format_name: str) -> list[str]:
@@ -290,13 +310,9 @@ def may_be_lost(name: str, value: Any) -> bool:
     return is_filled(value) and (isinstance(value, str | list | dict) or name == "turn")
 
 
-def repeats(value: Any, outcomes: list[Outcome]) -> bool:
-    """Whether every text in a value stands in the conversation of a pair, as UltraFeedback's `messages` do."""
-    pairs = [outcome for outcome in outcomes if isinstance(outcome, PreferencePair)]
-    if not pairs:
-        return True  # nothing is trained on
-    messages = (message for pair in pairs for message in (*pair.prompt, *pair.chosen, *pair.rejected))
-    whole = "\n".join(message["content"] for message in messages)
+def repeats(value: Any, said: Iterable[Message]) -> bool:
+    """Whether every text in a value stands in messages that are read, as UltraFeedback's `messages` do."""
+    whole = "\n".join(message["content"] for message in said)
     return all(text.strip() in whole for text in texts_in(value))
 
 

@@ -42,20 +42,13 @@ def answers_to(
     """
     if not row.given(question):
         return without_question(row, source, better, worse)
-    value = messages_or_text(row, question)
-    from_transcript = False
-    if isinstance(value, str):
-        prompt, from_transcript = prompt_from_text(row.text(question))
-        if question == "instruction":
-            prompt[-1] = user(joined_instruction(row))
-    else:
-        prompt = [row.message(value, f"field {question!r}")] if isinstance(value, dict) else row.messages(question)
+    prompt, from_transcript = prompt_of(row, question)
     answers = [
         answer_of(row, field, answer, strip=from_transcript)
         for field, answer in zip((better, worse), answer_values(row, better, worse), strict=True)
     ]
-    if isinstance(value, str):
-        prompt, answers = without_repeated_prompt(value, prompt, answers)
+    if isinstance(messages_or_text(row, question), str):
+        prompt, answers = without_repeated_prompt(row.text(question), prompt, answers)
     earlier = earlier_turns(row)
     if (earlier + prompt)[-1]["role"] in ("system", "developer"):
         return Dropped("a system message alone is no prompt")
@@ -76,6 +69,16 @@ def answers_to(
         )
     start = start if contains(start, earlier) else earlier + start
     return Parts(start, chosen[prompt_length:], rejected[prompt_length:])
+
+
+def prompt_of(row: Row, question: str) -> tuple[list[Message], bool]:
+    """A question that is a text, a message or messages -> (messages, whether it was a transcript with an open end)."""
+    value = messages_or_text(row, question)
+    if isinstance(value, str):
+        return prompt_from_text(joined_instruction(row) if question == "instruction" else row.text(question))
+    if question == "instruction" and row.given("input") and row.fields["input"]:
+        raise row.fault("field 'instruction'", value, "a text, because there is an input too")
+    return [row.message(value, f"field {question!r}")] if isinstance(value, dict) else row.messages(question), False
 
 
 def messages_or_text(row: Row, field: str) -> Any:

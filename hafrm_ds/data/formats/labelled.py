@@ -26,7 +26,7 @@ def by_strength(row: Row, prompt: list[Message], answers: tuple[str, str], label
     if not has_label(row, label):
         return Deselected(NO_PREFERENCE)
     strength = row.number(label)
-    return of_two(row, prompt, answers, int(strength > 0), abs(strength)) if strength else Deselected(TIE)
+    return of_two(row, prompt, answers, int(strength > 0), abs(float(strength))) if strength else Deselected(TIE)
 
 
 def has_label(row: Row, field: str) -> bool:
@@ -177,7 +177,7 @@ def of_webgpt(row: Row, source: "Source") -> Made:
     """WebGPT comparisons: a question (an object with full_text), two answers and a score for each."""
     question = row.value("question")
     text = row.text("question") if isinstance(question, str) else inner_text(row, question, "question", "full_text")
-    difference = row.number("score_0") - row.number("score_1")
+    difference = float(row.number("score_0")) - float(row.number("score_1"))
     if not difference:
         return Deselected(TIE)
     return of_two(row, [user(text)], ("answer_0", "answer_1"), int(difference < 0), abs(difference))

@@ -70,7 +70,7 @@ def is_single_turn(prompt: list[Message], chosen: list[Message], rejected: list[
 def margin_of(row: Row) -> float | None:
     """The row's `margin`, else score_chosen - score_rejected, else None. A null counts as not given."""
     if row.given("margin"):
-        return row.number("margin")
+        return float(row.number("margin"))
     if row.given("score_chosen") and row.given("score_rejected"):
-        return row.number("score_chosen") - row.number("score_rejected")
+        return float(row.number("score_chosen")) - float(row.number("score_rejected"))
     return None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from hafrm_ds.data.formats.answers import joined_instruction
+from hafrm_ds.data.formats.answers import prompt_of
 from hafrm_ds.data.formats.labelled import inner_text
 from hafrm_ds.data.formats.parts import TIE, Made, Parts
 from hafrm_ds.data.pairs import Deselected, Message, Row, assistant, prompt_from_text, user
@@ -49,7 +49,7 @@ def answers_with(row: Row, field: str, answer: str, number: str) -> list[tuple[f
 def numbers_of(row: Row, field: str, items: list[Any], number: str) -> list[float | None]:
     """The number that each object of `field` holds, or None."""
     rows = [Row({number: item.get(number)}, f"{row.id}: {field}", "") for item in items]
-    return [found.number(number) if found.given(number) else None for found in rows]
+    return [float(found.number(number)) if found.given(number) else None for found in rows]
 
 
 def of_nectar(row: Row, source: "Source") -> list[Made]:
@@ -70,18 +70,18 @@ def of_stack_exchange(row: Row, source: "Source") -> list[Made]:
     return compared(source, [user(row.text("question"))], ranked, with_margin=False)
 
 
-def of_ratings(row: Row, source: "Source") -> list[Made]:
-    """distilabel: an instruction, generations and as many ratings, of which some may be null."""
-    texts, ratings = items_of(row, "generations"), items_of(row, "ratings")
-    if len(texts) != len(ratings):
-        raise row.fault("field 'ratings'", ratings, f"{len(texts)} numbers, one for each of 'generations'")
-    numbers = numbers_of(row, "ratings", [{"rating": rating} for rating in ratings], "rating")
+def of_lists(row: Row, source: "Source", question: str, answers: str, numbers: str) -> list[Made]:
+    """A question, a list of answers and as many numbers, higher better, of which some may be null."""
+    texts, values = items_of(row, answers), items_of(row, numbers)
+    if len(texts) != len(values):
+        raise row.fault(f"field {numbers!r}", values, f"{len(texts)} numbers, one for each of {answers!r}")
+    found = numbers_of(row, numbers, [{"number": value} for value in values], "number")
     ranked = [
-        (number, row.as_text(text, "an item of field 'generations'", expected="a text"))
-        for number, text in zip(numbers, texts)
+        (number, row.as_text(text, f"an item of field {answers!r}", expected="a text"))
+        for number, text in zip(found, texts)
         if number is not None
     ]
-    return compared(source, [user(joined_instruction(row))], ranked, with_margin=True)
+    return compared(source, prompt_of(row, question)[0], ranked, with_margin=True)
 
 
 # ---- trees ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from hafrm_ds.config import ScoringSection
 from hafrm_ds.data.files import file_table
+from hafrm_ds.data.formats.answers import earlier_turns
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
@@ -30,7 +31,7 @@ from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import identity_of_model, open_model
 from hafrm_ds.scoring.files import ScoringOptions, score_file
-from hafrm_ds.scoring.rows import conversations_of, json_line
+from hafrm_ds.scoring.rows import conversations_of, json_line, prompt_of
 
 CANDIDATES_FILE, GOLD_FILE, RANKED_FILE = "candidates.jsonl", "gold.jsonl", "ranked.jsonl"
 RESULTS_FILE = "best_of_n.json"
@@ -175,8 +176,14 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
         row = Row(fields, f"{file}:{number}", "")
         if not isinstance(fields, dict):
             raise row.fault("the row", fields, "an object with prompt and responses")
-        kept = {"id": fields.get("id", row.id), "prompt": row.value("prompt"), "responses": row.value("responses")}
-        conversations_of(Row(kept, row.id, ""))
+        responses = row.value("responses")
+        if conversations_of(row)[0] != "scores":
+            raise row.fault(
+                "field 'responses'", responses, "answers to a prompt, or to messages that end with the user"
+            )
+        has_prompt = row.given("prompt") and not earlier_turns(row)
+        prompt = fields["prompt"] if has_prompt else prompt_of(row)
+        kept = {"id": fields.get("id", row.id), "prompt": prompt, "responses": responses}
         num_responses = len(kept["responses"])
         if num_responses < 2:
             raise DataError(f"{row.id}: field 'responses' has 1 answer; a best of N needs 2 at least")

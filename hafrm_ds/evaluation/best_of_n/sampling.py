@@ -29,6 +29,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hafrm_ds.config import Positive, PositiveInt
 from hafrm_ds.data.files import file_table
+from hafrm_ds.data.formats import refuse_lost
+from hafrm_ds.data.formats.answers import EARLIER, earlier_turns
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
@@ -138,7 +140,7 @@ class SamplingJob:
         for row in rows:
             if not isinstance(row.fields, dict):
                 raise row.fault("the row", row.fields, "an object with a prompt")
-            prompt_of(row)
+            refuse_lost(row, ("prompt", "messages", *EARLIER), prompt_of(row))
         return cls(options, sampler, policy, formatter, rows)
 
     def identity(self) -> dict[str, Any]:
@@ -193,9 +195,13 @@ class SamplingJob:
         written = [{"id": self.rows[k].fields.get("id", self.rows[k].id)} for k in part]
         prompts: dict[int, list[int]] = {}  # by place in the part
         for place, k in enumerate(part):
-            written[place]["prompt"] = self.rows[k].fields["prompt"]
+            # As it stood in the file, unless other columns belong to it.
+            prompt = prompt_of(self.rows[k])
+            as_written = self.rows[k].fields.get("prompt")
+            is_whole = as_written is not None and not earlier_turns(self.rows[k])
+            written[place]["prompt"] = as_written if is_whole else prompt
             try:
-                ids = self.formatter.encode_prompt(prompt_of(self.rows[k]))
+                ids = self.formatter.encode_prompt(prompt)
             except jinja2.TemplateError:
                 written[place]["dropped"] = REFUSED
                 continue

@@ -30,6 +30,7 @@ NOISY, SHARE = {"noisy": True}, {"is_share": True}
 LOSS_PARTS = {"loss/reward": ("reward", 0), "loss/policy": ("policy", 1)}
 EFFICIENCY = {
     "mfu": ("of the peak FLOPs (MFU)", 0),
+    "mfu_measured": ("of the measured peak (mfu_measured)", 3),
     "padding_share": ("padding", 1),
     "imbalance": ("waiting for the slowest process", 2),
 }
@@ -61,10 +62,13 @@ def panel_charts(panels: tuple[Panel, ...], rows: pd.DataFrame, *, is_dotted: bo
 
 
 def curves_of(panel: Panel, rows: pd.DataFrame) -> list[Curve]:
-    """The curves of the columns that are there, but for one that is 0 throughout, and for a total of one part."""
+    """The curves of the columns that are there, but for one that is 0 throughout, for a total of one part, and for a
+    second MFU where both are of the measured peak."""
     found = {name: rows[name] for name in panel.columns if name in rows and rows[name].any()}
     if not LOSS_PARTS.keys() <= found.keys():
         found.pop("loss/total", None)
+    if {"mfu", "mfu_measured"} <= found.keys() and found["mfu"].equals(found["mfu_measured"]):
+        del found["mfu_measured"]
     return [Curve(*panel.columns[name], values) for name, values in found.items()]
 
 

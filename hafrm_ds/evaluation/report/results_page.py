@@ -91,8 +91,11 @@ def tiles(results: Results) -> Iterator[tuple[str, str, str]]:
         pairs = options.get("batch.global_batch_size")
         yield ("steps", f"{training.index[-1]:,}", ", ".join(filter(None, [pairs and f"{pairs:,} pairs", each])))
     if len(speeds := known(training, "tokens_per_second")):
-        utilisation = known(training, "mfu")
-        detail = f"median; MFU {np.median(utilisation):.0%}" if len(utilisation) else "median"
+        shares = [known(training, name) for name in ("mfu", "mfu_measured")]
+        mfu, measured = (f"{np.median(share):.0%}" if len(share) else "" for share in shares)
+        detail = "median" + (f"; MFU {mfu}" if mfu else "")
+        if measured not in ("", mfu):
+            detail += f", {measured} of the measured peak"
         yield ("tokens a second", short(float(f"{np.median(speeds):.3g}")), detail)
     if len(memory := known(training, "memory_gib")):
         processes = results.environment.get("world_size")
