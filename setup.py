@@ -34,6 +34,7 @@ setup(
         "protobuf",  # without it transformers cannot read a sentencepiece model
         "safetensors",
         "numpy",
+        "pandas",
         "jinja2",
         "markupsafe",
         "matplotlib>=3.11",
@@ -57,6 +58,7 @@ setup(
             "ruff",
             "import-linter",
             "mypy",
+            "pandas-stubs",
             "types-PyYAML",
             "types-psutil",
             "trl>=1.16",

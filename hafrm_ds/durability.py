@@ -4,6 +4,8 @@ write_whole(FILE, bytes)         a small file at once
 with whole_file(FILE) as file    a file written as a stream
 with whole_folder(FOLDER) as draft
                                  a folder; one that is there is replaced without a moment in which neither is
+publish(DRAFT, PLACE)            the last step of these, for drafts that are written in ways of their own
+publish_link, remove_folder      a symbolic link, and the end of a folder
 """
 
 import ctypes
@@ -44,13 +46,10 @@ def whole_file(file: Path) -> Iterator[IO[bytes]]:
     try:
         with draft.open("wb") as handle:
             yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        draft.replace(file)
+        publish(draft, file)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    sync_folder(file.parent)
 
 
 @contextmanager
@@ -68,12 +67,34 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    publish(draft, folder)
+
+
+def publish(draft: Path, place: Path) -> None:
+    """Bring a file or folder to the disk, and give it the place of another, which goes."""
     for path in [*draft.rglob("*"), draft]:
-        sync_folder(path)  # files as well
-    put_in_place(draft, folder)
-    sync_folder(folder.parent)
-    for old in (draft, replaced(folder)):
+        sync(path)
+    if draft.is_dir():
+        put_in_place(draft, place)
+    else:
+        draft.replace(place)
+    sync(place.parent)
+    for old in (draft, replaced(place)):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_link(link: Path, target: str) -> None:
+    """Let a symbolic link point to `target`, from one moment to the next."""
+    draft = link.with_name(f".{link.name}")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(target)
+    draft.replace(link)
+    sync(link.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder. It is renamed first: one that is deleted in part must not look whole."""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
 
 
 def put_in_place(draft: Path, folder: Path) -> None:
@@ -111,9 +132,9 @@ def restore_replaced(folder: Path) -> None:
         replaced(folder).rename(folder)
 
 
-def sync_folder(folder: Path) -> None:
+def sync(path: Path) -> None:
     """Make what was renamed inside a folder, or written into a file, survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -4,6 +4,7 @@ Everything a user can get wrong is raised as one of these: the message names the
 to do. Entry files print the message without a traceback, from one rank, and exit with status 1.
 """
 
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -35,17 +36,31 @@ class ModelError(UserError):
 
 
 def in_own_names(error: "UserError") -> str:
-    """The message of an error, with the options of a training under data by the names that entry files with few options
-    give them: --max_length, where a training has data.max_length."""
-    names = "max_dropped_share|max_length|truncation|chat_template"
-    return re.sub(rf"(?<![\w./])(?:--)?data\.({names})\b", r"--\1", str(error))
+    """The message of an error, with the options of a training by the names that entry files with few options give them:
+    --max_length, where a training has data.max_length, and --model, where it has model.name_or_path."""
+    names = "max_dropped_share|max_length|truncation|chat_template|cache_dir|reasoning"
+    message = re.sub(rf"(?<![\w./])(?:--)?data\.({names})\b", r"--\1", str(error))
+    message = message.replace("(model.name_or_path, or --model)", "(--model)")
+    return re.sub(r"(?<![\w./])(?:--)?model\.(name_or_path|trust_remote_code)\b", own_model_option, message)
+
+
+def own_model_option(found: re.Match) -> str:
+    return "--model" if found[1] == "name_or_path" else f"--{found[1]}"
+
+
+def print_in_any_encoding() -> None:
+    """Let a console that cannot show a character show a question mark, instead of ending the job."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def run_alone(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry file that needs no launcher: a UserError becomes one message, and exit status 1.
 
-    Those that a launcher may start use `training.processes.run_entry`.
+    Those that a launcher may start use `processes.ranks.run_entry`.
     """
+    print_in_any_encoding()
     try:
         status = main() or 0
     except UserError as error:

@@ -4,6 +4,7 @@ arguments -> nested mapping -> instance of the schema (or one ConfigError), befo
 `Section`: its fields are the options, their types the rules, and the docstrings under them the help.
 """
 
+import copy
 import difflib
 import os
 import sys
@@ -65,7 +66,18 @@ def read(
     Raises:
         ConfigError: with all faults: unknown keys (and the nearest valid one), wrong types, contradictions.
     """
-    return CommandLine(schema, positional, short or {}).read(arguments, about, rules)
+    line = CommandLine(schema, positional, short or {})
+    if "--help" in arguments or "-h" in arguments:
+        leave_with(f"{about.strip()}\n\n{line.help_text()}\n")
+    tree, print_only = line.tree_of(arguments)
+    options, problems = line.validate(tree)
+    if options is not None:
+        problems = options.contradictions() + rules(options)
+    if options is None or problems:
+        raise ConfigError(problems)
+    if print_only:
+        leave_with(options.to_yaml())
+    return options
 
 
 @dataclass(frozen=True)
@@ -76,19 +88,6 @@ class CommandLine(Generic[S]):
     positional: Sequence[str]
     short: Mapping[str, str]
 
-    def read(self, arguments: Sequence[str], about: str, rules: Callable[[S], list[str]]) -> S:
-        if "--help" in arguments or "-h" in arguments:
-            leave_with(f"{about.strip()}\n\n{self.help_text()}\n")
-        tree, print_only = self.tree_of(arguments)
-        options, problems = self.validate(tree)
-        if options is not None:
-            problems = options.contradictions() + rules(options)
-        if options is None or problems:
-            raise ConfigError(problems)
-        if print_only:
-            leave_with(options.to_yaml())
-        return options
-
     # ---- words ------------------------------------------------------------------------------------------------------
 
     def tree_of(self, arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
@@ -97,29 +96,30 @@ class CommandLine(Generic[S]):
         print_only, problems = False, []
         files: list[Path] = []
         overrides: list[tuple[str, list[str]]] = []  # dotted name, words of the value
-        alone: list[str] = []
-        words = list(reversed(arguments))
-        while words:
-            word = words.pop()
-            if not word.startswith("--"):
-                alone.append(word)
-                continue
-            name, equals, inline = word[2:].partition("=")
+        groups: list[list[str]] = [[""]]  # a name and the words up to the next
+        for word in arguments:
+            if word.startswith("--"):
+                groups.append([word.removeprefix("--")])
+            else:
+                groups[-1].append(word)
+        alone = groups[0][1:]
+        for option, *words in groups[1:]:
+            name, equals, inline = option.partition("=")
             name = self.short.get(name, name)
-            if name == "print_config":
-                print_only = True
-                continue
             field = fields.get(name)
-            given = [inline] if equals else []
-            most = len(words) if field is not None and takes_several(field.annotation) else 1
-            while not equals and len(given) < most and words and not words[-1].startswith("--"):
-                given.append(words.pop())
+            most = 0 if equals or name == "print_config" else 1
+            if most and field is not None and takes_several(field.annotation):
+                most = len(words)
+            given = [inline] if equals else words[:most]
+            alone += words[most:]
             if not given and field is not None and field.annotation is bool:
                 given = ["true"]
-            if not given:
-                is_known = name == "config" or field is not None
-                fault = "has no value" if is_known else f"unknown option; {self.nearest(name)}"
-                problems.append(f"--{self.shown(name)}{' ' if is_known else ': '}{fault}")
+            if name == "print_config":
+                print_only = True
+            elif not given and (name == "config" or field is not None):
+                problems.append(f"--{self.shown(name)} has no value")
+            elif not given:
+                problems.append(f"--{self.shown(name)}: unknown option; {self.nearest(name)}")
             elif name == "config":
                 files.append(Path(given[0]))
             elif name not in ("local_rank", "local-rank"):  # appended by the deepspeed launcher
@@ -137,19 +137,16 @@ class CommandLine(Generic[S]):
             problems += more
             merge(tree, content)
         for name, spelled in overrides:
-            texts = name in fields and takes_text(fields[name].annotation)
             values = []
             for word in spelled:
                 try:
-                    values.append(value_of(word, texts))
+                    values.append(value_of(word, name in fields and takes_text(fields[name].annotation)))
                 except yaml.YAMLError:
-                    problems.append(
-                        f"--{self.shown(name)} {word}: is no valid YAML; put texts that hold ? or : in quotes"
-                    )
-            *sections, key = name.split(".")
-            node: dict[str, Any] = {key: values[0] if len(values) == 1 else values}
-            for section in reversed(sections):
-                node = {section: node}
+                    fault = "is no valid YAML; put texts that hold ? or : in quotes"
+                    problems.append(f"--{self.shown(name)} {word}: {fault}")
+            node: Any = values[0] if len(values) == 1 else values
+            for key in reversed(name.split(".")):
+                node = {key: node}
             merge(tree, node)
         if problems:
             raise ConfigError(problems)
@@ -167,31 +164,34 @@ class CommandLine(Generic[S]):
             return self.schema.model_validate(tree), []
         except ValidationError as error:
             faults = error.errors()
-        problems = [problem for fault in faults for problem in self.describe(fault)]
-        sound = yaml.safe_load(yaml.safe_dump(tree))
-        for fault in faults:
-            if fault["type"] != "missing":
-                remove(sound, fault["loc"])
         # A faulty option now has its default: a contradiction with that would be none of the user's.
         faulty = {".".join(map(str, fault["loc"][:2])) for fault in faults if fault["type"] != "extra_forbidden"}
-        rest = self.sound_rest(sound)
+        rest = self.sound_rest(tree, faults)
         contradictions = [] if rest is None else rest.contradictions()
-        return None, problems + [each for each in contradictions if not any(option in each for option in faulty)]
+        return None, [
+            *(problem for fault in faults for problem in self.describe(fault)),
+            *(each for each in contradictions if not any(option in each for option in faulty)),
+        ]
 
-    def sound_rest(self, tree: dict[str, Any]) -> S | None:
+    def sound_rest(self, tree: dict[str, Any], faults: Sequence[Any]) -> S | None:
         """The options without the faulty ones; what is required and lacking is filled, if a text will do."""
-        for _ in range(2):
+        rest = copy.deepcopy(tree)
+        for _ in range(2):  # what is required and faulty is lacking in the second round
+            for fault in faults:
+                if fault["type"] != "missing":
+                    remove(rest, fault["loc"])
+                    continue
+                for option in required_options(self.schema, ".".join(map(str, fault["loc"]))):
+                    *sections, key = option.split(".")
+                    node = rest
+                    for section in sections:
+                        node = node.setdefault(section, {})
+                    node[key] = "."
             try:
-                return self.schema.model_validate(tree)
+                return self.schema.model_validate(rest)
             except ValidationError as error:
-                missing = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing"]
-            for option in (option for name in missing for option in required_options(self.schema, name)):
-                *sections, key = option.split(".")
-                node = tree
-                for section in sections:
-                    node = node.setdefault(section, {})
-                node[key] = "."
-        return None  # the first round has named what can be named
+                faults = error.errors()
+        return None  # what can be named has been
 
     def describe(self, fault: Any) -> list[str]:
         """One fault of pydantic in words: the option, what is wrong, and the nearest valid name or the given value. A
@@ -325,10 +325,7 @@ def remove(tree: Any, location: tuple) -> None:
 
 def section_of(annotation: Any) -> type[Section] | None:
     """The section that a field is, or may be if it is given."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
+    return next((kind for kind in members(annotation) if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def option_fields(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

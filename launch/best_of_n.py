@@ -13,9 +13,11 @@ be scored is left out, and the exit status is then 3. A job that was killed resu
 
 import sys
 
+from hafrm_ds.errors import in_own_names
 from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
 from hafrm_ds.evaluation.best_of_n.sampling import SamplingOptions
 from hafrm_ds.options import read
+from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry
 
 PROMPTS_NOT_SCORED = 3
@@ -23,7 +25,11 @@ PROMPTS_NOT_SCORED = 3
 
 def main(arguments: list[str], processes: Processes) -> None:
     short = {name: f"sampling.{name}" for name in SamplingOptions.model_fields}
-    if rank(read(RankingOptions, arguments, about=__doc__, short=short), processes):
+    options = read(RankingOptions, arguments, about=__doc__, short=short)
+    processes.words = in_own_names
+    with sole_owner(options.output_dir, processes):
+        num_bad = rank(options, processes)
+    if num_bad:
         sys.exit(PROMPTS_NOT_SCORED)
 
 

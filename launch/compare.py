@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field
 from hafrm_ds.config import PositiveInt, TrainConfig
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.options import as_list
+from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry
 
 Numbers = Annotated[list[float], BeforeValidator(as_list)]
@@ -39,7 +40,8 @@ def main(arguments: list[str], processes: Processes) -> None:
 
     arms = arms_of(options.run, options.alphas, options.betas)
     seeds = range(options.seed, options.seed + options.seeds)
-    train_and_compare(options.run, arms, seeds, Path(__file__).with_name("train.py"), processes)
+    with sole_owner(options.output_dir, processes):
+        train_and_compare(options.run, arms, seeds, Path(__file__).with_name("train.py"), processes)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,18 @@ filter: 'pairs.jsonl?split=test'), or '{NAME: SOURCE, ...}' to name the sets. A 
 started again.
 """
 
+from hafrm_ds.errors import in_own_names
 from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
 from hafrm_ds.options import read
+from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry
 
 
 def main(arguments: list[str], processes: Processes) -> None:
-    evaluate(read(EvaluationOptions, arguments, about=__doc__), processes)
+    options = read(EvaluationOptions, arguments, about=__doc__)
+    processes.words = in_own_names
+    with sole_owner(options.output_dir, processes):
+        evaluate(options, processes)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from hafrm_ds.data.report import render_tokens
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tables import as_text
 from hafrm_ds.engine.deepspeed_config import load_config
-from hafrm_ds.errors import run_alone
-from hafrm_ds.model.loading import load_tokenizer
+from hafrm_ds.errors import ModelError, UserError, run_alone
+from hafrm_ds.model.loading import load_model_config, load_tokenizer
+from hafrm_ds.model.sizes import ModelSizes
 
 
 class InspectOptions(TrainConfig):
@@ -50,7 +51,9 @@ def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str
 
 
 def inspect(config: InspectOptions, console: Console) -> None:
-    formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
+    formatter = ChatFormatter.create(
+        load_tokenizer(config.model), config.data.chat_template, config.data.template_date, config.data.reasoning
+    )
     if config.health:
         # However much of it is unusable: that is when one looks.
         config = config.model_copy(update={"data": config.data.model_copy(update={"max_dropped_share": 1.0})})
@@ -59,8 +62,21 @@ def inspect(config: InspectOptions, console: Console) -> None:
     for title, prepared in prepare(config, formatter):
         console.print(Rule(as_text(title)))
         console.print(prepared.report.render())
+        for warning in what_does_not_fit(config, title, prepared, formatter):
+            console.print(as_text(f"WARNING {warning}"), style="yellow", soft_wrap=True)
         for index in choose_examples(len(prepared), config.examples, config.seed):
             console.print(render_tokens(prepared[index], formatter.tokenizer))
+
+
+def what_does_not_fit(
+    config: TrainConfig, title: str, pairs: PreparedPairs, formatter: ChatFormatter
+) -> list[UserError]:
+    """What training would refuse because the model has no room for it; nothing where only a tokenizer is at hand."""
+    try:
+        sizes = ModelSizes.of(config.model.name_or_path, load_model_config(config.model))
+    except ModelError:
+        return []
+    return list(sizes.faults({title: pairs}, formatter.tokenizer))
 
 
 def main() -> None:

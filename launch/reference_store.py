@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 
+from hafrm_ds.data.tables import Cell, Table, count
 from hafrm_ds.errors import run_alone
 from hafrm_ds.options import Section, read
 from hafrm_ds.reference.maintenance import NamespaceReport, merge_stores, prune_store, verify_store
@@ -47,21 +47,18 @@ def main() -> int:
     elif arguments.action == "prune":
         prune_store(arguments.store)
     reports = verify_store(arguments.store)
-    Console().print(table_of(reports))
+    Console().print(table_of(reports).to_rich())
     bad = [line for report in reports for line in report.bad]
     print("\n".join(bad))
     return 1 if bad and arguments.action == "verify" else 0
 
 
 def table_of(reports: list[NamespaceReport]) -> Table:
-    table = Table("namespace", "model", "dtype")
-    for name in ("values", "shards", "bytes", "bad files"):
-        table.add_column(name, justify="right")
+    rows = []
     for report in reports:
-        facts = [str(report.facts.get(key, "unknown")) for key in ("model", "dtype")]
-        numbers = [f"{number:,}" for number in (report.values, report.shards, report.bytes, len(report.bad))]
-        table.add_row(report.name, *facts, *numbers)
-    return table
+        facts = [Cell(str(report.facts.get(key, "unknown"))) for key in ("model", "dtype")]
+        rows.append((report.name, [*map(count, (report.values, report.shards, report.bytes, len(report.bad))), *facts]))
+    return Table(rows, ("namespace", "values", "shards", "bytes", "bad files", "model", "dtype"), texts=2)
 
 
 if __name__ == "__main__":

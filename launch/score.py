@@ -13,7 +13,9 @@ it is started again.
 
 import sys
 
+from hafrm_ds.errors import in_own_names
 from hafrm_ds.options import read
+from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.scoring.files import ScoringOptions, score_file
 
@@ -22,7 +24,10 @@ ROWS_NOT_SCORED = 3
 
 def main(arguments: list[str], processes: Processes) -> None:
     options = read(ScoringOptions, arguments, about=__doc__)
-    if score_file(options, processes):
+    processes.words = in_own_names
+    with sole_owner(options.output, processes, "--output"):
+        num_bad = score_file(options, processes)
+    if num_bad:
         sys.exit(ROWS_NOT_SCORED)
 
 

@@ -6,6 +6,7 @@
 """
 
 from hafrm_ds.engine.deepspeed_config import load_config
+from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry
 
 
@@ -13,7 +14,8 @@ def main(arguments: list[str], processes: Processes) -> None:
     config = load_config(arguments, about=__doc__)
     from hafrm_ds.training.run import train
 
-    train(config, processes)
+    with sole_owner(config.output_dir, processes):
+        train(config, processes)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,31 @@ def test_no_state_at_module_level():
     assert found == []
 
 
+def test_what_a_text_points_at_is_there():
+    """A name of ours in backquotes, as `room.module.function`, leads to something, also after a move."""
+    rooms = {path.stem for path in PACKAGE.iterdir()}
+    missing = []
+    for file, tree in trees("hafrm_ds", "launch"):
+        documented = (node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef))
+        text = "\n".join(ast.get_docstring(node) or "" for node in documented)
+        for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", text):
+            first = name.removeprefix("hafrm_ds.").split(".")[0]
+            if (first in rooms or name.startswith("hafrm_ds.")) and not leads_somewhere(name.removeprefix("hafrm_ds.")):
+                missing.append(f"{file}: {name}")
+    assert missing == []
+
+
+def leads_somewhere(name: str) -> bool:
+    """Whether a dotted name is a file or folder of the package, or is defined at the top of a file of it."""
+    path = PACKAGE / name.replace(".", "/")
+    if path.is_dir() or path.with_suffix(".py").is_file():
+        return True
+    file = path.parent.with_suffix(".py")
+    return (
+        file.is_file() and re.search(rf"^(def|class) {path.name}\b|^{path.name}\b", file.read_text(), re.M) is not None
+    )
+
+
 def test_entry_files_are_short():
     long = {
         file.name: lines

@@ -19,11 +19,12 @@ from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.model.hybrid import HybridModel
 
 USABLE_SHARE = 0.9
-"""Of a device's memory: the rest is left to its driver, the libraries of communication, and fragments."""
+"""Share of a device's memory that is planned with. The rest is left to its driver, the libraries of communication, and
+fragments."""
 ADAM_BYTES = 7 * FP32
-"""Read and written a parameter by Adam: gradient, weight and two moments in, the last three out."""
+"""Bytes that Adam reads and writes for a parameter: gradient, weight and two moments in, the last three out."""
 STORE_ROW_BYTES = KEY_BYTES + 4 + 4
-"""Of a value in the reference store: key, log-prob, number of tokens."""
+"""Bytes of a value in the reference store: key, log-prob, number of tokens."""
 ROUNDING = 64
 ABOUT_EQUAL = 1.02
 """Times of a step that differ by less than the plan can know."""
@@ -32,8 +33,8 @@ SIMPLEST_FIRST = ("zero1", "zero2", "zero3", "zero3_hpz", "zero0", "zero3_offloa
 
 @dataclass(frozen=True)
 class Machines:
-    """What is rented. mfu: share of the peak that forward and backward are expected to reach, without recomputation.
-    price: of a GPU for an hour."""
+    """The machines of a run. mfu: share of the peak that forward and backward are expected to reach, without
+    recomputation. price: of a GPU for an hour."""
 
     device: Device
     gpus: int
@@ -48,7 +49,7 @@ class Machines:
 
     @property
     def flops(self) -> float:
-        """A second, of all."""
+        """Operations a second of all GPUs together, at the expected MFU."""
         return self.num_processes * self.device.peak_flops * self.mfu
 
     @property
@@ -87,7 +88,7 @@ class Option:
 
     @property
     def peak_bytes(self) -> float:
-        """Of the device: in forward and backward, or in the optimizer step."""
+        """Most bytes of the device at a time: in forward and backward, or in the optimizer step."""
         return max(self.states.held + self.working_bytes, self.states.in_optimizer_step + self.kept_bytes)
 
     @property
@@ -126,7 +127,7 @@ class Plan:
 
     @property
     def reference_operations(self) -> float:
-        """Of the reference pass; 0 for an objective without reference."""
+        """Operations of the reference pass; 0 for an objective without reference."""
         return self.workload.reference_operations(self.cost) if self.config.objective.uses_reference else 0.0
 
     @property
@@ -134,23 +135,23 @@ class Plan:
         return self.reference_operations / self.machines.flops
 
     def training_seconds(self, option: Option) -> float:
-        """Of all steps; evaluations and checkpoints come on top."""
+        """Seconds of all steps; evaluations and checkpoints come on top."""
         return self.workload.num_steps * option.step_seconds
 
     @property
     def final_bytes(self) -> int:
-        """Of the model in final/, in the dtype of the run; adapters are merged into it, and stand beside it."""
+        """Bytes of the model in final/, in the dtype of the run; adapters are merged into it, and stand beside it."""
         merged = self.parameters.frozen if self.config.model.lora.rank else self.parameters.all
         return self.parameters.weight_bytes * (merged + (self.parameters.trained if self.config.model.lora.rank else 0))
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint, as `TrainingEngine.expected_checkpoint_bytes`."""
+        """Bytes of one checkpoint, as `TrainingEngine.expected_checkpoint_bytes`."""
         return self.parameters.trained * (self.parameters.weight_bytes + 3 * FP32)
 
     @property
     def store_bytes(self) -> int:
-        """Of the reference store at most: answers that stand in several pairs are kept once."""
+        """Most bytes of the reference store: answers that stand in several pairs are kept once."""
         if not self.config.objective.uses_reference:
             return 0
         used = len(self.workload.batch_plan.pairs_until(self.workload.num_steps))
@@ -188,7 +189,7 @@ class Plan:
         return option.zero.offloads_optimizer or option.zero.offloads_parameters or loses_bits
 
     def recipe(self, option: Option) -> TrainConfig:
-        """The configuration of the run with what an option decides."""
+        """The configuration of the run with the choices of an option."""
         model = self.config.model.model_copy(update={"gradient_checkpointing": option.checkpointing})
         batch = self.config.batch.model_copy(update={"max_tokens_per_micro_batch": option.budget})
         return self.config.model_copy(update={"deepspeed": option.deepspeed, "model": model, "batch": batch})
@@ -227,7 +228,7 @@ class Plan:
         return {}
 
     def working_bytes(self, checkpointing: bool, num_tokens: int) -> float:
-        """Of one micro-batch, small ones included, whose logits are no whole chunk."""
+        """Bytes of one micro-batch, also of a small one whose logits do not fill a chunk."""
         tokens_of_pair = len(self.usual_item.prompt) + sum(map(len, self.usual_item.responses))
         num_pairs = max(1, num_tokens // tokens_of_pair)
         if (checkpointing, num_pairs) not in self.traced:

@@ -72,7 +72,9 @@ def workload_of(
 
 def lengths_of_sets(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Token lengths of the training pairs, and of all evaluation pairs, prepared as training prepares them."""
-    formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
+    formatter = ChatFormatter.create(
+        load_tokenizer(config.model), config.data.chat_template, config.data.template_date, config.data.reasoning
+    )
     prepare = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
     train = prepare(config.data.train, role="train").lengths
     sets = [prepare(sources, role="eval").lengths for sources in config.data.eval.values()]

@@ -1,21 +1,33 @@
 """A plan as tables for a terminal."""
 
-from rich import box
+from collections.abc import Callable
+
 from rich.console import Group
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from hafrm_ds.capacity.plan import USABLE_SHARE, Option, Plan
+from hafrm_ds.data.tables import Cell, Table
 
 GIB = 2**30
+MEMORY = (
+    "GiB of a GPU (* as configured; GC: gradient checkpointing; buffers: gathered weights and buckets; budget: "
+    "tokens of the largest micro-batch)"
+)
+TIME = "Seconds of a step (batches: micro-batches; GB sent: by a GPU; host: Adam on the CPUs, which is not counted)"
 
 
 def render(plan: Plan) -> Group:
     """The run, what fits, and what to take."""
-    return Group(run_table(plan), memory_table(plan), time_table(plan), *map(Text, conclusion(plan)))
+    return Group(
+        run_table(plan),
+        options_table(MEMORY, plan, memory),
+        options_table(TIME, plan, lambda option: time(plan, option)),
+        *map(Text, conclusion(plan)),
+    )
 
 
-def run_table(plan: Plan) -> Table:
+def run_table(plan: Plan) -> RichTable:
     workload, machines, parameters = plan.workload, plan.machines, plan.parameters
     device, operations, configured = machines.device, plan.operations, plan.configured
     saved = 1 - workload.tokens / workload.separate_tokens
@@ -35,74 +47,52 @@ def run_table(plan: Plan) -> Table:
         "on disk": f"final/ {size(plan.final_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}, the reference store "
         f"at most {size(plan.store_bytes)}",
     }
-    table = Table(box=box.SIMPLE, show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    return table
+    return Table([(name, [Cell(value)]) for name, value in rows.items()], ("Plan", ""), texts=1).to_rich()
 
 
-def memory_table(plan: Plan) -> Table:
-    """GiB of one process."""
-    table = table_of_options(
-        "GiB of a GPU (* as configured; GC: gradient checkpointing; buffers: gathered weights and buckets; budget: "
-        "tokens of the largest micro-batch)",
-        ("weights", "grads", "Adam", "buffers", "batch", "peak", "fits", "budget", "host"),
-    )
-    for option in plan.options:
-        states = option.states
-        cells = (
-            states.weights,
-            states.gradients,
-            states.optimizer,
-            states.gathered + states.buckets,
-            option.working_bytes,
-            option.peak_bytes,
-        )
-        table.add_row(
-            *names_of(plan, option),
-            *(f"{value / GIB:,.1f}" for value in cells),
-            "yes" if option.fits else "no",
-            f"{option.largest_budget:,}" if option.largest_budget else "none",
-            f"{states.host / GIB:,.1f}" if states.host else "",
-            style="" if option.fits else "dim",
-        )
-    return table
-
-
-def time_table(plan: Plan) -> Table:
-    """Seconds of a step."""
-    table = table_of_options(
-        "Seconds of a step (batches: micro-batches; GB sent: by a GPU; host: Adam on the CPUs, which is not counted)",
-        ("batches", "compute", "Adam", "GB sent", "sending", "a step", "training"),
-    )
-    for option in plan.options:
-        table.add_row(
-            *names_of(plan, option),
-            f"{option.partition.micro_batches:.1f}",
-            seconds(option.compute_seconds),
-            "host" if option.states.host else seconds(option.optimizer_seconds),
-            f"{option.traffic.total / 1e9:,.1f}",
-            seconds(option.traffic_seconds),
-            seconds(option.step_seconds),
-            duration(plan.training_seconds(option)),
-            style="" if option.fits else "dim",
-        )
-    return table
-
-
-def table_of_options(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(box=box.SIMPLE, title=title, title_justify="left", padding=(0, 0))
-    for name in ("ds_configs/", "GC"):
-        table.add_column(name, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def names_of(plan: Plan, option: Option) -> tuple[Text, str]:
+def options_table(title: str, plan: Plan, cells: Callable[[Option], dict[str, str]]) -> RichTable:
+    """A row for each way to run; those that do not fit are dim. cells: the figures of one, by their headers."""
     own = (plan.config.deepspeed, plan.config.model.gradient_checkpointing)
-    mark = " *" if (option.deepspeed, option.checkpointing) == own else ""
-    return Text(option.deepspeed.stem + mark), "yes" if option.checkpointing else ""
+    rows = []
+    for option in plan.options:
+        mark = " *" if (option.deepspeed, option.checkpointing) == own else ""
+        figures = {"GC": "yes" if option.checkpointing else ""} | cells(option)
+        rows.append((option.deepspeed.stem + mark, [*map(Cell, figures.values())]))
+    table = Table(rows, ("ds_configs/", *figures), title, is_dense=True).to_rich()
+    for row, option in zip(table.rows, plan.options, strict=True):
+        row.style = "" if option.fits else "dim"
+    return table
+
+
+def memory(option: Option) -> dict[str, str]:
+    """GiB of one process."""
+    states = option.states
+    held = {
+        "weights": states.weights,
+        "grads": states.gradients,
+        "Adam": states.optimizer,
+        "buffers": states.gathered + states.buckets,
+        "batch": option.working_bytes,
+        "peak": option.peak_bytes,
+    }
+    return {name: f"{value / GIB:,.1f}" for name, value in held.items()} | {
+        "fits": "yes" if option.fits else "no",
+        "budget": f"{option.largest_budget:,}" if option.largest_budget else "none",
+        "host": f"{states.host / GIB:,.1f}" if states.host else "",
+    }
+
+
+def time(plan: Plan, option: Option) -> dict[str, str]:
+    """Seconds of a step, and of the training."""
+    return {
+        "batches": f"{option.partition.micro_batches:.1f}",
+        "compute": seconds(option.compute_seconds),
+        "Adam": "host" if option.states.host else seconds(option.optimizer_seconds),
+        "GB sent": f"{option.traffic.total / 1e9:,.1f}",
+        "sending": seconds(option.traffic_seconds),
+        "a step": seconds(option.step_seconds),
+        "training": duration(plan.training_seconds(option)),
+    }
 
 
 def conclusion(plan: Plan) -> list[str]:

@@ -12,7 +12,7 @@ from hafrm_ds.model.loading import DTYPES, first_line, load_model_config
 from hafrm_ds.model.lora import add_adapters, check_packages
 
 QUANTIZED_BYTES = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
-"""Of a weight in bitsandbytes: NF4 with an fp32 scale for 64 weights; int8, whose scale for each row is left out."""
+"""Bytes of a weight in bitsandbytes: NF4 with an fp32 scale for 64 weights; int8, without its scale for each row."""
 
 
 def model_of_shapes(config: TrainConfig) -> HybridModel:

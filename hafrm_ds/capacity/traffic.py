@@ -34,9 +34,10 @@ class Traffic:
 def step_traffic(
     parameters: Parameters, zero: ZeroSettings, num_processes: int, processes_per_machine: int, micro_batches: float
 ) -> Traffic:
-    """What DeepSpeed 0.19 sends, read in its source: in the dtype of the weights."""
+    """What DeepSpeed 0.19 sends, read in its source: in the dtype of the weights, or gradients in fp32."""
     b, n, k = parameters.weight_bytes, num_processes, micro_batches
     trained, everything = b * parameters.trained, b * parameters.all
+    gradients = FP32 * parameters.trained if zero.reduces_in_fp32 else trained
     ring, local_ring = (n - 1) / n, (processes_per_machine - 1) / processes_per_machine
     within_machine = to_host = 0.0
     if zero.offloads_optimizer:
@@ -44,11 +45,11 @@ def step_traffic(
     if zero.stage < 3:
         # Gradients are all-reduced, in stage 2 after each micro-batch; stages 1 and 2 gather the new weights.
         reduces = k if zero.stage == 2 else 1
-        among_all = 2 * reduces * trained + (trained if zero.stage else 0)
+        among_all = 2 * reduces * gradients + (trained if zero.stage else 0)
     else:
         # Gathered for forward and for backward, unless so small that they stay; gradients are reduce-scattered.
         again = 1 - min(1.0, zero.max_live / parameters.all)
-        among_all = k * (everything + trained)
+        among_all = k * (everything + gradients)
         if zero.secondary_shards > 1:
             within_machine = k * again * everything
         else:

@@ -96,7 +96,7 @@ TRACED = {
     for device, run in (("cuda", run_traced), ("cpu", run_traced_on_cpu))
 }
 ANY_WINDOW = 2**31
-"""Shapes do not depend on windows, and one that a model has in its mask alone is none of a trace's business."""
+"""Shapes do not depend on the sliding window, and a model may have its window in the mask alone."""
 for kernel in TRACED.values():
     AttentionInterface.register(
         kernel.implementation,
@@ -155,7 +155,7 @@ def working_bytes(model: HybridModel, items: Sequence[PromptWithResponses], how:
             changed.
 
     Raises:
-        ModelError: the model's code asks for values, which the meta device has not.
+        ModelError: the model's code asks for values, which the meta device does not have.
     """
     causal_lm = model.causal_lm
     # Padding is computed like any token, and the stock attention of padded rows keeps what a kernel keeps.
@@ -198,7 +198,7 @@ def peak_of(model: HybridModel, batch: PackedBatch, how: Pass) -> int:
 
 @contextmanager
 def recomputing(model: HybridModel, checkpointing: bool) -> Iterator[None]:
-    """Inside, a model has gradient checkpointing, or has it not."""
+    """Inside, a model has gradient checkpointing on or off."""
     if checkpointing:
         set_gradient_checkpointing(model.causal_lm, True)
     try:

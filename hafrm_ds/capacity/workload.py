@@ -70,11 +70,11 @@ class Workload:
 
     @property
     def separate_tokens(self) -> float:
-        """What it would compute if every answer had its prompt to itself."""
+        """Tokens that the body would compute if no prompt were shared."""
         return float(token_costs(self.lengths, "packed").mean() * self.global_batch_size * self.num_steps)
 
     def operations(self, cost: ForwardCost, with_logprob: bool) -> Operations:
-        """Of all training steps: those of a pair on average, for each pair of each step."""
+        """Operations of all training steps: those of a pair on average, for each pair of each step."""
         body, head, attention = cost.parts_of(*counts(self.lengths, self.layout, with_logprob))
         times = self.global_batch_size * self.num_steps / self.num_pairs
         return Operations(
@@ -83,7 +83,7 @@ class Workload:
         )
 
     def reference_operations(self, cost: ForwardCost) -> float:
-        """Of one forward pass over every training pair that a step uses, and over all evaluation pairs."""
+        """Operations of one forward pass over every training pair that a step uses, and over all evaluation pairs."""
         used = self.batch_plan.pairs_until(self.num_steps)
         sets = ({name: values[used] for name, values in self.lengths.items()}, self.eval_lengths)
         return sum(sum(cost.parts_of(*counts(lengths, self.layout, with_logprob=True))) for lengths in sets)

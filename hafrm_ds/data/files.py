@@ -4,7 +4,9 @@ Every row comes with its number, counted from 1; a line that is passed over is c
 """
 
 import codecs
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -19,8 +21,8 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import hf_hub_download
 
-from hafrm_ds.data.pairs import in_words, shortened
-from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, has_splits, is_hub_id
+from hafrm_ds.data.pairs import Cell, in_words, names_in_words, shortened
+from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, has_splits, is_hub_id, is_there
 from hafrm_ds.errors import DataError
 
 HUB_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
@@ -47,14 +49,16 @@ def find_tables(source: Source, cache_dir: Path | None) -> list[Table]:
         DataError: if there is no such file, folder or hub data set, or it holds no data.
     """
     path = Path(source.path)
-    if path.exists():
+    if is_there(source.path):
         tables = local_tables(path, source)
     elif match := HUB_FILE.fullmatch(source.path):
         tables = [hub_file(source, *match.groups())]
     elif is_hub_id(source.path):
         tables = [hub_table(source, cache_dir)]
     else:
-        raise DataError(f"{source.path}: no such file or folder, and not the form of a hub id (ORG/NAME)")
+        raise DataError(
+            f"{shortened(source.path, 120)}: no such file or folder, and not the form of a hub id (ORG/NAME)"
+        )
     return tables
 
 
@@ -81,19 +85,17 @@ def local_tables(path: Path, source: Source) -> list[Table]:
 
 def is_data_file(name: str) -> bool:
     """Whether a file of a folder holds rows: not what systems leave behind (._NAME) or the hub's own descriptions."""
-    return name.endswith(DATA_SUFFIXES) and not name.startswith(".") and name not in HUB_DESCRIPTIONS
+    return name.lower().endswith(DATA_SUFFIXES) and not name.startswith(".") and name not in HUB_DESCRIPTIONS
 
 
 def file_table(path: Path, name: str) -> Table:
     refuse_lfs_pointer(path, name)
-    if path.name.endswith(".parquet"):
-        read = read_parquet
-    elif path.name.endswith((".json", ".json.gz")):
-        read = read_json
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        read = read_json_lines
-    else:
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    json_kinds = {"jsonl": read_json_lines, "ndjson": read_json_lines, "json": read_json}
+    readers = json_kinds | {"parquet": read_parquet, "csv": read_csv, "tsv": read_csv}
+    if not path.name.lower().endswith(DATA_SUFFIXES):
         raise DataError(f"{name}: unknown kind of file; known are {', '.join(DATA_SUFFIXES)}")
+    read = readers[kind]
     return Table(name, [path], partial(read, path, name))
 
 
@@ -151,16 +153,20 @@ def one_line(error: Exception) -> str:
 
 
 def arrow_table(data: datasets.Dataset, name: str) -> Table:
-    return Table(name, [Path(file["filename"]) for file in data.cache_files], partial(read_arrow, data))
+    return Table(name, [Path(file["filename"]) for file in data.cache_files], partial(read_arrow, data, name))
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
 
-def read_arrow(data: datasets.Dataset) -> Iterator[tuple[int, Any]]:
+def read_arrow(data: datasets.Dataset, name: str) -> Iterator[tuple[int, Any]]:
     number = 0
     for batch in data.with_format("arrow").iter(batch_size=1000):
-        for row in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, times beyond Python's
+            raise DataError(f"{name}: cannot be read after row {number}: {one_line(error)}") from error
+        for row in rows:
             yield (number := number + 1), row
 
 
@@ -171,7 +177,7 @@ def read_parquet(path: Path, name: str) -> Iterator[tuple[int, Any]]:
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     yield (number := number + 1), row
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise DataError(f"{name}: cannot be read as parquet: {one_line(error)}") from error
 
 
@@ -182,36 +188,93 @@ def read_json(path: Path, name: str) -> Iterator[tuple[int, Any]]:
         if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             yield from enumerate(parse_json(start + read_some(file, name, file.read), name), start=1)
             return
-    try:
-        yield from read_json_lines(path, name)
-    except DataError as error:
-        refuse_other_shape(path, name)
-        raise error
+    yield from read_json_lines(path, name)
 
 
 def refuse_other_shape(path: Path, name: str) -> None:
-    """Raise DataError if a file that is no JSON lines is JSON all the same: one object over several lines."""
+    """Raise DataError if a file that is no JSON lines is JSON all the same: one object or list over several lines."""
     with open_data(path, name) as file:
         try:
             whole = json.loads(read_some(file, name, file.read).decode("utf-8-sig"))
         except (ValueError, RecursionError):
             return
     if isinstance(whole, dict):
-        keys = ", ".join(f"{shortened(key)} ({in_words(value).split(' with ')[0]})" for key, value in whole.items())
-        raise DataError(
-            f"{name}: is one JSON object with {shortened(keys, 120)}; a list of objects, or an object a line, "
-            "is expected"
-        )
+        raise one_object(name, whole)
+    if isinstance(whole, list):
+        raise DataError(f"{name}: is one JSON list over several lines, not an object a line: name it .json")
+
+
+def one_object(place: str, content: dict[str, Any]) -> DataError:
+    """What is said of a whole set in one JSON object."""
+    keys = names_in_words(f"{shortened(key)} ({in_words(value).split(' with ')[0]})" for key, value in content.items())
+    return DataError(f"{place}: is one JSON object with {keys}; a list of objects, or an object a line, is expected")
+
+
+def holds_whole_set(content: dict[str, Any]) -> bool:
+    """Whether a row is a set of its own: a column with many objects that are no messages, or only columns of values, as
+    pandas writes them ({"prompt": {"0": ..., "1": ...}, ...})."""
+    values = list(content.values())
+    if len(values) == 1:
+        return isinstance(values[0], list | dict)
+    lists = [list(value.values()) if isinstance(value, dict) else value for value in values]
+    return len(values) > 1 and all(
+        isinstance(each, list) and len(each) > 1 and len(each) == len(lists[0]) and not any_objects(each)
+        for each in lists
+    )
+
+
+def any_objects(values: list[Any]) -> bool:
+    return any(isinstance(value, dict | list) for value in values)
 
 
 def read_json_lines(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     """One JSON object a line; empty lines are passed over but counted."""
     with open_data(path, name) as file:
-        number = 0
+        number, is_first = 0, True
         while line := read_some(file, name, file.readline):
             number += 1
             if line.strip():
-                yield number, parse_json(line.rstrip(), f"{name}:{number}")
+                try:
+                    row = parse_json(line.rstrip(), f"{name}:{number}")
+                except DataError:
+                    if is_first:
+                        refuse_other_shape(path, name)
+                    raise
+                is_first = False
+                yield number, row
+
+
+def read_csv(path: Path, name: str) -> Iterator[tuple[int, Any]]:
+    """Rows of comma- or tab-separated values, of which the first names the columns and counts as row 1."""
+    csv.field_size_limit(2**31 - 1)  # the texts of conversations are longer than what it takes by default
+    delimiter = "\t" if path.name.lower().removesuffix(".gz").endswith(".tsv") else ","
+    with open_data(path, name) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        number = 0
+        while True:
+            number += 1
+            try:
+                cells = next(rows, None)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name}:{number}: is not UTF-8 (byte {error.object[error.start]:#04x})") from error
+            except (csv.Error, OSError, EOFError, zlib.error) as error:
+                raise DataError(f"{name}:{number}: cannot be read: {error}") from error
+            if cells is None:
+                return
+            if not cells:  # an empty line
+                continue
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise DataError(f"{name}:{number}: two columns have the same name ({names_in_words(header)})")
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{name}:{number}: has {len(cells)} cells, but the header names {len(header)} columns "
+                    f"({names_in_words(header)})"
+                )
+            yield number, dict(zip(header, map(Cell, cells)))
 
 
 def refuse_lfs_pointer(path: Path, name: str) -> None:
@@ -250,6 +313,6 @@ def parse_json(data: bytes, place: str) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise DataError(f"{place}: is not valid JSON: {error.msg} ({line}column {error.colno})") from error
     except ValueError as error:  # Python reads no number of more than 4,300 digits
-        raise DataError(f"{place}: holds a number of too many digits: {error}") from error
+        raise DataError(f"{place}: holds a number of too many digits (4,300 can be read)") from error
     except RecursionError as error:
         raise DataError(f"{place}: is nested too deeply to be read") from error

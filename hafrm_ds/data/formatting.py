@@ -18,6 +18,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.rendering_check import END_OF_REASONING, marks_pattern, unwritten
 from hafrm_ds.errors import ConfigError, ModelError
 
 NAMED_TEMPLATES = {
@@ -55,6 +56,7 @@ NAMED_TEMPLATES = {
     ),
 }
 
+NOTHING = re.compile(r"(?!)")
 PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
@@ -64,12 +66,34 @@ DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P
 BOS_IN_FRONT = "{{ bos_token }}{# the tokenizer's own BOS, which this template does not write #}\n"
 
 
+# Stands in front of a template and takes the reasoning out of what it is given, so that every software that renders
+# with the tokenizer leaves it out as the training did.
+WITHOUT_REASONING = (
+    "{# without reasoning: what stands before </think> is no part of an answer #}"
+    "{%- set spoken = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' and message['content'] is string -%}"
+    "{%- if '</think>' in message['content'] -%}"
+    "{%- set message = dict(message, content=message['content'].split('</think>')[-1].lstrip()) -%}"
+    "{%- endif -%}"
+    "{%- if message['reasoning_content'] is defined -%}"
+    "{%- set message = dict(message, reasoning_content='') -%}"
+    "{%- endif -%}"
+    "{%- endif -%}"
+    "{%- set spoken.messages = spoken.messages + [message] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = spoken.messages -%}"
+    # The newline after the comment is swallowed, as behind BOS_IN_FRONT.
+    "{# end #}\n"
+)
+
+
 @dataclass(frozen=True)
 class ChatFormatter:
     """Renders and encodes conversations under one fixed template. Build it with `create`.
 
     `render` and everything built on it raise jinja2.TemplateError for a conversation that the template refuses,
-    for example one with a system message under a template that knows none.
+    for example one with a system message under a template that knows none, or that it fails on.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -83,9 +107,16 @@ class ChatFormatter:
     fingerprint: str
     """Hash of all that decides the ids: template text, vocabulary and tokenisation rules, special tokens."""
 
+    marks: re.Pattern
+    """Matches special tokens and marks of templates, which texts should not hold (`rendering_check`)."""
+
     @classmethod
     def create(
-        cls, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, template_date: str
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        template_date: str,
+        reasoning: str | None = None,
     ) -> "ChatFormatter":
         """Settle the template.
 
@@ -93,6 +124,7 @@ class ChatFormatter:
             tokenizer: any tokenizer; it is copied, not changed. Its padding side and pad token do not matter.
             chat_template: a name of NAMED_TEMPLATES, a .jinja file, or None for the tokenizer's own template.
             template_date: the day (YYYY-MM-DD) that templates which print today's date are frozen to.
+            reasoning: "drop" takes what stands before </think> out of all answers before they are rendered.
 
         Raises:
             ModelError: no usable template.
@@ -100,6 +132,8 @@ class ChatFormatter:
         """
         template, origin = choose_template(tokenizer, chat_template)
         template, frozen_dates = freeze_dates(template, template_date)
+        if reasoning == "drop" and WITHOUT_REASONING not in template:
+            template = WITHOUT_REASONING + template
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
         bos: Literal["none", "template", "added"] = "none"
@@ -108,7 +142,8 @@ class ChatFormatter:
         elif adds_bos(tokenizer):
             tokenizer.chat_template = BOS_IN_FRONT + template
             bos = "added"
-        return cls(tokenizer, origin, bos, frozen_dates, tokenization_fingerprint(tokenizer))
+        marks = NOTHING if origin == "text" else marks_pattern(tokenizer)  # its data brings markup of its own
+        return cls(tokenizer, origin, bos, frozen_dates, tokenization_fingerprint(tokenizer), marks)
 
     @property
     def template(self) -> str:
@@ -116,7 +151,28 @@ class ChatFormatter:
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         """Messages -> the text that is encoded, BOS and end marks included."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return apply_template(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+    def spoken(self, messages: list[Message]) -> list[Message]:
+        """The messages without what the template takes out because it was asked to."""
+        if WITHOUT_REASONING not in self.template:
+            return messages
+        return [
+            message | {"content": message["content"].split(END_OF_REASONING)[-1].lstrip()}
+            if message["role"] == "assistant"
+            else message
+            for message in messages
+        ]
+
+    def left_out(self, messages: list[Message], text: str) -> list[str]:
+        """What the template has left out of messages in their rendering, in words, though nobody asked it to."""
+        return unwritten(self.spoken(messages), text)
+
+    @property
+    def template_name(self) -> str:
+        """For messages."""
+        own = self.template_origin == "tokenizer"
+        return "the tokenizer's own chat template" if own else f"the chat template {self.template_origin}"
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Ids of a whole conversation, rendered at once. The reward is read at the last of them."""
@@ -125,6 +181,16 @@ class ChatFormatter:
     def encode_prompt(self, messages: list[Message]) -> list[int]:
         """Ids of a prompt with the template's opening of an answer, where generation starts."""
         return encode_rendered(self.tokenizer, self.render(messages, add_generation_prompt=True))
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: bool) -> str:
+    """Raises jinja2.TemplateError, of whatever type the template's own error is."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except jinja2.TemplateError:
+        raise
+    except Exception as error:
+        raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -197,7 +263,7 @@ def renders_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
         ModelError: the template is no valid jinja, or it refuses even one question with one answer.
     """
     try:
-        text = tokenizer.apply_chat_template(PROBE, tokenize=False)
+        text = apply_template(tokenizer, PROBE)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"the chat template is not valid jinja: line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:

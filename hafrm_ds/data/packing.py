@@ -30,6 +30,8 @@ class AttentionSegments:
     cu_seqlens_q, cu_seqlens_k: [S + 1] int32, where segments begin in queries and in keys.
     key_index: [K] int64, position in the T tokens of each key; None when keys are the tokens themselves.
     q_lengths, k_lengths: the same lengths as Python numbers, so that no device has to be asked.
+    max_q, max_k: the largest of each. torch.compile takes a number for a variable; of a tuple it would make another
+        graph for each number of segments.
     """
 
     cu_seqlens_q: Tensor
@@ -37,6 +39,8 @@ class AttentionSegments:
     key_index: Tensor | None
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
+    max_q: int
+    max_k: int
 
     def to(self, device: torch.device) -> "AttentionSegments":
         return move(self, device)
@@ -216,6 +220,8 @@ def lay_out_segments(items: Sequence[PromptWithResponses], shared_prefix: bool) 
         key_index=tensor(np.concatenate(keys)) if sum(k_lengths) != sum(q_lengths) else None,
         q_lengths=tuple(q_lengths),
         k_lengths=tuple(k_lengths),
+        max_q=max(q_lengths),
+        max_k=max(k_lengths),
     )
     return PackedBatch(
         input_ids=tensor(np.concatenate(ids))[None],

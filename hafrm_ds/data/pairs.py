@@ -3,11 +3,13 @@
 The formats themselves are in `formats`. A row that cannot be read is a `DataError` that names file, row and field.
 """
 
+import ast
 import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -87,6 +89,16 @@ ROLES = {role: role for role in ("system", "user", "assistant", "developer")} | 
 }
 """Role as written, in lower case -> role as the chat templates know it."""
 TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message under which its reasoning may stand beside the content."""
+MEDIA_NAMES = frozenset(("image", "images", "audio", "audios", "video", "videos"))
+"""Keys of a message, and columns of a row, that hold what is no text."""
+
+
+class Cell(str):
+    """A text of a CSV file, where a number, a flag and what is not given are texts too."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +109,15 @@ class Row:
     id: str
     source_name: str
     """The pair's source where the row has no `source` field of its own."""
+    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
+    """Role as written -> role as the chat templates know it."""
+    mapped_roles: dict[str, str] = field(default_factory=dict)
+    """Those of `roles` that were met under another name."""
 
     @property
     def source(self) -> str:
         own = self.fields.get("source")
-        return own if isinstance(own, str) and own else self.source_name
+        return valid_text(str(own)) if isinstance(own, str) and own else self.source_name
 
     def value(self, field: str) -> Any:
         if field not in self.fields:
@@ -113,6 +129,8 @@ class Row:
 
     def flag(self, field: str) -> bool:
         value = self.value(field)
+        if isinstance(value, Cell) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
         if not isinstance(value, bool):
             raise self.fault(f"field {field!r}", value, "true or false")
         return value
@@ -120,45 +138,66 @@ class Row:
     def number(self, field: str) -> float:
         value = self.value(field)
         try:
-            if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
-                return float(value) if isinstance(value, Decimal) else value
-        except OverflowError:  # a whole number beyond the largest float
+            if isinstance(value, int | float | Decimal | Cell) and not isinstance(value, bool):
+                number = float(value)
+                if math.isfinite(number):
+                    return value if isinstance(value, int) else number
+        except (OverflowError, ValueError):  # a whole number beyond the largest float; a cell that holds words
             pass
         raise self.fault(f"field {field!r}", value, "a finite number")
 
     def given(self, field: str) -> bool:
-        """Whether the row has a value here; null is none."""
-        return self.fields.get(field) is not None
+        """Whether the row has a value here; null is none, nor is an empty cell."""
+        value = self.fields.get(field)
+        return value is not None and not (isinstance(value, Cell) and not value)
 
     def messages(self, field: str) -> list[Message]:
-        """A list of messages, which may stand as JSON text; keys other than role and content are left out.
+        """A list of messages, which may stand as JSON text; keys that are no part of the conversation are left out.
 
         Raises:
-            UnsupportedRowError: a message calls tools or shows images, or the row has `tools`.
+            UnsupportedRowError: a message calls tools or shows images.
         """
         value = parsed_messages(self.value(field))
-        if self.fields.get("tools") not in NO_TOOLS:
-            raise ToolCallsError(f"{self.id}: {TOOL_CALLS} (field 'tools')")
         if not isinstance(value, list) or not value:
             raise self.fault(f"field {field!r}", value, "a list of messages")
         return [self.message(item, f"message {n} of field {field!r}") for n, item in enumerate(value, start=1)]
 
     def message(self, value: Any, place: str) -> Message:
-        """An object with role and content, or with from and value as ShareGPT writes them."""
-        if isinstance(value, dict) and (value.get("tool_calls") or value.get("function_call")):
-            raise ToolCallsError(f"{self.id}: {place} {TOOL_CALLS}")
+        """An object with role and content, or with from and value as ShareGPT writes them. Reasoning beside the content
+        is put in front of it between <think> marks, where the templates of reasoning models look for it."""
         if not isinstance(value, dict):
             raise self.fault(place, value, "an object with role and content")
+        if value.get("tool_calls") or value.get("function_call"):
+            raise ToolCallsError(f"{self.id}: {place} {TOOL_CALLS}")
         role_key, content_key = ("from", "value") if "role" not in value and "from" in value else ("role", "content")
-        if not {role_key, content_key} <= value.keys():
+        if role_key not in value or content_key not in value:
             raise self.fault(place, value, "an object with role and content")
-        written = self.as_text(value[role_key], f"{role_key} of {place}", expected="a text")
-        role = ROLES.get(written) or ROLES.get(written.lower())
+        role = self.role(value[role_key], place)
+        content = self.content(value[content_key], place)
+        if len(value) > 2:
+            if any(value.get(key) for key in MEDIA_NAMES):
+                raise MediaError(f"{self.id}: {place} {MEDIA}")
+            for key in REASONING_KEYS:
+                if value.get(key):
+                    reasoning = self.as_text(value[key], f"{key} of {place}", expected="a text").strip()
+                    return {"role": role, "content": f"<think>\n{reasoning}\n</think>\n\n{content}"}
+        return {"role": role, "content": content}
+
+    def role(self, written: Any, place: str) -> str:
+        """A role as the chat templates know it."""
+        role = self.roles.get(written) if isinstance(written, str) else None
         if role is None:
-            if written.lower() in TOOL_ROLES:
+            name = self.as_text(written, f"role of {place}", expected="a text").lower()
+            role = self.roles.get(name)
+            if role is None and name in TOOL_ROLES:
                 raise ToolCallsError(f"{self.id}: {place} {TOOL_CALLS}")
-            raise self.fault(f"{role_key} of {place}", written, f"one of {', '.join(ROLES)}")
-        return {"role": role, "content": self.content(value[content_key], f"{content_key} of {place}")}
+            if role is None:
+                raise self.fault(
+                    f"role of {place}", written, f"one of {', '.join(self.roles)} (others: roles of the source)"
+                )
+        if role != written:
+            self.mapped_roles[" ".join(shortened(written).split())] = role
+        return role
 
     def content(self, value: Any, place: str) -> str:
         """A text, or a list of parts that are texts, which are joined."""
@@ -167,33 +206,50 @@ class Row:
             if any(kind != "text" for kind in kinds) and all(isinstance(kind, str) for kind in kinds):
                 raise MediaError(f"{self.id}: {place} {MEDIA}")
             value = "".join(self.as_text(part.get("text"), f"text of {place}", expected="a text") for part in value)
-        return self.as_text(value, place, expected="a text (other kinds of content are not supported)")
+        if isinstance(value, str) and value.isascii():
+            return str(value)
+        return self.as_text(value, f"content of {place}", expected="a text (other kinds of content are not supported)")
 
     def as_text(self, value: Any, place: str, expected: str) -> str:
         if not isinstance(value, str):
             raise self.fault(place, value, expected)
+        if value.isascii():
+            return str(value)
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise DataError(
                 f"{self.id}: {place} holds half of a surrogate pair at character {error.start + 1}, which is no text"
             ) from None
-        return value
+        return str(value)
 
     def fault(self, place: str, value: Any, expected: str) -> DataError:
         return DataError(f"{self.id}: {place} is {in_words(value)}, expected {expected}")
 
 
+MESSAGES_AS_TEXT = re.compile(r"""\s*(?:\[\s*)?\{\s*["'](?:role|content|from|value)["']\s*:""")
+
+
 def parsed_messages(value: Any) -> Any:
-    """The list of messages that a JSON text spells; any other value as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[{", "[ {", "[\n")):
+    """The messages, or the message, that a text spells in JSON or as Python prints them; any other value as it is."""
+    if not isinstance(value, str) or not MESSAGES_AS_TEXT.match(value):
         return value
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
-        return value
-    is_message = [isinstance(item, dict) and ("role" in item or "from" in item) for item in found]
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return value
+    messages = found if isinstance(found, list) else [found]
+    is_message = [isinstance(item, dict) and ("role" in item or "from" in item) for item in messages]
     return found if is_message and all(is_message) else value
+
+
+def valid_text(text: str) -> str:
+    """The text with every half of a surrogate pair replaced: for names and messages that are written on."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 def in_words(value: Any) -> str:
@@ -202,7 +258,7 @@ def in_words(value: Any) -> str:
         case None:
             return "null"
         case str():
-            return f"the text {shortened(value)!r}"
+            return f"the text {shortened(str(value))!r}"
         case list():
             return f"a list of {len(value)}"
         case dict():
@@ -220,9 +276,13 @@ def shortened(text: str, length: int = 40) -> str:
 
 
 def names_in_words(names: Iterable[Any]) -> str:
-    """Names of fields, at most ten, each shortened."""
-    shown = [shortened(str(name)) for name in names]
-    return ", ".join(shown[:10]) + (f" and {len(shown) - 10} more" if len(shown) > 10 else "") or "(none)"
+    """Names of fields, at most ten and not much more than 120 characters of them."""
+    all_names = [shortened(valid_text(str(name)), 60) for name in names]
+    shown = all_names[:10]
+    while len(shown) > 1 and len(", ".join(shown)) > 120:
+        shown.pop()
+    more = len(all_names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "") or "(none)"
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
@@ -236,28 +296,35 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-# A turn of a transcript begins at the start of the text or after an empty line; "Human:" inside a line is text.
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+# A turn of a transcript begins at the start of the text, after an empty line, or with ### (OpenAssistant's guanaco);
+# "Human:" inside a line is text.
+TURN = re.compile(r"(?:\n\r?\n|###\s?)(Human|Assistant):")
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def has_turns(value: Any) -> bool:
-    return isinstance(value, str) and TURN.search(value) is not None
+    if not isinstance(value, str) or ("Human:" not in value and "Assistant:" not in value):  # as most texts
+        return False
+    return TURN.search("\n\n" + value.lstrip()) is not None
 
 
 def transcript_turns(text: str) -> list[Message]:
-    """Turns of a transcript as messages, white space around them removed; none if text stands before the first turn."""
-    head, *parts = TURN.split(text)
-    if head.strip():
+    """Turns of a transcript as messages, white space around them removed; text before the first turn is a system
+    message. None without turns."""
+    if "Human:" not in text and "Assistant:" not in text:
         return []
-    return [
+    head, *parts = TURN.split("\n\n" + text.lstrip())
+    head = head.strip().removeprefix("System:").strip()
+    turns = [
         {"role": SPEAKERS[speaker], "content": content.strip()}
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)
     ]
+    return [{"role": "system", "content": head}, *turns] if head and turns else turns
 
 
 def starts_with_user(turns: list[Message]) -> bool:
-    return bool(turns) and turns[0]["role"] == "user"
+    """Whether the first turn, after a system message if there is one, is the user's."""
+    return [turn["role"] for turn in turns if turn["role"] != "system"][:1] == ["user"]
 
 
 def merge_turns(turns: list[Message]) -> list[Message]:

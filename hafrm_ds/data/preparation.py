@@ -18,12 +18,15 @@ import pyarrow.compute as pc
 from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.reading import read_pairs
+from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs, unwritable_cache
+from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
 from hafrm_ds.data.report import DataReport, Example, TemplateFacts, count_outcomes, count_repeats, percentiles
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import (
     IDENTICAL_AFTER_CUT,
+    LEFT_OUT,
     NOT_TOKENIZED,
+    REFUSED,
     TOKENIZATION_VERSION,
     TOO_LONG,
     TokenizedPair,
@@ -54,13 +57,14 @@ FATE_FEATURES = {
     "deselected": datasets.Value("string"),
     "cut": datasets.Value("bool"),
     "uncut_length": datasets.Value("int64"),
-    "not_read": datasets.Value("string"),
-    "margin_fault": datasets.Value("string"),
+    "remarks": datasets.Value("string"),
     "prompt_key": datasets.Value("binary"),
     "chosen_key": datasets.Value("binary"),
     "rejected_key": datasets.Value("binary"),
+    "left_out": datasets.Value("string"),
+    "marks": datasets.Value("string"),
 }
-CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "not_read", "margin_fault")
+CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "remarks")
 """Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
 
 
@@ -126,6 +130,29 @@ def progress_bars_on_a_terminal() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+@contextmanager
+def cache_in_words(cache_dir: Path | None) -> Iterator[None]:
+    """Turn what goes wrong with the cache of prepared data into one message. datasets wraps it in errors of its own.
+
+    Raises:
+        DataError: the cache cannot be written or read, or its disk is full.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        cause: BaseException | None = error
+        while isinstance(cause, datasets.exceptions.DatasetGenerationError):
+            cause = cause.__cause__
+        if not isinstance(cause, OSError | pa.ArrowInvalid):
+            raise
+        folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+        reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0][:200]
+        raise DataError(
+            f"the cache of prepared data in {folder} cannot be used: {reason}. Set --data.cache_dir (or HF_HOME) to a "
+            "folder that can be written and has room; what is damaged there may be removed"
+        ) from error
+
+
 @progress_bars_on_a_terminal()
 def prepare_pairs(
     sources: list[Source],
@@ -145,8 +172,12 @@ def prepare_pairs(
         DataError: a source cannot be read, more than options.max_dropped_share of the selected pairs is unusable, or no
             pair is left.
     """
-    rows = read_pairs(sources, role=role, seed=seed if role == "train" else 0, cache_dir=options.cache_dir)
-    tokenized = tokenize_rows(rows, formatter, options)
+    with cache_in_words(options.cache_dir):
+        rows = read_pairs(sources, role=role, seed=seed if role == "train" else 0, cache_dir=options.cache_dir)
+        try:
+            tokenized = tokenize_rows(rows, formatter, options)
+        except pa.ArrowInvalid:  # what the cache holds is damaged
+            tokenized = tokenize_rows(rows, formatter, options, anew=True)
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
     lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in ("prompt", "chosen", "rejected")}
@@ -156,9 +187,14 @@ def prepare_pairs(
     uncut = uncut[uncut > 0]
     report = summarize(table, lengths, keys, uncut, formatter, options, role)
     report.with_margin = len(kept) - table["margin"].take(kept).null_count
-    report.not_read = columns_not_read(table["not_read"])
-    report.margin_faults, report.first_margin_fault = margin_faults(table["margin_fault"].take(kept))
+    remarks, of_kept = counted_remarks(table["remarks"]), counted_remarks(table["remarks"].take(kept))
+    report.not_read, report.mapped_roles = list(remarks[NOT_READ]), remarks[ROLE]
+    report.margin_faults = sum(of_kept[MARGIN].values())
+    report.first_margin_fault = next(iter(of_kept[MARGIN]), "")
+    report.left_out, report.marks = (lines_of(table[name].take(kept)) for name in ("left_out", "marks"))
+    report.with_marks = len(kept) - pc.sum(pc.equal(table["marks"].take(kept), "")).as_py() if len(kept) else 0
     check_enough_left(report, options)
+    check_written(report, table["left_out"].take(kept), formatter)
     pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
     prepared = PreparedPairs(pairs, lengths, keys, prompt_keys, uncut, report)
     for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
@@ -175,16 +211,22 @@ def choose_examples(num_pairs: int, num_examples: int, seed: int) -> list[int]:
 # ---- tokenising all rows -------------------------------------------------------------------------------------------
 
 
-def tokenize_rows(rows: datasets.Dataset, formatter: ChatFormatter, options: PreparationOptions) -> datasets.Dataset:
+def tokenize_rows(
+    rows: datasets.Dataset, formatter: ChatFormatter, options: PreparationOptions, anew: bool = False
+) -> datasets.Dataset:
     """Tokenise every selected row -> Dataset of PAIR_FEATURES and FATE_FEATURES, one row for each row read.
 
-    Loaded from the cache when the same rows were tokenised before under the same formatter, length and policy.
+    Loaded from the cache when the same rows were tokenised before under the same formatter, length and policy, unless
+    it is to be done `anew`.
     """
     fingerprint = tokenization_cache_key(
         rows._fingerprint, formatter.fingerprint, options.max_length, options.truncation
     )
     folder = options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable_cache(options.cache_dir, error) from error
     return rows.map(
         tokenize_batch,
         batched=True,
@@ -192,6 +234,7 @@ def tokenize_rows(rows: datasets.Dataset, formatter: ChatFormatter, options: Pre
         remove_columns=rows.column_names,
         features=datasets.Features(PAIR_FEATURES | FATE_FEATURES),
         num_proc=num_processes(len(rows), options.num_proc),
+        load_from_cache_file=not anew,
         cache_file_name=str(folder / f"tokenized-{fingerprint}.arrow"),
         # Given, because datasets would else hash the pickled formatter, whose bytes differ from process to process.
         new_fingerprint=fingerprint,
@@ -232,6 +275,8 @@ def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length:
             "prompt_key": content_key(tokenization.rendered_prompt, []),
             "chosen_key": content_key(prompt_ids, chosen_ids),
             "rejected_key": content_key(prompt_ids, rejected_ids),
+            "left_out": "\n".join(tokenization.left_out),
+            "marks": "\n".join(tokenization.marks),
         }
         for name, value in row.items():
             columns[name].append(value)
@@ -275,16 +320,22 @@ def summarize(
     )
 
 
-def columns_not_read(column: pa.ChunkedArray) -> list[str]:
-    """Names of the columns that were filled in some row and read in none, in order of appearance."""
-    names = (name for names in pc.unique(column).to_pylist() for name in names.split("\n") if name)
-    return list(dict.fromkeys(names))
+def lines_of(column: pa.ChunkedArray) -> dict[str, int]:
+    """Each line of the texts of a column -> rows that have it, in order of appearance."""
+    lines: dict[str, int] = {}
+    for text in pc.value_counts(column).to_pylist():
+        for line in filter(None, text["values"].split("\n")):
+            lines[line] = lines.get(line, 0) + text["counts"]
+    return lines
 
 
-def margin_faults(column: pa.ChunkedArray) -> tuple[int, str]:
-    """How many margins were given but could not be read, and the first of them in words."""
-    faults = pc.filter(column, pc.not_equal(column, ""))
-    return len(faults), faults[0].as_py() if len(faults) else ""
+def counted_remarks(column: pa.ChunkedArray) -> dict[str, dict[str, int]]:
+    """What a remark begins with -> the rest of it -> rows that have it, in order of appearance."""
+    found: dict[str, dict[str, int]] = {kind: {} for kind in REMARKS}
+    for line, rows in lines_of(column).items():
+        kind = next(kind for kind in REMARKS if line.startswith(kind))
+        found[kind][line.removeprefix(kind)] = rows
+    return found
 
 
 def first_id(table: pa.Table, reason: str) -> str:
@@ -311,13 +362,35 @@ def check_enough_left(report: DataReport, options: PreparationOptions) -> None:
             f"{uncut['max']} at most. data.max_length is {options.max_length}, data.truncation {options.truncation}."
         )
     by_length = TOO_LONG in total.dropped or IDENTICAL_AFTER_CUT in total.dropped
-    remedy = (
-        "Raise data.max_length, choose another data.truncation, or repair the data"
-        if by_length
-        else "Repair these rows, or take them out"
-    )
+    remedy = "Repair these rows, or take them out"
+    if by_length:
+        remedy = "Raise data.max_length, choose another data.truncation, or repair the data"
+    elif LEFT_OUT in total.dropped or any(reason.startswith(REFUSED) for reason in total.dropped):
+        template = "the tokenizer's own" if report.template.origin == "tokenizer" else report.template.origin
+        remedy = f"Give a template that takes these rows whole (--data.chat_template, now {template}), or take them out"
     lines.append(remedy + (f"; data.max_dropped_share {share} lets this set through." if total.kept else "."))
     raise DataError("\n".join(lines))
+
+
+def check_written(report: DataReport, column: pa.ChunkedArray, formatter: ChatFormatter) -> None:
+    """Raise DataError when the template leaves out a part of every pair.
+
+    Args:
+        column: of the kept pairs, what is left out of them (`Tokenization.left_out`), in lines.
+    """
+    shares = pc.value_counts(column).to_pylist()
+    serious = [each for each in shares if each["values"] and is_serious(each["values"].split("\n"))]
+    if not report.total.kept or sum(each["counts"] for each in serious) < report.total.kept:
+        return
+    kinds = list(dict.fromkeys(kind for each in serious for kind in each["values"].split("\n")))
+    total = report.total.kept
+    message = (
+        f"{report.role} data: {total:,} of {total:,} pairs hold text that {formatter.template_name} does not write: it "
+        f"leaves out {', '.join(kinds)}. Give a template that writes it (--data.chat_template FILE.jinja)"
+    )
+    if ANSWER_REASONING in kinds:
+        message += ", or say that reasoning is no part of an answer: --data.reasoning drop"
+    raise DataError(message)
 
 
 def counted(reasons: dict[str, int], first: dict[str, str]) -> Iterable[str]:

@@ -16,9 +16,18 @@ from typing import Any
 
 import datasets
 
-from hafrm_ds.data.files import Table, find_tables
+from hafrm_ds.data.files import Table, find_tables, holds_whole_set, one_object
 from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, not_read, read_pairs_of
-from hafrm_ds.data.pairs import Deselected, Dropped, PreferencePair, Row, in_words, names_in_words
+from hafrm_ds.data.pairs import (
+    ROLES,
+    Deselected,
+    Dropped,
+    PreferencePair,
+    Row,
+    in_words,
+    names_in_words,
+    valid_text,
+)
 from hafrm_ds.data.presets import Role
 from hafrm_ds.data.row_filter import RowFilter
 from hafrm_ds.data.selection import SELECTION_FIELDS, mix, select
@@ -37,13 +46,17 @@ FEATURES = datasets.Features(
         "format": datasets.Value("string"),
         "dropped": datasets.Value("string"),
         "deselected": datasets.Value("string"),
-        "not_read": datasets.Value("string"),
-        "margin_fault": datasets.Value("string"),
+        "remarks": datasets.Value("string"),
     }
 )
 """One row for each row read. A pair is used where both `dropped` (why the row is no usable pair) and `deselected` (why
 it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format.
-`not_read` holds the names of filled columns that the format does not read, one a line."""
+`remarks` says what else is to be told of the row, one thing a line: REMARKS."""
+
+NOT_READ, ROLE, MARGIN = "not read: ", "role: ", "margin: "
+REMARKS = (NOT_READ, ROLE, MARGIN)
+"""What a remark begins with: the name of a filled column that the format does not read; a role that was read as another
+("human -> user"); why a margin could not be read."""
 
 
 def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> datasets.Dataset:
@@ -104,7 +117,19 @@ def read_source(source: Source, cache_dir: Path | None) -> datasets.Dataset:
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            raise unwritable_cache(cache_dir, error.__cause__) from error
         raise
+    except OSError as error:
+        raise unwritable_cache(cache_dir, error) from error
+
+
+def unwritable_cache(cache_dir: Path | None, error: OSError) -> DataError:
+    folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+    reason = error.strerror or str(error)
+    return DataError(
+        f"the cache folder {folder} cannot be written: {reason}; give another as --data.cache_dir, or in HF_HOME"
+    )
 
 
 def refuse_several_splits(tables: list[Table], source: Source) -> None:
@@ -123,12 +148,16 @@ def refuse_several_splits(tables: list[Table], source: Source) -> None:
 
 def content_key(tables: list[Table], source: Source) -> str:
     """Hexadecimal key of what `read_source` depends on."""
-    stamps = [
-        [table.name, [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in table.files]]
-        for table in tables
-    ]
+    stamps = [[table.name, [stamp_of(file) for file in table.files]] for table in tables]
     fields = {name: getattr(source, name) for name in Source.model_fields if name not in SELECTION_FIELDS}
     return digest([FORMAT_VERSION, fields, stamps])
+
+
+def stamp_of(file: Path) -> list[Any]:
+    """What tells whether a file has changed, without reading it. Its time of change (ctime) cannot be set back, as the
+    time of its content (mtime) is by tools that copy."""
+    facts = file.stat()
+    return [str(file.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def digest(content: Any) -> str:
@@ -139,25 +168,65 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
     """Rows of FEATURES. The format is recognised by the first row that passes the row filter."""
     row_filter = RowFilter(source.where)
     format_name = None if source.format == "auto" else source.format
+    roles, label = ROLES | source.roles, source.label_in_reports
     for table in tables:
         for number, content in table.rows():
-            row = Row(content, f"{table.name}:{number}", source.label_in_reports)
+            row = Row(content, valid_text(f"{table.name}:{number}"), label, roles)
             if not isinstance(content, dict):
                 raise DataError(f"{row.id}: is {in_words(content)}, expected an object with fields")
             if not row_filter.passes(content):
                 yield as_features(row, "", Deselected(row_filter.description))
                 continue
-            format_name = format_name or detect_format(row)
+            if source.columns:
+                row = Row(renamed(row, source), row.id, label, roles)
+            if format_name is None:
+                if holds_whole_set(content):
+                    raise one_object(row.id, content)
+                format_name = detect_format(row)
             if source.exactly_one_safe and format_name != "safe_rlhf":
                 raise DataError(
                     f"{row.id}: exactly_one_safe was given, but these are rows of format {format_name}, not safe_rlhf"
                 )
-            for outcome in read_pairs_of(row, format_name, source):
-                yield as_features(row, format_name, outcome)
+            outcomes = read_pairs_of(row, format_name, source)
+            remarks = remarks_on(row, format_name)
+            for outcome in outcomes:
+                yield as_features(row, format_name, outcome, remarks)
+                remarks = ""  # of a row with several pairs, once
     row_filter.check_some_passed(source.path)
 
 
-def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected | Dropped) -> dict[str, Any]:
+def renamed(row: Row, source: Source) -> dict[str, Any]:
+    """The fields of a row under the names that `source.columns` gives them.
+
+    Raises:
+        DataError: a name is taken by another column of the row, which would be lost.
+    """
+    names = {theirs: ours for ours, theirs in source.columns.items()}
+    taken = [
+        name
+        for name, theirs in source.columns.items()
+        if theirs in row.fields and name in row.fields and name not in names and name not in source.ignore_columns
+    ]
+    if taken:
+        raise DataError(
+            f"{row.id}: the source's columns give the name {names_in_words(taken)} to another column, but the row has "
+            "one of that name: map it too, or name it in ignore_columns"
+        )
+    given = {names[name]: value for name, value in row.fields.items() if name in names}
+    return {name: value for name, value in row.fields.items() if name not in names and name not in given} | given
+
+
+def remarks_on(row: Row, format_name: str) -> str:
+    names = not_read(row, format_name)
+    if not names and not row.mapped_roles:
+        return ""
+    lines = [NOT_READ + " ".join(valid_text(str(name)).split()) for name in names]
+    return "\n".join(lines + [f"{ROLE}{written} -> {role}" for written, role in row.mapped_roles.items()])
+
+
+def as_features(
+    row: Row, format_name: str, outcome: PreferencePair | Deselected | Dropped, remarks: str = ""
+) -> dict[str, Any]:
     """What became of a row -> a row of FEATURES."""
     pair = outcome if isinstance(outcome, PreferencePair) else PreferencePair([], [], [], None, row.source, row.id)
     return {
@@ -170,6 +239,5 @@ def as_features(row: Row, format_name: str, outcome: PreferencePair | Deselected
         "format": format_name,
         "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
         "deselected": outcome.reason if isinstance(outcome, Deselected) else "",
-        "not_read": "\n".join(not_read(row, format_name)) if format_name else "",
-        "margin_fault": pair.margin_fault,
+        "remarks": f"{remarks}\n{MARGIN}{pair.margin_fault}".lstrip() if pair.margin_fault else remarks,
     }

@@ -135,9 +135,17 @@ class DataReport:
     """Kept pairs that have a margin."""
     not_read: list[str] = field(default_factory=list)
     """Columns that are filled in some row, but that its format does not read."""
+    mapped_roles: dict[str, int] = field(default_factory=dict)
+    """"human -> user" -> rows with messages of a role that was read as another."""
     margin_faults: int = 0
     """Kept pairs whose margin could not be read; training with objective.use_margin refuses them."""
     first_margin_fault: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """What the chat template does not write -> kept pairs that hold it."""
+    marks: dict[str, int] = field(default_factory=dict)
+    """Special token or mark of a template -> kept pairs whose texts hold it."""
+    with_marks: int = 0
+    """Kept pairs whose texts hold any."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping for data_report.json."""
@@ -165,6 +173,7 @@ class DataReport:
             *self._not_read(),
             lengths,
             Text(f"Template: {self.template.in_words}"),
+            *self._rendering(),
             *(render_example(example) for example in self.examples if with_examples),
         )
 
@@ -207,8 +216,29 @@ class DataReport:
             Text(f"{self.with_margin} of {self.total.kept} pairs ({share:.1%}) have a margin; the others count as 0")
         ]
 
+    def _rendering(self) -> list[Text]:
+        """Lines on what the template leaves out, and on marks that texts hold."""
+        kept = self.total.kept
+        lines = [
+            as_text(f"WARNING {pairs:,} of {kept:,} pairs hold text that the template does not write: {kind}")
+            for kind, pairs in self.left_out.items()
+        ]
+        if self.marks:
+            most = sorted(self.marks.items(), key=lambda item: -item[1])
+            names = names_in_words(f"{mark} ({pairs:,})" for mark, pairs in most)
+            lines.append(
+                as_text(
+                    f"WARNING {self.with_marks:,} of {kept:,} pairs hold special tokens or marks of a chat template in "
+                    f"their texts: {names}. If they were rendered before, they are rendered twice now"
+                )
+            )
+        return lines
+
     def _not_read(self) -> list[Text]:
         lines = [as_text(f"not read: {names_in_words(self.not_read)}")] if self.not_read else []
+        if self.mapped_roles:
+            roles = names_in_words(f"{role} ({rows:,} rows)" for role, rows in self.mapped_roles.items())
+            lines.append(as_text(f"roles read as others: {roles}"))
         if self.margin_faults:
             lines.append(as_text(f"{self.margin_faults} margins could not be read (first: {self.first_margin_fault})"))
         return lines

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from hafrm_ds.data.pairs import names_in_words
 from hafrm_ds.errors import DataError
 
 
@@ -21,6 +22,9 @@ class RowFilter:
     def passes(self, fields: dict[str, Any]) -> bool:
         """Whether a row is wanted."""
         self._total += 1
+        if not self.where:
+            self._passed += 1
+            return True
         self._fields |= dict.fromkeys(fields)
         for name, counter in self._values.items():
             if name in fields:
@@ -35,7 +39,7 @@ class RowFilter:
             raise DataError(f"{path}: holds no rows")
         for name, counter in self._values.items():
             if not counter:
-                known = ", ".join(self._fields)
+                known = names_in_words(self._fields)
                 raise DataError(f"{path}: no row has the field {name!r} of the row filter (fields: {known})")
         if not self._passed:
             seen = "; ".join(f"{name} is {most_common(counter)}" for name, counter in self._values.items())

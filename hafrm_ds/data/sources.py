@@ -21,11 +21,14 @@ from pydantic import (
     model_validator,
 )
 
-from hafrm_ds.data.formats import FORMATS
+from hafrm_ds.data.formats import COMMON_COLUMNS, FORMATS
 from hafrm_ds.data.portions import parse_portion
 from hafrm_ds.data.presets import PRESETS, Role
 
-DATA_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+DATA_SUFFIXES = (
+    *(".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".parquet"),
+    *(".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+)
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")
 HUB_FIELDS = ("config", "data_dir", "revision", "split")
@@ -43,8 +46,8 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     path: str = ""
-    """A file (json, jsonl, json.gz, jsonl.gz, parquet), a folder of them, a folder written by datasets' save_to_disk,
-    a hub id (ORG/NAME), or a file of a hub data set (hf://datasets/ORG/NAME/FILE)."""
+    """A file (json, jsonl or ndjson, csv, tsv, also with .gz; parquet), a folder of them, a folder written by datasets'
+    save_to_disk, a hub id (ORG/NAME), or a file of a hub data set (hf://datasets/ORG/NAME/FILE)."""
     preset: str | None = None
     """One of the paper's sets by name; it fills every field not given here."""
     config: str | None = None
@@ -60,8 +63,15 @@ class Source(BaseModel):
     """Keep only rows whose fields have these values (compared as text: true, false and null are written so)."""
     format: str = "auto"
     """Row format; auto recognises it from the columns."""
+    columns: dict[str, str] = {}
+    """What columns are called in this source, for layouts that auto does not know: {prompt: question, chosen: good,
+    rejected: bad}. The names on the left are those of a known format."""
+    roles: dict[str, Literal["system", "user", "assistant", "developer"]] = {}
+    """Names of roles in this source beside the known ones: {customer: user, agent: assistant}."""
     ignore_columns: list[str] = []
     """Columns to leave unread although their names speak of the conversation."""
+    ranking: Literal["best", "adjacent"] = "best"
+    """Rows that rank several answers: pairs of the best with each other one, or of each with the next."""
     label: Literal["helpful", "safe"] = "safe"
     """PKU-SafeRLHF and BeaverTails rows: which of their two labels decides."""
     exactly_one_safe: bool = False
@@ -101,6 +111,15 @@ class Source(BaseModel):
             raise ValueError(f"unknown format {name!r}{suggestion(name, FORMATS)} (known: auto, {', '.join(FORMATS)})")
         return name
 
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        known = {*COMMON_COLUMNS, *(name for each in FORMATS.values() for name in (*each.columns, *each.also_reads))}
+        for name in columns:
+            if name not in known:
+                raise ValueError(f"no format has a column {name!r}{suggestion(name, known)} (write {{prompt: COLUMN}})")
+        return columns
+
     @field_validator("portion", mode="before")
     @classmethod
     def _valid_portion(cls, text: Any) -> Any:
@@ -130,7 +149,14 @@ class Source(BaseModel):
 
 
 def is_hub_id(path: str) -> bool:
-    return HUB_ID.fullmatch(path) is not None and not path.endswith(DATA_SUFFIXES) and not Path(path).exists()
+    return HUB_ID.fullmatch(path) is not None and not path.lower().endswith(DATA_SUFFIXES) and not is_there(path)
+
+
+def is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def has_splits(path: Path) -> bool:
@@ -139,7 +165,7 @@ def has_splits(path: Path) -> bool:
 
 
 def report_label(name: str | None, preset: str | None, path: str) -> str:
-    return name or preset or (Path(path).name.split(".")[0] if Path(path).exists() else path)
+    return name or preset or (Path(path).name.split(".")[0] if is_there(path) else path)
 
 
 def suggestion(name: str, known: Any) -> str:
@@ -157,7 +183,7 @@ def resolve_preset(source: Source, role: Role) -> Source:
         return source
     preset = PRESETS[source.preset]
     fields = preset.both | (preset.train if role == "train" else preset.eval)
-    if source.path and Path(source.path).exists():
+    if source.path and is_there(source.path):
         kept = ("split",) if has_splits(Path(source.path)) else ()
         fields = {name: value for name, value in fields.items() if name not in HUB_FIELDS or name in kept}
     given = {name: getattr(source, name) for name in source.model_fields_set}

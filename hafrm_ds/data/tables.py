@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import rich.table
+from rich import box
 from rich.text import Text
 
 NOTHING = "-"
@@ -38,6 +39,7 @@ class Table:
     """Rows of a name and cells.
 
     words: all cells hold texts instead of numbers. texts: so many of the last columns do, for the terminal.
+    is_dense: without lines between the columns in a terminal, for many of them.
     """
 
     rows: list[tuple[str, list[Cell]]]
@@ -45,12 +47,18 @@ class Table:
     caption: str = ""
     words: bool = False
     texts: int = 0
+    is_dense: bool = False
 
     def to_rich(self) -> rich.table.Table:
-        """The table for a terminal, whose first header takes the place of a title."""
+        """The table for a terminal; without a caption the first header takes the place of a title."""
         first, *others = self.header
-        table = rich.table.Table()
-        table.add_column(as_text(first))
+        table = rich.table.Table(
+            title=as_text(self.caption) if self.caption else None,
+            title_justify="left",
+            box=box.SIMPLE if self.is_dense else box.HEAVY_HEAD,
+            padding=(0, 0 if self.is_dense else 1),
+        )
+        table.add_column(as_text(first), overflow="fold")
         for place, name in enumerate(others):
             is_text = place >= len(others) - self.texts
             table.add_column(as_text(name), justify="left" if is_text else "right", overflow="fold")
@@ -81,8 +89,8 @@ def share_estimate(estimate: EstimateJson | None) -> Cell:
 
 
 def number_estimate(estimate: EstimateJson | None, form: Callable[[float], str] | None = None) -> Cell:
-    form = form or short
-    return estimate_cell(estimate, form, form)
+    """A number with its interval, where that is known. form: how it is written; default: `short`."""
+    return estimate_cell(estimate, form or short, "{:.3g}".format)
 
 
 def estimate_cell(estimate: EstimateJson | None, form: Callable[[float], str], brief: Callable[[float], str]) -> Cell:

@@ -11,11 +11,12 @@ from typing import Literal, NamedTuple, Protocol
 
 import jinja2
 
-from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.formatting import ChatFormatter, encode_rendered
 from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious, marks_in
 from hafrm_ds.errors import DataError
 
-TOKENIZATION_VERSION = 3
+TOKENIZATION_VERSION = 4
 """Part of the cache key of tokenised data: raise it whenever what is kept of any pair changes."""
 
 Truncation = Literal["drop", "keep_prompt_end", "cut_response"]
@@ -27,6 +28,8 @@ IDENTICAL_ANSWERS = "identical answers"
 IDENTICAL_AFTER_CUT = "identical after the cut"
 TOO_LONG = "longer than max_length"
 REFUSED = "the template refuses the conversation"
+LEFT_OUT = "the template leaves out what differs"
+LONGEST_REASON = 120
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,10 @@ class Tokenization(NamedTuple):
     """Tokens of the longer conversation before any truncation; 0 for pairs dropped before they had ids."""
     rendered_prompt: Sequence[int]
     """Ids of the prompt rendered alone, before any truncation; empty when the pair is dropped."""
+    left_out: tuple[str, ...] = ()
+    """What of a usable pair the template does not write, in words."""
+    marks: tuple[str, ...] = ()
+    """Special tokens and marks of templates that stand in the texts of a usable pair."""
 
 
 def tokenize_pair(
@@ -101,22 +108,23 @@ def tokenize_pair(
     """Messages of one pair -> ids that fit max_length, or the reason why the pair is dropped."""
     if not prompt:
         return dropped(EMPTY_PROMPT)
-    if is_blank(chosen) or is_blank(rejected):
+    if is_blank(formatter.spoken(chosen)) or is_blank(formatter.spoken(rejected)):
         return dropped(EMPTY_ANSWER)
     if chosen == rejected:
         return dropped(IDENTICAL_ANSWERS)
     try:
-        chosen_conversation = formatter.encode(prompt + chosen)
-        rejected_conversation = formatter.encode(prompt + rejected)
+        texts = [formatter.render(prompt + answer) for answer in (chosen, rejected)]
+        chosen_conversation, rejected_conversation = (encode_rendered(formatter.tokenizer, text) for text in texts)
         rendered_prompt = formatter.encode_prompt(prompt)
-    except jinja2.TemplateError:
-        return dropped(REFUSED)
+    except jinja2.TemplateError as error:
+        return dropped(refusal_of(error))
 
     ids = split_at_prompt(chosen_conversation, rejected_conversation, rendered_prompt)
     length = ids.longest_conversation
     chosen_ids, rejected_ids = ids.responses
-    if chosen_ids == rejected_ids:  # the template may strip or normalise what made the texts differ
-        return dropped(IDENTICAL_ANSWERS, length)
+    if chosen_ids == rejected_ids:  # the template may strip, normalise or leave out what made the texts differ
+        is_left_out = [each["content"].split() for each in chosen] != [each["content"].split() for each in rejected]
+        return dropped(LEFT_OUT if is_left_out else IDENTICAL_ANSWERS, length)
     if not ids.prompt:
         return dropped(EMPTY_PROMPT, length)
     if not chosen_ids or not rejected_ids:
@@ -127,7 +135,17 @@ def tokenize_pair(
         return dropped(TOO_LONG, length)
     if fitted.responses[0] == fitted.responses[1]:
         return dropped(IDENTICAL_AFTER_CUT, length)
-    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt)
+    left_out = dict.fromkeys(
+        kind for answer, text in zip((chosen, rejected), texts) for kind in formatter.left_out(prompt + answer, text)
+    )
+    marks = tuple(marks_in([*prompt, *chosen, *rejected], formatter.marks))
+    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt, tuple(left_out), marks)
+
+
+def refusal_of(error: jinja2.TemplateError) -> str:
+    """Why a template refuses a conversation, in its own words as far as they are few."""
+    words = " ".join(str(error).split())
+    return f"{REFUSED}: {words[:LONGEST_REASON]}{'...' if len(words) > LONGEST_REASON else ''}"
 
 
 def dropped(reason: str, uncut_length: int = 0) -> Tokenization:
@@ -166,15 +184,23 @@ def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> 
     at least one token.
 
     Raises:
-        DataError: there is no message, the template refuses them, or it renders them as fewer than two tokens.
+        DataError: there is no message, the template refuses them or leaves out a part of them, or it renders them as
+            fewer than two tokens.
     """
     if not messages:
         raise DataError("the conversation has no message")
     try:
-        ids = formatter.encode(messages)
+        text = formatter.render(messages)
+        ids = encode_rendered(formatter.tokenizer, text)
         rendered_prompt = formatter.encode_prompt(messages[:-1]) if len(messages) > 1 else []
     except jinja2.TemplateError as error:
-        raise DataError(f"{REFUSED}: {error}") from error
+        raise DataError(refusal_of(error)) from error
+    if is_serious(left_out := formatter.left_out(messages, text)):
+        remedy = "; the option reasoning, set to drop, takes it out on purpose" if ANSWER_REASONING in left_out else ""
+        raise DataError(
+            f"{formatter.template_name} leaves out {', '.join(left_out)}: the model would not see the whole "
+            f"conversation{remedy}"
+        )
     if len(ids) < 2:
         raise DataError(f"the conversation is rendered as {len(ids)} tokens; there must be two at least")
     end = min(max(common_prefix_length(ids, rendered_prompt), 1), len(ids) - 1)

@@ -15,7 +15,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import xxhash
 
-from hafrm_ds.durability import sync_folder
+from hafrm_ds.durability import publish, publish_link, remove_folder, whole_file
 from hafrm_ds.errors import UserError
 
 MANIFEST, STATE, LATEST, SET_ASIDE = "manifest.json", "state.json", "latest", "set_aside"
@@ -66,6 +65,7 @@ class TrainingState:
     evaluation_is_due: the evaluation after this step was not made.
     last_evaluation: set -> its metrics at the last evaluation.
     uses_stock_logits: of the model (`HybridModel`), as the run has found at its start.
+    alpha: the weight of the policy loss that objective.policy_share has led to; None without a share.
     """
 
     step: int
@@ -81,6 +81,7 @@ class TrainingState:
     last_evaluation: dict[str, dict[str, float]]
     uses_stock_logits: bool = False
     evaluations_since_best: int = 0
+    alpha: float | None = None
 
     @property
     def evaluation_of_step(self) -> dict[str, dict[str, float]]:
@@ -178,7 +179,7 @@ def start_draft(root: Path, step: int, expected_bytes: int) -> Path:
     return draft
 
 
-def publish(draft: Path, root: Path, state: TrainingState, files: dict[str, FileFacts]) -> Path:
+def complete(draft: Path, root: Path, state: TrainingState, files: dict[str, FileFacts]) -> Path:
     """Complete a draft and give it its name.
 
     Raises:
@@ -190,28 +191,20 @@ def publish(draft: Path, root: Path, state: TrainingState, files: dict[str, File
                 f"{name}, which a rank has written, is not whole in {draft}: output_dir must be one folder that all "
                 "nodes see"
             )
-    files = files | {STATE: write_synced(draft / STATE, asdict(state))}
+    files = files | {STATE: write_json(draft / STATE, asdict(state))}
     content = {"format": FORMAT, "step": state.step, "files": {name: asdict(files[name]) for name in sorted(files)}}
-    write_synced(draft / MANIFEST, content)
-    for folder in (draft / DEEPSPEED_FOLDER, draft):
-        sync_folder(folder)
+    write_json(draft / MANIFEST, content)
     folder = root / checkpoint_name(state.step)
-    draft.rename(folder)
-    sync_folder(root)  # before the link names it
-    link = root / f".{LATEST}"
-    link.symlink_to(folder.name)
-    link.replace(root / LATEST)
-    sync_folder(root)
+    publish(draft, folder)
+    publish_link(root / LATEST, folder.name)
     return folder
 
 
-def write_synced(path: Path, content: dict) -> FileFacts:
+def write_json(path: Path, content: dict) -> FileFacts:
     """Write JSON to disk, not only to the page cache."""
     data = json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
-    with path.open("wb") as file:
+    with whole_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return FileFacts(len(data), xxhash.xxh3_128_hexdigest(data))
 
 
@@ -239,8 +232,7 @@ def prune(root: Path, keep_last: int, best_step: int | None, is_better: Callable
             best, best_value = folder, value
     for folder, _ in good[keep_last:]:
         if folder != best:
-            # Renamed first: one that is deleted in part must not look like a checkpoint.
-            shutil.rmtree(folder.rename(root / f".{folder.name}"))
+            remove_folder(folder)
 
 
 def set_aside(root: Path, after_step: int) -> list[Path]:

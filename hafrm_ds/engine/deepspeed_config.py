@@ -62,7 +62,8 @@ def run_values(config: TrainConfig) -> dict[str, tuple[Any, str]]:
     """What a run decides itself: dotted DeepSpeed key -> (value, the option that decides it)."""
     optimizer = config.optimizer
     is_bf16 = config.model.dtype == "bfloat16"
-    return {
+    reduction = {"communication_data_type": ("fp32", "optimizer.reduce_in_fp32")} if optimizer.reduce_in_fp32 else {}
+    return reduction | {
         "bf16.enabled": (is_bf16, f"model.dtype is {config.model.dtype}"),
         "fp16.enabled": (False, f"model.dtype is {config.model.dtype}"),
         "gradient_clipping": (optimizer.max_gradient_norm, "optimizer.max_gradient_norm"),
@@ -80,6 +81,7 @@ def run_values(config: TrainConfig) -> dict[str, tuple[Any, str]]:
 
 # "auto" here means: left out, so that DeepSpeed's own default counts (sizes that transformers would derive).
 LEFT_TO_DEEPSPEED = (
+    "communication_data_type",
     "zero_optimization.reduce_bucket_size",
     "zero_optimization.stage3_prefetch_bucket_size",
     "zero_optimization.stage3_param_persistence_threshold",
@@ -145,6 +147,11 @@ def deepspeed_contradictions(content: dict, config: TrainConfig) -> list[str]:
                 f"deepspeed: {file} offloads {what} ({section}) under ZeRO stage {stage}, where DeepSpeed cannot; take "
                 f"stage {lowest if lowest == 3 else f'{lowest} to 3'} or remove {section}"
             )
+    if (reduced := content.get("communication_data_type", "auto")) not in ("auto", "bf16", "fp32"):
+        problems.append(
+            f"deepspeed: {file} says communication_data_type = {json.dumps(reduced)}; gradients are averaged in "
+            "bf16 or fp32"
+        )
     micro = content.get("train_micro_batch_size_per_gpu", "auto")
     if micro not in ("auto", 1):
         problems.append(
@@ -196,6 +203,8 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int, machine_size:
         "gradient_clipping": config.optimizer.max_gradient_norm,
         "bf16": resolved.get("bf16", {}) | {"enabled": config.model.dtype == "bfloat16"},
     }
+    if config.optimizer.reduce_in_fp32:
+        resolved["communication_data_type"] = "fp32"
     # By default DeepSpeed sums the gradients of micro-batches in bfloat16, where late ones vanish beside the sum. Under
     # stage 0 it knows no other way.
     if config.model.dtype == "bfloat16" and resolved.get("zero_optimization", {}).get("stage", 0) > 0:

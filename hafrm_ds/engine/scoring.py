@@ -1,7 +1,7 @@
 """Scoring many prompts and responses with an engine, all ranks together: the reference pass and evaluation."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,68 +20,121 @@ from hafrm_ds.objective import ResponseScores
 SECONDS_BETWEEN_QUESTIONS = 1.0
 
 
+@dataclass(frozen=True)
+class Items:
+    """What is to be scored: prompts, each with its responses.
+
+    Legend: I items.
+
+    item: position -> prompt and responses. num_responses: [I]. costs: [I] tokens of each in the layout.
+    """
+
+    item: Callable[[int], PromptWithResponses]
+    num_responses: np.ndarray
+    costs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+
 def score_items(
     forward: Callable[..., ResponseScores],
-    item: Callable[[int], PromptWithResponses],
-    costs: np.ndarray,
+    items: Items,
+    heads: Sequence[str],
     *,
-    num_responses: np.ndarray | int,
     layout: str,
     max_tokens: int,
-    on_scores: Callable[[list[int], ResponseScores], None],
-    with_reward: bool = True,
-    with_logprob: bool = True,
-    rank: int = 0,
-    num_ranks: int = 1,
+    read: Callable[[ResponseScores], torch.Tensor] | None = None,
+    sizes: np.ndarray | None = None,
+    on_values: Callable[[list[int], torch.Tensor], None] = lambda positions, values: None,
+    ranks_on: torch.device | None = None,
     must_stop: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Score items without gradients, each on one rank.
+) -> np.ndarray | None:
+    """Score items without gradients, each on one rank: the one way from prompts and responses to values.
+
+    Values stay on the device until the end: fetching them would make a GPU wait for the next micro-batch.
 
     Args:
         forward: the model, or the engine around it; takes a PackedBatch on the CPU.
-        item: position -> prompt and responses.
-        costs: [items] tokens of each item in this layout.
-        num_responses: of each item, [items] or the same of all.
-        on_scores: told the positions of a micro-batch and the scores of their responses, on the rank that has them.
+        heads: those that are run, of "reward" and "logprob".
+        read: what is kept of the scores of a micro-batch, one flat fp32 tensor, item after item. Default: the heads'
+            values, [responses, heads].
+        sizes: [I] how many numbers `read` gives for each item. Default: responses times heads.
+        on_values: told the positions of a micro-batch and what `read` gave, on the rank that computed it, once the next
+            micro-batch has been launched: a caller that fetches the values leaves no GPU idle.
+        ranks_on: the device of the process group if all its ranks score together; None if this process scores alone.
         must_stop: asked before each micro-batch, by all ranks together.
 
     Returns:
-        False if it was interrupted by must_stop.
+        [sum of sizes] fp32, item after item, the same on all ranks; None if interrupted by must_stop.
 
     Raises:
         UserError: the device has no room for a micro-batch.
     """
-    if not len(costs):
-        return True
-    batches = partition_by_length(costs, num_ranks, max_tokens, padded_rows(layout, len(costs), num_responses))[rank]
+    if not len(items):
+        return np.empty(0, dtype=np.float32)
+    read = read or (lambda scores: torch.stack([scores.of(head) for head in heads], dim=1).reshape(-1))
+    sizes = items.num_responses * len(heads) if sizes is None else sizes
+    rank, num_ranks = (0, 1) if ranks_on is None else (dist.get_rank(), dist.get_world_size())
+    rows = padded_rows(layout, len(items), items.num_responses)
+    scored: list[tuple[list[int], torch.Tensor]] = []
+    pending = None
     with torch.no_grad():
-        for positions in batches:
+        for positions in partition_by_length(items.costs, num_ranks, max_tokens, rows)[rank]:
             if must_stop():
-                return False
+                return None
             is_dummy = positions == [DUMMY]
-            items = [DUMMY_PAIR.group] if is_dummy else [item(position) for position in positions]
-            batch = lay_out(items, layout)
+            batch = lay_out([DUMMY_PAIR.group] if is_dummy else [items.item(place) for place in positions], layout)
             try:
-                scores = forward(batch, with_reward=with_reward, with_logprob=with_logprob)
+                scores = forward(batch, with_reward="reward" in heads, with_logprob="logprob" in heads)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"there is no room for a micro-batch of {batch.num_positions:,} tokens; lower "
                     f"max_tokens_per_micro_batch (now {max_tokens:,}): {error}"
                 ) from error
-            if not is_dummy:
-                on_scores(positions, scores)
-    return True
+            if pending is not None:
+                on_values(*pending)
+            pending = None if is_dummy else (positions, read(scores))
+            if pending is not None:
+                scored.append(pending)
+        if pending is not None:
+            on_values(*pending)
+    return in_order(scored, sizes, ranks_on)
+
+
+def in_order(
+    scored: list[tuple[list[int], torch.Tensor]], sizes: np.ndarray, ranks_on: torch.device | None
+) -> np.ndarray:
+    """Values of micro-batches -> those of all items on all ranks, item after item: [sum of sizes] fp32.
+
+    Args:
+        scored: positions of the items of a micro-batch, and their values, on this rank.
+        sizes: [I] numbers of each item.
+    """
+    order = np.array([position for positions, _ in scored for position in positions], dtype=np.int64)
+    total, num_items = int(sizes.sum()), len(sizes)
+    # Behind the values stands how often each item was scored.
+    table = torch.zeros(total + num_items, dtype=torch.float64)
+    if scored:
+        first = np.cumsum(sizes) - sizes
+        behind = np.cumsum(sizes[order]) - sizes[order]
+        places = np.repeat(first[order] - behind, sizes[order]) + np.arange(sizes[order].sum())
+        table[torch.from_numpy(places)] = torch.cat([values for _, values in scored]).double().cpu()
+        table[total:] = torch.bincount(torch.from_numpy(order), minlength=num_items)
+    if ranks_on is not None:
+        table = sum_over_ranks(table, ranks_on)
+    assert bool((table[total:] == 1).all()), "an item was scored by no rank or by several"
+    return table[:total].float().numpy()
 
 
 def score_pairs(
     engine: Engine,
     pairs: PreparedPairs,
     index: np.ndarray,
+    heads: Sequence[str],
     *,
     layout: str,
     max_tokens: int,
-    with_reward: bool,
-    with_logprob: bool,
     on_progress: Callable[[int], None] = lambda num_pairs: None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, np.ndarray] | None:
@@ -89,44 +142,33 @@ def score_pairs(
 
     Args:
         index: [P] positions in `pairs`.
+        heads: of "reward" and "logprob".
         on_progress: told how many pairs this rank has finished since the last call.
         must_stop: asked before the first micro-batches and about once a second after them, by all ranks together.
 
     Returns:
-        "reward" and "logprob" as asked for: [P, 2] fp32, (chosen, rejected); None if interrupted by must_stop.
+        Head -> [P, 2] fp32, (chosen, rejected); None if interrupted by must_stop.
     """
-    names = ["reward"] * with_reward + ["logprob"] * with_logprob
-    scored: list[int] = []
-    # They stay on the device until the end: fetching them would make a GPU wait for the next micro-batch.
-    results = [torch.empty(0, 2 * len(names), device=engine.device)]
-
-    def keep(positions: list[int], scores: ResponseScores) -> None:
-        scored.extend(positions)
-        results.append(torch.cat([scores.of(name).view(-1, 2) for name in names], dim=1))
-        on_progress(len(positions))
-
-    is_whole = score_items(
+    lengths = {name: column[index] for name, column in pairs.lengths.items()}
+    values = score_items(
         engine,
-        lambda position: pairs[int(index[position])].group,
-        token_costs({name: lengths[index] for name, lengths in pairs.lengths.items()}, layout),
-        num_responses=2,
+        Items(
+            lambda position: pairs[int(index[position])].group,
+            np.full(len(index), 2),
+            token_costs(lengths, layout),
+        ),
+        heads,
         layout=layout,
         max_tokens=max_tokens,
-        on_scores=keep,
-        with_reward=with_reward,
-        with_logprob=with_logprob,
-        rank=dist.get_rank(),
-        num_ranks=dist.get_world_size(),
+        on_values=lambda positions, values: on_progress(len(positions)),
+        ranks_on=engine.device,
         must_stop=OccasionalQuestion(must_stop, engine.device),
     )
-    if not is_whole:
+    if values is None:
         return None
-    table = torch.zeros(len(index), 2 * len(names) + 1, dtype=torch.float64)
-    table[scored, :-1] = torch.cat(results).double().cpu()
-    table[:, -1] = torch.bincount(torch.tensor(scored, dtype=torch.int64), minlength=len(index))
-    table = sum_over_ranks(table, engine.device)
-    assert bool((table[:, -1] == 1).all()), "a pair was scored by no rank or by several"
-    return {name: table[:, 2 * k : 2 * k + 2].float().numpy() for k, name in enumerate(names)}
+    table = values.reshape(len(index), 2, len(heads))
+    # Contiguous: numpy adds up other numbers in another order, and means would differ in their last bits.
+    return {head: np.ascontiguousarray(table[:, :, k]) for k, head in enumerate(heads)}
 
 
 @dataclass

@@ -11,7 +11,7 @@ import numpy as np
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import Estimate, EstimateJson, estimates, exact_at_the_ends
-from hafrm_ds.evaluation.calibration import Calibration, correctness
+from hafrm_ds.evaluation.calibration import calibrate, correctness
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 PROBABILISTIC = ("reward", "implicit")
@@ -46,7 +46,7 @@ def analyse(scores: PairScores) -> dict[str, Any]:
         "accuracy": accuracies(scores, everything),
         "margin": as_json(estimates(margins, scores.prompts)),
         "yardsticks": as_json(estimates(yardsticks, scores.prompts)),
-        "calibration": {judge: Calibration.of(margins[judge]).to_json() for judge in judges if judge in PROBABILISTIC},
+        "calibration": {judge: calibrate(margins[judge]) for judge in judges if judge in PROBABILISTIC},
         "by_source": {name: part(scores, inside) for name, inside in by_source(scores)},
         "by_length_difference": [
             {"low": low, "high": high} | part(scores, inside) | {"longer": float(longer[inside].mean())}
@@ -60,6 +60,7 @@ def analyse(scores: PairScores) -> dict[str, Any]:
 
 
 def check(scores: PairScores) -> None:
+    """Raises DataError where there is no pair, or a score that is not finite."""
     if not len(scores):
         raise DataError(f"{scores.set}: the set has no pairs")
     for judge, values in scores.judges.items():

@@ -16,13 +16,13 @@ NUM_RESAMPLES = 2000
 LEVEL = 0.95
 TRAININGS_SEED = 1_000_003
 CHUNK = 2**24
-"""Numbers of one chunk of resamples: bounds the memory."""
+"""Most numbers in a chunk of resamples, which bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with the ends of its 95% interval, None where a single prompt tells of none. clusters: different prompts
-    behind it."""
+    """A mean with the ends of its 95% interval, which are None for a single prompt. clusters: different prompts behind
+    it."""
 
     value: float
     low: float | None
@@ -78,6 +78,7 @@ def mean_of_sets(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]])
 
 
 def from_resamples(center: float, means: np.ndarray, clusters: int) -> Estimate:
+    """A mean with the percentiles of its resampled means [B]."""
     if clusters == 1:
         return Estimate(float(center), None, None, clusters)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

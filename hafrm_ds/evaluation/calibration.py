@@ -5,7 +5,6 @@ Legend: P pairs. A margin is the score of the chosen answer less that of the rej
 """
 
 import itertools
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,62 +12,35 @@ import numpy as np
 NUM_BINS = 10
 """Of equal width between the confidences 0.5 (a coin) and 1."""
 LARGEST_INVERSE_TEMPERATURE = 1e6
-"""In units of 1 / the mean size of a margin: where the search for the temperature ends."""
+"""Where the search for 1 / temperature ends, in units of 1 / the mean size of a margin."""
 BISECTIONS = 80
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Pairs judged with a confidence between `low` and `high`: mean confidence, and share judged right.
-
-    Both are None for a bin without pairs.
-    """
-
-    low: float
-    high: float
-    pairs: int
-    confidence: float | None
-    accuracy: float | None
-
-
-@dataclass(frozen=True)
-class Calibration:
+def calibrate(margins: np.ndarray) -> dict[str, Any]:
     """How well a judge's confidence agrees with how often it is right.
 
-    bins: the reliability curve (DeGroot & Fienberg 1983). ece: expected calibration error, the mean distance between
-    the two over the pairs (Naeini et al. 2015). brier: mean of (1 - p)^2 with p the probability given to the chosen
-    answer. log_loss: mean of -log p; both are strictly proper.
-    temperature: T that minimises the log loss of sigmoid(margin / T) on these same pairs (Guo et al. 2017): above 1 for
-    a judge that is too sure. None if there is none: the judge is wrong more than right, or never wrong.
-    ece_at_temperature, brier_at_temperature: after the division by it.
+    Args:
+        margins: [P] float64, finite, at least one.
+
+    Returns:
+        bins: the reliability curve (DeGroot & Fienberg 1983), as `reliability` gives it. ece: expected calibration
+        error, the mean distance between confidence and accuracy over the pairs (Naeini et al. 2015). brier: mean of
+        (1 - p)^2 with p the probability given to the chosen answer. log_loss: mean of -log p; both are strictly proper.
+        temperature: T that minimises the log loss of sigmoid(margin / T) on these same pairs (Guo et al. 2017): above 1
+        for a judge that is too sure. None if there is none: the judge is wrong more than right, or never wrong.
+        ece_at_temperature, brier_at_temperature: after the division by it.
     """
-
-    bins: list[Bin]
-    ece: float
-    brier: float
-    log_loss: float
-    temperature: float | None
-    ece_at_temperature: float | None
-    brier_at_temperature: float | None
-
-    @classmethod
-    def of(cls, margins: np.ndarray) -> "Calibration":
-        """Args: margins [P] float64, finite, at least one."""
-        bins = reliability(margins)
-        temperature = fitted_temperature(margins)
-        at = None if temperature is None else margins / temperature
-        return cls(
-            bins=bins,
-            ece=expected_calibration_error(bins),
-            brier=brier_score(margins),
-            log_loss=log_loss(margins),
-            temperature=temperature,
-            ece_at_temperature=None if at is None else expected_calibration_error(reliability(at)),
-            brier_at_temperature=None if at is None else brier_score(at),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    bins, temperature = reliability(margins), fitted_temperature(margins)
+    at = None if temperature is None else margins / temperature
+    return {
+        "bins": bins,
+        "ece": expected_calibration_error(bins),
+        "brier": brier_score(margins),
+        "log_loss": log_loss(margins),
+        "temperature": temperature,
+        "ece_at_temperature": None if at is None else expected_calibration_error(reliability(at)),
+        "brier_at_temperature": None if at is None else brier_score(at),
+    }
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -80,27 +52,28 @@ def correctness(margins: np.ndarray) -> np.ndarray:
     return (np.sign(margins) + 1) / 2
 
 
-def reliability(margins: np.ndarray) -> list[Bin]:
-    """The pairs in NUM_BINS bins of confidence, sigmoid(|margin|)."""
+def reliability(margins: np.ndarray) -> list[dict[str, Any]]:
+    """The pairs in NUM_BINS bins of confidence, sigmoid(|margin|).
+
+    Returns:
+        For each bin its ends low and high, the number of its pairs, their mean confidence, and accuracy, the share of
+        them judged right; the last two are None without pairs.
+    """
     confidence, right = sigmoid(np.abs(margins)), correctness(margins)
     edges = np.linspace(0.5, 1.0, NUM_BINS + 1).round(9)
     place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, NUM_BINS - 1)
     bins = []
-    for number, (low, high) in enumerate(itertools.pairwise(edges)):
+    for number, (low, high) in enumerate(itertools.pairwise(edges.tolist())):
         inside = place == number
         pairs = int(inside.sum())
-        means = (float(confidence[inside].mean()), float(right[inside].mean())) if pairs else (None, None)
-        bins.append(Bin(float(low), float(high), pairs, *means))
+        sure, accuracy = (float(each[inside].mean()) if pairs else None for each in (confidence, right))
+        bins.append({"low": low, "high": high, "pairs": pairs, "confidence": sure, "accuracy": accuracy})
     return bins
 
 
-def expected_calibration_error(bins: list[Bin]) -> float:
-    distances = [
-        part.pairs * abs(part.accuracy - part.confidence)
-        for part in bins
-        if part.accuracy is not None and part.confidence is not None
-    ]
-    return sum(distances) / sum(part.pairs for part in bins)
+def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
+    distances = [part["pairs"] * abs(part["accuracy"] - part["confidence"]) for part in bins if part["pairs"]]
+    return sum(distances) / sum(part["pairs"] for part in bins)
 
 
 def brier_score(margins: np.ndarray) -> float:

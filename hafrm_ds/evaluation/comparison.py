@@ -16,11 +16,11 @@ from hafrm_ds.data.tables import Cell, Table, share_estimate
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimate, exact_at_the_ends, mean_of_sets
 from hafrm_ds.evaluation.calibration import correctness
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
-from hafrm_ds.evaluation.terminal import JUDGES
 
 COMPARISON_FILE = "comparison.json"
-"""In the folder of a comparison: what is said about its methods."""
+"""The results of a comparison, in its folder."""
 OTHERS = "mean of the others"
 
 
@@ -33,7 +33,7 @@ def run_folder(folder: Path, method: str, seed: int) -> Path:
 class Method:
     """Trainings that differ in their seed alone.
 
-    judge: what takes its sides: the reward head, or the implicit reward of a training without one.
+    judge: by which the method is judged: the reward head, or the implicit reward of a training without one.
     scores: for each seed, name of a set -> scores of its pairs.
     """
 

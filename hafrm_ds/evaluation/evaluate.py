@@ -1,4 +1,4 @@
-"""An evaluation from model and data to evaluation.json, on any number of processes, killed and started again at will.
+"""An evaluation from model and data to evaluation.json, on any number of processes; one that was killed resumes.
 
 sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evaluation/SET.parquet -> evaluation.json
 """
@@ -6,6 +6,7 @@ sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evalua
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,11 +28,12 @@ from hafrm_ds.errors import DataError, ModelError, in_own_names
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
+from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.report.writing import leave_report
-from hafrm_ds.evaluation.scoring import AskedItems, ModelAsked, score_parts
-from hafrm_ds.evaluation.terminal import render_evaluation
-from hafrm_ds.model.loading import known_positions, load_model_config
+from hafrm_ds.evaluation.scoring import AskedItems, score_parts
+from hafrm_ds.model.loading import load_model_config
+from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.objective import judges
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
@@ -42,6 +44,7 @@ from hafrm_ds.saved.policy import SavedPolicy
 
 PARTS_FOLDER = "parts"
 DEFAULT_TRUNCATION = "keep_prompt_end"
+REASONS_SHOWN = 5
 
 
 def benchmarks_of(words: Any) -> Any:
@@ -65,7 +68,7 @@ def known_benchmarks(found: dict[str, str | None]) -> dict[str, str | None]:
 
 
 class EvaluationOptions(ScoringSection):
-    """What launch/evaluate.py is asked for."""
+    """The options of launch/evaluate.py."""
 
     model: str
     """Folder or hub id."""
@@ -82,7 +85,7 @@ class EvaluationOptions(ScoringSection):
     beta: Positive | None = None
     """Scale of the implicit reward. Default: that of the training, else 0.1."""
     max_pairs: PositiveInt | None = None
-    """Use at most so many pairs of each set: a fixed random choice."""
+    """Use at most this many pairs of each set: a fixed random choice."""
     max_length: PositiveInt | None = None
     """Longest conversation in tokens. Default: that of the training, else what the model knows and a micro-batch holds.
     """
@@ -90,6 +93,13 @@ class EvaluationOptions(ScoringSection):
     """What happens to longer ones. Default: as in the training, else keep_prompt_end."""
     max_dropped_share: Share | None = None
     """Stop when a larger share of the pairs would be dropped. Default: 0.05."""
+    cache_dir: Path | None = None
+    """Where prepared data is kept between runs. Default: the cache folder of Hugging Face datasets."""
+    misfits: Literal["leave_out", "cut"] = "leave_out"
+    """Questions of a benchmark with an answer that leaves no room for its prompt. leave_out: they are not asked, and
+    counted. cut: their answers lose their end. Questions that the chat template cannot render are left out."""
+    max_missing_share: Share = 0.05
+    """A benchmark has no overall score when a larger share of its questions is left out."""
     chat_template: str | None = None
     """Name or file of a template, for a tokenizer without one."""
     deepspeed: Path | None = None
@@ -108,19 +118,28 @@ class EvaluatedSet:
     pairs: PreparedPairs
     index: np.ndarray
 
-    def groups(self, item: int) -> list[PromptWithResponses]:
-        return [self.pairs[int(self.index[item])].group]
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> list[PromptWithResponses]:
+        return [self.pairs[int(self.index[place])].group]
 
 
 @dataclass(frozen=True)
 class EvaluatedBenchmark:
     """Questions of a benchmark, and the groups of each: its responses in order, with their prompt (`encode_question`).
-    num_cut: of these lost the start of their prompt."""
+    num_cut: of these lost the start of their prompt, or the end of an answer. left_out: why questions are not among
+    them, one text for each."""
 
     benchmark: Benchmark
     questions: list[Question]
     groups: list[list[PromptWithResponses]]
     num_cut: int
+    left_out: list[str]
+
+    @property
+    def missing_share(self) -> float:
+        return len(self.left_out) / (len(self.left_out) + len(self.questions))
 
     def conversations(self) -> list[list[tuple[Sequence[int], Sequence[int]]]]:
         """Prompt and response of every conversation, question by question."""
@@ -129,16 +148,9 @@ class EvaluatedBenchmark:
         ]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
-    reference, where there is one."""
-
-    values: dict[str, list[np.ndarray]]
-    references: dict[str, list[np.ndarray]]
-
-    def of(self, name: str) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-        return self.values[name], self.references.get(name)
+Scores = dict[str, tuple[list[np.ndarray], list[np.ndarray] | None]]
+"""Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
+reference, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,7 @@ class Evaluation:
 
     @classmethod
     def open(cls, options: EvaluationOptions, processes: Processes, log: Console) -> "Evaluation":
-        """Look at the models, and read and tokenise the data. All processes call this together.
+        """Open the models without their weights, and read and tokenise the data. All processes call this together.
 
         Raises:
             ConfigError, DataError, ModelError: what was asked for cannot be evaluated.
@@ -186,7 +198,7 @@ class Evaluation:
             "reference": None if self.reference is None else identity_of_model(self.reference),
             "template": self.formatter.fingerprint,
             "pairs": {
-                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each.index)]
+                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each)]
                 for name, each in self.sets.items()
             },
             "questions": {
@@ -198,20 +210,23 @@ class Evaluation:
         }
 
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
-        """Ask the model and the reference about everything, as far as `folder` does not have the answers. All processes
-        call this together; the first gets the scores."""
-        asked = [AskedItems(f"set {name}", len(each.index), each.groups) for name, each in self.sets.items()]
-        asked += [
-            AskedItems(f"benchmark {name}", len(each.groups), each.groups.__getitem__)
-            for name, each in self.benchmarks.items()
-        ]
+        """Score all sets and benchmarks by the model and the reference, but for the parts that `folder` has. All
+        processes call this together; the first gets the scores."""
+        asked: dict[str, AskedItems] = {f"set {name}": each for name, each in self.sets.items()}
+        asked |= {f"benchmark {name}": each.groups for name, each in self.benchmarks.items()}
 
-        def ask(name: str, saved: Saved, heads: tuple[str, ...]) -> dict[str, list[np.ndarray]]:
-            model = ModelAsked(saved, self.options.deepspeed, self.options.max_tokens_per_micro_batch)
-            return score_parts(name, model, heads, asked, folder, processes, log)
-
+        ask = partial(
+            score_parts,
+            asked=asked,
+            folder=folder,
+            processes=processes,
+            log=log,
+            deepspeed=self.options.deepspeed,
+            max_tokens=self.options.max_tokens_per_micro_batch,
+        )
         values = ask("scoring", self.saved, self.saved.heads)
-        return Scores(values, {} if self.reference is None else ask("reference", self.reference, ("logprob",)))
+        references = {} if self.reference is None else ask("reference", self.reference, ("logprob",))
+        return {name: (each, references.get(name)) for name, each in values.items()}
 
     def results(self, scores: Scores, processes: Processes) -> dict[str, Any]:
         """What evaluation.json says. The scores of the sets are left in output_dir."""
@@ -228,7 +243,7 @@ class Evaluation:
 
     def analyse_set(self, name: str, scores: Scores) -> dict[str, Any]:
         pairs, index = self.sets[name].pairs, self.sets[name].index
-        values, references = scores.of(f"set {name}")
+        values, references = scores[f"set {name}"]
         pair_scores = PairScores.of(
             name,
             pairs,
@@ -244,9 +259,10 @@ class Evaluation:
         return analysis
 
     def judge_benchmark(self, name: str, scores: Scores) -> dict[str, Any]:
-        """{"cut": questions whose prompt was cut, "judges": judge -> result of the benchmark}."""
+        """{"cut": questions whose prompt was truncated, "left_out": questions that were not asked, "why_left_out": the
+        reasons of the first of these, "judges": judge -> result of the benchmark}."""
         evaluated = self.benchmarks[name]
-        values, references = scores.of(f"benchmark {name}")
+        values, references = scores[f"benchmark {name}"]
         rows: dict[str, list[list[float]]] = {}
         for place, of_heads in enumerate(values):
             known = dict(zip(self.saved.heads, of_heads.T))
@@ -254,7 +270,15 @@ class Evaluation:
             for judge, each in judges(known.get("reward"), known.get("logprob"), reference, self.beta).items():
                 rows.setdefault(judge, []).append(each.tolist())
         results = {judge: evaluated.benchmark.summarize(evaluated.questions, each) for judge, each in rows.items()}
-        return {"cut": evaluated.num_cut, "judges": results}
+        if evaluated.missing_share > self.options.max_missing_share:
+            results = {judge: result | {"score": None} for judge, result in results.items()}
+        left_out = evaluated.left_out
+        return {
+            "cut": evaluated.num_cut,
+            "left_out": len(left_out),
+            "why_left_out": left_out[:REASONS_SHOWN],
+            "judges": results,
+        }
 
 
 def evaluate(options: EvaluationOptions, processes: Processes) -> None:
@@ -312,7 +336,8 @@ def prepare_sets(
     defaults = {"max_length": longest_conversation(options, saved), "truncation": DEFAULT_TRUNCATION}
     trained = trained_with(saved, "data")
     given = {name: trained.get(name, default) for name, default in defaults.items()}
-    asked = {name: getattr(options, name) for name in (*defaults, "max_dropped_share")}
+    given["max_length"] = int(min(given["max_length"], sizes_of(saved).positions))
+    asked = {name: getattr(options, name) for name in (*defaults, "max_dropped_share", "cache_dir")}
     given |= {name: value for name, value in asked.items() if value is not None}
     if given["max_length"] > options.max_tokens_per_micro_batch:
         raise DataError(
@@ -325,8 +350,9 @@ def prepare_sets(
         read = partial(prepare_pairs, sources, formatter=formatter, options=preparation, role="eval", seed=0)
         try:
             sets[name] = processes.in_turns(f"data {name}", read)
-        except DataError as error:  # it names the options of a training
-            raise DataError(in_own_names(error)) from error
+            sizes_of(saved).check({name: sets[name]}, formatter.tokenizer)
+        except (DataError, ModelError) as error:  # it names the options of a training
+            raise type(error)(in_own_names(error)) from error
         log.print(f"\n[bold]{name}[/bold]")
         log.print(sets[name].report.render(with_examples=False))
     return {name: EvaluatedSet(pairs, fixed_choice(len(pairs), options.max_pairs)) for name, pairs in sets.items()}
@@ -334,34 +360,65 @@ def prepare_sets(
 
 def longest_conversation(options: EvaluationOptions, saved: Saved) -> int:
     """Tokens that the model knows and a micro-batch holds."""
-    return int(min(options.max_tokens_per_micro_batch, known_positions(load_model_config(saved.config))))
+    return int(min(options.max_tokens_per_micro_batch, sizes_of(saved).positions))
+
+
+def sizes_of(saved: Saved) -> ModelSizes:
+    return ModelSizes.of(str(saved.folder), load_model_config(saved.config))
 
 
 def read_benchmarks(
     options: EvaluationOptions, saved: Saved, formatter: ChatFormatter, processes: Processes
 ) -> dict[str, EvaluatedBenchmark]:
-    """Read and tokenise the questions of every benchmark that was asked for."""
-    max_length = options.max_length or longest_conversation(options, saved)
+    """Read and tokenise the questions of every benchmark that was asked for.
+
+    Raises:
+        DataError, ModelError: none of its questions can be asked, or the model has no embedding for their tokens.
+    """
+    sizes = sizes_of(saved)
+    max_length = int(min(options.max_length or math.inf, longest_conversation(options, saved)))
     found = {}
     for name, path in options.benchmarks.items():
         benchmark = BENCHMARKS[name]
         read = partial(benchmark.read, path or benchmark.default_path, None)
         questions = processes.in_turns(f"benchmark {name}", read)
-        encoded = [encode_question(formatter, each.id, each.prompt, each.responses, max_length) for each in questions]
+        asked, encoded, left_out = [], [], []
+        for each in questions:
+            try:
+                groups = encode_question(
+                    formatter, each.id, each.prompt, each.responses, max_length, cut_answers=options.misfits == "cut"
+                )
+            except DataError as error:
+                left_out.append(str(error))
+                continue
+            asked.append(each)
+            encoded.append(groups)
+        if not asked:
+            raise DataError(f"no question of {benchmark.title} can be asked, the first because {left_out[0]}")
+        sequences = (ids for groups, _ in encoded for group in groups for ids in (group.prompt, *group.responses))
+        sizes.check_ids(sequences, formatter.tokenizer)
         num_cut = sum(was_cut for _, was_cut in encoded)
-        found[name] = EvaluatedBenchmark(benchmark, questions, [ids for ids, _ in encoded], num_cut)
+        found[name] = EvaluatedBenchmark(benchmark, asked, [ids for ids, _ in encoded], num_cut, left_out)
     return found
 
 
 def encode_question(
-    formatter: ChatFormatter, place: str, prompt: list[Message], responses: list[list[Message]], max_length: int
+    formatter: ChatFormatter,
+    place: str,
+    prompt: list[Message],
+    responses: list[list[Message]],
+    max_length: int,
+    cut_answers: bool = False,
 ) -> tuple[list[PromptWithResponses], bool]:
-    """The groups of a question: its responses in order, and whether the prompt was truncated.
+    """The groups of a question: its responses in order, and whether anything was truncated.
 
     They are one group, or several where the tokenizer merges the first token of some responses with the prompt's last.
 
     A conversation of more than `max_length` tokens loses the start of its prompt, as data.truncation keep_prompt_end
     does it: a leading BOS stays. All answers keep the same prompt, truncated for the longest.
+
+    Args:
+        cut_answers: an answer that is too long by itself loses its end, beside the last token of the prompt.
 
     Raises:
         DataError: naming `place`, for a conversation that cannot be rendered, or an answer that is too long by itself.
@@ -376,6 +433,10 @@ def encode_question(
     has_bos = conversations[0].prompt[0] == formatter.tokenizer.bos_token_id
     kept = conversations[0].prompt[:1] if has_bos else []
     if excess > min(len(ids.prompt) for ids in conversations) - len(kept) - 1:
+        if cut_answers and max_length > len(kept) + 1:
+            room = max_length - len(kept) - 1
+            cut = [PromptWithResponses([*kept, *ids.prompt[-1:]], (ids.responses[0][:room],)) for ids in conversations]
+            return groups_of(cut), True
         raise DataError(
             f"{place}: an answer leaves no room for its prompt in {max_length:,} tokens, the least of --max_length, "
             "--max_tokens_per_micro_batch and the positions that the model knows"

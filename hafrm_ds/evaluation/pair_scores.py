@@ -35,7 +35,7 @@ METADATA = b"hafrm_ds"
 class PairScores:
     """Scores of the pairs of one evaluation set.
 
-    set: its name. step: optimizer steps that the model had been trained; None where nobody knows.
+    set: its name. step: optimizer steps that the model had been trained; None where that is not known.
     beta: scale of the implicit reward. ids, sources: [P]. prompts: [P] a name of each
     prompt, by its tokens before any truncation.
     num_tokens: [P, 2] int64 tokens of the responses.

@@ -1,12 +1,12 @@
 """What a saved model says of many pairs and questions, on any number of processes, kept in parts on disk.
 
-AskedItems -> parts of SMALLEST_PART items -> FOLDER/NAME-ITEMS-NNNNNN.npy -> scores of each item
+AskedItems -> parts of SMALLEST_PART of them -> FOLDER/MODEL-NAME-NNNNNN.npy -> scores of each item
 """
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -21,53 +21,46 @@ from hafrm_ds.saved.sharded import load_for_job
 SMALLEST_PART = 64
 
 
-@dataclass(frozen=True)
-class AskedItems:
-    """Items that are reported together: the pairs of a set, or the questions of a benchmark.
+class AskedItems(Protocol):
+    """Items that are reported together, each as the groups that it is scored in: the pairs of a set are one group each;
+    the answers of a benchmark's question one, or several where the tokenizer ends their common prompt at different
+    tokens."""
 
-    name: unique in the job. size: items. groups: position of an item -> what is scored of it: a pair is one group; the
-    answers of a question are one, or several where the tokenizer ends their common prompt at different tokens.
-    """
+    def __len__(self) -> int: ...
 
-    name: str
-    size: int
-    groups: Callable[[int], list[PromptWithResponses]]
-
-    def parts(self) -> list[range]:
-        return [range(first, min(first + SMALLEST_PART, self.size)) for first in range(0, self.size, SMALLEST_PART)]
-
-
-@dataclass(frozen=True)
-class ModelAsked:
-    """A saved model and how it is run. deepspeed: a DeepSpeed JSON to shard it by, or None."""
-
-    saved: Saved
-    deepspeed: Path | None
-    max_tokens: int
+    def __getitem__(self, place: int, /) -> list[PromptWithResponses]: ...
 
 
 def score_parts(
     name: str,
-    model: ModelAsked,
+    saved: Saved,
     heads: tuple[str, ...],
-    asked: Sequence[AskedItems],
+    asked: Mapping[str, AskedItems],
     folder: Path,
     processes: Processes,
     log: Console,
+    *,
+    deepspeed: Path | None,
+    max_tokens: int,
 ) -> dict[str, list[np.ndarray]]:
     """What the model says of every response. All processes call this together; what `folder` has is not done again.
 
     Args:
         name: of the model in this job.
         heads: of "reward" and "logprob".
+        asked: name, unique in the job -> items.
+        deepspeed: a DeepSpeed JSON to shard the model by, or None.
 
     Returns:
         Name of `asked` -> for each item [responses, heads] fp32. On the first process; {} on the others.
     """
     parts = {
-        folder / f"{name}-{quote(each.name, safe='')}-{number:06}.npy": (each, part)
-        for each in asked
-        for number, part in enumerate(each.parts())
+        folder / f"{name}-{quote(each, safe='')}-{number:06}.npy": (
+            each,
+            range(len(items))[first : first + SMALLEST_PART],
+        )
+        for each, items in asked.items()
+        for number, first in enumerate(range(0, len(items), SMALLEST_PART))
     }
     # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
     missing = processes.from_first(
@@ -77,21 +70,19 @@ def score_parts(
     if todo:
         if len(todo) < len(parts):
             log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts of {name} are there already")
-        scorer = load_for_job(model.saved, model.deepspeed, model.max_tokens, processes.for_job(name))
+        scorer = load_for_job(saved, deepspeed, max_tokens, processes.for_job(name))
 
         def make(file: Path) -> bytes:
-            items, part = parts[file]
-            groups = [group for item in part for group in items.groups(item)]
+            each, part = parts[file]
             content = io.BytesIO()
-            np.save(content, scorer.values(groups, heads))
+            np.save(content, scorer.values([group for place in part for group in asked[each][place]], heads))
             return content.getvalue()
 
-        together = model.deepspeed is not None
-        work_through(name, todo, make, processes, log, unit="items", together=together)
+        work_through(name, todo, make, processes, log, unit="items", together=deepspeed is not None)
     if not processes.is_first:
         return {}
-    results: dict[str, list[np.ndarray]] = {each.name: [] for each in asked}
-    for file, (items, part) in parts.items():
-        sizes = [sum(len(group.responses) for group in items.groups(item)) for item in part]
-        results[items.name] += np.split(np.load(file), np.cumsum(sizes)[:-1])
+    results: dict[str, list[np.ndarray]] = {each: [] for each in asked}
+    for file, (each, part) in parts.items():
+        sizes = [sum(len(group.responses) for group in asked[each][place]) for place in part]
+        results[each] += np.split(np.load(file), np.cumsum(sizes)[:-1])
     return results

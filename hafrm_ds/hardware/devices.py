@@ -1,9 +1,12 @@
-"""Devices that are rented by the hour, by their vendor's data sheets."""
+"""Devices that are rented by the hour, by their vendor's data sheets, and those that nothing is known of."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
-from hafrm_ds.errors import ConfigError
+import torch
+
+from hafrm_ds.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -104,3 +107,16 @@ def published_peak(name: str, dtype_bytes: int) -> float | None:
     if dtype_bytes != 2 or any(part in name for part in OTHERS):
         return None
     return next((DEVICES[device].peak_flops for part, device in PUBLISHED if part in name), None)
+
+
+TRY_ROCM = "HAFRM_TRY_ROCM"
+
+
+def refuse_untried(device: torch.device) -> None:
+    """Raises UserError for an AMD GPU, which torch calls cuda as well, unless the environment says to try it."""
+    if device.type == "cuda" and torch.version.hip and os.environ.get(TRY_ROCM) != "1":
+        raise UserError(
+            f"this torch is built for AMD GPUs (ROCm {torch.version.hip}), on which hafrm_ds has never run. To try it "
+            f"all the same, with attention by torch's scaled_dot_product_attention alone, set {TRY_ROCM}=1; to run on "
+            "CPUs, hide the GPUs: HIP_VISIBLE_DEVICES=-1"
+        )

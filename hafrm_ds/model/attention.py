@@ -13,6 +13,7 @@ Legend: T tokens (queries), K keys, Q and G query and key-value heads, D head di
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -57,6 +58,7 @@ class Kernel:
     has_softcap: takes a soft cap, forward and backward.
     largest_heads: major compute capability -> dimensions of a head that it takes there, in multiples of 8; where it
         says nothing, 256.
+    deterministic_heads: dimensions of the largest head whose backward can add in one order.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Kernel:
     capabilities: tuple[int, ...]
     has_softcap: bool
     largest_heads: Mapping[int, int] = field(default_factory=dict)
+    deterministic_heads: int = 256
 
     @property
     def implementation(self) -> str:
@@ -77,6 +80,8 @@ class Kernel:
         if self.capabilities:
             if device.type != "cuda":
                 return f"it needs an NVIDIA GPU, not {device.type}"
+            if torch.version.hip:
+                return "it needs an NVIDIA GPU, not one of AMD"  # whose major capabilities are other GPUs'
             if (major := torch.cuda.get_device_capability(device)[0]) not in self.capabilities:
                 return f"it is not made for GPUs of compute capability {major}"
             if dtype != torch.bfloat16:
@@ -84,6 +89,8 @@ class Kernel:
             largest = self.largest_heads.get(major, 256)
             if (size := head_dimension(config)) > largest or size % 8:
                 return f"it takes heads of up to {largest} dimensions in multiples of 8, not {size}"
+            if size > self.deterministic_heads and torch.are_deterministic_algorithms_enabled():
+                return f"deterministic is true, and its backward for heads of {size} dimensions is not"
             if getattr(config, "v_head_dim", size) != size:
                 return "it takes keys and values of one size, and this model has two"
         if not self.has_softcap and getattr(config, "attn_logit_softcapping", None):
@@ -144,7 +151,7 @@ def segment_attention(
             f"{type(module).__name__} makes an attention mask of its own, which the layouts shared_prefix and packed "
             "have no place for; set --batch.layout padded"
         )
-    if sliding_window is None and (kind := masked_type(module, max(segments.k_lengths))):
+    if sliding_window is None and (kind := masked_type(module, segments.max_k)):
         raise UnsupportedAttention(
             f"{type(module).__name__} is {kind} by its attention mask alone, and the layouts shared_prefix and packed "
             "have no mask; set --batch.layout padded"
@@ -274,8 +281,8 @@ def run_varlen(query: Tensor, key: Tensor, value: Tensor, segments: AttentionSeg
         value,
         segments.cu_seqlens_q,
         segments.cu_seqlens_k,
-        max(segments.q_lengths),
-        max(segments.k_lengths),
+        segments.max_q,
+        segments.max_k,
         scale=rule.scale,
         window_size=(-1, 0) if rule.window is None else flash_window(rule.window),  # (-1, 0): causal
         **grouping,
@@ -294,10 +301,12 @@ def run_flash_package(
 ) -> Tensor:
     """flash_attn_varlen_func of one of the FlashAttention packages, which agree in these arguments.
 
-    Their backward adds in the order in which blocks finish, unless told otherwise: torch.use_deterministic_algorithms
-    tells them.
+    Their backward adds in the order in which blocks finish, unless told otherwise; torch's own kernels look at
+    torch.use_deterministic_algorithms by themselves.
     """
-    function = importlib.import_module(module).flash_attn_varlen_func
+    if module not in sys.modules:  # torch.compile breaks its graph at an import
+        importlib.import_module(module)
+    function = sys.modules[module].flash_attn_varlen_func
     options: dict[str, Any] = {} if rule.window is None else {"window_size": flash_window(rule.window)}
     if torch.are_deterministic_algorithms_enabled():
         options["deterministic"] = True
@@ -307,8 +316,8 @@ def run_flash_package(
         value,
         cu_seqlens_q=segments.cu_seqlens_q,
         cu_seqlens_k=segments.cu_seqlens_k,
-        max_seqlen_q=max(segments.q_lengths),
-        max_seqlen_k=max(segments.k_lengths),
+        max_seqlen_q=segments.max_q,
+        max_seqlen_k=segments.max_k,
         softmax_scale=rule.scale,
         causal=True,
         softcap=rule.softcap or 0.0,
@@ -325,7 +334,15 @@ def flash_window(window: int) -> tuple[int, int]:
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("fa3", partial(run_flash_package, "flash_attn_interface"), "flash_attn_interface", (9,), True),
+        # Its deterministic backward refuses heads that it rounds up to 256 (hopper/flash_api.cpp).
+        Kernel(
+            "fa3",
+            partial(run_flash_package, "flash_attn_interface"),
+            "flash_attn_interface",
+            (9,),
+            True,
+            deterministic_heads=192,
+        ),
         Kernel("fa2", partial(run_flash_package, "flash_attn"), "flash_attn_2_cuda", (8, 9, 10, 12), True),
         # A pre-release. On Blackwell it has no head sizes between 128 and 256, and no soft cap for all of them.
         Kernel("fa4", partial(run_flash_package, "flash_attn.cute"), "flash_attn.cute", (9, 10), False, {10: 128}),

@@ -70,7 +70,7 @@ class HybridModel(nn.Module):
             attention: name of a kernel, or "auto" for the best that runs on `device`.
 
         Raises:
-            ModelError: the model cannot run so.
+            ModelError: the model cannot run in this layout, or not under this kernel.
         """
         self.layout = set_attention(self.causal_lm, layout, attention, device)
 
@@ -111,6 +111,12 @@ class HybridModel(nn.Module):
     def lm_head(self) -> nn.Linear:
         return self.causal_lm.get_output_embeddings()
 
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """What both losses train: the body or its adapters, with the embedding where the LM head is tied to it."""
+        heads = {*self.reward_head.parameters(), *self.lm_head.parameters()}
+        heads -= {*self.causal_lm.get_input_embeddings().parameters()}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+
     def states_and_stock_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """States [T, H] and log-probs [M] fp32 from the causal LM's own forward, which holds all tokens' logits."""
         captured = []
@@ -142,7 +148,7 @@ def make_reward_head(hidden_size: int, *, bias: bool, init: str, dtype: torch.dt
     """
     head = RewardHead(hidden_size, 1, bias=bias, device="cpu", dtype=torch.float32)
     with torch.no_grad():
-        if init == "zero":
+        if init != "normal":  # a head that is taken over gets its values afterwards
             head.weight.zero_()
         else:
             generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,5 @@
 """Loading a causal LM and its tokenizer from the hub or a local folder."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ from transformers import (
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.model.hybrid import HybridModel, RewardHead, disable_dropout, make_reward_head
 from hafrm_ds.model.lora import quantization
+from hafrm_ds.model.reward_start import reward_head_of
 
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tflite", "original/*"]
 """Files of a hub repository that no from_pretrained call reads."""
@@ -38,11 +38,6 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(**origin(config))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
-
-
-def known_positions(config: PretrainedConfig) -> float:
-    """Tokens of the longest sequence that a model knows; infinity where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -88,7 +83,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     It is loaded on the CPU, unless its weights are quantised; `device` is where it will run, which decides the
     attention kernel.
 
-    Inside `training.engine.sharded_loading` the weights are partitioned while they are read.
+    Inside `engine.engine.sharded_loading` the weights are partitioned while they are read.
     """
     dtype = DTYPES[config.dtype]
     model_config = load_model_config(config)
@@ -96,6 +91,8 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     head = make_reward_head(
         hidden_size, bias=config.reward_head_bias, init=config.reward_head_init, dtype=dtype, seed=seed
     )
+    if config.reward_head_init == "from_model":
+        take_over_head(head, config)
     options = {}
     if (how := quantization(config.lora, dtype)) is not None:
         options = {"quantization_config": how, "device_map": {"": device}}
@@ -122,8 +119,20 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     return model
 
 
+def take_over_head(head: RewardHead, config: ModelConfig) -> None:
+    """Give a head the values of that in the model's folder. Raises ModelError if that has none that fits."""
+    given = reward_head_of(local_folder(config))
+    if given is None or given["weight"].shape != head.weight.shape or ("bias" in given and head.bias is None):
+        raise ModelError(
+            f"model.reward_head_init is from_model, but {config.name_or_path!r} has no reward head that fits"
+        )
+    with torch.no_grad():
+        for name, values in given.items():
+            getattr(head, name).copy_(values)
+
+
 def set_gradient_checkpointing(causal_lm: PreTrainedModel, on: bool) -> None:
-    """Recompute each layer in backward, or keep what it gave."""
+    """Set whether backward recomputes each layer's activations or forward keeps them."""
     # transformers 5.24 has new names for the methods, and warns at the old ones.
     stem = "activation" if hasattr(causal_lm, "activation_checkpointing_enable") else "gradient"
     if on:

@@ -85,7 +85,7 @@ def disagreement(subject: str, first_host: str, found: Sequence[tuple[str, dict[
 
 
 def shown(value: str | None) -> str:
-    """Of a hash the first digits do."""
+    """A fact as the message shows it: of a hash, its first digits."""
     if value is None:
         return "not there"
     return value[:12] if HASH.fullmatch(value) else value

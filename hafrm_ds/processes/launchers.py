@@ -60,8 +60,23 @@ def placement_of(environment: Mapping[str, str], host: str) -> Placement | None:
         host: name of this host, where Slurm has no other for it.
 
     Raises:
-        UserError: the variables are incomplete or no numbers.
+        UserError: the variables are incomplete, no numbers, or no place among the processes.
     """
+    placement = read_placement(environment, host)
+    if placement is not None and not placement.rank < placement.world_size:
+        raise UserError(
+            f"this process is rank {placement.rank} of {placement.world_size} (RANK and WORLD_SIZE, or what srun says "
+            f"for them): ranks count from 0, so the last is {placement.world_size - 1}"
+            if placement.world_size
+            else "WORLD_SIZE is 0: it counts the processes of the run, of which this is one"
+        )
+    if placement is not None and not 0 < placement.port < 2**16:
+        raise UserError(f"MASTER_PORT is {placement.port}; a port is a number from 1 to 65535")
+    return placement
+
+
+def read_placement(environment: Mapping[str, str], host: str) -> Placement | None:
+    """`placement_of`, whatever the numbers are."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return Placement(
             host,

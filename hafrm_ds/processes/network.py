@@ -9,7 +9,7 @@ import psutil
 
 @dataclass(frozen=True)
 class Interface:
-    """name: None where the system does not tell."""
+    """A network interface of this host. name: None where the system does not tell it."""
 
     name: str | None
     address: str

@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,17 +19,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import UserError, print_in_any_encoding
+from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.processes.agreement import differences, disagreement, software
-from hafrm_ds.processes.launchers import TIMEOUT_VARIABLE, Placement, placement_of, timeout_of
+from hafrm_ds.processes.launchers import Placement, placement_of, timeout_of
+from hafrm_ds.processes.meeting import meet
 from hafrm_ds.processes.network import interface_towards
 from hafrm_ds.processes.peers import PeerWatch
 from hafrm_ds.processes.stopping import STOPPED_STATUS, Launcher, Stopped, StopRequest
 
 T = TypeVar("T")
 
-NOTICE_SECONDS = 60.0
-"""After so long a host says what it waits for."""
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.1, 2.0
 """Ranks that wait ask rank 0's store less and less often: there may be a thousand of them."""
 ERRORS = "errors"
@@ -51,6 +50,7 @@ class Processes:
     num_hosts: as far as the launcher tells; 1 if it does not.
     timeout: of each collective.
     first_store: that of all jobs, where `store` is of one of them (`for_job`).
+    words: the message of an error in the words of the entry file, which may have other names for options.
     """
 
     rank: int
@@ -63,6 +63,7 @@ class Processes:
     num_hosts: int = 1
     timeout: timedelta = field(default_factory=lambda: timeout_of(os.environ))
     first_store: dist.Store | None = None
+    words: Callable[[UserError], str] = str
 
     @property
     def errors(self) -> dist.Store:
@@ -87,6 +88,11 @@ class Processes:
         host, timeout = socket.gethostname(), timeout_of(os.environ)
         placement = placement_of(os.environ, host)
         launcher = Launcher.above() if placement is not None else None
+
+        def look_up() -> None:
+            if launcher is not None:
+                stopping.stop_if_lost(launcher)
+
         if placement is None:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
@@ -96,15 +102,13 @@ class Processes:
             placement.rank,
             placement.local_rank,
             placement.world_size,
-            meet(placement, timeout),
+            meet(placement, timeout, on_wait=look_up),
             stopping,
             host=placement.host,
             num_hosts=placement.num_hosts,
             timeout=timeout,
         )
-        processes.watch = watch_peers(
-            processes, placement.address, lambda: stopping.stop_if_lost(launcher) if launcher is not None else None
-        )
+        processes.watch = watch_peers(processes, placement.address, on_tick=look_up)
         return processes
 
     @property
@@ -113,7 +117,7 @@ class Processes:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of this process in messages."""
         return f"rank {self.rank}" + (f" on {self.host}" if self.num_hosts > 1 else "")
 
     @property
@@ -129,6 +133,7 @@ class Processes:
         """Make this process's GPU the one that kernels run on when they are not told."""
         if self.device.type != "cuda":
             return
+        refuse_untried(self.device)
         if self.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"{self.name} is process {self.local_rank} (from 0) of its host and sees "
@@ -227,6 +232,12 @@ class Processes:
         if self.device.type != "cuda" and self.num_hosts > 1:
             self.choose_interface()
         is_cuda = self.device.type == "cuda"
+        # DeepSpeed's collectives run in a group of its own, so two communicators may be busy at once: under ZeRO-3
+        # weights that are fetched ahead, and a vote whether to stop. Their kernels could then start in another order on
+        # each GPU, and wait for one another for ever. All ranks call both in the same order, one after another, and
+        # NCCL (2.26 and later, which torch brings) keeps it. Handing DeepSpeed's group to every collective of ours
+        # would do as well, but all rooms would have to know it.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
             store=dist.PrefixStore("group", self.store),
@@ -266,7 +277,7 @@ class Processes:
         if isinstance(error, FailedElsewhere) or not self.speaks():
             return False
         where = f" ({self.name})" if self.num_hosts > 1 else ""
-        print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror{where}: {self.words(error)}", file=sys.stderr, flush=True)
         return True
 
     def speaks(self) -> bool:
@@ -275,38 +286,6 @@ class Processes:
             return self.errors.add(ERRORS, 1) == 1
         except dist.DistError:  # rank 0, which keeps the store, has left: it has spoken
             return False
-
-
-def meet(placement: Placement, timeout: timedelta) -> dist.Store:
-    """The store that all processes share, once all are there.
-
-    Raises:
-        UserError: rank 0 cannot be found, or not all come in time.
-    """
-    who, where = f"rank {placement.rank} on {placement.host}", f"{placement.address}:{placement.port}"
-    try:
-        socket.getaddrinfo(placement.address, placement.port)
-    except OSError as error:
-        raise UserError(
-            f"{placement.host} does not know the address {placement.address} of rank 0 ({error.strerror}); set "
-            "MASTER_ADDR to one that all hosts reach"
-        ) from error
-    text = f"{who} is waiting for all {placement.world_size} processes to meet at {where}"
-    notice = threading.Timer(NOTICE_SECONDS, print, [text], {"file": sys.stderr, "flush": True})
-    notice.daemon = True
-    if placement.local_rank == 0:
-        notice.start()
-    try:
-        store, _, _ = next(dist.rendezvous("env://", placement.rank, placement.world_size, timeout=timeout))
-    except dist.DistError as error:
-        raise UserError(
-            f"{who} has not met the others of the {placement.world_size} processes at {where} ({reason_of(error)}). "
-            "If the port is taken, choose another (MASTER_PORT); if the hosts do not reach one another, choose another "
-            f"address (MASTER_ADDR) or open the ports. They wait for {timeout} ({TIMEOUT_VARIABLE})"
-        ) from error
-    finally:
-        notice.cancel()
-    return store
 
 
 def watch_peers(processes: Processes, address: str, on_tick: Callable[[], None]) -> PeerWatch:
@@ -354,6 +333,37 @@ def keep_compiled_kernels() -> None:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "hafrm_ds" / "flash_attention_4"))
 
 
+DETERMINISTIC_VALUES = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("^NVLS,NVLSTree", "^NVLS", "Ring", "Tree", "CollnetDirect", "CollnetChain"),
+}
+"""Environment variable -> the values under which cuBLAS and NCCL add in one order, the first where none is set. Those
+of NCCL are the ones that Megatron-LM's deterministic mode takes: a switch (NVLS) adds in the order of arrival."""
+
+
+def use_deterministic_algorithms() -> str:
+    """Let torch, cuBLAS and NCCL take only algorithms that give equal bits in equal runs. Comes before CUDA starts:
+    cuBLAS and NCCL read their variables once.
+
+    Returns:
+        What is set, for the log.
+
+    Raises:
+        UserError: the user's environment asks for another algorithm.
+    """
+    for name, values in DETERMINISTIC_VALUES.items():
+        if (given := os.environ.setdefault(name, values[0])) not in values:
+            raise UserError(
+                f"deterministic is true, but the environment sets {name} to {given!r}, which need not give the same "
+                f"bits twice; unset it or set it to one of {'  '.join(values)}"
+            )
+    torch.use_deterministic_algorithms(True)
+    # Filling what is not written yet is for finding mistakes, and costs a kernel for each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made by torch at run time
+    settings = ", ".join(f"{name}={os.environ[name]}" for name in DETERMINISTIC_VALUES)
+    return f"deterministic algorithms are on ({settings})"
+
+
 def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     """Run an entry file: a UserError becomes one message from one rank, and exit status 1 on all.
 
@@ -361,13 +371,15 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
     it is reports it. Anything else keeps its traceback; ranks that wait for this one are told, for they would wait for
     ever. A run that was asked to stop ends with STOPPED_STATUS.
     """
+    print_in_any_encoding()
     choose_allocators()
     keep_compiled_kernels()
     try:
         processes = Processes.join()
     except Stopped as stop:
-        print(f"\n{stop}", file=sys.stderr, flush=True)
-        sys.exit(STOPPED_STATUS)
+        if not stop.is_told:
+            print(f"\n{stop}", file=sys.stderr, flush=True)
+        os._exit(STOPPED_STATUS)  # a thread may be waiting for rank 0 inside torch, which no signal interrupts
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -388,6 +400,8 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
         if is_lost_connection(error):
             cause = (processes.watch and processes.watch.verdict) or "another process of the run has ended"
             print(f"{processes.name} stops: {cause}", file=sys.stderr, flush=True)
+        elif has_no_deterministic_algorithm(error):
+            processes.report(UserError(f"{reason_of(error).split(', but')[0]}. Leave --deterministic out"))
         else:
             processes.speaks()
             traceback.print_exc()
@@ -403,3 +417,8 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
 def is_lost_connection(error: Exception) -> bool:
     """A collective that failed, or a store that is gone: gloo raises a plain RuntimeError that names its own source."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def has_no_deterministic_algorithm(error: Exception) -> bool:
+    """An operation that torch refuses under `use_deterministic_algorithms`."""
+    return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)

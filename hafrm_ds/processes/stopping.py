@@ -26,10 +26,11 @@ class Stopped(KeyboardInterrupt):
     """The run was asked to stop. Like KeyboardInterrupt it passes through `except Exception`.
 
     checkpoint: name of the checkpoint that holds `step`, None if there is none.
+    is_told: another rank has said so already.
     """
 
-    def __init__(self, reason: str, step: int = 0, checkpoint: str | None = None):
-        self.reason, self.step, self.checkpoint = reason, step, checkpoint
+    def __init__(self, reason: str, step: int = 0, checkpoint: str | None = None, is_told: bool = False):
+        self.reason, self.step, self.checkpoint, self.is_told = reason, step, checkpoint, is_told
         kept = f" after step {step}; --resume auto resumes from {checkpoint}" if checkpoint else ""
         super().__init__(f"stopped: {reason}{kept}")
 

@@ -32,7 +32,7 @@ def check_sample(
         record: is told the figures, also of a sample that does not agree.
 
     Raises:
-        UserError: beyond TOLERANCE.
+        UserError: the mean difference a token is larger than TOLERANCE allows.
     """
     pairs, reference = pair_set.pairs, pair_set.reference
     if reference is None or not len(candidates):
@@ -42,10 +42,9 @@ def check_sample(
         engine,
         pairs,
         chosen,
+        ("logprob",),
         layout=batch.layout,
         max_tokens=batch.token_budget,
-        with_reward=False,
-        with_logprob=True,
     )
     assert fresh is not None  # nothing interrupts it
     num_tokens = np.stack([pairs.lengths["chosen"], pairs.lengths["rejected"]], axis=1)[chosen]

@@ -1,4 +1,4 @@
-"""Log-probs of the reference policy: from the store where they are there, from the start weights where not."""
+"""Log-probs of the reference policy: looked up in the store, and computed from the start weights where it has none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,8 @@ from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
-from hafrm_ds.engine.scoring import score_items, sum_over_ranks
+from hafrm_ds.engine.scoring import Items, score_items
 from hafrm_ds.errors import DataError
-from hafrm_ds.objective import ResponseScores
 from hafrm_ds.reference.store import ReferenceStore, ShardWriter
 
 
@@ -69,7 +68,7 @@ class Responses:
 
     @classmethod
     def of(cls, sets: Sequence[PairSet]) -> "Responses":
-        """Those of the pairs that the sets use."""
+        """The responses of the pairs that the sets use."""
         index = np.concatenate(
             [np.stack([np.full(len(each.index), number), each.index], axis=1) for number, each in enumerate(sets)]
         )
@@ -126,14 +125,26 @@ class Work:
         """[I] tokens of each item in a layout."""
         return token_costs(self.lengths, layout, self.sides)
 
+    def items(self, layout: str) -> Items:
+        return Items(self.item, self.sides.sum(axis=1), self.costs(layout))
+
     def item(self, position: int) -> PromptWithResponses:
         number, row = self.responses.index[self.pair[position]]
         prompt, both = self.responses.sets[number][int(row)].group
         return PromptWithResponses(prompt, tuple(both[side] for side in np.flatnonzero(self.sides[position])))
 
-    def places(self, positions: list[int]) -> np.ndarray:
+    def places(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Places among the different responses, in the order in which the items' responses are laid out."""
         return self.responses.place[self.pair[positions]][self.sides[positions]]
+
+    def keys(self, positions: list[int]) -> np.ndarray:
+        """Content keys of the items' responses, in the order of `places`."""
+        return self.responses.keys[self.places(positions)]
+
+    def num_tokens(self, positions: list[int]) -> list[int]:
+        """Tokens of the items' responses, in the order of `places`."""
+        lengths = np.stack([self.lengths["chosen"], self.lengths["rejected"]], axis=1)
+        return lengths[positions][self.sides[positions]].tolist()
 
 
 def compute_missing(
@@ -147,7 +158,7 @@ def compute_missing(
     """Compute what is missing; each rank writes what it computes into the store as it goes.
 
     Args:
-        writer: of this rank.
+        writer: takes what this rank computes.
         on_progress: told how many tokens this rank has computed since the last call.
 
     Returns:
@@ -156,36 +167,30 @@ def compute_missing(
     Raises:
         DataError: a log-prob is not finite.
     """
-    num_responses = len(work.responses.keys)
-    table = torch.zeros(num_responses, 2, dtype=torch.float64)  # value, how often it was computed
-    costs = work.costs(batch.layout)
+    items = work.items(batch.layout)
 
-    def keep(positions: list[int], scores: ResponseScores) -> None:
-        places, logprobs = work.places(positions), scores.of("logprob").float().cpu().numpy()
+    def store(positions: list[int], values: Tensor) -> None:
+        logprobs = values.cpu().numpy()
         if not np.isfinite(logprobs).all():
             raise DataError(f"a reference log-prob is not finite, in {', '.join(ids_of(work, positions)[:10])}")
-        for place, logprob, count in zip(places.tolist(), logprobs, scores.num_tokens.tolist(), strict=True):
-            writer.add(work.responses.keys[place].tobytes(), logprob, count)
-        table[places, 0] = torch.from_numpy(logprobs).double()
-        table[places, 1] += 1
-        on_progress(int(costs[positions].sum()))
+        for key, logprob, count in zip(work.keys(positions), logprobs, work.num_tokens(positions), strict=True):
+            writer.add(key.tobytes(), logprob, count)
+        on_progress(int(items.costs[positions].sum()))
 
     with writer:
-        score_items(
+        computed = score_items(
             engine,
-            work.item,
-            costs,
-            num_responses=work.sides.sum(axis=1),
+            items,
+            ("logprob",),
             layout=batch.layout,
             max_tokens=batch.token_budget,
-            on_scores=keep,
-            with_reward=False,
-            rank=dist.get_rank(),
-            num_ranks=dist.get_world_size(),
+            on_values=store,
+            ranks_on=engine.device,
         )
-    total = sum_over_ranks(table, engine.device)
-    assert bool((total[:, 1] <= 1).all()), "a response was computed by several ranks"
-    return np.where(total[:, 1] == 1, total[:, 0], np.nan).astype(np.float32)
+    assert computed is not None  # nothing interrupts it
+    values = np.full(len(work.responses.keys), np.nan, dtype=np.float32)
+    values[work.places(np.arange(len(work)))] = computed
+    return values
 
 
 def ids_of(work: Work, positions: list[int]) -> list[str]:

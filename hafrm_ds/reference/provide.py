@@ -109,7 +109,7 @@ def shared_namespace(config: TrainConfig, processes: Processes) -> Namespace:
 
 
 def provenance(engine: Engine) -> dict:
-    """What moves the last bits of a value and nothing else."""
+    """Facts that move the last bits of a value and nothing else; each shard notes them."""
     return {
         "layout": engine.model.layout,
         "attention": engine.model.causal_lm.config._attn_implementation,

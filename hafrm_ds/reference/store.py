@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from hafrm_ds.data.content_keys import KEY_BYTES, KEY_DTYPE
-from hafrm_ds.durability import sync_folder, write_whole
+from hafrm_ds.durability import publish, write_whole
 from hafrm_ds.errors import UserError
 
 SHARD_NAME = re.compile(r"[0-9a-f]{64}\.arrow")
@@ -136,9 +136,9 @@ def write_shard(folder: Path, table: pa.Table) -> Path:
     try:
         with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        shard = folder / f"{sync_and_hash(draft)}.arrow"
-        os.rename(draft, shard)
-        sync_folder(folder)
+        with draft.open("rb") as written:
+            shard = folder / f"{hashlib.file_digest(written, 'sha256').hexdigest()}.arrow"
+        publish(draft, shard)
     except OSError as error:
         draft.unlink(missing_ok=True)
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
@@ -147,12 +147,6 @@ def write_shard(folder: Path, table: pa.Table) -> Path:
             "the next start continues from there"
         ) from error
     return shard
-
-
-def sync_and_hash(file: Path) -> str:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -176,10 +170,6 @@ class Shard:
     @property
     def num_tokens(self) -> np.ndarray:
         return column_view(self.table["num_tokens"], np.dtype(np.int32))
-
-    @property
-    def provenance(self) -> dict:
-        return json.loads(self.table.schema.metadata[b"provenance"])
 
 
 def column_view(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
@@ -294,7 +284,7 @@ class KeyIndex:
         return cls(high[place], low[place], place)
 
     def __len__(self) -> int:
-        """Different keys."""
+        """The number of different keys."""
         if not len(self.high):
             return 0
         same = (self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])

@@ -28,6 +28,7 @@ from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.durability import whole_folder
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel, tolerance_of
+from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
 from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.pad_token import PadToken, choose_pad_token
 from hafrm_ds.saved.reward_model import HybridRewardModel
@@ -35,7 +36,6 @@ from hafrm_ds.saved.scorer import NO_REWARD, Conversation
 from hafrm_ds.saved.tensor_files import TensorSource, tensors_of, write_sharded
 from hafrm_ds.saved.writing import (
     ADAPTER_FOLDER,
-    REWARD_HEAD_FILE,
     generation_config_of,
     write_beside_weights,
     write_tokenizer_and_card,

@@ -24,8 +24,9 @@ from hafrm_ds.model.loading import (
     load_tokenizer,
     local_folder,
 )
+from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
 from hafrm_ds.saved.adapters import merge_adapter, read_adapter_config
-from hafrm_ds.saved.writing import METADATA_FILE, REWARD_HEAD_FILE
+from hafrm_ds.saved.writing import METADATA_FILE
 
 ANY_DAY = "2024-07-26"
 """For a template whose dates were frozen when it was saved: there is none left that a day could stand for."""
@@ -35,7 +36,7 @@ NEEDED = ("layout", "uses_stock_logits", "template")
 
 @dataclass(frozen=True)
 class SavedModel:
-    """Build it with `open`.
+    """A trained model on disk, looked at but not loaded. Build it with `open`.
 
     folder: where it lies, tokenizer included. config: how the causal LM is loaded, which for an adapter is its base.
     metadata: content of hafrm.json. head: tensors of the reward head.
@@ -91,7 +92,7 @@ class SavedModel:
         """The formatter of the training.
 
         Raises:
-            ModelError: the tokenizer or its template is another one by now: the scores would be other ones too.
+            ModelError: the tokenizer or its template has changed since the training, so the scores would change too.
         """
         tokenizer = load_tokenizer(self.config.model_copy(update={"name_or_path": str(self.folder), "revision": None}))
         formatter = ChatFormatter.create(tokenizer, None, ANY_DAY)
@@ -106,7 +107,7 @@ class SavedModel:
     def hybrid_model(self, device: torch.device) -> HybridModel:
         """The trained model, in eval mode, on the CPU; `device` is where it will run (see `load_hybrid_model`).
 
-        Inside `training.engine.sharded_loading` its body is partitioned.
+        Inside `engine.engine.sharded_loading` its body is partitioned.
         """
         model = load_hybrid_model(self.config, layout=self.metadata["layout"], seed=0, device=device)
         try:
@@ -121,16 +122,17 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class SavedStockModel:
-    """A folder that transformers loads by itself. Its kinds are opened with `open`.
+    """A folder that transformers loads without code of ours. Build one of its kinds with `open`.
 
     folder: where it lies. config: how it is loaded. metadata: {} but for an export of ours.
-    chat_template: name or file of a template for a tokenizer without one.
+    chat_template: name or file of a template for a tokenizer without one. reasoning: as for `ChatFormatter.create`.
     """
 
     folder: Path
     config: ModelConfig
     metadata: dict[str, Any]
     chat_template: str | None
+    reasoning: str | None = None
 
     @classmethod
     def open(
@@ -140,6 +142,7 @@ class SavedStockModel:
         dtype: str | None,
         metadata: dict[str, Any],
         chat_template: str | None,
+        reasoning: str | None,
     ) -> Self:
         """Look at a folder without loading its weights.
 
@@ -152,14 +155,14 @@ class SavedStockModel:
         stock = load_model_config(ModelConfig(**options))
         cls.check(folder, stock)
         dtype = dtype_of_weights(folder, dtype or str(stock.dtype or "").removeprefix("torch."))
-        return cls(folder, ModelConfig.model_validate(options | {"dtype": dtype}), metadata, chat_template)
+        return cls(folder, ModelConfig.model_validate(options | {"dtype": dtype}), metadata, chat_template, reasoning)
 
     @classmethod
     def check(cls, folder: Path, config: PretrainedConfig) -> None:
         """Raises ModelError for a model of this kind that gives no scores."""
 
     def formatter(self) -> ChatFormatter:
-        return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY)
+        return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY, self.reasoning)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,12 @@ SCORERS: dict[type, type[Scorer]] = {
     SavedPolicy: PolicyModel,
     SavedImplicitReward: ImplicitRewardModel,
 }
+KINDS: tuple[tuple[str, type[SavedClassifier] | type[SavedPolicy]], ...] = (
+    ("ForSequenceClassification", SavedClassifier),
+    ("ForCausalLM", SavedPolicy),
+    ("LMHeadModel", SavedPolicy),  # GPT-2
+)
+"""How the name of an architecture ends, and what it is."""
 BASE = "base"
 """As --reference: the weights that the training started from, as hafrm.json names them."""
 DEFAULT_BETA = 0.1
@@ -38,6 +44,7 @@ def open_model(
     *,
     dtype: str | None = None,
     chat_template: str | None = None,
+    reasoning: str | None = None,
     trust_remote_code: bool = False,
     trust_pickle: bool = False,
 ) -> Saved:
@@ -48,6 +55,7 @@ def open_model(
         name_or_path: a folder or a hub id.
         dtype: "bfloat16" or "float32". Default: that of the saved weights.
         chat_template: name or file of a template for a tokenizer without one; a training's own model has one.
+        reasoning: "drop" takes it out of answers before they are rendered; a training's own model does as trained.
 
     Raises:
         ModelError: it is none of these, or cannot be used.
@@ -57,11 +65,11 @@ def open_model(
     if metadata.get("format") in ("hybrid", "adapter"):
         return SavedModel.open(folder, dtype=dtype, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code)
     architectures = read_json(folder / "config.json").get("architectures") or [""]
-    for ending, kind in (("ForSequenceClassification", SavedClassifier), ("ForCausalLM", SavedPolicy)):
+    for ending, kind in KINDS:
         if architectures[0].endswith(ending):
             refuse_pickles(folder, trust_pickle)
             options = {"name_or_path": str(folder), "trust_remote_code": trust_remote_code}
-            return kind.open(folder, options, dtype, metadata, chat_template)
+            return kind.open(folder, options, dtype, metadata, chat_template, reasoning)
     raise ModelError(
         f"{folder} is no model that scores: it is neither the final/ folder of a training ({METADATA_FILE}) nor does "
         f"its config.json name a ...ForSequenceClassification or ...ForCausalLM (it names {architectures[0] or 'none'})"
@@ -118,7 +126,7 @@ def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
     known: dict[str, Any] = {
         key: saved.metadata[key] for key in ("layout", "uses_stock_logits") if key in saved.metadata
     }
-    return SavedPolicy(reference.folder, reference.config, known, reference.chat_template)
+    return SavedPolicy(reference.folder, reference.config, known, reference.chat_template, reference.reasoning)
 
 
 def check_comparable(saved: Saved, reference: SavedPolicy) -> None:
@@ -174,7 +182,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def identity_of_model(saved: SavedScorer) -> dict[str, Any]:
-    """What of a model the scores depend on."""
+    """Facts of a model that its scores depend on, for the identity of a job."""
     if isinstance(saved, SavedImplicitReward):
         models = {"policy": saved.policy, "reference": saved.reference}
         return {name: identity_of_model(each) for name, each in models.items()} | {"beta": saved.beta}

@@ -53,8 +53,8 @@ class PolicyModel(Scorer):
 
 
 def settle_layout(model: HybridModel, formatter: ChatFormatter, device: torch.device) -> None:
-    """Go over to the padded layout and to the model's own logits where the faster ways change a value, as a training
-    does at its start."""
+    """Choose the padded layout, and the model's own logits, where the faster ways change a value, as a training does at
+    its start."""
     question = PROBE[:1]
     items = [tokenize_conversation(formatter, [*question, assistant(text)]) for text in ("y", "No, not yet.")]
 

@@ -9,7 +9,9 @@ import torch
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.data.pairs import assistant
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
+from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.saved.folder import SavedModel
@@ -73,7 +75,9 @@ class HybridRewardModel(Scorer):
             trust_remote_code=trust_remote_code,
             trust_pickle=trust_pickle,
         )
-        return cls.load(saved, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), max_tokens)
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        refuse_untried(chosen)
+        return cls.load(saved, chosen, max_tokens)
 
     @classmethod
     def load(cls, saved: SavedModel, device: torch.device, max_tokens: int) -> "HybridRewardModel":
@@ -119,22 +123,23 @@ class HybridRewardModel(Scorer):
         if any(len(conversation) < 2 for conversation in conversations):
             raise DataError("a log-prob needs a prompt and an answer: a conversation of two messages at least")
 
-        def read(scores: ResponseScores) -> list:
-            if not per_token:
-                return scores.of("logprob").tolist()
-            return [part.tolist() for part in scores.of("token_logprobs").split(scores.num_tokens.tolist())]
+        def ask(groups: list[PromptWithResponses]) -> list:
+            return self.token_logprobs(groups) if per_token else self.values(groups, ("logprob",))[:, 0].tolist()
 
-        values = self.of_conversations(map(self.encode, conversations), read, ("logprob",))
+        values = self.of_conversations(map(self.encode, conversations), ask)
         return values[0] if is_one else values
 
     def forward(self, batch: PackedBatch, **heads: bool) -> ResponseScores:
-        return self.model(batch.to(self.model.reward_head.weight.device), **heads)
+        weight = self.model.reward_head.weight
+        # Kernels that are compiled at their first call run on the current GPU, and pinned memory is that GPU's.
+        with torch.cuda.device_of(weight):
+            return self.model(batch.to(weight.device), **heads)
 
 
 def as_conversations(
     messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None
 ) -> tuple[list[Conversation], bool]:
-    """-> (conversations, whether a single one was meant)."""
+    """What `messages` and `responses` stand for: (conversations, whether a single one was meant)."""
     is_one = bool(messages) and isinstance(messages[0], dict)
     if responses is not None:
         if not is_one:

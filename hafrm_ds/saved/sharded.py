@@ -1,9 +1,6 @@
 """A trained model under ZeRO-3, for one that does not fit on a single GPU: all ranks score each batch together."""
 
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import PackedBatch
@@ -28,7 +25,7 @@ class ShardedModel(Scorer):
         model = engine.model
         super().__init__(saved.formatter(), model.causal_lm.config, layout=model.layout, max_tokens=max_tokens)
         self.engine, self.heads = engine, saved.heads
-        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self.ranks_on = engine.device
 
     @classmethod
     def load(
@@ -50,11 +47,6 @@ class ShardedModel(Scorer):
     def forward(self, batch: PackedBatch, **heads: bool) -> ResponseScores:
         return self.engine(batch, **heads)
 
-    def of_all_ranks(self, values: dict[int, Any]) -> dict[int, Any]:
-        gathered: list = [None] * self.num_ranks
-        dist.all_gather_object(gathered, values)
-        return {position: value for part in gathered for position, value in part.items()}
-
 
 def load_for_job(saved: SavedScorer, deepspeed: Path | None, max_tokens: int, processes: Processes) -> Scorer:
     """Load a model; all processes call this together.
@@ -63,7 +55,7 @@ def load_for_job(saved: SavedScorer, deepspeed: Path | None, max_tokens: int, pr
         deepspeed: a DeepSpeed JSON, if the model is sharded.
 
     Raises:
-        ModelError: the model cannot be loaded, or not so.
+        ModelError: the model cannot be loaded, or cannot be sharded.
     """
     if deepspeed is None:
         processes.use_device()

@@ -23,11 +23,11 @@ from hafrm_ds.data.report import TemplateFacts
 from hafrm_ds.durability import whole_folder
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.lora import adapted_layers
+from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
 from hafrm_ds.saved.adapters import merged_tensors, save_adapter
 from hafrm_ds.saved.card import model_card
 from hafrm_ds.saved.tensor_files import Gather, tensors_of, write_sharded, write_tensors
 
-REWARD_HEAD_FILE = "reward_head.safetensors"
 METADATA_FILE = "hafrm.json"
 CARD_FILE = "README.md"
 ADAPTER_FOLDER = "adapter"

@@ -1,4 +1,4 @@
-"""Scoring a file of conversations on any number of processes, a part at a time (`scoring.parts`).
+"""Scoring a file of conversations on any number of processes, a part at a time (`processes.parts`).
 
 IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> OUT.jsonl
 """

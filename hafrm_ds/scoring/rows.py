@@ -6,15 +6,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from hafrm_ds.data.files import parse_json
-from hafrm_ds.data.pairs import Message, Row, assistant, prompt_from_text
+from hafrm_ds.data.formats import refuse_lost
+from hafrm_ds.data.formats.answers import EARLIER, earlier_turns
+from hafrm_ds.data.pairs import (
+    MEDIA,
+    MEDIA_NAMES,
+    NO_TOOLS,
+    TOOL_CALLS,
+    MediaError,
+    Message,
+    Row,
+    ToolCallsError,
+    assistant,
+    names_in_words,
+    parsed_messages,
+    prompt_from_text,
+)
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
 from hafrm_ds.saved.scorer import Scorer
 
+SCORES = ("score", "scores")
+"""Fields that the output adds, one of them to each row."""
+
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A line of the input on its way.
+    """A line of the input, on its way to a line of the output.
 
     fields: of the row; {} if it could not be read. field: "score", or "scores" for a row with several answers.
     conversations: encoded; empty for a row that cannot be scored. error: why it cannot, else "".
@@ -48,13 +66,16 @@ class ScoredRow:
         A row that cannot be scored has the score null, and says why in `score_error`.
         """
         error = self.error
+        # A file that was scored before: its scores are kept under another name, its errors are made up for.
+        fields = {name: value for name, value in self.fields.items() if name not in (*SCORES, "score_error")}
+        fields |= {f"input_{name}": self.fields[name] for name in SCORES if name in self.fields}
         if not error and not all(map(math.isfinite, scores)):
             error = f"{place}: the score is not finite"
         if error:
             result: dict[str, Any] = {self.field: None, "score_error": error}
         else:
             result = {self.field: scores if self.field == "scores" else scores[0]}
-        return json_line(self.fields | result), error
+        return json_line(fields | result), error
 
 
 def json_line(fields: dict[str, Any]) -> bytes:
@@ -64,36 +85,56 @@ def json_line(fields: dict[str, Any]) -> bytes:
 
 
 def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
-    """-> (name of the output field, conversations).
+    """The name of the output field and the conversations of a row.
 
     A row has `messages`, or `prompt` (a text or messages) with `response` or with a list of `responses` (each a text or
-    messages).
+    messages), and perhaps `system` and `history` before the prompt. What is null is not given. Where answers are given
+    but no prompt, messages that end with the user are the prompt.
 
     Raises:
         DataError: naming the field.
     """
-    if "messages" in row.fields:
-        return "score", [row.messages("messages")]
-    if "prompt" not in row.fields or not row.fields.keys() & {"response", "responses"}:
+    if row.fields.get("tools") not in NO_TOOLS:
+        raise ToolCallsError(f"{row.id}: field 'tools': {TOOL_CALLS}")
+    if media := [name for name in MEDIA_NAMES if row.fields.get(name)]:
+        raise MediaError(f"{row.id}: {names_in_words(media)}: {MEDIA}")
+    read: tuple[str, ...]
+    answers = next((name for name in ("responses", "response") if row.given(name)), None)
+    whole = earlier_turns(row) + row.messages("messages") if row.given("messages") else []
+    if whole and not (answers and not row.given("prompt") and whole[-1]["role"] == "user"):
+        field, conversations, read = "score", [whole], ("messages",)
+    else:
+        field = "scores" if answers == "responses" else "score"
+        conversations, read = answered(row, answers), ("prompt", "messages")
+    refuse_lost(row, (*read, *EARLIER), [message for conversation in conversations for message in conversation])
+    return field, conversations
+
+
+def answered(row: Row, answers: str | None) -> list[list[Message]]:
+    """Conversations of a prompt with its answers, which stand in the field `answers`."""
+    if answers is None and "response" in row.fields:
+        answers = "response"  # which is null, and is said to be
+    if answers is None or not (row.given("messages") or "prompt" in row.fields):
         raise DataError(
-            f"{row.id}: needs messages, or prompt with response or responses (fields: "
-            f"{', '.join(row.fields) or 'none'})"
+            f"{row.id}: needs messages, or prompt with response or responses (fields: {names_in_words(row.fields)})"
         )
     prompt = prompt_of(row)
-    if "responses" not in row.fields:
-        return "score", [prompt + answer_of(row, "response")]
-    responses = row.value("responses")
+    if answers == "response":
+        return [prompt + answer_of(row, answers)]
+    responses = row.value(answers)
     if not isinstance(responses, list) or not responses:
-        raise row.fault("field 'responses'", responses, "a list of answers")
-    answers = [Row({f"responses[{n}]": response}, row.id, "") for n, response in enumerate(responses)]
-    return "scores", [prompt + answer_of(answer, next(iter(answer.fields))) for answer in answers]
+        raise row.fault(f"field {answers!r}", responses, "a list of answers")
+    each = [Row({f"responses[{n}]": response}, row.id, "") for n, response in enumerate(responses)]
+    return [prompt + answer_of(answer, next(iter(answer.fields))) for answer in each]
 
 
 def prompt_of(row: Row) -> list[Message]:
-    """Its `prompt`, a text or messages."""
-    if isinstance(row.value("prompt"), str):
-        return prompt_from_text(row.text("prompt"))[0]
-    return row.messages("prompt")
+    """Its `prompt`, a text or messages (or, where there is none, its `messages`), after `system` and `history`."""
+    field = "prompt" if row.given("prompt") or not row.given("messages") else "messages"
+    value = parsed_messages(row.value(field))
+    return earlier_turns(row) + (
+        prompt_from_text(row.text(field))[0] if isinstance(value, str) else row.messages(field)
+    )
 
 
 def answer_of(row: Row, field: str) -> list[Message]:

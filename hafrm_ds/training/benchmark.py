@@ -1,19 +1,19 @@
-"""What a run would do a second: a few steps of training and of the reference pass, nothing kept."""
+"""Speed and memory of a run, measured in a few steps of training and a reference pass of which nothing is kept."""
 
 import statistics
 import time
 
 import numpy as np
-from rich.table import Table
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import token_costs
+from hafrm_ds.data.tables import Cell, Table
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import check_build_tools, load_training_engine
 from hafrm_ds.engine.scoring import score_pairs
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.model.lora import check_packages
-from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
 from hafrm_ds.reference.offline_pass import ReferenceLogprobs
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
@@ -28,9 +28,12 @@ def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Proces
     """A trainer of the real pairs for `num_steps` steps, of which nothing is kept.
 
     The values of reference log-probs do not change what a step costs: zeros stand for them, and no store is touched.
+    Nor does that of alpha: where a share would find it, 1 stands for it.
     """
     check_build_tools(processes.device, resolve_deepspeed_config(config, processes.world_size, processes.machine_size))
     check_packages(config.model.lora)
+    if config.deterministic:
+        log.print(use_deterministic_algorithms())
     config = config.model_copy(update={"max_steps": num_steps})
     formatter, pairs, _ = prepare_data(config, processes, log)
     processes.start_group()
@@ -38,6 +41,7 @@ def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Proces
     config = settle_batch(engine, [pairs], config, log)
     saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
     trainer = Trainer(config, engine, pairs, {}, None, saver, log, formatter.tokenizer)
+    saver.state.alpha = 1.0
     if config.objective.uses_reference:
         trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
     return trainer
@@ -63,10 +67,9 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         engine,
         pairs,
         index,
+        config.objective.heads,
         layout=config.batch.layout,
         max_tokens=config.batch.token_budget,
-        with_reward=config.objective.uses_reward,
-        with_logprob=config.objective.uses_policy,
     )
     seconds = time.perf_counter() - started
     tokens = int(token_costs(pairs.lengths, config.batch.layout)[index].sum())
@@ -83,10 +86,9 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         "tokens/s": f"{median('tokens_per_second'):,.0f}",
         "pairs/s": f"{median('pairs_per_second'):,.2f}",
         "MFU": f"{median('mfu'):.1%} of {trainer.peak_flops / 1e12:.3g} TFLOP/s a process",
+        "mfu_measured": f"{median('mfu_measured'):.1%} of {trainer.measured_peak / 1e12:.3g} TFLOP/s, as measured here",
         "without gradients: tokens/s; pairs/s": f"{tokens / seconds:,.0f}; {len(index) / seconds:,.2f}",
         "peak memory of the largest process": f"{steps[-1]['memory_gib']:.2f} GiB",
     }
-    table = Table("", f"median of {num_steps} steps")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    log.print(table)
+    header = ("", f"median of {num_steps} steps")
+    log.print(Table([(name, [Cell(value)]) for name, value in rows.items()], header, texts=1).to_rich())

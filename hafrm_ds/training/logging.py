@@ -118,7 +118,7 @@ class RunLog(Console):
             self.wandb.log({f"{prefix}/{name}": value for name, value in values.items()}, step=step)
 
     def sync(self) -> None:
-        """See to it that all rows so far are on disk."""
+        """Wait until all rows so far are on disk."""
         if self.metrics_file is not None:
             os.fsync(self.metrics_file.fileno())
 
@@ -133,7 +133,7 @@ class RunLog(Console):
 
 
 def truncate_rows(metrics: Path, step: int, evaluation_is_due: bool) -> None:
-    """Leave the rows of the first `step` steps in a metrics.jsonl, without a last one that was cut by a crash."""
+    """Leave the rows of the first `step` steps in a metrics.jsonl, without a last one that a crash broke off."""
     if not metrics.exists():
         return
     kept = []

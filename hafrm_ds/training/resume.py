@@ -33,6 +33,8 @@ FREE_TO_CHANGE = (
     "reference.",
     # Cost, and the last bits of a sum.
     "batch.max_tokens_per_micro_batch",
+    "deterministic",
+    "optimizer.reduce_in_fp32",
     "model.gradient_checkpointing",
 )
 """Options, or sections that end in a dot, that change nothing of what a run computes."""
@@ -107,7 +109,7 @@ def changed_options(saved: dict, current: dict, free: tuple[str, ...] = FREE_TO_
 
 
 def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) -> ResumePoint | None:
-    """The checkpoint that `config.resume` asks for; None to start anew. All ranks share the reading of the files.
+    """The checkpoint that the option `resume` asks for; None to start anew. All ranks share the reading of the files.
 
     Called before the process group is started: checksums of a large checkpoint take their time.
 

@@ -22,9 +22,11 @@ from hafrm_ds.errors import ConfigError, DataError, UserError
 from hafrm_ds.evaluation.report import writing as leaving
 from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
 from hafrm_ds.hardware.measurement import peak_memory_bytes
-from hafrm_ds.model.loading import fetch_model, local_folder
+from hafrm_ds.model.loading import fetch_model, load_model_config, local_folder
 from hafrm_ds.model.lora import check_packages
-from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.model.reward_start import check_start
+from hafrm_ds.model.sizes import ModelSizes
+from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
 from hafrm_ds.processes.stopping import Stopped
 from hafrm_ds.reference.provide import ReferenceSource, precompute, shared_namespace
 from hafrm_ds.reference.store import Namespace
@@ -59,8 +61,10 @@ def train(config: TrainConfig, processes: Processes) -> None:
 
 
 def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> None:
-    """`train`, without what is left to do when it is interrupted."""
+    """Train to the last step; `train` around it leaves the report, however this ends."""
     check_options(config, processes)
+    if config.deterministic:
+        log.print(use_deterministic_algorithms())
     if is_finished(config, processes):
         log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to resume")
         return
@@ -87,7 +91,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
 
     final_step = trainer.choose_final_weights()
     counts = {name: pairs.report.total for name, pairs in {"train": train_pairs, **eval_pairs}.items()}
-    metadata = run_metadata(config, base_licence, counts, final_step, saver.state.last_evaluation)
+    metadata = run_metadata(config, base_licence, counts, final_step, saver.state.last_evaluation, saver.state.alpha)
     save_final(config, engine, formatter, metadata, processes, log)
     log.write_json(config.output_dir / SUMMARY_FILE, trainer.summary(final_step) | {"data": data})
     leave_report(config, log)
@@ -215,6 +219,8 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
     check_build_tools(processes.device)
     check_packages(config.model.lora)
     log = RunLog(config, processes, files=False)
+    if config.deterministic:
+        log.print(use_deterministic_algorithms())
     _, train_pairs, eval_pairs = prepare_data(config, processes, log)
     processes.must_agree("data", fingerprints_of(named_sets(train_pairs, eval_pairs)))
     sets = [train_pairs, *eval_pairs.values()]
@@ -255,7 +261,12 @@ def prepare_data(
     """The formatter, the training pairs, and the pairs of each evaluation set; reported and checked."""
     # Fetched from the hub by one rank of each node, and before the process group: a download outlasts a collective.
     tokenizer = processes.in_turns("model", lambda: fetch_model(config.model))
-    formatter = ChatFormatter.create(tokenizer, config.data.chat_template, config.data.template_date)
+    stock = load_model_config(config.model)
+    if warning := check_start(config.model, local_folder(config.model), stock):
+        log.warn(warning)
+    formatter = ChatFormatter.create(
+        tokenizer, config.data.chat_template, config.data.template_date, config.data.reasoning
+    )
     prepared = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
 
     def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:
@@ -265,9 +276,11 @@ def prepare_data(
         )
 
     train_pairs, eval_pairs = processes.in_turns("data", prepare)
-    for name, pairs in named_sets(train_pairs, eval_pairs).items():
+    sets = named_sets(train_pairs, eval_pairs)
+    for name, pairs in sets.items():
         log.print(f"\n[bold]{name}[/bold]")
         log.print(pairs.report.render(with_examples=name == "train"))
+    ModelSizes.of(config.model.name_or_path, stock).check(sets, tokenizer)
     check_budgets((train_pairs, *eval_pairs.values()), config.batch)
     return formatter, train_pairs, eval_pairs
 

@@ -14,8 +14,8 @@ from hafrm_ds.engine.checkpoint import (
     CheckpointError,
     FileFacts,
     checkpoint_name,
+    complete,
     prune,
-    publish,
     read_state,
     reason_of,
     set_aside,
@@ -143,7 +143,7 @@ class CheckpointSaver:
             size = sum(facts.bytes for facts in files.values())
             self.log.metrics("checkpoint", step, {"seconds": time.perf_counter() - started, "bytes": size})
             self.log.sync()
-            publish(draft, self.root, saved, files)
+            complete(draft, self.root, saved, files)
             prune(self.root, self.options.keep_last, saved.best_step, self.state.best.is_better)
 
         self.on_first(finish, draft)

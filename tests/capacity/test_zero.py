@@ -127,5 +127,30 @@ def test_bytes_that_a_process_sends(zero, gigabytes_sent):
     assert gigabytes(traffic.within_machine) == pytest.approx(inside)
 
 
+@pytest.mark.parametrize(
+    ("stage", "gigabytes_sent"), [(0, 2 * 28), (1, 2 * 28 + 14), (2, 2 * 4 * 28 + 14), (3, 4 * ((1 + 6 / 7) * 14 + 28))]
+)
+def test_gradients_in_fp32_are_twice_the_bytes(stage, gigabytes_sent):
+    zero = ZeroSettings.of({"zero_optimization": {"stage": stage}, "communication_data_type": "fp32"})
+    traffic = step_traffic(LLAMA_7B, zero, 16, 8, micro_batches=4)
+    assert gigabytes(traffic.among_all) == pytest.approx(gigabytes_sent * 15 / 16)
+
+
+def test_what_reducing_in_fp32_takes_beside_a_bucket():
+    """A bucket has 500 million gradients: 1 GB in bfloat16, 2 GB in fp32."""
+
+    def buckets(stage: int, is_fp32: bool) -> float:
+        return gigabytes(states(stage, 8, reduces_in_fp32=is_fp32).buckets)
+
+    assert buckets(2, True) - buckets(2, False) == pytest.approx(2)  # the flat copy, once more
+    # Each gradient in fp32 and all of them flat, not flat in bfloat16; the own eighth need not become fp32.
+    assert buckets(3, True) - buckets(3, False) == pytest.approx(2 + 2 - 1 - 2 / 8)
+    # Stage 1 has summed in fp32: nothing becomes bfloat16.
+    steps = [gigabytes(states(1, 8, reduces_in_fp32=is_fp32).in_step) for is_fp32 in (True, False)]
+    assert steps[0] - steps[1] == pytest.approx(-14)
+    fp32_model = Parameters(trained=BILLION, frozen=0, frozen_bytes=0.0, sizes=(10**8,) * 10, weight_bytes=4)
+    assert states(3, 8, fp32_model, reduces_in_fp32=True) == states(3, 8, fp32_model)
+
+
 def test_one_process_sends_nothing():
     assert step_traffic(LLAMA_7B, ZeroSettings(stage=3), 1, 1, micro_batches=4).total == 0

@@ -1,13 +1,19 @@
 """Reading of every kind of file, folder and hub set, and the errors of those that cannot be read."""
 
+import csv
 import gzip
+import io
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from hafrm_ds.config import DataConfig
 from hafrm_ds.data import files as tables
-from hafrm_ds.data.reading import FEATURES
+from hafrm_ds.data.reading import FEATURES, read_pairs
+from hafrm_ds.errors import DataError
 from tests.data.row_files import error_of, prompts, rows_of, write_lines, write_rows
 
 
@@ -37,10 +43,52 @@ def test_every_kind_of_file(read, path, first_id):
         "format": "explicit_prompt",
         "dropped": "",
         "deselected": "",
-        "not_read": "",
-        "margin_fault": "",
+        "remarks": "",
     }
     assert prompts(pairs) == ["p0", "p1", "p2"]
+
+
+@pytest.mark.parametrize(("path", "delimiter"), [("x.csv", ","), ("x.tsv", "\t"), ("x.CSV.gz", ",")])
+def test_values_separated_by_commas_or_tabs(read, path, delimiter):
+    rows = [["prompt", "chosen", "rejected", "margin"], ["p0", "a", 'b "x",\ny', "0.5"], [], ["p1", "a", "", ""]]
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(rows)
+    content = text.getvalue().encode("utf-8-sig")
+    Path(path).write_bytes(gzip.compress(content) if path.endswith("gz") else content)
+    pairs = read(path)
+    assert prompts(pairs) == ["p0", "p1"] and pairs["margin"][:] == [0.5, None]
+    assert pairs["id"][:] == [f"{path}:2", f"{path}:4"]
+    assert [rejected[0]["content"] for rejected in pairs["rejected"]] == ['b "x",\ny', ""]
+
+
+def test_cells_are_labels_flags_and_messages(read):
+    header = "prompt,response_0,response_1,better_response_id,safer_response_id,is_response_0_safe,is_response_1_safe\n"
+    Path("x.csv").write_text(header + "p,b,a,,1,False,True\np,a,b,0,0,True,False\n")
+    pairs = read({"path": "x.csv", "exactly_one_safe": True})
+    assert [chosen[0]["content"] for chosen in pairs["chosen"]] == ["a", "a"]
+    messages = """[{'role': 'user', 'content': "it's p"}]"""  # as pandas writes it
+    Path("y.csv").write_text('prompt,chosen,rejected\n"' + messages.replace('"', '""') + '",a,b\n')
+    assert prompts(read("y.csv")) == ["it's p"]
+
+
+@pytest.mark.parametrize("path", ["x.JSONL", "x.ndjson", "x.Json"])
+def test_other_names_of_json(read, path):
+    write_lines(path, rows_of(2))
+    assert prompts(read(path)) == ["p0", "p1"]
+
+
+def test_a_text_that_is_no_utf8_in_parquet(read):
+    column = pa.Array.from_buffers(pa.string(), 1, pa.array([b"p \xff"], pa.binary()).buffers())
+    pq.write_table(pa.table({"prompt": column, "chosen": ["a"], "rejected": ["b"]}), "x.parquet")
+    assert error_of(read, "x.parquet").startswith("x.parquet: cannot be read as parquet: UnicodeDecodeError")
+
+
+def test_a_cache_that_cannot_be_written(read, monkeypatch):
+    write_lines("x.jsonl", rows_of(1))
+    Path("file").touch()
+    source = DataConfig(train=["x.jsonl"]).train
+    with pytest.raises(DataError, match=r"the cache folder file/cache cannot be written: .*--data.cache_dir"):
+        read_pairs(source, role="train", seed=0, cache_dir=Path("file/cache"))
 
 
 def test_json_lines_in_a_json_file(read):
@@ -119,7 +167,24 @@ def test_a_split_of_a_saved_folder(read):
         ("x.parquet", b"version https://git-lfs.github.com/spec/v1\n", "x.parquet: is a Git LFS pointer, not the file"),
         ("x.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "x.jsonl:1: holds a number of too many digits"),
         ("x.jsonl", b'{"a": ' + b"[" * 99999 + b"]" * 99999 + b"}", "x.jsonl:1: is nested too deeply to be read"),
-        ("x.csv", b"a,b", "x.csv: unknown kind of file; known are .jsonl, .json, .jsonl.gz, .json.gz, .parquet"),
+        (
+            "x.xlsx",
+            b"a,b",
+            "x.xlsx: unknown kind of file; known are .jsonl, .json, .jsonl.gz, .json.gz, .ndjson, .parquet, .csv",
+        ),
+        ("x.jsonl", b'[\n {"prompt": "p"}\n]', "x.jsonl: is one JSON list over several lines, not an object a line"),
+        ("x.jsonl", b'{\n "prompt": "p"\n}', "x.jsonl: is one JSON object with prompt (the text 'p'); a list of"),
+        ("x.json", b'{"data": [{"prompt": "p"}]}', "x.json:1: is one JSON object with data (a list of 1); a list of"),
+        (
+            "x.json",
+            b'{"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["b", "a"]}',
+            "x.json:1: is one JSON object with prompt (a list of 2), chosen (a list of 2), rejected (a list of 2)",
+        ),
+        ("x.csv", b"", "x.csv: holds no rows"),
+        ("x.csv", b"prompt,chosen\np\n", "x.csv:2: has 1 cells, but the header names 2 columns (prompt, chosen)"),
+        ("x.csv", b"prompt,prompt\n", "x.csv:1: two columns have the same name (prompt, prompt)"),
+        ("x.csv", b'prompt,chosen\n"p,a\n', "x.csv:2: cannot be read: unexpected end of data"),
+        ("x.csv", b"prompt,chosen\np,\xe9\n", "x.csv:1: is not UTF-8 (byte 0xe9)"),
         ("x.jsonl", b'{"question": "q"}', "x.jsonl:1: the columns question are of no known format"),
         (
             "x.jsonl",

@@ -1,15 +1,20 @@
 """Published layouts that differ in small ways, and what may not be lost of them in silence."""
 
 import math
+import re
 from decimal import Decimal
 
 import pytest
+from pydantic import ValidationError
 
-from hafrm_ds.data.formats import FORMATS, detect_format, read_pairs_of
+from hafrm_ds.data.formats import FORMATS, NO_PAIRS, detect_format, read_pairs_of, speaks_of_conversation
 from hafrm_ds.data.pairs import Deselected, Dropped, Row, assistant, user
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
-from tests.data.test_pairs import EXAMPLES, convert, error_of, parts
+from tests.data.format_rows import BEGIN, END, EXAMPLES, README, table
+from tests.data.row_files import error_of as reading_error
+from tests.data.row_files import write_lines
+from tests.data.test_pairs import convert, error_of, parts
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -265,3 +270,167 @@ def test_messages_are_bounded():
     with pytest.raises(DataError) as error:
         detect_format(row)
     assert len(str(error.value).splitlines()[0]) < 700
+
+
+# ---- what a source may say -----------------------------------------------------------------------------------------
+
+
+def test_columns_of_a_source_name_those_of_any_layout(read):
+    row = {"ask": "p", "good": "a", "bad": "b", "rules": "s", "prompt": "another text of the row"}
+    write_lines("x.jsonl", [row])
+    columns = {"prompt": "ask", "chosen": "good", "rejected": "bad", "system": "rules"}
+    message = reading_error(read, {"path": "x.jsonl", "columns": columns})
+    assert message.startswith("x.jsonl:1: the source's columns give the name prompt to another column")
+    (pair,) = read({"path": "x.jsonl", "columns": columns, "ignore_columns": ["prompt"]})
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (
+        [SYSTEM, user("p")],
+        [assistant("a")],
+        [assistant("b")],
+    )
+    del columns["system"]
+    options = {"path": "x.jsonl", "columns": columns, "ignore_columns": ["prompt"]}
+    (pair,) = read(options)  # "rules" is no name that speaks of the conversation: it is told, as every column not read
+    assert pair["remarks"] == "not read: rules"
+    write_lines("x.jsonl", [row | {"chat_history": ["x"]}])
+    assert "x.jsonl:1: chat_history: filled, but not read" in reading_error(read, options)
+
+
+def test_columns_may_swap_names_and_keep_what_they_do_not_name(read):
+    write_lines("x.jsonl", [{"prompt": "p", "chosen": "b", "rejected": "a", "score_chosen": 1, "score_rejected": 3}])
+    columns = {"chosen": "rejected", "rejected": "chosen", "score_chosen": "score_rejected"}
+    (pair,) = read({"path": "x.jsonl", "columns": columns | {"score_rejected": "score_chosen"}})
+    assert (pair["chosen"], pair["rejected"], pair["margin"]) == ([assistant("a")], [assistant("b")], 2.0)
+
+
+def test_roles_of_a_source(read):
+    turns = [[{"role": "Customer", "content": "p"}, {"role": "agent", "content": text}] for text in "ab"]
+    write_lines("x.jsonl", [{"chosen": turns[0], "rejected": turns[1]}])
+    assert "'Customer', expected one of system, user" in reading_error(read, "x.jsonl")
+    (pair,) = read({"path": "x.jsonl", "roles": {"customer": "user", "agent": "assistant"}})
+    assert (pair["prompt"], pair["chosen"]) == ([user("p")], [assistant("a")])
+    assert pair["remarks"] == "role: Customer -> user\nrole: agent -> assistant"
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"columns": {"promt": "x"}}, "no format has a column 'promt'; did you mean 'prompt'?"),
+        ({"roles": {"x": "narrator"}}, "Input should be 'system', 'user', 'assistant' or 'developer'"),
+        ({"ranking": "all"}, "Input should be 'best' or 'adjacent'"),
+    ],
+)
+def test_faults_of_what_a_source_says(options, fault):
+    with pytest.raises(ValidationError, match=re.escape(fault)):
+        Source(path="x", **options)
+
+
+def test_ignored_tools_and_images_are_left_out():
+    for name, value, reason in (("tools", [{"name": "f"}], "has tool calls"), ("images", ["x.png"], "has images")):
+        (outcome,) = read_pairs_of(Row(PAIR | {name: value}, "x:1", ""), "explicit_prompt", Source(path="x"))
+        assert isinstance(outcome, Dropped) and outcome.reason.startswith(reason)
+        source = Source(path="x", ignore_columns=[name])
+        (outcome,) = read_pairs_of(Row(PAIR | {name: value}, "x:1", ""), "explicit_prompt", source)
+        assert outcome.chosen == [assistant("a")]
+
+
+# ---- more of the layouts -------------------------------------------------------------------------------------------
+
+
+def test_reasoning_beside_the_content_stands_in_front_of_it():
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "It is a.\n"}
+    assert convert(PAIR | {"chosen": [answer]}).chosen == [assistant("<think>\nIt is a.\n</think>\n\na")]
+
+
+@pytest.mark.parametrize("key", ["images", "audio"])
+def test_a_message_with_media_beside_its_content_is_dropped(key):
+    fields = PAIR | {"prompt": [user("p") | {key: ["x"]}]}
+    assert convert(fields) == Dropped("has images or other media, which are not supported")
+
+
+def test_one_answer_that_is_json_is_a_text():
+    json_answer = '[{"role": "user", "content": "a chat"}]'
+    assert convert(PAIR | {"chosen": json_answer}).chosen == [assistant(json_answer)]
+
+
+def test_messages_that_numpy_has_printed_are_refused():
+    printed = "[{'role': 'user', 'content': 'p'}\n {'role': 'assistant', 'content': 'x'}]"
+    assert "expected a text, or messages in JSON" in error_of(PAIR | {"prompt": printed})
+
+
+def test_an_instruction_in_messages_does_not_lose_its_input():
+    fields = {"instruction": [user("p")], "input": "x", "chosen": "a", "rejected": "b"}
+    assert "expected a text, because there is an input too" in error_of(fields)
+
+
+def test_transcripts_with_a_system_part_and_other_line_ends():
+    pair = convert(
+        {name: f"Be kind.\r\n\r\nHuman: p\r\n\r\nAssistant: {x}" for name, x in zip(("chosen", "rejected"), "ab")}
+    )
+    assert parts(pair) == ([{"role": "system", "content": "Be kind."}, user("p")], [assistant("a")], [assistant("b")])
+    pair = convert({name: f"### Human: p### Assistant: {x}" for name, x in zip(("chosen", "rejected"), "ab")})
+    assert parts(pair) == ([user("p")], [assistant("a")], [assistant("b")])
+
+
+@pytest.mark.parametrize("winner", ["Tie", "both bad", "bothbad", "TIE (bothbad)"])
+def test_ties_of_arenas_in_other_spellings(winner):
+    assert convert(EXAMPLES["arena"] | {"winner": winner}) == Deselected("tie")
+
+
+def test_turns_of_helpsteer2_begin_with_marks():
+    prompt = "p\n<extra_id_1>Assistant\nx\n<extra_id_1>User\nq"
+    pair = convert(EXAMPLES["helpsteer2"] | {"prompt": prompt, "preference_strength": 2})
+    assert parts(pair) == ([user("p"), assistant("x"), user("q")], [assistant("b")], [assistant("a")])
+    assert pair.margin == 2
+
+
+def test_rankings_give_adjacent_pairs_where_the_source_says_so():
+    row = Row(EXAMPLES["ratings"] | {"generations": list("cabd"), "ratings": [1, 5, 3, 3]}, "x:1", "")
+    outcomes = read_pairs_of(row, "ratings", Source(path="x", ranking="adjacent"))
+    made = [
+        (each.chosen[0]["content"], each.rejected[0]["content"], each.margin) for each in (outcomes[0], outcomes[2])
+    ]
+    assert made == [("a", "b", 2.0), ("d", "c", 2.0)] and outcomes[1] == Deselected("tie")
+
+
+def test_trees_give_pairs_at_every_prompt_with_ranked_replies():
+    def node(role, text, rank=None, replies=(), **more):
+        return {"role": role, "text": text, "rank": rank, "replies": list(replies)} | more
+
+    later = node("prompter", "q", 0, [node("assistant", "d", 1), node("assistant", "c", 0)])
+    deleted = node("assistant", "x", 1, deleted=True)
+    tree = node("prompter", "p", None, [node("assistant", "a", 0, [later]), node("assistant", "b", 2), deleted])
+    outcomes = convert({"message_tree_id": "1", "prompt": tree})
+    assert [parts(pair) for pair in outcomes] == [
+        ([user("p")], [assistant("a")], [assistant("b")]),
+        ([user("p"), assistant("a"), user("q")], [assistant("c")], [assistant("d")]),
+    ]
+
+
+def test_a_prompt_of_another_format_in_the_same_file_is_found():
+    fields = {"prompt": None, "instruction": "p", "chosen": "a", "rejected": "b"}
+    assert detect_format(Row(fields, "x:1", "")) == "alpaca_preference"
+
+
+@pytest.mark.parametrize(
+    ("name", "speaks"),
+    [
+        ("systemPrompt", True),
+        ("chat history", True),
+        ("input_text", True),
+        ("turn_1", True),
+        ("system_message_json", True),
+        ("input_ids", False),
+        ("prompt_id", False),
+        ("text", False),
+        ("context_length", False),
+        ("labelling_prompt", False),
+    ],
+)
+def test_names_that_speak_of_the_conversation(name, speaks):
+    assert bool(speaks_of_conversation(name)) == speaks
+
+
+def test_the_readme_shows_every_format_with_a_row():
+    assert f"{BEGIN}{table()}{END}" in README.read_text()
+    for name, (columns, _) in NO_PAIRS.items():
+        assert f"{name} ({', '.join(f'`{column}`' for column in columns)})" in " ".join(README.read_text().split())

@@ -2,20 +2,13 @@
 
 import pytest
 
-from hafrm_ds.data.formats import FORMATS, detect_format, read_pairs_of
-from hafrm_ds.data.pairs import Deselected, Dropped, PreferencePair, Row
+from hafrm_ds.data.formats import FORMATS, NO_PAIRS, detect_format, read_pairs_of
+from hafrm_ds.data.pairs import Deselected, Dropped, PreferencePair, Row, assistant, user
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
+from tests.data.format_rows import EXAMPLES
 
 SOURCE = Source(path="pairs.jsonl")
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def system(content):
@@ -39,57 +32,7 @@ def error_of(fields, source=SOURCE):
     return str(caught.value)
 
 
-EXAMPLES = {
-    "explicit_prompt": {"prompt": "p", "chosen": "a", "rejected": "b"},
-    "safe_rlhf": {"prompt": "p", "response_0": "b", "response_1": "a", "safer_response_id": 1},
-    "alpaca_farm": {"instruction": "p", "input": "", "output_1": "a", "output_2": "b", "preference": 1},
-    "arena": {
-        "conversation_a": [user("p"), assistant("b")],
-        "conversation_b": [user("p"), assistant("a")],
-        "winner": "model_b",
-    },
-    "implicit_messages": {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
-    "transcripts": {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
-    "implicit_text": {"chosen": "p\na", "rejected": "p\nb"},
-    "alpaca_preference": {"instruction": "p", "input": "", "chosen": "a", "rejected": "b"},
-    "question": {"system": "", "question": "p", "chosen": "a", "rejected": "b"},
-    "conversations": {
-        "conversations": [{"from": "human", "value": "p"}],
-        "chosen": {"from": "gpt", "value": "a"},
-        "rejected": {"from": "gpt", "value": "b"},
-    },
-    "ms_swift": {"messages": [user("p"), assistant("a")], "rejected_response": "b"},
-    "kaggle_arena": {
-        "prompt": '["p"]',
-        "response_a": '["b"]',
-        "response_b": '["a"]',
-        "winner_model_a": 0,
-        "winner_model_b": 1,
-        "winner_tie": 0,
-    },
-    "helpsteer3": {"context": [user("p")], "response1": "a", "response2": "b", "overall_preference": -2},
-    "summaries": {"info": {"post": "p"}, "summaries": [{"text": " b"}, {"text": " a"}], "choice": 1},
-    "shp": {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 10, "score_B": 3},
-    "webgpt": {
-        "question": {"full_text": "p", "dataset": "eli5"},
-        "answer_0": "b",
-        "answer_1": "a",
-        "score_0": -1.0,
-        "score_1": 1.0,
-    },
-    "nectar": {
-        "prompt": "\n\nHuman: p\n\nAssistant: ",
-        "answers": [{"answer": "b", "model": "m", "rank": 2.0}, {"answer": "a", "model": "n", "rank": 1.0}],
-        "turns": 1,
-        "num_responses": 2,
-    },
-    "ultrafeedback": {
-        "instruction": "p",
-        "models": ["m", "n"],
-        "completions": [{"response": "b", "overall_score": 3.0}, {"response": "a", "overall_score": 8.0}],
-    },
-}
-MARGINS = {"helpsteer3": 2.0, "webgpt": 2.0, "ultrafeedback": 5.0}
+MARGINS = {"helpsteer2": 1.0, "ratings": 2.0, "groups": 2.0, "helpsteer3": 2.0, "webgpt": 2.0, "ultrafeedback": 5.0}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -106,11 +49,19 @@ def test_every_format_is_recognised_and_gives_the_same_pair(name):
     assert pair.margin == MARGINS.get(name)
 
 
-def test_unknown_columns_are_listed_with_the_known_formats():
-    message = error_of({"question": "p", "answer": "a"})
-    assert message.startswith("pairs.jsonl:7: the columns question, answer are of no known format")
-    for name, known in FORMATS.items():
-        assert f"{name}: {', '.join(known.columns)}" in message
+def test_unknown_columns_are_named_with_the_nearest_format():
+    message = error_of({"question": "p", "chosen": "a", "other": "b"})
+    assert message.startswith("pairs.jsonl:7: the columns question, chosen, other are of no known format; the nearest ")
+    assert "is question (question, chosen, rejected)" in message and "columns: {prompt: COLUMN" in message
+    assert len(message) < 400 and "\n" not in message
+
+
+@pytest.mark.parametrize("name", NO_PAIRS)
+def test_layouts_that_are_no_comparisons_are_refused_by_name(name):
+    columns, reason = NO_PAIRS[name]
+    message = error_of(dict.fromkeys(columns, "x"))
+    assert message.startswith(f"pairs.jsonl:7: these are rows of {name} (") and reason in message
+    assert len(message) < 300
 
 
 # ---- explicit prompt -----------------------------------------------------------------------------------------------
@@ -276,7 +227,7 @@ def test_equal_transcripts_keep_an_answer():
     ("rejected", "reason"),
     [
         (transcript("Assistant: hello", "Human: p", "Assistant: b"), "transcript does not start with a Human turn"),
-        ("Once upon a time" + transcript("Human: p", "Assistant: b"), "transcript does not start with a Human turn"),
+        ("Once upon a time" + transcript("Human: p", "Assistant: b"), "no common prompt"),
         ("", "transcript does not start with a Human turn"),
         (transcript("Human: other", "Assistant: b"), "no common prompt"),
         (transcript("Human: p", "Assistant: b", "Human: q"), "does not end with an answer"),

@@ -28,8 +28,7 @@ def row(question, chosen, rejected, *, source="one", dropped="", deselected="", 
         "format": "explicit_prompt",
         "dropped": dropped,
         "deselected": deselected,
-        "not_read": "",
-        "margin_fault": "",
+        "remarks": "",
     }
 
 
@@ -119,6 +118,20 @@ def test_margins_are_counted_and_said_if_some_pairs_have_none(prepare):
     for report in (prepare(GOOD_ROWS).report, prepare([row("Q", "good", "bad", margin=0.0)]).report):
         assert report.with_margin in (0, report.total.kept)
         assert "margin" not in shown(report)
+
+
+def test_columns_not_read_and_roles_read_as_others_are_said(prepare):
+    remarks = "not read: votes\nrole: human -> user"
+    fault = "margin: pairs.jsonl:2: field 'margin' is the text 'big', expected a finite number"
+    rows = [row("Q", "a", "b") | {"remarks": text} for text in (remarks, f"{remarks}\nnot read: note\n{fault}")]
+    report = prepare([*rows, *GOOD_ROWS]).report
+    assert report.not_read == ["votes", "note"] and report.mapped_roles == {"human -> user": 2}
+    assert (report.margin_faults, f"margin: {report.first_margin_fault}") == (1, fault)
+    text = shown(report)
+    assert "not read: votes, note" in text and "roles read as others: human -> user (2 rows)" in text
+    assert "1 margins could not be read (first: pairs.jsonl:2: field 'margin'" in text
+    assert DataReport.from_json(json.loads(json.dumps(report.to_json()))).mapped_roles == {"human -> user": 2}
+    assert "not read" not in shown(prepare(GOOD_ROWS).report)
 
 
 def shown(report: DataReport) -> str:

@@ -1,11 +1,16 @@
 """From sources to the pairs of a set: outcomes of rows, formats, the cache, and the real files."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 
 from hafrm_ds.data import files as tables
 from hafrm_ds.data import reading
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.preparation import PreparationOptions, prepare_pairs
+from hafrm_ds.data.sources import Source
 from tests.data.row_files import error_of, outcomes, rows_of, write_lines
 
 REAL_DATA = os.environ.get("HAFRM_REAL_DATA")
@@ -59,8 +64,8 @@ def test_every_row_tells_its_format(read):
 def test_columns_that_are_not_read_stand_with_their_rows(read):
     write_lines("x.jsonl", [*rows_of(1, votes=3, note=None), *rows_of(1, votes=0, note="x", margin="big")])
     pairs = read("x.jsonl")
-    assert pairs["not_read"][:] == ["votes", "votes\nnote"]
-    assert pairs["margin_fault"][:] == ["", "x.jsonl:2: field 'margin' is the text 'big', expected a finite number"]
+    fault = "x.jsonl:2: field 'margin' is the text 'big', expected a finite number"
+    assert pairs["remarks"][:] == ["not read: votes", f"not read: votes\nnot read: note\nmargin: {fault}"]
     write_lines("y.jsonl", rows_of(1, system_prompt="Be kind."))
     assert "y.jsonl:1: system_prompt: filled, but not read" in error_of(read, "y.jsonl")
     assert outcomes(read({"path": "y.jsonl", "ignore_columns": ["system_prompt"]})) == {"": 1}
@@ -133,3 +138,33 @@ def test_real_files(read, name, train, test, single_turn):
     assert all(row["prompt"][-1]["role"] == "user" and len(row["chosen"]) == 1 for row in pairs)
     assert outcomes(read(f"{path}?split=test"))[""] == test
     assert outcomes(read({"path": path, "single_turn": True}))[""] == single_turn
+
+
+@pytest.mark.skipif(REAL_DATA is None, reason="HAFRM_REAL_DATA=FOLDER")
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        *((name, {}) for name in ("hh_harmless", "hh_helpful", "hhh_alignment", "pandalm", "pku_saferlhf")),
+        ("xstest_answers", {"chosen": "refusal", "rejected": "compliance"}),
+    ],
+)
+def test_the_texts_of_real_rows_are_found_again_in_what_is_tokenised(make_tokenizer, tmp_path, name, columns):
+    """Of 200 rows, with the prompt and both answers whole and in their places."""
+    file = tmp_path / f"{name}.jsonl"
+    with Path(f"{REAL_DATA}/{name}.jsonl").open() as lines:
+        file.write_text("".join(line for line, _ in zip(lines, range(200))))
+    source = Source(path=str(file), columns=columns)
+    formatter = ChatFormatter.create(make_tokenizer(), "text", "2026-01-01")
+    options = PreparationOptions(10**6, "drop", max_dropped_share=1, num_proc=1, cache_dir=tmp_path / "cache")
+    prepared = prepare_pairs([source], formatter=formatter, options=options, role="train", seed=0)
+    rows = {f"{file}:{n}": json.loads(line) for n, line in enumerate(file.open(), start=1)}
+    decode = formatter.tokenizer.decode
+    for number in range(len(prepared)):
+        pair = prepared[number]
+        row = rows[pair.id]
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else "".join(each["content"] for each in row["prompt"])
+        for ids, column in ((pair.chosen_ids, "chosen"), (pair.rejected_ids, "rejected")):
+            text = decode([*pair.prompt_ids, *ids], clean_up_tokenization_spaces=False)
+            assert text == prompt + row[columns.get(column, column)] + "</s>"
+    assert len(prepared) == len(rows) - sum(prepared.report.total.dropped.values())
+    assert prepared.report.total.dropped.keys() <= {"identical answers"} and len(prepared) > 195

@@ -31,8 +31,7 @@ def test_rows_outside_the_filter_need_no_format(read):
         "format": "",
         "dropped": "",
         "deselected": "row filter kind=pair",
-        "not_read": "",
-        "margin_fault": "",
+        "remarks": "",
     }
 
 

@@ -121,7 +121,7 @@ def test_refused_by_the_template(make_tokenizer):
     )
     formatter = ChatFormatter.create(make_tokenizer(template), None, DATE)
     prompt = [{"role": "system", "content": "s"}, *user("Q")]
-    assert outcome(formatter, prompt, assistant("a"), assistant("b")) == REFUSED
+    assert outcome(formatter, prompt, assistant("a"), assistant("b")) == f"{REFUSED}: no system"
     assert outcome(formatter, user("Q"), assistant("a"), assistant("b")) == ""
 
 

@@ -20,9 +20,9 @@ from hafrm_ds.engine.checkpoint import (
     FileFacts,
     TrainingState,
     checkpoint_name,
+    complete,
     damaged_file,
     prune,
-    publish,
     random_state,
     read_manifest,
     read_state,
@@ -30,7 +30,7 @@ from hafrm_ds.engine.checkpoint import (
     saved_steps,
     set_aside,
     start_draft,
-    write_synced,
+    write_json,
 )
 
 
@@ -53,8 +53,8 @@ def state_at(step: int, metric: float | None = None) -> TrainingState:
 def save(root: Path, step: int, metric: float | None = None) -> Path:
     draft = start_draft(root, step, expected_bytes=0)
     name = f"{DEEPSPEED_FOLDER}/part.pt"
-    files = {name: write_synced(draft / name, {"weights of": step})}
-    return publish(draft, root, state_at(step, metric), files)
+    files = {name: write_json(draft / name, {"weights of": step})}
+    return complete(draft, root, state_at(step, metric), files)
 
 
 def problem_of(folder: Path) -> str | None:
@@ -114,7 +114,7 @@ def take_the_manifest_of_another_step(folder: Path) -> None:
 def take_the_manifest_of_another_run(folder: Path) -> None:
     draft = start_draft(folder.parent / "other", 5, 0)
     name = f"{DEEPSPEED_FOLDER}/part.pt"
-    other = publish(draft, draft.parent, state_at(5), {name: write_synced(draft / name, {"weights of": 6})})
+    other = complete(draft, draft.parent, state_at(5), {name: write_json(draft / name, {"weights of": 6})})
     shutil.copy(other / MANIFEST, folder / MANIFEST)
 
 
@@ -238,5 +238,5 @@ def test_a_part_that_cannot_be_seen_makes_no_checkpoint(tmp_path):
     draft = start_draft(tmp_path, 5, 0)
     elsewhere = {"deepspeed/part.pt": FileFacts(3, "0" * 32)}
     with pytest.raises(CheckpointError, match=r"part.pt, which a rank has written, .* one folder that all nodes see"):
-        publish(draft, tmp_path, state_at(5), elsewhere)
+        complete(draft, tmp_path, state_at(5), elsewhere)
     assert not saved_steps(tmp_path)

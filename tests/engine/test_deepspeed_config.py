@@ -109,6 +109,23 @@ def test_what_the_run_does_not_decide_is_passed_on(file):
     assert content.items() <= resolved.items()
 
 
+REDUCE = ("--optimizer.reduce_in_fp32", "true")
+
+
+@pytest.mark.parametrize("content", [{}, {"communication_data_type": "auto"}, {"communication_data_type": "fp32"}])
+def test_gradients_are_reduced_in_fp32_on_demand(file, content):
+    assert resolve_deepspeed_config(load(file, content, *REDUCE), world_size=1)["communication_data_type"] == "fp32"
+    left = resolve_deepspeed_config(load(file, content), world_size=1).get("communication_data_type")
+    assert left == (None if content.get("communication_data_type") in (None, "auto") else "fp32")
+
+
+def test_what_contradicts_reducing_in_fp32_is_named(file):
+    (problem,) = problems(file, {"communication_data_type": "bf16"}, *REDUCE)
+    assert 'communication_data_type = "bf16", but optimizer.reduce_in_fp32 says "fp32"' in problem
+    (problem,) = problems(file, {"communication_data_type": "fp16"})
+    assert 'communication_data_type = "fp16"; gradients are averaged in bf16 or fp32' in problem
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "ds_configs").glob("*.json")))
 def test_the_files_that_come_along_suit_the_defaults(name, file, tmp_path, monkeypatch):
     """Their relative paths are found from any working directory."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedPair
 from hafrm_ds.engine import scoring as module
-from hafrm_ds.engine.scoring import OccasionalQuestion, score_pairs
+from hafrm_ds.engine.scoring import Items, OccasionalQuestion, score_items, score_pairs
 from hafrm_ds.objective import ResponseScores
 
 CPU = torch.device("cpu")
@@ -47,14 +47,43 @@ def test_every_value_comes_to_its_pair(group, layout):
     index = np.array([6, 0, 3, 2, 5])
 
     def score(**options) -> dict[str, np.ndarray] | None:
-        options = {"layout": layout, "max_tokens": 120, "with_reward": True, "with_logprob": True} | options
+        options = {"layout": layout, "max_tokens": 120, "heads": ("reward", "logprob")} | options
         return score_pairs(CountingEngine(), prepared, index, **options)
 
     scores = score()
     assert scores["reward"].tolist() == (sizes[index, 1:] * [2, 3]).tolist()
     assert scores["logprob"].tolist() == sizes[index, 1:].tolist()
-    assert list(score(with_reward=False)) == ["logprob"]
+    assert list(score(heads=("logprob",))) == ["logprob"]
     assert score(must_stop=lambda: True) is None
+
+
+def test_values_are_told_once_the_next_micro_batch_is_launched():
+    """A caller that fetches them waits for a GPU which has been given the next one already."""
+    events: list[str] = []
+    lengths = np.array([20, 10, 5, 15])
+    engine = CountingEngine()
+
+    def forward(batch, **heads) -> ResponseScores:
+        events.append("launched")
+        return engine(batch)
+
+    values = score_items(
+        forward,
+        Items(lambda place: PromptWithResponses([9], ([2] * lengths[place],)), np.full(4, 1), lengths + 1),
+        ("logprob",),
+        layout="packed",
+        max_tokens=21,
+        on_values=lambda positions, values: events.append(f"told {positions} {values.tolist()}"),
+    )
+    assert values is not None and values.tolist() == lengths.tolist()
+    assert events == [
+        "launched",
+        "launched",
+        "told [0] [20.0]",
+        "launched",
+        "told [3] [15.0]",
+        "told [1, 2] [10.0, 5.0]",
+    ]
 
 
 @pytest.mark.parametrize(

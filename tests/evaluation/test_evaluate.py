@@ -15,6 +15,7 @@ from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation import scoring
 from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
 from hafrm_ds.evaluation.pair_scores import load_all
+from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.export import export_model
 from tests.data.row_files import write_lines
@@ -218,3 +219,39 @@ def test_what_cannot_be_evaluated_is_refused(folder, tmp_path, model, changes, m
 def test_the_base_is_the_one_that_the_model_names(folder, tmp_path):
     with pytest.raises(ModelError, match="example/tiny"):
         run(options_for(folder, "final", tmp_path / "out", reference="base"))
+
+
+@pytest.mark.parametrize(("misfits", "left_out", "cut"), [("leave_out", 1, 0), ("cut", 0, 1)])
+def test_one_question_that_does_not_fit_is_left_out_or_cut(folder, tmp_path, misfits, left_out, cut):
+    given = [rewardbench_row("math-prm", **sides(row)) for row in rows(folder)]
+    given[3]["chosen"] = "a long answer " * 100
+    write_lines(tmp_path / "rows.jsonl", given)
+    options = options_for(
+        folder,
+        "final",
+        tmp_path / "out",
+        data={},
+        benchmarks={"rewardbench": str(tmp_path / "rows.jsonl")},
+        misfits=misfits,
+        max_missing_share=0.001,
+    )
+    found = run(options)["benchmarks"]["rewardbench"]
+    assert (found["left_out"], found["cut"]) == (left_out, cut)
+    [reason] = found["why_left_out"] or ["rows.jsonl:4: an answer leaves no room"]
+    assert "rows.jsonl:4: an answer leaves no room" in reason
+    result = found["judges"]["reward"]["categories"]["Reasoning"]["subsets"]["math-prm"]
+    assert result["questions"] == NUM_PAIRS - left_out
+
+
+def test_positions_beyond_those_of_the_model_are_refused_before_it_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "load_for_job", None)
+    options = options_for(folder, "final", tmp_path / "out", max_length=2000)
+    monkeypatch.setattr(ModelSizes, "of", classmethod(lambda cls, name, config: ModelSizes(name, 10**6, 20)))
+    with pytest.raises(
+        DataError,
+        match=r"held out: the longest pair has \d+ tokens, but the model .* knows 20 positions; set --max_length",
+    ):
+        run(options)
+    monkeypatch.setattr(ModelSizes, "of", classmethod(lambda cls, name, config: ModelSizes(name, 40, 10**6)))
+    with pytest.raises(ModelError, match=r"held out: token id \d+ .* is beyond the embedding of .*, which has 40 rows"):
+        run(options)

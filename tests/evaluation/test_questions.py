@@ -38,3 +38,11 @@ def test_responses_stay_in_order_where_their_prompts_end_at_different_tokens():
     """A tokenizer may merge the first token of some answers with the last of the prompt."""
     one, other = PromptWithResponses([1, 2], ([3],)), PromptWithResponses([1], ([23, 4],))
     assert groups_of([one, one, other, one]) == [([1, 2], ([3], [3])), other, one]
+
+
+def test_an_answer_that_leaves_no_room_loses_its_end_if_asked_to(formatter):
+    answers = [[assistant("x" * 30)], [assistant("y")]]
+    groups, was_cut = encode_question(formatter, "file:7", [user("why")], answers, 20, cut_answers=True)
+    assert was_cut and max(group.longest_conversation for group in groups) == 20
+    bos = formatter.tokenizer.bos_token_id
+    assert all(len(group.prompt) == 2 and group.prompt[0] == bos for group in groups)

@@ -38,7 +38,7 @@ from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_growth_bytes
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
 from hafrm_ds.objective import ResponseScores, joint_loss, weights_at
-from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.processes.ranks import Processes, choose_allocators
 from tests.gpu.environment import DEVICE, IS_ALLOWED_ON_CPU, IS_GPU, available_kernels, hardware, table
 from tests.gpu.liger import IS_AVAILABLE as HAS_LIGER
 from tests.gpu.liger import liger_logprobs
@@ -283,6 +283,7 @@ def too_large(name: str) -> str | None:
 
 
 def main(names: Sequence[str]) -> None:
+    choose_allocators()
     if unknown := set(names) - SHAPES.keys():
         sys.exit(f"unknown shapes {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
     if not IS_GPU and not IS_ALLOWED_ON_CPU:

@@ -331,6 +331,17 @@ def test_flash_attention_4_takes_large_heads_on_hopper(monkeypatch, imported, ca
     assert ("heads of up to 128" in (obstacle or "")) is refused
 
 
+@pytest.mark.parametrize(("size", "is_on", "chosen"), [(256, True, "fa2"), (192, True, "fa3"), (256, False, "fa3")])
+def test_a_backward_that_is_not_deterministic_is_passed_over_or_refused(hopper, monkeypatch, size, is_on, chosen):
+    monkeypatch.setattr(attention, "import_problem", lambda package: None)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_on)
+    config = LlamaConfig(head_dim=size)
+    assert choose_kernel("auto", hopper, torch.bfloat16, config).name == chosen
+    if chosen != "fa3":
+        with pytest.raises(ModelError, match=r"fa3 cannot be used: deterministic is true.* heads of 256 .* can: fa2"):
+            choose_kernel("fa3", hopper, torch.bfloat16, config)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "expected"),
     [
@@ -376,6 +387,14 @@ def test_a_package_that_is_not_installed_is_named():
     assert import_problem("no_such.kernel") == "the package no_such is not installed"
     assert import_problem("torch.no_such") == "the package torch.no_such is not installed"
     assert import_problem("torch") is None
+
+
+def test_kernels_of_nvidia_gpus_are_refused_on_one_of_amd(hopper, monkeypatch):
+    """An MI300 calls itself cuda and says 9.4, as if it were a Hopper."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    assert choose_kernel("auto", hopper, torch.bfloat16, LLAMA).name == "segmented"
+    with pytest.raises(ModelError, match=r"fa2 cannot be used: it needs an NVIDIA GPU, not one of AMD. What can: segm"):
+        choose_kernel("fa2", hopper, torch.bfloat16, LLAMA)
 
 
 def test_a_gpu_kernel_is_refused_on_the_cpu():

@@ -130,3 +130,17 @@ def test_the_time_out_is_a_number_of_minutes():
     for wrong in ("0", "-3", "soon", "nan"):
         with pytest.raises(UserError, match=f"HAFRM_TIMEOUT_MINUTES is {wrong!r}"):
             timeout_of({"HAFRM_TIMEOUT_MINUTES": wrong})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"RANK": "9", "WORLD_SIZE": "2"}, "rank 9 of 2 .*the last is 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+    ],
+)
+def test_impossible_ranks_are_refused_at_once(changes, said):
+    with pytest.raises(UserError, match=said):
+        placement_of({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | changes, "here")

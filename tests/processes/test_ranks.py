@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hafrm_ds.errors import DataError, UserError
 from hafrm_ds.processes import ranks as module
 from hafrm_ds.processes.launchers import Placement
+from hafrm_ds.processes.meeting import meet
 from hafrm_ds.processes.ranks import FailedElsewhere, Processes, run_entry
 from hafrm_ds.processes.stopping import Stopped
 
@@ -165,10 +166,31 @@ def test_nccl_is_bound_to_a_device_only_where_there_are_several_ranks(monkeypatc
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.update(options, backend=backend))
     monkeypatch.setattr(Processes, "device", torch.device("cuda", 0))
     monkeypatch.setattr(Processes, "use_device", lambda self: None)
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "")  # so that it is as it was after the test
+    monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT")
     store = dist.HashStore()
     store.add("arrived", world_size - 1)
     Processes(0, 0, world_size, store).start_group()
     assert (started["backend"], started["device_id"]) == ("nccl", bound)
+    # Those groups and ours have communicators of their own.
+    assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+
+
+def test_an_amd_gpu_is_refused_unless_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(Processes, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    processes = Processes(0, 0, 1, dist.HashStore())
+    with pytest.raises(
+        UserError, match=r"AMD GPUs \(ROCm 6.4.1\), on which hafrm_ds has never run.*set HAFRM_TRY_ROCM=1"
+    ):
+        processes.use_device()
+    assert chosen == []
+    monkeypatch.setenv("HAFRM_TRY_ROCM", "1")
+    processes.use_device()
+    assert chosen == [torch.device("cuda", 0)]
 
 
 def test_an_error_that_nobody_foresaw_also_stops_the_ranks_that_wait(ranks, enter, capsys):
@@ -280,7 +302,7 @@ def test_a_loopback_address_of_rank_0_is_refused_by_the_other_hosts(rank_0_on_lo
 
 def test_a_rank_0_that_cannot_be_found_is_one_message():
     with pytest.raises(UserError, match=r"^n2 does not know the address n1.invalid of rank 0 .* set MASTER_ADDR"):
-        module.meet(Placement("n2", 1, 0, 2, 2, "n1.invalid", 23456), timedelta(seconds=1))
+        meet(Placement("n2", 1, 0, 2, 2, "n1.invalid", 23456), timedelta(seconds=1))
 
 
 def test_kernels_of_flash_attention_4_are_kept_where_the_user_says(monkeypatch):
@@ -294,3 +316,41 @@ def test_kernels_of_flash_attention_4_are_kept_where_the_user_says(monkeypatch):
     monkeypatch.setenv(names[0], "0")
     module.keep_compiled_kernels()
     assert os.environ[names[0]] == "0"
+
+
+@pytest.fixture
+def torch_settings():
+    """Puts back what `use_deterministic_algorithms` sets for the whole process."""
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+def test_deterministic_sets_torch_cublas_and_nccl(monkeypatch, torch_settings):
+    monkeypatch.setattr(module, "os", SimpleNamespace(environ={"NCCL_ALGO": "Ring"}))
+    text = module.use_deterministic_algorithms()
+    assert text == "deterministic algorithms are on (CUBLAS_WORKSPACE_CONFIG=:4096:8, NCCL_ALGO=Ring)"
+    assert module.os.environ == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize(("name", "value"), [("CUBLAS_WORKSPACE_CONFIG", ":0:0"), ("NCCL_ALGO", "NVLS")])
+def test_an_environment_that_is_not_deterministic_is_refused(monkeypatch, torch_settings, name, value):
+    monkeypatch.setattr(module, "os", SimpleNamespace(environ={name: value}))
+    with pytest.raises(UserError, match=rf"the environment sets {name} to '{value}'.* unset it or set it to one of"):
+        module.use_deterministic_algorithms()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_a_deterministic_algorithm_is_one_message(ranks, enter, capsys, torch_settings):
+    def main(arguments, processes) -> None:
+        torch.use_deterministic_algorithms(True)
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+    with pytest.raises(SystemExit):
+        enter(ranks[0], main)
+    assert capsys.readouterr().err == (
+        "\nerror: put_ does not have a deterministic implementation. Leave --deterministic out\n"
+    )

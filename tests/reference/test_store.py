@@ -1,5 +1,6 @@
 """The store: nothing is lost, nothing wrong is read."""
 
+import json
 import os
 import random
 import subprocess
@@ -60,7 +61,7 @@ def test_values_are_found_by_key_in_any_order(tmp_path):
     np.testing.assert_array_equal(values[:-5], value_of(keys[::-3]))
     assert np.isnan(values[-5:]).all()
     np.testing.assert_array_equal(store.missing(asked), np.isnan(values))
-    assert store.shards[0].provenance == {"layout": "packed"}
+    assert json.loads(store.shards[0].table.schema.metadata[b"provenance"]) == {"layout": "packed"}
     assert all((shard.num_tokens == 3).all() for shard in store.shards)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hafrm_ds import HybridRewardModel
 from hafrm_ds.data.packing import lay_out, share_prompts, split_groups
 from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_pair
-from hafrm_ds.errors import DataError, ModelError
+from hafrm_ds.errors import DataError, ModelError, UserError
 from tests.tiny_models import save_tiny_final
 
 QUESTIONS = [[{"role": "user", "content": text}] for text in ("Why?", "What is it, and since when?")]
@@ -54,6 +54,38 @@ def test_many_are_scored_as_one_by_one_in_the_order_given(model):
     assert model.score(QUESTIONS[1], responses=ANSWERS) == pytest.approx(together[1::2], abs=1e-5)
     assert model.log_probs(CONVERSATIONS) == pytest.approx([model.log_probs(each) for each in CONVERSATIONS], abs=1e-4)
     assert model.score([]) == []
+
+
+def test_the_gpu_of_the_model_is_the_current_one_while_it_scores(model, monkeypatch):
+    """FlashAttention 4 and Triton compile for the current GPU, and a model may lie on another."""
+    events: list = []
+
+    class Current:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            events.append(("current", self.tensor))
+
+        def __exit__(self, *error):
+            events.append("as before")
+
+    monkeypatch.setattr(torch.cuda, "device_of", Current)
+    forward = model.model.forward
+
+    def noted(*given, **heads):
+        events.append("model")
+        return forward(*given, **heads)
+
+    monkeypatch.setattr(model.model, "forward", noted)
+    model.score(CONVERSATIONS[0])
+    assert events == [("current", model.model.reward_head.weight), "model", "as before"]
+
+
+def test_an_amd_gpu_is_refused_by_name(final, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    with pytest.raises(UserError, match="on which hafrm_ds has never run"):
+        HybridRewardModel.from_pretrained(final, device="cuda")
 
 
 def test_answers_of_one_prompt_share_it(model):

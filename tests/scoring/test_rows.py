@@ -10,6 +10,8 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.scoring.rows import ScoredRow, conversations_of
 from tests.tiny_models import save_tiny_final
 
+SYSTEM = {"role": "system", "content": "s"}
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> HybridRewardModel:
@@ -28,6 +30,25 @@ def model(tmp_path_factory) -> HybridRewardModel:
             [[user("a"), assistant("b")], [user("a"), assistant("c")]],
         ),
         ({"prompt": "\n\nHuman: a\n\nAssistant:", "response": "b"}, "score", [[user("a"), assistant("b")]]),
+        # What is null is not given, as where a file holds rows of two layouts.
+        ({"messages": None, "prompt": "a", "response": "b"}, "score", [[user("a"), assistant("b")]]),
+        ({"responses": None, "prompt": "a", "response": "b"}, "score", [[user("a"), assistant("b")]]),
+        (
+            {"prompt": None, "response": None, "messages": [user("a"), assistant("b")]},
+            "score",
+            [[user("a"), assistant("b")]],
+        ),
+        ({"prompt": None, "messages": [user("a")], "responses": ["b"]}, "scores", [[user("a"), assistant("b")]]),
+        # What stands before the prompt in columns of its own; and a column that repeats what is read.
+        ({"system": "s", "prompt": "a", "response": "b"}, "score", [[SYSTEM, user("a"), assistant("b")]]),
+        (
+            {"history": [["x", "y"]], "prompt": "a", "response": "b"},
+            "score",
+            [[user("x"), assistant("y"), user("a"), assistant("b")]],
+        ),
+        ({"messages": [user("a"), assistant("b")], "prompt": "a"}, "score", [[user("a"), assistant("b")]]),
+        ({"messages": json.dumps([user("a"), assistant("b")])}, "score", [[user("a"), assistant("b")]]),
+        ({"messages": [user("a"), assistant("b")], "tools": []}, "score", [[user("a"), assistant("b")]]),
     ],
 )
 def test_the_forms_of_a_row(fields, field, conversations):
@@ -39,6 +60,12 @@ def test_the_forms_of_a_row(fields, field, conversations):
     [
         ({"text": "a"}, r"in.jsonl:7: needs messages, or prompt with response or responses \(fields: text\)"),
         ({"prompt": "a"}, r"needs messages.*\(fields: prompt\)"),
+        ({"messages": None}, r"needs messages.*\(fields: messages\)"),
+        ({"prompt": "a", "response": "b", "context": "c"}, "context: filled, but not read"),
+        ({"messages": [user("a"), assistant("b")], "prompt": "other"}, "prompt: filled, but not read"),
+        ({"prompt": "a", "response": "b", "tools": [{"name": "f"}]}, "field 'tools': has tool calls"),
+        ({"prompt": "a", "response": "b", "images": ["x.png"]}, "images: has images or other media"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "is the text 'narrator', expected one of system"),
         ({"messages": "a"}, "field 'messages' is the text 'a', expected a list of messages"),
         ({"messages": [{"role": "user"}]}, "message 1 of field 'messages' is an object with the keys role"),
         ({"prompt": 3, "response": "b"}, "field 'prompt' is the int 3"),
@@ -81,3 +108,19 @@ def test_a_row_comes_out_as_it_came_in_and_a_score_that_is_no_number_is_an_error
     written, error = row.written([1.5, float("nan")], "in.jsonl:1")
     assert json.loads(written)["scores"] is None
     assert error == "in.jsonl:1: the score is not finite"
+
+
+def test_a_row_that_was_scored_before_keeps_its_score_under_another_name(model):
+    line = b'{"prompt": "a", "response": "b", "score": 4.5, "scores": [1, 2], "score_error": "old message"}'
+    row = ScoredRow.read(line, "in.jsonl:1", model)
+    written, error = row.written([1.5], "in.jsonl:1")
+    assert error == ""
+    expected = {"prompt": "a", "response": "b", "input_score": 4.5, "input_scores": [1, 2], "score": 1.5}
+    assert json.loads(written) == expected
+    written, error = row.written([float("nan")], "in.jsonl:1")
+    assert json.loads(written) == expected | {"score": None, "score_error": error}
+
+
+def test_a_number_of_too_many_digits_costs_its_row_alone(model):
+    row = ScoredRow.read(b'{"prompt": "a", "response": "b", "user_id": ' + b"7" * 5000 + b"}", "in.jsonl:2", model)
+    assert row.error == "in.jsonl:2: holds a number of too many digits (4,300 can be read)"

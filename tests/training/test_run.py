@@ -1,9 +1,12 @@
 """The order of a run's stages, and the report at its end."""
 
+import json
+
 import pytest
 import torch.distributed as dist
 
 from hafrm_ds.engine.deepspeed_config import load_config
+from hafrm_ds.errors import DataError
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.run import leave_report, train
@@ -15,15 +18,7 @@ class GroupStarted(Exception):
     pass
 
 
-def test_data_is_ready_before_the_process_group_is_started(tmp_path, monkeypatch):
-    """Tokenising may take an hour; ranks that wait for it inside a collective would time out."""
-
-    def start_group(processes: Processes) -> None:
-        assert (tmp_path / "run/data_report.json").exists()
-        assert not dist.is_initialized()
-        raise GroupStarted
-
-    monkeypatch.setattr(Processes, "start_group", start_group)
+def options_of(tmp_path, **more) -> list[str]:
     options = {
         "output_dir": tmp_path / "run",
         "model.name_or_path": save_tiny_model(tmp_path / "model"),
@@ -33,9 +28,36 @@ def test_data_is_ready_before_the_process_group_is_started(tmp_path, monkeypatch
         "batch.global_batch_size": 4,
         "logging.tensorboard": False,
     }
-    config = load_config([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    return [word for name, value in (options | more).items() for word in (f"--{name}", str(value))]
+
+
+def test_margins_that_cannot_be_read_stop_a_run_that_uses_margins_alone(tmp_path, monkeypatch):
+    def start_group(processes: Processes) -> None:
+        raise GroupStarted
+
+    monkeypatch.setattr(Processes, "start_group", start_group)
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "margin": "much" if n == 6 else n} for n in range(8)]
+    (tmp_path / "margins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for use_margin, stop in ((True, DataError), (False, GroupStarted)):
+        more = {"data.train": tmp_path / "margins.jsonl", "objective.use_margin": use_margin}
+        with pytest.raises(stop) as caught:
+            train(load_config(options_of(tmp_path, **more)), Processes(0, 0, 1, dist.HashStore()))
+        if use_margin:
+            assert str(caught.value).startswith("objective.use_margin is true, but ")
+            assert "margins.jsonl:7: field 'margin' is the text 'much', expected a finite number" in str(caught.value)
+
+
+def test_data_is_ready_before_the_process_group_is_started(tmp_path, monkeypatch):
+    """Tokenising may take an hour; ranks that wait for it inside a collective would time out."""
+
+    def start_group(processes: Processes) -> None:
+        assert (tmp_path / "run/data_report.json").exists()
+        assert not dist.is_initialized()
+        raise GroupStarted
+
+    monkeypatch.setattr(Processes, "start_group", start_group)
     with pytest.raises(GroupStarted):
-        train(config, Processes(0, 0, 1, dist.HashStore()))
+        train(load_config(options_of(tmp_path)), Processes(0, 0, 1, dist.HashStore()))
 
 
 def test_a_report_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):

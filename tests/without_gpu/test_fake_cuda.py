@@ -11,10 +11,10 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import PackedBatch, lay_out, token_costs
 from hafrm_ds.data.tokenization import TokenizedPair
-from hafrm_ds.engine.scoring import score_items
+from hafrm_ds.engine import scoring
 from hafrm_ds.model import attention, hybrid
 from hafrm_ds.model.loading import set_gradient_checkpointing
-from hafrm_ds.objective import bradley_terry_loss
+from hafrm_ds.objective import bradley_terry_loss, weights_at
 from hafrm_ds.training import loop
 from hafrm_ds.training.loop import StepTotals, Trainer
 from tests.tiny_models import FAMILIES, random_items
@@ -103,7 +103,7 @@ def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", k
         )
         totals = StepTotals()
         with AsOnCuda():
-            loss = Trainer.joint_loss(trainer, 0, micro_batch, totals)
+            loss = Trainer.joint_loss(trainer, weights_at(config.objective, 0), micro_batch, totals)
     return loss, totals
 
 
@@ -121,21 +121,22 @@ def test_scoring_of_the_reference_pass(monkeypatch, layout):
         "chosen": np.array([len(item.responses[0]) for item in ITEMS]),
         "rejected": np.array([len(item.responses[1]) for item in ITEMS]),
     }
-    kept = []
+    kept: list[tuple] = []
+    # Values are fetched once, behind the last micro-batch; until then the host waits for nothing.
+    monkeypatch.setattr(scoring, "in_order", lambda scored, sizes, ranks_on: scored)
     with fake_cuda(monkeypatch):
         model = fake_hybrid("llama")
         use(model, layout, "varlen")
         with AsOnCuda():
-            score_items(
+            scored = scoring.score_items(
                 FakeEngine(model),
-                lambda position: ITEMS[position],
-                token_costs(lengths, layout),
-                num_responses=2,
+                scoring.Items(lambda position: ITEMS[position], np.full(len(ITEMS), 2), token_costs(lengths, layout)),
+                ("logprob",),
                 layout=layout,
                 max_tokens=64,
-                on_scores=lambda positions, scores: kept.append((positions, scores.logprob)),
-                with_reward=False,
+                on_values=lambda positions, values: kept.append((positions, values)),
             )
+    assert kept == scored  # each told once, in the order of the micro-batches
     assert sorted(position for positions, _ in kept for position in positions) == list(range(len(ITEMS)))
     assert {logprob.device for _, logprob in kept} == {DEVICE}
 

@@ -55,12 +55,12 @@ class Benchmark:
     """A public benchmark of reward models."""
 
     name: str
-    """As it is asked for."""
+    """Its name on the command line."""
     title: str
     default_path: str
     """Its hub id."""
     split: str
-    """Of the hub data set, unless the path names another: `ORG/NAME?split=SPLIT`."""
+    """Split of the hub data set, unless the path names another: `ORG/NAME?split=SPLIT`."""
     row_format: str
     """What its rows look like, for messages."""
     to_question: Callable[[Row], Question]
@@ -197,7 +197,18 @@ def combine(parts: dict[str, dict[str, Any]], weights: dict[str, float]) -> dict
     }
 
 
-def category(subsets: dict[str, dict[str, Any]], weights: dict[str, float]) -> dict[str, Any]:
-    """Of all subsets that were read those in `weights` -> the result of a category."""
-    own = {name: subsets[name] for name in weights if name in subsets}
-    return combine(own, weights) | {"subsets": own}
+def result_of(
+    subsets: dict[str, dict[str, Any]], categories: dict[str, dict[str, float]], weights: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """The scores of subsets -> a result without `benchmark` and `title`.
+
+    Args:
+        categories: category -> the weights of its subsets, whether these were read or not.
+        weights: of the categories; None: their questions.
+    """
+    found = {}
+    for name, of_subsets in categories.items():
+        own = {subset: subsets[subset] for subset in of_subsets if subset in subsets}
+        found[name] = combine(own, of_subsets) | {"subsets": own}
+    weights = weights or {name: part["questions"] for name, part in found.items()}
+    return combine(found, weights) | {"categories": found}

@@ -20,9 +20,8 @@ from hafrm_ds.evaluation.benchmarks.benchmark import (
     Judged,
     Question,
     by_subset,
-    category,
-    combine,
     pair_accuracy,
+    result_of,
 )
 
 CATEGORIES = {
@@ -50,15 +49,11 @@ def to_question(row: Row) -> Question:
 
 def judge(judged: list[Judged]) -> dict[str, Any]:
     subsets = {source: pair_accuracy(pairs) for source, pairs in by_subset(judged).items()}
-    categories = {
-        name: category(
-            subsets, {source: part["questions"] for source, part in subsets.items() if source.startswith(beginning)}
-        )
+    sizes = {
+        name: {source: part["questions"] for source, part in subsets.items() if source.startswith(beginning)}
         for name, beginning in CATEGORIES.items()
     }
-    return combine(categories, {name: part["questions"] for name, part in categories.items()}) | {
-        "categories": categories
-    }
+    return result_of(subsets, sizes)
 
 
 JUDGEBENCH = Benchmark(

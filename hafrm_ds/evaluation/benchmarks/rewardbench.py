@@ -23,10 +23,9 @@ from hafrm_ds.evaluation.benchmarks.benchmark import (
     Judged,
     Question,
     by_subset,
-    category,
-    combine,
     known_name,
     pair_accuracy,
+    result_of,
 )
 
 SECTIONS: dict[str, dict[str, float]] = {
@@ -77,12 +76,9 @@ def to_question(row: Row) -> Question:
 
 def judge(judged: list[Judged]) -> dict[str, Any]:
     subsets = {subset: pair_accuracy(pairs) for subset, pairs in by_subset(judged).items()}
-    categories = {section: category(subsets, weights) for section, weights in SECTIONS.items()}
-    weights = dict.fromkeys(SECTIONS, 1.0)
-    if subsets.keys() & PRIOR.keys():
-        categories[PRIOR_SETS] = category(subsets, PRIOR)
-        weights[PRIOR_SETS] = PRIOR_WEIGHT
-    return combine(categories, weights) | {"categories": categories}
+    prior = {PRIOR_SETS: PRIOR} if subsets.keys() & PRIOR.keys() else {}
+    weights = dict.fromkeys(SECTIONS, 1.0) | dict.fromkeys(prior, PRIOR_WEIGHT)
+    return result_of(subsets, SECTIONS | prior, weights)
 
 
 REWARDBENCH = Benchmark(

@@ -21,10 +21,9 @@ from hafrm_ds.evaluation.benchmarks.benchmark import (
     Judged,
     Question,
     by_subset,
-    category,
-    combine,
     known_name,
     responses,
+    result_of,
 )
 
 TIES = "Ties"
@@ -117,8 +116,7 @@ def judge(judged: list[Judged]) -> dict[str, Any]:
         subset: ties_score(of_subset) if subset == TIES else best_of_four(of_subset)
         for subset, of_subset in by_subset(judged).items()
     }
-    categories = {subset: category(subsets, {subset: 1.0}) for subset in SUBSETS}
-    return combine(categories, dict.fromkeys(SUBSETS, 1.0)) | {"categories": categories}
+    return result_of(subsets, {subset: {subset: 1.0} for subset in SUBSETS}, dict.fromkeys(SUBSETS, 1.0))
 
 
 REWARDBENCH_2 = Benchmark(

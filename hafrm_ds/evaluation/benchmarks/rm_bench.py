@@ -20,10 +20,9 @@ from hafrm_ds.evaluation.benchmarks.benchmark import (
     Judged,
     Question,
     by_subset,
-    category,
-    combine,
     known_name,
     responses,
+    result_of,
 )
 
 STYLES = 3
@@ -58,11 +57,8 @@ def accuracies(judged: list[Judged]) -> dict[str, Any]:
 def judge(judged: list[Judged]) -> dict[str, Any]:
     groups = by_subset(judged)
     subsets = {subset: accuracies(of_subset) for subset, of_subset in groups.items()}
-    categories = {
-        domain: category(subsets, {subset: len(groups.get(subset, [])) for subset in names})
-        for domain, names in DOMAINS.items()
-    }
-    return combine(categories, dict.fromkeys(DOMAINS, 1.0)) | {"categories": categories}
+    sizes = {domain: {name: float(len(groups.get(name, []))) for name in names} for domain, names in DOMAINS.items()}
+    return result_of(subsets, sizes, dict.fromkeys(DOMAINS, 1.0))
 
 
 RM_BENCH = Benchmark(

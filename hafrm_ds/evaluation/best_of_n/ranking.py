@@ -1,9 +1,9 @@
 """Best-of-N from candidates to results, in stages that each leave a whole file and are passed over when it is there.
 
-OUTPUT/candidates.jsonl      given, or sampled (evaluation.sampling)
-OUTPUT/scores-K.jsonl        by the K-th model; gold.jsonl by the gold scorer (scoring.job)
+OUTPUT/candidates.jsonl      given, or sampled (best_of_n.sampling)
+OUTPUT/scores-K.jsonl        by the K-th model; gold.jsonl by the gold scorer (scoring.files)
 OUTPUT/ranked.jsonl          a line for each prompt and model: the candidates, best first
-OUTPUT/best_of_n.json        means over the prompts (evaluation.best_of_n)
+OUTPUT/best_of_n.json        means over the prompts (best_of_n.statistics)
 """
 
 import json
@@ -18,26 +18,27 @@ from rich.markup import escape
 
 from hafrm_ds.config import ScoringSection
 from hafrm_ds.data.files import file_table
+from hafrm_ds.data.formats.answers import earlier_turns
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.best_of_n.sampling import SAMPLING_FILE, SamplingJob, SamplingOptions
 from hafrm_ds.evaluation.best_of_n.statistics import compare_with_gold
-from hafrm_ds.evaluation.terminal import render_best_of_n
+from hafrm_ds.evaluation.figures import render_best_of_n
 from hafrm_ds.options import as_list
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import identity_of_model, open_model
 from hafrm_ds.scoring.files import ScoringOptions, score_file
-from hafrm_ds.scoring.rows import conversations_of, json_line
+from hafrm_ds.scoring.rows import conversations_of, json_line, prompt_of
 
 CANDIDATES_FILE, GOLD_FILE, RANKED_FILE = "candidates.jsonl", "gold.jsonl", "ranked.jsonl"
 RESULTS_FILE = "best_of_n.json"
 
 
 class RankingOptions(ScoringSection):
-    """What launch/best_of_n.py is asked for: either candidates or sampling."""
+    """The options of launch/best_of_n.py: either candidates or sampling."""
 
     model: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)]
     """One or more: final/ folders of trainings, or other reward models."""
@@ -175,8 +176,12 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
         row = Row(fields, f"{file}:{number}", "")
         if not isinstance(fields, dict):
             raise row.fault("the row", fields, "an object with prompt and responses")
-        kept = {"id": fields.get("id", row.id), "prompt": row.value("prompt"), "responses": row.value("responses")}
-        conversations_of(Row(kept, row.id, ""))
+        responses = row.value("responses")
+        if conversations_of(row)[0] != "scores":
+            raise row.fault("field 'responses'", responses, "a list of answers")
+        has_prompt = row.given("prompt") and not earlier_turns(row)
+        prompt = fields["prompt"] if has_prompt else prompt_of(row)
+        kept = {"id": fields.get("id", row.id), "prompt": prompt, "responses": responses}
         num_responses = len(kept["responses"])
         if num_responses < 2:
             raise DataError(f"{row.id}: field 'responses' has 1 answer; a best of N needs 2 at least")

@@ -1,4 +1,6 @@
-"""Candidates sampled from a policy: N different answers to each prompt, on any number of processes, killed at will.
+"""Candidates sampled from a policy: N different answers to each prompt, on any number of processes.
+
+A job that was killed resumes with the parts that are missing.
 
     PROMPTS.jsonl -> parts of PART prompts -> OUTPUT/candidates.parts/part-NNNNNN.jsonl -> OUTPUT/candidates.jsonl
 
@@ -27,11 +29,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hafrm_ds.config import Positive, PositiveInt
 from hafrm_ds.data.files import file_table
+from hafrm_ds.data.formats import refuse_lost
+from hafrm_ds.data.formats.answers import EARLIER, earlier_turns
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
-from hafrm_ds.model.loading import known_positions, load_model_config
+from hafrm_ds.model.loading import load_model_config
+from hafrm_ds.model.sizes import known_positions
 from hafrm_ds.options import Section
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import stamp, work_through
@@ -62,11 +67,11 @@ class SamplingOptions(Section):
     temperature: tuple[Positive, Positive] = (0.5, 1.2)
     """LOW HIGH: uniform between these, anew for each answer."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Of the probability, the share that is drawn from."""
+    """Draw from the most probable tokens that together have this probability."""
     max_new_tokens: PositiveInt = 512
-    """An answer is truncated there."""
+    """Longest answer in tokens; longer ones are truncated."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the draws."""
+    """Seed of the draws."""
     sampler: Literal["auto", "transformers", "vllm"] = "auto"
     """auto: vLLM on a GPU where it is installed."""
     policy_chat_template: str | None = None
@@ -112,7 +117,7 @@ class SamplingJob:
 
     @classmethod
     def open(cls, options: SamplingOptions, **how: Any) -> "SamplingJob":
-        """Look at policy and prompts without loading weights.
+        """Open the policy without its weights, and read the prompts.
 
         Args:
             how: dtype, trust_remote_code and trust_pickle of `open_model`.
@@ -135,7 +140,7 @@ class SamplingJob:
         for row in rows:
             if not isinstance(row.fields, dict):
                 raise row.fault("the row", row.fields, "an object with a prompt")
-            prompt_of(row)
+            refuse_lost(row, ("prompt", "messages", *EARLIER), prompt_of(row))
         return cls(options, sampler, policy, formatter, rows)
 
     def identity(self) -> dict[str, Any]:
@@ -190,9 +195,13 @@ class SamplingJob:
         written = [{"id": self.rows[k].fields.get("id", self.rows[k].id)} for k in part]
         prompts: dict[int, list[int]] = {}  # by place in the part
         for place, k in enumerate(part):
-            written[place]["prompt"] = self.rows[k].fields["prompt"]
+            # As it stood in the file, unless other columns belong to it.
+            prompt = prompt_of(self.rows[k])
+            as_written = self.rows[k].fields.get("prompt")
+            is_whole = as_written is not None and not earlier_turns(self.rows[k])
+            written[place]["prompt"] = as_written if is_whole else prompt
             try:
-                ids = self.formatter.encode_prompt(prompt_of(self.rows[k]))
+                ids = self.formatter.encode_prompt(prompt)
             except jinja2.TemplateError:
                 written[place]["dropped"] = REFUSED
                 continue

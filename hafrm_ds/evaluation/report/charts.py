@@ -9,17 +9,19 @@ import hashlib
 import io
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from hafrm_ds.data.tables import MINUS, printable, short
+from hafrm_ds.data.tables import MINUS, EstimateJson, printable, short
 
 WIDTH, HEIGHT = 380, 230
 RIGHT_MARGIN = 10
@@ -27,13 +29,13 @@ POINTS_PER_INCH = 72
 NUM_COLOURS = 8
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MAX_POINTS = 300
-"""Of a curve: more rows are drawn as the means of groups of consecutive rows."""
+"""Most points of a curve. One of more rows is drawn as the means of groups of consecutive rows."""
 SMOOTHING_SHARE = 1 / 15
 """Width of the running mean, as a share of the curve."""
 MIN_BINS, MAX_BINS = 9, 40
-"""Of a histogram. The smallest number is odd: values that are all alike then stand in the middle of a bin."""
+"""Bins of a histogram. The smallest number is odd, so that values that are all alike stand in the middle of a bin."""
 ALIKE = 1e-6
-"""Values whose range is below this share of their size, or of 1, are drawn as one."""
+"""Values whose range is below this share of the largest of them, or of 1, are drawn as one."""
 LOG_SCALE_RATIO = 50
 """A curve whose largest value is this many times its median is drawn on a logarithmic axis, where that is allowed."""
 LABEL_LENGTH = 46
@@ -100,7 +102,7 @@ class Key:
 
     @property
     def dash(self) -> str:
-        """As stroke-dasharray."""
+        """The dashes of its line, as a stroke-dasharray of SVG; "" for a whole line."""
         dash = DASHES[self.series // NUM_COLOURS % len(DASHES)]
         return "" if dash == "-" else " ".join(str(2 * length) for length in dash[1])
 
@@ -117,64 +119,27 @@ class Chart:
 
 @dataclass(frozen=True)
 class Curve:
-    """Values [R] over steps [R]; values that are not finite are left out. `series` is its colour."""
+    """Values by their steps, the index; those that are not finite are left out. `series` is its colour."""
 
     label: str
     series: int
-    steps: np.ndarray
-    values: np.ndarray
-
-    def known(self) -> "Curve":
-        finite = np.isfinite(self.values)
-        return Curve(self.label, self.series, self.steps[finite], self.values[finite])
+    values: pd.Series
 
 
-@dataclass(frozen=True)
-class Condensed:
-    """At most MAX_POINTS points of a curve: means over groups of `group` consecutive rows, with the smallest and
-    largest value of each group, and the running mean over `window` points."""
-
-    steps: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    smooth: np.ndarray
-    group: int
-    window: int
-
-    @classmethod
-    def of(cls, curve: Curve) -> "Condensed":
-        group = max(1, math.ceil(len(curve.values) / MAX_POINTS))
-        starts = np.arange(0, len(curve.values), group)
-        sizes = np.diff([*starts, len(curve.values)])
-        mean = np.add.reduceat(curve.values, starts) / sizes
-        window = 2 * round(len(mean) * SMOOTHING_SHARE / 2) + 1
-        return cls(
-            steps=np.add.reduceat(curve.steps, starts) / sizes,
-            mean=mean,
-            low=np.minimum.reduceat(curve.values, starts),
-            high=np.maximum.reduceat(curve.values, starts),
-            smooth=running_mean(mean, window),
-            group=group,
-            window=window,
-        )
+def smoothing(num_rows: int) -> tuple[int, int]:
+    """(rows of a curve that become one point, points that a running mean is taken over)."""
+    group = max(1, math.ceil(num_rows / MAX_POINTS))
+    return group, 2 * round(math.ceil(num_rows / group) * SMOOTHING_SHARE / 2) + 1
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with the ends of its interval, which may be unknown."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the odd `window` of points around each, fewer at the ends. [N] -> [N]."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    low, high = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+def condensed(values: pd.Series) -> pd.DataFrame:
+    """At most MAX_POINTS points of a curve by their mean steps: mean, min and max over groups of consecutive rows, and
+    smooth, the running mean of the means, over fewer points at the ends."""
+    group, window = smoothing(len(values))
+    places = np.arange(len(values)) // group
+    points = values.groupby(places).agg(["mean", "min", "max"])
+    points["smooth"] = points["mean"].rolling(window, center=True, min_periods=1).mean()
+    return points.set_index(values.index.to_series().groupby(places).mean())
 
 
 # ---- kinds of charts ------------------------------------------------------------------------------------------------
@@ -199,27 +164,28 @@ def curves_chart(
         noisy: draw the running mean, and behind it what it is the mean of.
         may_be_logarithmic: see LOG_SCALE_RATIO.
         marks: a dot at each point, for curves of few points.
-        overlaid: of several runs: the page names them once for all charts, and nothing is drawn behind the curves.
+        overlaid: the curves are of several runs, which the page names once for all charts, and nothing is drawn
+            behind them.
     """
-    curves = [known for curve in curves if len((known := curve.known()).values)]
+    finite = [replace(curve, values=curve.values[np.isfinite(curve.values)]) for curve in curves]
+    curves = [curve for curve in finite if len(curve.values)]
     if not curves:
         return None
     figure, axes = new_figure()
     show_rows = noisy and not overlaid
     for curve in curves:
-        points = Condensed.of(curve)
+        points, (group, window) = condensed(curve.values), smoothing(len(curve.values))
         colour, dash = series_colour(curve.series), DASHES[curve.series // NUM_COLOURS % len(DASHES)]
-        if show_rows and points.group > 1:
-            axes.fill_between(points.steps, points.low, points.high, color=colour, alpha=0.18, linewidth=0.7)
-        elif show_rows and points.window > 1:
-            axes.plot(points.steps, points.mean, color=colour, alpha=0.3, linewidth=1)
-        marker = "o" if marks or len(points.mean) == 1 else ""
+        if show_rows and group > 1:
+            axes.fill_between(points.index, points["min"], points["max"], color=colour, alpha=0.18, linewidth=0.7)
+        elif show_rows and window > 1:
+            axes.plot(points.index, points["mean"], color=colour, alpha=0.3, linewidth=1)
         axes.plot(
-            points.steps,
-            points.smooth if noisy else points.mean,
+            points.index,
+            points["smooth" if noisy else "mean"],
             color=colour,
             linestyle=dash,
-            marker=marker,
+            marker="o" if marks or len(points) == 1 else "",
             markersize=4.5,
         )
     everything = np.concatenate([curve.values for curve in curves])
@@ -237,8 +203,8 @@ def curves_chart(
         axes.set_title(f"{unit} (logarithmic)")
     over_steps(axes)
     described = "; ".join(
-        f"{curve.label} from {form(curve.values[0])} at step {curve.steps[0]:,} "
-        f"to {form(curve.values[-1])} at step {curve.steps[-1]:,}".strip()
+        f"{curve.label} from {form(curve.values.iloc[0])} at step {curve.values.index[0]:,} "
+        f"to {form(curve.values.iloc[-1])} at step {curve.values.index[-1]:,}".strip()
         for curve in curves
     )
     keys = tuple(Key(curve.label, curve.series) for curve in curves if curve.label and not overlaid)
@@ -289,7 +255,7 @@ def histogram_edges(values: np.ndarray) -> np.ndarray:
 
 @matplotlib.rc_context(STYLE)
 def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str, int]) -> Chart:
-    """Confidence against accuracy of each judge, as `Calibration.to_json` gives them."""
+    """Confidence against accuracy of each judge, as `calibrate` gives them."""
     figure, axes = new_figure()
     axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     described, lowest = [], 0.5
@@ -317,7 +283,7 @@ def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str
 @matplotlib.rc_context(STYLE)
 def intervals_chart(
     title: str,
-    groups: dict[str, dict[str, Interval]],
+    groups: Mapping[str, Mapping[str, EstimateJson]],
     series: dict[str, int],
     *,
     legend: bool = True,
@@ -338,12 +304,14 @@ def intervals_chart(
         y += 1
         for name, each in intervals.items():
             colour = series_colour(series[name])
-            low, high = (each.value if end is None else end for end in (each.low, each.high))
+            value = each["value"]
+            low, high = (value if end is None else end for end in (each["low"], each["high"]))
             axes.plot([low, high], [y, y], color=colour, linewidth=2.2)
-            axes.plot([each.value], [y], color=colour, marker="o", markersize=6, clip_on=False)
+            axes.plot([value], [y], color=colour, marker="o", markersize=6, clip_on=False)
             ends += [low, high]
             y += 1
-        described.append(f"{label}: {', '.join(f'{name} {each.value:.1%}' for name, each in intervals.items())}")
+        values = ", ".join(f"{name} {each['value']:.1%}" for name, each in intervals.items())
+        described.append(f"{label}: {values}")
         y += 0.3
     axes.axvline(neutral, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_ylim(y - 0.5, -0.6)

@@ -1,67 +1,53 @@
 """What stands on the page that lays several runs, or evaluations, side by side."""
 
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from hafrm_ds.data.tables import Cell, Table, count, number, share_estimate, value_of_option
 from hafrm_ds.evaluation.bootstrap import EstimateJson
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.report.charts import Chart, Key, intervals_chart
 from hafrm_ds.evaluation.report.curves import comparison_charts
-from hafrm_ds.evaluation.report.reading import Results, differences
-from hafrm_ds.evaluation.report.results_page import ACCURACY_NOTE, Folded, intervals, objective_in_words
-from hafrm_ds.evaluation.terminal import JUDGES
+from hafrm_ds.evaluation.report.reading import Results, differences, known
+from hafrm_ds.evaluation.report.results_page import objective_in_words
 
 OF_THE_PLACE = ("output_dir", "resume")
 """Options that differ between any two runs."""
 
 
-@dataclass
-class ComparisonPage:
-    """The parts of comparison.html, in their order; what is empty is left out. The page of methods shows all but its
-    title below the methods."""
+def comparison_page(results: list[Results]) -> dict[str, Any]:
+    """The parts of comparison.html, in their order; what is empty is left out. The page of methods shows all but the
+    title below the methods.
 
-    title: str
-    subtitle: str
-    overview: Table
-    accuracies: list[Table]
-    accuracy_charts: list[Chart]
-    differences: Table | None
-    environments: Folded | None
-    curves: list[Chart]
-    legend: tuple[Key, ...]
-    accuracy_note: str = field(default=ACCURACY_NOTE)
-    curves_note: str = "Curves that change from batch to batch are running means over a fifteenth of each run."
-
-
-def comparison_page(results: list[Results]) -> ComparisonPage:
-    """Args: results: with names that tell them apart."""
+    Args:
+        results: with names that tell them apart.
+    """
     names = [each.name for each in results]
-    environments = differences_table({each.name: each.environment for each in results})
-    return ComparisonPage(
-        title=f"{len(results)} {'runs' if all(each.is_run for each in results) else 'models'} side by side",
-        subtitle=" · ".join(names),
-        overview=overview(results),
-        accuracies=accuracy_tables(results),
-        accuracy_charts=[chart for judge in JUDGES if (chart := judge_chart(judge, results)) is not None],
-        differences=differences_table({each.name: each.config for each in results}, left_out=OF_THE_PLACE),
-        environments=Folded("Versions, hardware and commands that differ", environments) if environments else None,
-        curves=comparison_charts(results),
-        legend=tuple(Key(name, place) for place, name in enumerate(names)),
-    )
+    return {
+        "title": f"{len(results)} {'runs' if all(each.is_run for each in results) else 'models'} side by side",
+        "subtitle": " · ".join(names),
+        "overview": overview(results),
+        "accuracies": accuracy_tables(results),
+        "accuracy_charts": [chart for judge in JUDGES if (chart := judge_chart(judge, results)) is not None],
+        "differences": differences_table({each.name: each.config for each in results}, left_out=OF_THE_PLACE),
+        "environments": differences_table({each.name: each.environment for each in results}),
+        "curves": comparison_charts(results),
+        "legend": [Key(name, place) for place, name in enumerate(names)],
+    }
 
 
 def overview(results: list[Results]) -> Table:
     rows = []
     for each in results:
-        seconds, speed = each.training.known("seconds"), each.training.known("tokens_per_second")
-        memory = each.training.known("memory_gib")
+        seconds, speed = known(each.training, "seconds"), known(each.training, "tokens_per_second")
+        memory = known(each.training, "memory_gib")
         rows.append(
             (
                 each.name,
                 [
                     Cell(objective_in_words(each)),
-                    count(int(each.training.steps[-1]) if len(each.training) else None),
+                    count(int(each.training.index[-1]) if len(each.training) else None),
                     number(float(f"{np.median(seconds):.3g}") if len(seconds) else None),
                     count(float(np.median(speed)) if len(speed) else None),
                     number(float(f"{memory.max():.3g}") if len(memory) else None),
@@ -111,9 +97,7 @@ def longer_answer(results: list[Results], name: str) -> EstimateJson | None:
 
 def judge_chart(judge: str, results: list[Results]) -> Chart | None:
     groups = {
-        name: {
-            each.name: intervals(accuracy_of(each, name))[judge] for each in results if judge in accuracy_of(each, name)
-        }
+        name: {each.name: accuracy_of(each, name)[judge] for each in results if judge in accuracy_of(each, name)}
         for name in all_sets(results)
     }
     groups = {name: found for name, found in groups.items() if found}

@@ -1,12 +1,12 @@
 """Which figures of metrics.jsonl are drawn over the steps, and how."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import numpy as np
+import pandas as pd
 
-from hafrm_ds.evaluation.report.charts import Chart, Condensed, Curve, curves_chart
-from hafrm_ds.evaluation.report.reading import Results, Rows
-from hafrm_ds.evaluation.terminal import JUDGES
+from hafrm_ds.evaluation.figures import JUDGES
+from hafrm_ds.evaluation.report.charts import Chart, Curve, curves_chart, smoothing
+from hafrm_ds.evaluation.report.reading import Results
 
 JUDGE_SERIES = {judge: series for series, judge in enumerate(JUDGES)}
 """The colour of a judge is the same in all charts."""
@@ -14,56 +14,62 @@ JUDGE_SERIES = {judge: series for series, judge in enumerate(JUDGES)}
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart. columns: column -> (its label, its colour)."""
+    """One chart. columns: column -> (its label, its colour). looks: options of `curves_chart`."""
 
     title: str
     unit: str
     columns: dict[str, tuple[str, int]]
-    is_share: bool = False
-    noisy: bool = False
-    may_be_logarithmic: bool = False
+    looks: dict[str, bool] = field(default_factory=dict)
 
 
 def of_judges(kind: str, *judges: str) -> dict[str, tuple[str, int]]:
     return {f"{kind}/{judge}": (judge, JUDGE_SERIES[judge]) for judge in judges}
 
 
+NOISY, SHARE = {"noisy": True}, {"is_share": True}
 LOSS_PARTS = {"loss/reward": ("reward", 0), "loss/policy": ("policy", 1)}
 EFFICIENCY = {
     "mfu": ("of the peak FLOPs (MFU)", 0),
+    "mfu_measured": ("of the measured peak (mfu_measured)", 3),
     "padding_share": ("padding", 1),
     "imbalance": ("waiting for the slowest process", 2),
 }
 TRAINING_PANELS = (
-    Panel("Loss", "nats", {"loss/total": ("total", 7)} | LOSS_PARTS, noisy=True),
-    Panel("Accuracy on training pairs", "accuracy", of_judges("accuracy", *JUDGES), is_share=True, noisy=True),
-    Panel("Margin of the rewards", "chosen less rejected", of_judges("margin", "reward", "implicit"), noisy=True),
-    Panel("Margin of the log-probs", "nats, chosen less rejected", of_judges("margin", "logprob"), noisy=True),
+    Panel("Loss", "nats", {"loss/total": ("total", 7)} | LOSS_PARTS, NOISY),
+    Panel("Accuracy on training pairs", "accuracy", of_judges("accuracy", *JUDGES), SHARE | NOISY),
+    Panel("Margin of the rewards", "chosen less rejected", of_judges("margin", "reward", "implicit"), NOISY),
+    Panel("Margin of the log-probs", "nats, chosen less rejected", of_judges("margin", "logprob"), NOISY),
     Panel("Learning rate", "of the body", {"learning_rate": ("", 0)}),
-    Panel("Gradient norm", "before clipping", {"grad_norm": ("", 0)}, noisy=True, may_be_logarithmic=True),
-    Panel("Throughput", "tokens a second", {"tokens_per_second": ("", 0)}, noisy=True),
+    Panel("Gradient norm", "before clipping", {"grad_norm": ("", 0)}, NOISY | {"may_be_logarithmic": True}),
+    Panel("Throughput", "tokens a second", {"tokens_per_second": ("", 0)}, NOISY),
     Panel("Peak memory", "GiB, of the fullest process", {"memory_gib": ("", 0)}),
-    Panel("Efficiency", "share", EFFICIENCY, is_share=True, noisy=True),
+    Panel("Efficiency", "share", EFFICIENCY, SHARE | NOISY),
 )
 EVALUATION_PANELS = (
-    Panel("Accuracy over the steps", "accuracy", of_judges("accuracy", *JUDGES), is_share=True),
+    Panel("Accuracy over the steps", "accuracy", of_judges("accuracy", *JUDGES), SHARE),
     Panel("Loss over the steps", "nats", LOSS_PARTS),
     Panel("Margin over the steps", "chosen less rejected", of_judges("margin", "reward", "implicit")),
 )
 
 
-def panel_charts(panels: tuple[Panel, ...], rows: Rows, *, is_dotted: bool = False) -> list[Chart]:
+def panel_charts(panels: tuple[Panel, ...], rows: pd.DataFrame, *, is_dotted: bool = False) -> list[Chart]:
     """One chart of each panel that has something to show. is_dotted: mark each row."""
-    charts = [draw(panel, curves_of(panel, rows), is_dotted=is_dotted) for panel in panels]
+    charts = [
+        curves_chart(panel.title, panel.unit, curves_of(panel, rows), marks=is_dotted, **panel.looks)
+        for panel in panels
+    ]
     return [chart for chart in charts if chart is not None]
 
 
-def curves_of(panel: Panel, rows: Rows) -> list[Curve]:
-    """Of the columns that are there. One that is 0 throughout has nothing to show, nor a total of one part."""
-    found = {name: rows.columns[name] for name in panel.columns if name in rows.columns and rows.columns[name].any()}
+def curves_of(panel: Panel, rows: pd.DataFrame) -> list[Curve]:
+    """The curves of the columns that are there, but for one that is 0 throughout, for a total of one part, and for a
+    second MFU where both are of the measured peak."""
+    found = {name: rows[name] for name in panel.columns if name in rows and rows[name].any()}
     if not LOSS_PARTS.keys() <= found.keys():
         found.pop("loss/total", None)
-    return [Curve(*panel.columns[name], rows.steps, values) for name, values in found.items()]
+    if {"mfu", "mfu_measured"} <= found.keys() and found["mfu"].equals(found["mfu_measured"]):
+        del found["mfu_measured"]
+    return [Curve(*panel.columns[name], values) for name, values in found.items()]
 
 
 def comparison_charts(results: list[Results]) -> list[Chart]:
@@ -71,15 +77,15 @@ def comparison_charts(results: list[Results]) -> list[Chart]:
     colours = {each.name: place for place, each in enumerate(results)}
     charts = []
 
-    def add(panel: Panel, rows: dict[str, Rows], kind: str, is_dotted: bool) -> None:
+    def add(panel: Panel, rows: dict[str, pd.DataFrame], kind: str, is_dotted: bool) -> None:
         for column, (label, _) in panel.columns.items():
             curves = [
-                Curve(run, colours[run], each.steps, each.columns[column])
+                Curve(run, colours[run], each[column])
                 for run, each in rows.items()
-                if column in each.columns and each.columns[column].any()
+                if column in each and each[column].any()
             ]
             title = f"{kind}: {label}" if label else kind
-            charts.append(draw(panel, curves, title, is_dotted=is_dotted, overlaid=True))
+            charts.append(curves_chart(title, panel.unit, curves, marks=is_dotted, overlaid=True, **panel.looks))
 
     for panel in TRAINING_PANELS:
         add(panel, {each.name: each.training for each in results}, panel.title, is_dotted=False)
@@ -91,27 +97,11 @@ def comparison_charts(results: list[Results]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def draw(
-    panel: Panel, curves: list[Curve], title: str = "", *, is_dotted: bool = False, overlaid: bool = False
-) -> Chart | None:
-    return curves_chart(
-        title or panel.title,
-        panel.unit,
-        curves,
-        is_share=panel.is_share,
-        noisy=panel.noisy,
-        may_be_logarithmic=panel.may_be_logarithmic,
-        marks=is_dotted,
-        overlaid=overlaid,
-    )
-
-
-def how_rows_are_drawn(rows: Rows) -> str:
+def how_rows_are_drawn(rows: pd.DataFrame) -> str:
     """What the curves of these rows show, in words."""
     if not len(rows):
         return ""
-    condensed = Condensed.of(Curve("", 0, rows.steps, np.zeros(len(rows))))
-    group, window = condensed.group, condensed.window
+    group, window = smoothing(len(rows))
     parts = [f"{len(rows):,} rows of metrics.jsonl"]
     if group > 1:
         parts.append(f"each point is the mean of {group} rows and the pale band reaches from their smallest to largest")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 
 from hafrm_ds.config import options_of
@@ -20,8 +21,8 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, run_folder
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, load_all
-from hafrm_ds.evaluation.terminal import JUDGES
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -46,36 +47,16 @@ STOPPED_FILE = "stopped.json"
 """In the run folder while a stopped run has not been resumed: the reason, the step and the checkpoint."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one kind. steps: [R] int64. columns: name -> [R] float64, NaN where a row has no such number."""
+def by_step(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The numbers of rows of one kind, by their steps: [R, names] float64, NaN where a row has no such number."""
+    numbers = [{name: value for name, value in row.items() if name != "step" and is_number(value)} for row in rows]
+    return pd.DataFrame(numbers, [int(row["step"]) for row in rows], dtype=np.float64)
 
-    steps: np.ndarray
-    columns: dict[str, np.ndarray]
 
-    @classmethod
-    def of(cls, rows: list[dict[str, Any]]) -> "Rows":
-        names = dict.fromkeys(name for row in rows for name, value in row.items() if is_number(value))
-        steps = np.array([row["step"] for row in rows], dtype=np.int64)
-        columns = {
-            name: np.array([row[name] if is_number(row.get(name)) else np.nan for row in rows], dtype=np.float64)
-            for name in names
-            if name != "step"
-        }
-        return cls(steps, columns)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def known(self, name: str) -> np.ndarray:
-        """The finite values of a column, [<= R]; empty where there is none."""
-        values = self.columns.get(name, np.empty(0))
-        return values[np.isfinite(values)]
-
-    def last(self, prefix: str) -> dict[str, float]:
-        """X -> value of the column PREFIX/X in the last row that has one."""
-        found = {name.removeprefix(prefix): self.known(name) for name in self.columns if name.startswith(prefix)}
-        return {name: float(values[-1]) for name, values in found.items() if len(values)}
+def known(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """The finite values of a column, [<= R]; empty where there is none."""
+    values = rows[name].to_numpy() if name in rows else np.empty(0)
+    return values[np.isfinite(values)]
 
 
 @dataclass(frozen=True)
@@ -86,25 +67,28 @@ class SetResult:
     analysis: as `analyse` gives it, None where there are no scores, or `problem` says why there can be none.
     """
 
-    over_steps: Rows
+    over_steps: pd.DataFrame
     scores: PairScores | None = None
     analysis: dict[str, Any] | None = None
     problem: str = ""
 
     @property
-    def accuracy(self) -> dict[str, EstimateJson]:
-        """Judge -> value, and low and high where there are scores to resample."""
+    def overview(self) -> dict[str, Any]:
+        """The analysis; without one, the pairs and accuracies of the last evaluation."""
         if self.analysis is not None:
-            return self.analysis["accuracy"]
-        values = self.over_steps.last("accuracy/")
-        return {judge: {"value": values[judge], "low": None, "high": None} for judge in JUDGES if judge in values}
+            return self.analysis
+        values = {judge: known(self.over_steps, f"accuracy/{judge}") for judge in JUDGES}
+        last = {judge: float(each[-1]) for judge, each in values.items() if len(each)}
+        pairs = known(self.over_steps, "pairs")
+        return {
+            "pairs": int(pairs[-1]) if len(pairs) else None,
+            "accuracy": {judge: {"value": value, "low": None, "high": None} for judge, value in last.items()},
+        }
 
     @property
-    def pairs(self) -> int | None:
-        if self.analysis is not None:
-            return self.analysis["pairs"]
-        known = self.over_steps.known("pairs")
-        return int(known[-1]) if len(known) else None
+    def accuracy(self) -> dict[str, EstimateJson]:
+        """Judge -> value, and low and high where there are scores to resample."""
+        return self.overview["accuracy"]
 
 
 @dataclass
@@ -120,20 +104,12 @@ class Results:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     data: dict[str, DataReport] = field(default_factory=dict)
-    training: Rows = field(default_factory=lambda: Rows.of([]))
-    checks: Rows = field(default_factory=lambda: Rows.of([]))
-    checkpoints: Rows = field(default_factory=lambda: Rows.of([]))
+    training: pd.DataFrame = field(default_factory=lambda: by_step([]))
+    checks: pd.DataFrame = field(default_factory=lambda: by_step([]))
+    checkpoints: pd.DataFrame = field(default_factory=lambda: by_step([]))
     sets: dict[str, SetResult] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     benchmarks: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """results: as `compare` gives them. runs: the folders of the trainings, seed by seed."""
-
-    results: dict[str, Any]
-    runs: list[Path]
 
 
 def read_results(folder: Path) -> Results:
@@ -151,8 +127,9 @@ def read_results(folder: Path) -> Results:
     raise DataError(f"{folder} holds neither a run ({METRICS_FILE}) nor an evaluation ({EVALUATION_FILE})")
 
 
-def read_comparison(folder: Path) -> Comparison:
-    """A comparison of methods. Raises DataError as `read_results` does."""
+def read_comparison(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A comparison of methods: (results as `compare` gives them, folders of the trainings, seed by seed). Raises
+    DataError as `read_results` does."""
     file = folder / COMPARISON_FILE
     results = read_mapping(file)
     if missing := COMPARISON_KEYS - set(results):
@@ -161,7 +138,7 @@ def read_comparison(folder: Path) -> Comparison:
             "when it is started again"
         )
     runs = [run_folder(folder, method, seed) for seed in results["seeds"] for method in results["methods"]]
-    return Comparison(results, runs)
+    return results, runs
 
 
 def read_run(folder: Path) -> Results:
@@ -183,11 +160,11 @@ def read_run(folder: Path) -> Results:
         config=read_mapping(folder / CONFIG_FILE),
         environment=read_mapping(folder / "environment.json"),
         data=data_reports(read_mapping(data_file := folder / "data_report.json"), data_file),
-        training=Rows.of(kinds["train"]),
-        checks=Rows.of(kinds["check"]),
-        checkpoints=Rows.of(kinds["checkpoint"]),
+        training=by_step(kinds["train"]),
+        checks=by_step(kinds["check"]),
+        checkpoints=by_step(kinds["checkpoint"]),
         sets={
-            name: result_of(scores.get(name), Rows.of(over_steps.get(name, [])))
+            name: result_of(scores.get(name), by_step(over_steps.get(name, [])))
             for name in dict.fromkeys([*over_steps, *scores])
         },
         best=summary.get("best"),
@@ -216,14 +193,14 @@ def read_evaluation(folder: Path) -> Results:
         data=data_reports(content.get("data", {}), file),
         environment=content.get("environment", {}),
         sets={
-            name: SetResult(Rows.of([]), scores.get(name), analysis)
+            name: SetResult(by_step([]), scores.get(name), analysis)
             for name, analysis in content.get("sets", {}).items()
         },
         benchmarks=content.get("benchmarks", {}),
     )
 
 
-def result_of(scores: PairScores | None, over_steps: Rows) -> SetResult:
+def result_of(scores: PairScores | None, over_steps: pd.DataFrame) -> SetResult:
     if scores is None:
         return SetResult(over_steps)
     try:

@@ -33,8 +33,8 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
     """
     file = file or folder / REPORT_FILE
     if (folder / COMPARISON_FILE).exists():
-        comparison = read_comparison(folder)
-        return write(file, "methods.html", methods_page(comparison.results, named_results(comparison.runs)))
+        comparison, runs = read_comparison(folder)
+        return write(file, "methods.html", methods_page(comparison, named_results(runs)))
     return write(file, "results.html", results_page(read_results(folder)))
 
 

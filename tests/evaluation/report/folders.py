@@ -52,7 +52,8 @@ def training_rows(steps: int, *, policy: bool = True) -> list[dict]:
     rows = []
     for step in range(1, steps + 1):
         row = {"step": step, "kind": "train", "loss/total": 1.2 - step / 100, "loss/reward": 0.7 - step / 200}
-        row |= {"accuracy/reward": 0.5 + step / 200, "margin/reward": step / 50, "memory_gib": 3.25, "mfu": 0.4}
+        row |= {"accuracy/reward": 0.5 + step / 200, "margin/reward": step / 50, "memory_gib": 3.25}
+        row |= {"mfu": 0.4, "mfu_measured": 0.5}
         row |= {"grad_norm": 2.0, "learning_rate": 1e-5, "seconds": 0.5, "tokens_per_second": 4000.0}
         if policy:
             row |= {"loss/policy": 0.69, "accuracy/implicit": 0.5, "margin/implicit": 0.1}

@@ -3,63 +3,67 @@
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from hafrm_ds.evaluation.report.charts import (
     MAX_BINS,
     MAX_POINTS,
     MIN_BINS,
-    Condensed,
     Curve,
-    Interval,
+    condensed,
     curves_chart,
     histogram_chart,
     histogram_edges,
     intervals_chart,
     length_chart,
-    running_mean,
     short,
+    smoothing,
 )
 
 
-def test_running_mean_takes_fewer_at_the_ends():
-    np.testing.assert_allclose(running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3), [1.5, 3.0, 11 / 3, 4.5])
-    np.testing.assert_array_equal(running_mean(np.array([1.0, 2.0]), 1), [1.0, 2.0])
-
-
 def test_few_rows_are_drawn_as_they_are():
-    condensed = Condensed.of(Curve("", 0, np.arange(5), np.array([3.0, 1.0, 4.0, 1.0, 5.0])))
-    assert (condensed.group, condensed.window) == (1, 1)
-    np.testing.assert_array_equal(condensed.mean, [3.0, 1.0, 4.0, 1.0, 5.0])
+    values = pd.Series([3.0, 1.0, 4.0, 1.0, 5.0])
+    assert smoothing(len(values)) == (1, 1)
+    points = condensed(values)
+    for name in ("mean", "min", "max", "smooth"):
+        np.testing.assert_array_equal(points[name], values)
+
+
+def test_the_running_mean_takes_fewer_at_the_ends():
+    values = np.random.default_rng(0).normal(size=45)
+    assert smoothing(45) == (1, 5)
+    smooth = condensed(pd.Series(values))["smooth"]
+    np.testing.assert_allclose(smooth, [values[max(0, place - 2) : place + 3].mean() for place in range(45)])
 
 
 def test_many_rows_become_means_of_groups_with_their_extremes():
-    values = np.arange(2 * MAX_POINTS + 1, dtype=float)
-    values[4] = 1000.0
-    condensed = Condensed.of(Curve("", 0, np.arange(len(values)), values))
-    assert condensed.group == 3 and len(condensed.mean) == (2 * MAX_POINTS + 1 + 2) // 3
-    np.testing.assert_allclose(condensed.mean[:3], [1.0, (3 + 1000 + 5) / 3, 7.0])
-    assert (condensed.low[1], condensed.high[1]) == (3.0, 1000.0)
-    assert condensed.steps[-1] == 600.0  # of the one row that is left over
+    values = pd.Series(np.arange(2 * MAX_POINTS + 1, dtype=float), np.arange(2 * MAX_POINTS + 1) + 7)
+    values.iloc[4] = 1000.0
+    points = condensed(values)
+    assert smoothing(len(values))[0] == 3 and len(points) == (2 * MAX_POINTS + 1 + 2) // 3
+    np.testing.assert_allclose(points["mean"].iloc[:3], [1.0, (3 + 1000 + 5) / 3, 7.0])
+    assert (points["min"].iloc[1], points["max"].iloc[1]) == (3.0, 1000.0)
+    assert points.index[0] == 8.0 and points.index[-1] == 607.0  # of the one row that is left over
 
 
 def test_values_that_are_not_finite_are_left_out_and_nothing_is_no_chart():
-    curve = Curve("", 0, np.array([1, 2, 3]), np.array([np.nan, 4.0, np.inf]))
+    curve = Curve("", 0, pd.Series([np.nan, 4.0, np.inf], [1, 2, 3]))
     chart = curves_chart("A", "b", [curve])
     assert "from 4 at step 2 to 4 at step 2" in chart.svg
-    assert curves_chart("A", "b", [Curve("", 0, np.array([1]), np.array([np.nan]))]) is None
+    assert curves_chart("A", "b", [Curve("", 0, pd.Series([np.nan], [1]))]) is None
 
 
 def test_a_spike_is_drawn_on_a_logarithmic_axis_where_that_is_allowed():
     values = np.ones(30)
     values[7] = 900.0
-    curve = Curve("", 0, np.arange(30), values)
+    curve = Curve("", 0, pd.Series(values))
     assert "(logarithmic)" in curves_chart("A", "norm", [curve], may_be_logarithmic=True).svg
     assert "(logarithmic)" not in curves_chart("A", "norm", [curve]).svg
 
 
 def test_the_svg_takes_its_colours_from_the_page_and_nothing_from_elsewhere():
-    curves = [Curve(name, series, np.arange(9), np.arange(9.0)) for series, name in enumerate(("a", "b"))]
+    curves = [Curve(name, series, pd.Series(np.arange(9.0))) for series, name in enumerate(("a", "b"))]
     chart = curves_chart("Loss", "nats", curves, marks=True)
     svg = chart.svg
     assert svg.startswith('<svg class="chart" role="img" aria-label="Loss: a from 0 at step 0 to 8 at step 8; b from')
@@ -73,8 +77,12 @@ def test_the_svg_takes_its_colours_from_the_page_and_nothing_from_elsewhere():
     assert [key.label for key in chart.legend] == ["a", "b"] and [key.colour for key in chart.legend] == [1, 2]
 
 
+def interval(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high}
+
+
 def test_names_of_sources_are_texts_and_never_markup():
-    groups = {"<b>$x_1$ & \x07" + 60 * "y": {"reward": Interval(0.75, 0.5, 1.0)}, "two": {"reward": Interval(0.25)}}
+    groups = {"<b>$x_1$ & \x07" + 60 * "y": {"reward": interval(0.75, 0.5, 1.0)}, "two": {"reward": interval(0.25)}}
     svg = intervals_chart("By source", groups, {"reward": 0}).svg
     assert "<b>" not in svg and "\x07" not in svg
     assert "&lt;b&gt;$x_1$ &amp; \\x07yyy" in svg and "yyy…" in svg
@@ -115,7 +123,7 @@ def test_the_number_of_bins_is_that_of_freedman_and_diaconis():
 
 
 def test_differences_stand_around_zero_and_accuracies_end_at_all():
-    groups = {"set": {"one": Interval(0.1, 0.05, 0.15)}}
+    groups = {"set": {"one": interval(0.1, 0.05, 0.15)}}
     differences = intervals_chart("A", groups, {"one": 0}, are_differences=True).svg
     accuracies = intervals_chart("A", groups, {"one": 0}).svg
     assert "difference in accuracy" in differences and ">100%<" not in differences

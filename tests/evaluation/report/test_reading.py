@@ -8,7 +8,7 @@ import pytest
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER
-from hafrm_ds.evaluation.report.reading import Rows, differences, distinct_names, read_results
+from hafrm_ds.evaluation.report.reading import by_step, differences, distinct_names, known, read_results
 from tests.evaluation.report.folders import (
     NUM_PAIRS,
     pair_scores,
@@ -22,9 +22,9 @@ from tests.evaluation.report.folders import (
 def test_a_run_is_read_with_everything_in_it(tmp_path):
     results = read_results(write_run(tmp_path / "run"))
     assert results.is_run and results.name == "run" and results.state == "finished after 40 steps"
-    assert len(results.training) == 40 and results.training.columns["loss/reward"][1] == 0.69
+    assert len(results.training) == 40 and results.training["loss/reward"][2] == 0.69
     result = results.sets["held out"]
-    assert result.pairs == NUM_PAIRS and list(result.over_steps.steps) == [0, 40]
+    assert result.overview["pairs"] == NUM_PAIRS and list(result.over_steps.index) == [0, 40]
     assert result.accuracy.keys() == {"reward", "implicit", "logprob"}
     assert result.accuracy["reward"]["low"] < result.accuracy["reward"]["value"] < result.accuracy["reward"]["high"]
     assert results.data["train"].total.kept == 1200
@@ -52,7 +52,7 @@ def test_accuracies_without_scores_are_those_of_the_last_row(tmp_path):
     result = read_results(tmp_path).sets["x"]
     assert (
         result.accuracy == {"reward": {"value": 0.7, "low": None, "high": None}}
-        and result.pairs == 9
+        and result.overview["pairs"] == 9
         and result.analysis is None
     )
 
@@ -61,7 +61,7 @@ def test_a_last_line_that_is_being_written_is_left_out_and_another_is_named(tmp_
     write_rows(tmp_path, training_rows(3))
     whole = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(whole[:-20])
-    assert list(read_results(tmp_path).training.steps) == [1, 2]
+    assert list(read_results(tmp_path).training.index) == [1, 2]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "tr\n' + whole)
     with pytest.raises(DataError, match=r"metrics\.jsonl:1 is no row"):
         read_results(tmp_path)
@@ -107,7 +107,7 @@ def test_a_score_that_is_not_finite_leaves_the_rest_of_the_run_to_read(tmp_path)
 def test_an_evaluation_is_read_and_a_set_without_its_parts_is_named(tmp_path):
     folder = write_evaluation(tmp_path)
     results = read_results(folder)
-    assert not results.is_run and results.state == "org/scorer" and results.sets["arena"].pairs == NUM_PAIRS
+    assert not results.is_run and results.state == "org/scorer" and results.sets["arena"].overview["pairs"] == NUM_PAIRS
     content = json.loads((folder / "evaluation.json").read_text())
     del content["sets"]["arena"]["by_source"]
     (folder / "evaluation.json").write_text(json.dumps(content))
@@ -116,10 +116,12 @@ def test_an_evaluation_is_read_and_a_set_without_its_parts_is_named(tmp_path):
 
 
 def test_rows_that_lack_a_figure_have_none_of_it():
-    rows = Rows.of([{"step": 1, "kind": "train", "a": 2}, {"step": 5, "kind": "train", "b": 0.5, "c": "text"}])
-    np.testing.assert_array_equal(rows.columns["a"], [2, np.nan])
-    np.testing.assert_array_equal(rows.columns["b"], [np.nan, 0.5])
-    assert rows.columns.keys() == {"a", "b"} and rows.known("c").size == 0
+    rows = by_step([{"step": 1, "kind": "train", "a": 2}, {"step": 5, "kind": "train", "b": 0.5, "c": "text"}])
+    np.testing.assert_array_equal(rows["a"], [2, np.nan])
+    np.testing.assert_array_equal(rows["b"], [np.nan, 0.5])
+    assert list(rows.columns) == ["a", "b"] and list(rows.index) == [1, 5]
+    assert list(known(rows, "a")) == [2] and known(rows, "c").size == 0
+    assert len(by_step([])) == 0 and known(by_step([]), "a").size == 0
 
 
 def test_names_tell_folders_apart():

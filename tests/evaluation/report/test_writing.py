@@ -4,12 +4,14 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER
 from hafrm_ds.evaluation.report.charts import MAX_POINTS
+from hafrm_ds.evaluation.report.curves import TRAINING_PANELS, curves_of
 from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
 from tests.evaluation.report.folders import (
     EVIL,
@@ -121,6 +123,17 @@ def test_all_charts_are_there(page):
     ]
 
 
+def test_both_peaks_that_a_step_is_measured_by_are_named(html):
+    assert "MFU 40%, 50% of the measured peak" in html
+    assert "of the peak FLOPs (MFU)" in html and "of the measured peak (mfu_measured)" in html
+
+
+def test_two_peaks_that_are_one_are_drawn_once():
+    rows = pd.DataFrame({"mfu": [0.4, 0.41], "mfu_measured": [0.4, 0.41], "padding_share": [0.1, 0.2]})
+    efficiency = next(panel for panel in TRAINING_PANELS if panel.title == "Efficiency")
+    assert [curve.label for curve in curves_of(efficiency, rows)] == ["of the peak FLOPs (MFU)", "padding"]
+
+
 def test_texts_of_the_data_are_shown_and_never_run(html):
     assert html.count(EVIL_AS_SHOWN) == len(pair_scores().texts) + 1  # and the example of the data report
     assert "<script" not in html.lower() and EVIL not in html
@@ -145,7 +158,7 @@ def test_the_page_needs_nothing_from_elsewhere(html, page):
 def test_a_baseline_shows_one_judge_and_one_loss(tmp_path):
     html = write_report(write_run(tmp_path / "baseline", policy=False)).read_text()
     page = Page(html)
-    assert page.row("accuracy")[:3] == ["pairs", "reward", "longer"]
+    assert page.row("accuracy")[:3] == ["pairs", "reward head", "longer"]
     assert "Distribution of the implicit reward" not in page.titles
     assert re.search(r'aria-label="Loss: reward from [^;]*"', html)  # and no total of one part
 

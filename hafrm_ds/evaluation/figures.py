@@ -1,0 +1,194 @@
+"""The figures of an evaluation as tables, for the terminal and the pages alike."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from hafrm_ds.data.tables import (
+    Cell,
+    EstimateJson,
+    Table,
+    as_text,
+    count,
+    number,
+    number_estimate,
+    share,
+    share_estimate,
+)
+
+JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
+"""Judge -> what people call it."""
+CALIBRATION = (
+    ("expected calibration error (ECE)", "ece", share),
+    ("Brier score", "brier", number),
+    ("log loss", "log_loss", number),
+    ("fitted temperature", "temperature", number),
+    ("ECE at this temperature", "ece_at_temperature", share),
+    ("Brier score at this temperature", "brier_at_temperature", number),
+)
+"""(label, key of `calibrate`, how it is written)."""
+
+
+def render_evaluation(results: dict[str, Any]) -> RenderableType:
+    """Tables of what evaluation.json holds."""
+    sets = results["sets"]
+    parts: list[RenderableType] = [sets_table(sets).to_rich()] if sets else []
+    for name, analysis in sets.items():
+        parts += [as_text(f"\n{name}"), *(table.to_rich() for table in set_tables(analysis))]
+    return Group(*parts, *(benchmark_table(found).to_rich() for found in results["benchmarks"].values()))
+
+
+def sets_table(sets: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Accuracies on every set, and the yardstick of always taking the longer answer, where that is known."""
+    table = accuracy_table("accuracy", sets)
+    longer = [share_estimate(part.get("yardsticks", {}).get("longer")) for part in sets.values()]
+    rows = [(name, [*cells, each]) for (name, cells), each in zip(table.rows, longer, strict=True)]
+    return Table(rows, (*table.header, "longer"))
+
+
+def accuracy_table(title: str, parts: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Pairs and the accuracy of every judge on parts of the data, each a mapping with `pairs` and `accuracy`."""
+    judges = [judge for judge in JUDGES if any(judge in part["accuracy"] for part in parts.values())]
+    rows = [
+        (name, [count(part["pairs"]), *(share_estimate(part["accuracy"].get(judge)) for judge in judges)])
+        for name, part in parts.items()
+    ]
+    return Table(rows, (title, "pairs", *(JUDGES[judge] for judge in judges)))
+
+
+def set_tables(analysis: dict[str, Any]) -> list[Table]:
+    """What `analyse` says about one set: each judge, then accuracies by length difference and by source, where there
+    are several, then the yardsticks."""
+    judges = [judge for judge in JUDGES if judge in analysis["accuracy"]]
+    calibration, agreement = analysis["calibration"], analysis["agreement"]
+    rows = [
+        ("accuracy", [share_estimate(analysis["accuracy"][judge]) for judge in judges]),
+        ("ties", [count(analysis["ties"][judge]) for judge in judges]),
+        ("mean margin", [number_estimate(analysis["margin"][judge]) for judge in judges]),
+    ]
+    for label, key, form in CALIBRATION:
+        rows.append((label, [form(calibration[judge][key]) if judge in calibration else Cell("") for judge in judges]))
+    for other in judges[1:]:
+        known = [agreement.get(f"{judge}/{other}", agreement.get(f"{other}/{judge}")) for judge in judges]
+        rows.append((f"agreement with {JUDGES[other]}", [*map(share, known)]))
+    lengths = {length_range(part["low"], part["high"]): part for part in analysis["by_length_difference"]}
+    tables = [
+        Table(rows, ("", *(JUDGES[judge] for judge in judges))),
+        accuracy_table("accuracy, chosen longer by", lengths),
+    ]
+    if len(sources := by_size(analysis["by_source"])) > 1:
+        tables.append(accuracy_table("accuracy by source", sources))
+    yardsticks = [
+        (f"the {kind} answer", [share_estimate(analysis["yardsticks"][kind])]) for kind in ("longer", "shorter")
+    ]
+    return [*tables, Table(yardsticks, ("whoever always takes", "accuracy"))]
+
+
+def by_size(sources: dict[str, dict]) -> dict[str, dict]:
+    """Sources with the largest first."""
+    return dict(sorted(sources.items(), key=lambda item: -item[1]["pairs"]))
+
+
+def length_range(low: int | None, high: int | None) -> str:
+    """Bounds of a bin, in tokens, in words."""
+    if low is None:
+        return f"up to {high:,} tokens"
+    if high is None:
+        return f"from {low:,} tokens"
+    return f"{low:,} tokens" if low == high else f"{low:,} to {high:,} tokens"
+
+
+def benchmark_table(found: dict[str, Any]) -> Table:
+    """Scores of each judge on a benchmark: categories with their subsets and details, then the whole.
+
+    Args:
+        found: cut (questions whose prompt was truncated), and judges: judge -> as `Benchmark.summarize` gives it.
+    """
+    results = {judge: found["judges"][judge] for judge in JUDGES if judge in found["judges"]}
+    first = next(iter(results.values()))
+    rows = []
+
+    def add(name: str, parts: list[dict[str, Any]], with_details: bool = True) -> None:
+        """parts: the same part of each judge's result."""
+        ties = [f"{part['ties']:,} ties" if part["ties"] else "" for part in parts]
+        scores = [Cell(share(part["score"]).text, each, brief=each and f"({each})") for part, each in zip(parts, ties)]
+        rows.append((name, [count(parts[0]["questions"]), *scores]))
+        for detail in parts[0]["details"] if with_details else ():
+            rows.append((f"{name}, {detail}", [Cell(""), *(share(part["details"].get(detail)) for part in parts)]))
+
+    for name, category in first["categories"].items():
+        categories = [result["categories"][name] for result in results.values()]
+        add(name, categories)
+        for subset in category["subsets"] if len(category["subsets"]) > 1 else ():
+            add(f"{name} / {subset}", [each["subsets"][subset] for each in categories], with_details=False)
+    add("overall", list(results.values()))
+    caption = first["title"]
+    if found["cut"]:
+        caption += f" ({found['cut']:,} questions with a cut prompt)"
+    if found.get("left_out"):  # older results do not say
+        caption += f" ({found['left_out']:,} questions left out, the first: {found['why_left_out'][0]})"
+    if first["missing"]:
+        absent = {name: first["categories"][name] for name in first["missing"]}
+        names = [", ".join(part["missing"]) if part["questions"] else name for name, part in absent.items()]
+        caption += f": no overall score without all of {', '.join(names)}"
+    return Table(rows, ("", "questions", *(JUDGES[judge] for judge in results)), caption=caption)
+
+
+# ---- best of N -----------------------------------------------------------------------------------------------------
+
+
+def render_best_of_n(results: dict[str, Any]) -> RenderableType:
+    """Tables of what best_of_n.json holds."""
+    sizes = results["candidates"]
+    most = f" to {sizes['most']:,}" if sizes["most"] > sizes["fewest"] else ""
+    title = f"{results['prompts']:,} prompts, best of {sizes['fewest']:,}{most}"
+    if results["gold"] is None:
+        return as_text(f"{title}; without gold scores there is nothing to compare the rankings with")
+    found = results["results"]
+    tables = [pick_table(found), ranking_table(found), curve_table(found)]
+    if found["pairs"]:
+        tables.append(pair_table(found["pairs"]))
+    return Group(as_text(f"{title}, by the gold scores of {results['gold']}"), *(table.to_rich() for table in tables))
+
+
+def pick_table(found: dict[str, Any]) -> Table:
+    """What each model's picks are worth, beside the random choice and the ends."""
+    rows = [
+        (name, [gold_score(model["pick"]), gold_score(model["gain"]), share_estimate(model.get("win_rate"))])
+        for name, model in found["models"].items()
+    ]
+    for name, key in (("random choice", "mean"), ("best candidate", "best"), ("worst candidate", "worst")):
+        rows.append((f"({name})", [gold_score(found["gold"][key])]))
+    return Table(rows, ("Pick [95%]", "gold score", "over random", "win rate"))
+
+
+def ranking_table(found: dict[str, Any]) -> Table:
+    """How well each model ranks."""
+    ks = list(found["random"]["top_k_recall"])
+    rows = []
+    for name, model in found["models"].items():
+        recalls = [share_estimate(model["top_k_recall"][k]) for k in ks]
+        rows.append((name, [*recalls, gold_score(model["spearman"]), gold_score(model["kendall"])]))
+    rows.append(("(random choice)", [share(found["random"]["top_k_recall"][k]["value"]) for k in ks]))
+    return Table(rows, ("Ranking [95%]", *(f"top-{k} recall" for k in ks), "Spearman", "Kendall"))
+
+
+def curve_table(found: dict[str, Any]) -> Table:
+    """Expected gold score of the pick among n random candidates, for n = 1, 2, 4, ... and all."""
+    most = len(found["best_curve"])
+    ns = [n for n in (2**power for power in range(most.bit_length())) if n < most] + [most]
+    curves = {name: model["curve"] for name, model in found["models"].items()} | {"(gold scorer)": found["best_curve"]}
+    rows = [(name, [Cell(f"{curve[n - 1]['value']:.3g}") for n in ns]) for name, curve in curves.items()]
+    return Table(rows, ("Gold score of the best of", *map(str, ns)))
+
+
+def pair_table(pairs: list[dict[str, Any]]) -> Table:
+    """Whose pick has the higher gold score."""
+    keys = ("wins", "ties", "losses")
+    rows = [(" against ".join(pair["models"]), [share_estimate(pair[key]) for key in keys]) for pair in pairs]
+    return Table(rows, ("Pick against pick", *keys))
+
+
+def gold_score(estimate: EstimateJson | None) -> Cell:
+    return number_estimate(estimate, "{:.3g}".format)

@@ -1,0 +1,75 @@
+"""The cache of prepared data: what goes wrong with it is one message, or mended; what has changed is read anew."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from hafrm_ds.data import preparation
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.preparation import PreparationOptions, prepare_pairs
+from hafrm_ds.data.sources import Source
+from hafrm_ds.errors import DataError, in_own_names
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(word: str = "Yes"):
+        file = tmp_path / "pairs.jsonl"
+        rows = [{"prompt": f"Q{n}", "chosen": word, "rejected": "No."} for n in range(9)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    write()
+    return write
+
+
+@pytest.fixture
+def prepare(tmp_path, make_tokenizer, file):
+    formatter = ChatFormatter.create(make_tokenizer(), None, "2024-07-26")
+
+    def prepared(cache_dir=tmp_path / "cache"):
+        options = PreparationOptions(max_length=200, truncation="drop", cache_dir=cache_dir)
+        sources = [Source(path=str(tmp_path / "pairs.jsonl"))]
+        return prepare_pairs(sources, formatter=formatter, options=options, role="eval", seed=0)
+
+    return prepared
+
+
+def test_a_cache_that_cannot_be_written_is_one_message(prepare, tmp_path):
+    (tmp_path / "taken").write_text("")
+    for folder in ("/proc/nope", tmp_path / "taken"):
+        with pytest.raises(DataError) as caught:
+            prepare(folder)
+        said = str(caught.value)
+        assert said.startswith(f"the cache of prepared data in {folder} cannot be used: ") and "\n" not in said
+        assert "Set --data.cache_dir" in said
+        assert "Set --cache_dir" in in_own_names(caught.value)
+
+
+@pytest.mark.parametrize("step", ["read_pairs", "tokenize_rows"])
+def test_a_full_disk_is_one_message(prepare, monkeypatch, step):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(preparation, step, fail)
+    with pytest.raises(DataError, match="cannot be used: No space left on device"):
+        prepare()
+
+
+def test_damaged_tokens_are_made_anew(prepare, tmp_path):
+    whole = prepare().pairs.to_list()
+    [tokens] = (tmp_path / "cache").glob("tokenized-*.arrow")
+    for content in (tokens.read_bytes()[:700], b"", b"no arrow file"):
+        tokens.unlink()  # the old one is mapped into memory
+        tokens.write_bytes(content)
+        assert prepare().pairs.to_list() == whole
+
+
+def test_a_file_that_has_changed_under_the_same_size_and_time_is_read_anew(prepare, file):
+    facts = file().stat()
+    before = prepare()
+    assert before.report.examples[0].chosen != (changed := before.report.examples[0].chosen.replace("Yes", "Nay"))
+    os.utime(file("Nay"), ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert prepare().report.examples[0].chosen == changed
