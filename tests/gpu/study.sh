@@ -32,9 +32,8 @@ pack() {
         find "$WHEELS" -name '*.whl' -exec cp {} "$contents/wheels" \;
     else
         # Those that come with torch and transformers do no harm a second time.
-        cat "$here/slim_wheels.txt" "$here/study_wheels.txt" | grep -v '^#' | while read -r package; do
-            python3 -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$contents/wheels" "$package"
-        done
+        cat "$here/slim_wheels.txt" "$here/study_wheels.txt" | grep -v '^#' >"$contents/list.txt"
+        python3 -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$contents/wheels" -r "$contents/list.txt"
     fi
     [[ -z "${MODEL:-}" ]] || cp -r "$MODEL" "$contents/model"
     rm -f "$folder"/study.part-*
