@@ -332,9 +332,9 @@ def lines_of(column: pa.ChunkedArray) -> dict[str, int]:
 def counted_remarks(column: pa.ChunkedArray) -> dict[str, dict[str, int]]:
     """What a remark begins with -> the rest of it -> rows that have it, in order of appearance."""
     found: dict[str, dict[str, int]] = {kind: {} for kind in REMARKS}
-    for line, rows in lines_of(column).items():
+    for line, num_rows in lines_of(column).items():
         kind = next(kind for kind in REMARKS if line.startswith(kind))
-        found[kind][line.removeprefix(kind)] = rows
+        found[kind][line.removeprefix(kind)] = num_rows
     return found
 
 

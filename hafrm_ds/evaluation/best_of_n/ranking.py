@@ -178,7 +178,9 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
             raise row.fault("the row", fields, "an object with prompt and responses")
         responses = row.value("responses")
         if conversations_of(row)[0] != "scores":
-            raise row.fault("field 'responses'", responses, "a list of answers")
+            raise row.fault(
+                "field 'responses'", responses, "answers to a prompt, or to messages that end with the user"
+            )
         has_prompt = row.given("prompt") and not earlier_turns(row)
         prompt = fields["prompt"] if has_prompt else prompt_of(row)
         kept = {"id": fields.get("id", row.id), "prompt": prompt, "responses": responses}

@@ -17,7 +17,7 @@ from hafrm_ds import HybridRewardModel
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ConfigError, DataError, ModelError, UserError
 from hafrm_ds.evaluation.best_of_n import ranking, sampling
-from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
+from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank, read_candidates
 from hafrm_ds.evaluation.best_of_n.sampling import Answer, Request, SamplingJob, SamplingOptions, TransformersSampler
 from hafrm_ds.options import read
 from hafrm_ds.processes import parts
@@ -328,6 +328,11 @@ GOOD = {"prompt": "p", "responses": ["a", "b"]}
         ([{**GOOD, "gold": [1, 2, 3]}], "in.jsonl:1: field 'gold' is a list of 3, expected a list of 2 numbers"),
         ([{**GOOD, "gold": [1, "high"]}], r"in.jsonl:1: field 'gold\[1\]' is the text 'high', expected a finite"),
         ([{**GOOD, "gold": [1, 2]}, GOOD], "in.jsonl:2: either all rows have a field 'gold' or none"),
+        ([GOOD | {"context": "c"}], "in.jsonl:1: context: filled, but not read"),
+        (
+            [{"messages": [user("p"), assistant("a")], "responses": ["b"]}],
+            "in.jsonl:1: field 'responses' is a list of 1, expected answers to a prompt, or to messages that end with",
+        ),
         ([], "in.jsonl is empty"),
     ],
 )
@@ -336,6 +341,13 @@ def test_candidates_with_a_fault_are_named_and_leave_nothing_behind(folder, tmp_
     with pytest.raises(DataError, match=message):
         rank(from_candidates(folder, tmp_path / "out", candidates=file), alone())
     assert not (tmp_path / "out").exists()
+
+
+def test_what_stands_before_a_prompt_is_part_of_it(tmp_path):
+    system = {"role": "system", "content": "s"}
+    rows = [GOOD | {"system": "s"}, {"prompt": None, "messages": [user("p")], "responses": ["a", "b"]}, GOOD]
+    kept = read_candidates(write(tmp_path / "in.jsonl", rows))
+    assert [row["prompt"] for row in kept] == [[system, user("p")], [user("p")], "p"]
 
 
 def test_files_and_models_that_are_not_there_are_named(folder, tmp_path):
