@@ -48,7 +48,7 @@ def test_the_study_travels_in_pieces_and_resumes(tmp_path):
     options = ["--max_steps", "3", "--seeds", "1", "--alphas", "[1]", "--data.max_length", "120"]
     options += ["--model.dtype", "float32", "--batch.global_batch_size", "4"]
     out = tmp_path / "out"
-    stopped = study("run", tmp_path / "pieces", *options, OUT=out, STUDY_SECONDS="20")
+    stopped = study("run", tmp_path / "pieces", *options, OUT=out, STUDY_SECONDS="10")
     assert stopped.returncode == 124, stopped.stdout[-4000:]
     assert "the same command resumes" in stopped.stdout
     resumed = study("run", tmp_path / "pieces", *options, OUT=out)
