@@ -102,10 +102,10 @@ def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
     answers = next((name for name in ("responses", "response") if row.given(name)), None)
     whole = earlier_turns(row) + row.messages("messages") if row.given("messages") else []
     if whole and not (answers and not row.given("prompt") and whole[-1]["role"] == "user"):
-        field, conversations, read = "score", [whole], ["messages"]
+        field, conversations, read = "score", [whole], ("messages",)
     else:
         field = "scores" if answers == "responses" else "score"
-        conversations, read = answered(row, answers), ["prompt", "messages"]
+        conversations, read = answered(row, answers), ("prompt", "messages")
     refuse_lost(row, (*read, *EARLIER), [message for conversation in conversations for message in conversation])
     return field, conversations
 
