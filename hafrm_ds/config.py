@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hafrm_ds.data.preparation import PreparationOptions
 
 Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -135,8 +136,14 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """L = rm_weight * L_reward + alpha * L_policy, each a mean over the pairs of the global batch (HAF-RM)."""
 
-    alpha: NonNegative = 0.2
-    """Weight of the policy loss. 0 is the paper's baseline: no LM head and no reference log-probs are computed."""
+    alpha: NonNegative | None = 0.2
+    """Weight of the policy loss. 0 is the paper's baseline: no LM head and no reference log-probs are computed. null
+    where policy_share finds it."""
+    policy_share: OpenShare | None = None
+    """Instead of alpha: the share |a g_p| / (|g_r| + |a g_p|) of the pull on the body that the policy loss is given, by
+    the norms of both losses' gradients. alpha is found from the first global batches before the first step."""
+    policy_share_every: PositiveInt | None = None
+    """Keep the share: measure it every N steps and move alpha towards it. Default: alpha stays as it was found."""
     rm_weight: NonNegative = 1.0
     """Weight of the reward loss. 0 trains the policy alone (the paper's DPO model); the reward head stays as it was."""
     beta: Positive = 0.1
@@ -157,6 +164,19 @@ class ObjectiveConfig(Section):
     """0: both losses at every step. k: blocks of k steps with the policy loss alone, then k with the reward loss alone,
     and so on."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_or_its_share(cls, given: Any) -> Any:
+        """With policy_share there is no alpha, and one that is given beside it contradicts it."""
+        if isinstance(given, dict) and given.get("policy_share") is not None:
+            if given.get("alpha") is not None:
+                raise ValueError(
+                    f"alpha is {given['alpha']} and policy_share {given['policy_share']}, but the share finds its own "
+                    "alpha: leave one of the two out (--objective.alpha null takes back that of a file)"
+                )
+            given = {**given, "alpha": None}
+        return given
+
     @property
     def uses_reward(self) -> bool:
         return self.rm_weight > 0
@@ -168,7 +188,7 @@ class ObjectiveConfig(Section):
 
     @property
     def uses_policy(self) -> bool:
-        return self.alpha > 0
+        return self.policy_share is not None or bool(self.alpha)
 
     @property
     def uses_reference(self) -> bool:
@@ -296,6 +316,9 @@ class LoggingConfig(Section):
 
     every_steps: PositiveInt = 1
     """Write training metrics every N steps."""
+    gradient_shares_every: Annotated[int, Field(ge=0)] = 0
+    """Every N steps measure how strongly each loss pulls the body, and write a row of kind gradients; 0: never. Such a
+    step takes one more forward and backward of the reward loss, and nothing that is trained changes."""
     tensorboard: bool = True
     """Write TensorBoard files into OUTPUT_DIR/tensorboard."""
     report: bool = True
@@ -368,13 +391,16 @@ class TrainConfig(Section):
 
     def contradictions(self) -> list[str]:
         objective, problems = self.objective, []
-        if not objective.uses_reward and not objective.uses_policy:
+        if objective.alpha is None and objective.policy_share is None:
+            problems.append("objective.alpha is null: give it a value, or give objective.policy_share, which finds one")
+        elif not objective.uses_reward and not objective.uses_policy:
             problems.append("objective.rm_weight and objective.alpha are both 0: there is nothing to train")
         if objective.alternate_every and not (objective.uses_reward and objective.uses_policy):
             problems.append(
                 f"objective.alternate_every is {objective.alternate_every}, but alternating needs both losses: "
                 f"rm_weight is {objective.rm_weight}, alpha is {objective.alpha}"
             )
+        problems += share_problems(self)
         if objective.policy_label_smoothing and objective.policy_loss != "dpo":
             problems.append(
                 f"objective.policy_label_smoothing is defined for policy_loss dpo, not for {objective.policy_loss}"
@@ -420,6 +446,30 @@ def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from options_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def share_problems(config: TrainConfig) -> Iterator[str]:
+    """What is wrong with the options that weigh the two losses by their gradients."""
+    objective = config.objective
+    asked = {
+        "objective.policy_share": objective.policy_share is not None,
+        "logging.gradient_shares_every": config.logging.gradient_shares_every > 0,
+    }
+    faults = {
+        "objective.rm_weight is 0": not objective.uses_reward,
+        "objective.alpha is 0": not objective.uses_policy,
+        f"objective.alternate_every is {objective.alternate_every}": objective.alternate_every > 0,
+    }
+    wrong = " and ".join(fault for fault, is_there in faults.items() if is_there)
+    if wrong and (name := next((name for name, is_asked in asked.items() if is_asked), None)):
+        yield f"{name} needs both losses in every step, but {wrong}"
+    if objective.policy_share is not None and config.model.reward_head_init == "zero":
+        yield (
+            "objective.policy_share cannot begin with model.reward_head_init zero: through a head of zeros the reward "
+            "loss gives the body no gradient, so there is nothing to share"
+        )
+    if objective.policy_share_every is not None and objective.policy_share is None:
+        yield "objective.policy_share_every keeps a share, but objective.policy_share is not given"
 
 
 def unknown_best_metric(config: TrainConfig) -> str | None:

@@ -125,16 +125,20 @@ class LossWeights(NamedTuple):
     policy: float
 
 
-def weights_at(objective: ObjectiveConfig, step: int) -> LossWeights:
+def weights_at(objective: ObjectiveConfig, step: int, found_alpha: float | None = None) -> LossWeights:
     """The weights at optimizer step `step` (from 0), the same on all ranks.
+
+    Args:
+        found_alpha: the weight that objective.policy_share stands for; without a share it is not read.
 
     With objective.alternate_every = k they alternate in blocks of k steps, as in the paper: first the policy loss
     alone, then the reward loss alone, and so on. With 0 both losses count in every step.
     """
-    every = objective.alternate_every
+    every, alpha = objective.alternate_every, objective.alpha if objective.policy_share is None else found_alpha
+    assert alpha is not None, "the weight of the policy loss has not been found yet"
     if every and (step // every) % 2 == 0:
-        return LossWeights(0.0, objective.alpha)
-    return LossWeights(objective.rm_weight, 0.0 if every else objective.alpha)
+        return LossWeights(0.0, alpha)
+    return LossWeights(objective.rm_weight, 0.0 if every else alpha)
 
 
 @dataclass(frozen=True)

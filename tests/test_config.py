@@ -240,11 +240,29 @@ def test_no_contradiction_with_the_default_of_a_faulty_option_is_named():
             ["model.lora.quantize is 4bit", "lora.rank is 0"],
         ),
         ({"data.max_length": "9000"}, ["data.max_length 9000", "batch.max_tokens_per_micro_batch 8192"]),
+        ({"objective.alpha": "null"}, ["objective.alpha is null", "objective.policy_share"]),
+        ({"objective.policy_share": "0.5", "objective.rm_weight": "0"}, ["policy_share needs both", "rm_weight is 0"]),
+        ({"objective.policy_share": "0.5", "objective.alternate_every": "3"}, ["every step", "alternate_every is 3"]),
+        (
+            {"objective.policy_share": "0.5", "model.reward_head_init": "zero"},
+            ["reward_head_init zero", "no gradient"],
+        ),
+        ({"objective.policy_share_every": "10"}, ["policy_share_every", "objective.policy_share is not given"]),
+        ({"logging.gradient_shares_every": "10", "objective.alpha": "0"}, ["gradient_shares_every", "alpha is 0"]),
+        ({"objective.policy_share": "0.5", "objective.alpha": "0.3"}, ["alpha is 0.3 and policy_share 0.5", "null"]),
+        ({"objective.policy_share": "1"}, ["objective.policy_share", "less than 1"]),
     ],
 )
 def test_contradictions_name_both_sides(options, said):
     (problem,) = problems(*(word for name, value in options.items() for word in (f"--{name}", value)))
     assert all(part in problem for part in said)
+
+
+def test_a_share_stands_in_the_place_of_alpha_in_what_is_written_down_too():
+    config = load("--objective.policy_share", "0.5")
+    assert (config.objective.alpha, config.objective.uses_policy, config.objective.uses_reference) == (None, True, True)
+    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
+    assert load("--objective.alpha", "0.3", "--objective.alpha", "null", "--objective.policy_share", "0.5") == config
 
 
 def test_several_contradictions_and_those_with_the_deepspeed_json_are_named_together(tmp_path):

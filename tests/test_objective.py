@@ -236,6 +236,13 @@ def test_without_alternation_both_losses_count_at_every_step():
     assert {weights_at(ObjectiveConfig(rm_weight=1.0, alpha=0.2), step) for step in range(5)} == {(1.0, 0.2)}
 
 
+def test_a_share_takes_the_weight_that_was_found_and_a_given_alpha_does_not():
+    assert weights_at(ObjectiveConfig(policy_share=0.5), 0, 3.5) == (1.0, 3.5)
+    assert weights_at(ObjectiveConfig(alpha=0.2), 0, 3.5) == (1.0, 0.2)
+    with pytest.raises(AssertionError, match="not been found"):
+        weights_at(ObjectiveConfig(policy_share=0.5), 0)
+
+
 # ---- metrics -------------------------------------------------------------------------------------------------------
 
 

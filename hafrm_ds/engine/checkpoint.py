@@ -65,6 +65,7 @@ class TrainingState:
     evaluation_is_due: the evaluation after this step was not made.
     last_evaluation: set -> its metrics at the last evaluation.
     uses_stock_logits: of the model (`HybridModel`), as the run has found at its start.
+    alpha: the weight of the policy loss that objective.policy_share has led to; None without a share.
     """
 
     step: int
@@ -80,6 +81,7 @@ class TrainingState:
     last_evaluation: dict[str, dict[str, float]]
     uses_stock_logits: bool = False
     evaluations_since_best: int = 0
+    alpha: float | None = None
 
     @property
     def evaluation_of_step(self) -> dict[str, dict[str, float]]:

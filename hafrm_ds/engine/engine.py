@@ -19,10 +19,12 @@ from hafrm_ds.config import OptimizerConfig, TrainConfig
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.engine.checkpoint import FileFacts
 from hafrm_ds.engine.deepspeed_config import is_offloaded, resolve_deepspeed_config
+from hafrm_ds.engine.gradients import discard, inner_products, own_parts
 from hafrm_ds.engine.resharding import Shards, deal_out
 from hafrm_ds.engine.shapes import full_numel, full_shape
 from hafrm_ds.errors import UserError
 from hafrm_ds.hardware.devices import refuse_untried
+from hafrm_ds.hardware.measurement import synchronize
 from hafrm_ds.model.hybrid import HybridModel, freeze_unused_heads
 from hafrm_ds.model.lora import add_adapters
 from hafrm_ds.objective import ResponseScores
@@ -173,6 +175,24 @@ class TrainingEngine(Engine):
         """Accumulate gradients; with the last micro-batch of a step they are averaged over the ranks."""
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def shared_gradient(self) -> list[Tensor]:
+        """A copy of this rank's part of the gradient of what both losses train, in fp32 on the host. All ranks have
+        called backward with is_last."""
+        return [part.to("cpu", torch.float32, copy=True) for part in self.gradient_parts()]
+
+    def inner_products(self, gradient: Iterable[Tensor]) -> tuple[float, float, float]:
+        """Inner products of an earlier `shared_gradient`, a, and the one that is there now, b: a·a, a·b and b·b. All
+        ranks call this together."""
+        return inner_products(gradient, self.gradient_parts(), self.stage, self.device)
+
+    def gradient_parts(self) -> Iterator[Tensor]:
+        synchronize(self.device)  # copies to an offloaded optimizer may be under way
+        return own_parts(self.model.shared_parameters(), self.stage)
+
+    def discard_gradients(self) -> None:
+        """Clear the gradients instead of stepping. All ranks have called backward with is_last."""
+        discard(self.deepspeed, self.stage)
 
     def step(self, learning_rate_factor: float) -> None:
         """Clip, update the weights, clear the gradients. All ranks have called backward with is_last.

@@ -111,6 +111,12 @@ class HybridModel(nn.Module):
     def lm_head(self) -> nn.Linear:
         return self.causal_lm.get_output_embeddings()
 
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """What both losses train: the body or its adapters, with the embedding where the LM head is tied to it."""
+        heads = {*self.reward_head.parameters(), *self.lm_head.parameters()}
+        heads -= {*self.causal_lm.get_input_embeddings().parameters()}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
+
     def states_and_stock_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """States [T, H] and log-probs [M] fp32 from the causal LM's own forward, which holds all tokens' logits."""
         captured = []

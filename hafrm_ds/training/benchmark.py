@@ -28,6 +28,7 @@ def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Proces
     """A trainer of the real pairs for `num_steps` steps, of which nothing is kept.
 
     The values of reference log-probs do not change what a step costs: zeros stand for them, and no store is touched.
+    Nor does that of alpha: where a share would find it, 1 stands for it.
     """
     check_build_tools(processes.device, resolve_deepspeed_config(config, processes.world_size, processes.machine_size))
     check_packages(config.model.lora)
@@ -40,6 +41,7 @@ def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Proces
     config = settle_batch(engine, [pairs], config, log)
     saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
     trainer = Trainer(config, engine, pairs, {}, None, saver, log, formatter.tokenizer)
+    saver.state.alpha = 1.0
     if config.objective.uses_reference:
         trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
     return trainer

@@ -78,18 +78,22 @@ def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]
     if problems:
         raise ConfigError(problems)
 
-    def changed(**changes: float) -> ObjectiveConfig:
+    def changed(**changes: float | None) -> ObjectiveConfig:
         return ObjectiveConfig.model_validate(objective.model_dump() | changes)
 
     def label(name: str, values: Sequence[float], value: float) -> str:
         return f"-{name}{in_a_name(value)}" if len(values) > 1 else ""
 
-    alphas, betas = list(alphas) or [objective.alpha], list(betas) or [objective.beta]
-    arms = [Arm("baseline", changed(alpha=0.0))]
-    arms += [Arm(f"dpo{label('beta', betas, beta)}", changed(rm_weight=0.0, beta=beta)) for beta in betas]
+    betas = list(betas) or [objective.beta]
+    # One loss alone has no share; and alphas that are given take the place of one.
+    no_share = {"policy_share": None, "policy_share_every": None}
+    alone = no_share | {"alpha": ObjectiveConfig().alpha if objective.alpha is None else objective.alpha}
+    weights = [(label("alpha", alphas, alpha), no_share | {"alpha": alpha}) for alpha in alphas] or [("", {})]
+    arms = [Arm("baseline", changed(**no_share, alpha=0.0))]
+    arms += [Arm(f"dpo{label('beta', betas, beta)}", changed(**alone, rm_weight=0.0, beta=beta)) for beta in betas]
     arms += [
-        Arm(f"haf{label('alpha', alphas, alpha)}{label('beta', betas, beta)}", changed(alpha=alpha, beta=beta))
-        for alpha in alphas
+        Arm(f"haf{name}{label('beta', betas, beta)}", changed(**weight, beta=beta))
+        for name, weight in weights
         for beta in betas
     ]
     problems = [

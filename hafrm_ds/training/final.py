@@ -44,6 +44,7 @@ def run_metadata(
     data: Mapping[str, Counts],
     step: int,
     evaluation: Mapping[str, Mapping[str, float]],
+    alpha: float | None = None,
 ) -> dict[str, Any]:
     """What a saved model says of the run that made it, in hafrm.json and in its card.
 
@@ -51,10 +52,12 @@ def run_metadata(
         data: set -> what became of its pairs.
         step: the weights are those after it.
         evaluation: set -> its metrics after this step.
+        alpha: the weight of the policy loss at this step, where objective.policy_share has found it.
     """
+    found = {} if alpha is None else {"alpha": alpha}
     return {
         "base": {"model": config.model.name_or_path, "revision": config.model.revision, "license": base_licence},
-        "training": {"steps": step, "pairs": step * config.batch.global_batch_size},
+        "training": {"steps": step, "pairs": step * config.batch.global_batch_size} | found,
         "data": {
             name: {
                 "read": total.read,
@@ -110,6 +113,7 @@ def export_checkpoint(
             counts_of(json.loads(report.read_text())) if report.is_file() else {},
             state.step,
             state.evaluation_of_step,
+            state.alpha,
         ),
     )
     return state.step

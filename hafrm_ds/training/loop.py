@@ -3,8 +3,11 @@
 import itertools
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -26,10 +29,11 @@ from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_cho
 from hafrm_ds.hardware.devices import published_peak
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
-from hafrm_ds.objective import JointLoss, joint_loss, preference_metrics, weights_at
+from hafrm_ds.objective import JointLoss, LossWeights, joint_loss, preference_metrics, weights_at
 from hafrm_ds.reference.offline_pass import PairSet
 from hafrm_ds.reference.provide import ReferenceSource, provide_reference
 from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.policy_share import FIRST_BATCHES, Pull, alpha_for, readjusted
 from hafrm_ds.training.saver import CheckpointSaver
 from hafrm_ds.training.schedule import learning_rate_factor
 
@@ -110,6 +114,9 @@ class Trainer:
         if state.evaluation_is_due if state.step else self.config.evaluation.at_start:
             self.evaluate(state.step)
         self.saver.after_step()
+        share = self.config.objective.policy_share
+        if share is not None and state.alpha is None and state.step < self.num_steps:
+            self.find_alpha(share)
         with self.log.progress("training", self.num_steps - state.step, "steps") as progress:
             while state.step < self.num_steps and not self.has_lost_patience:
                 metrics = self.train_step(state.step)
@@ -134,26 +141,17 @@ class Trainer:
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step on global batch `step`; returns its metrics, the same on all ranks."""
+        weights = weights_at(self.config.objective, step, self.state.alpha)
+        measuring = (self.config.logging.gradient_shares_every, self.config.objective.policy_share_every)
+        of_reward = self.reward_gradient(step) if any(is_turn(step, every) for every in measuring) else None
         started = time.perf_counter()
         totals = StepTotals()
-        parts, waiting_share = self.partition(step)
-        for number, part in enumerate(parts):
-            micro_batch = self.lay_out(
-                part
-            )  # while a GPU computes the one before, but under stage 3, which waits for it
-            try:
-                loss = self.joint_loss(step, micro_batch, totals)
-                self.engine.backward(loss, is_last=number == len(parts) - 1)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"step {step + 1}: {self.engine.device} has no room for a micro-batch of "
-                    f"{micro_batch.batch.num_positions} tokens. Lower --batch.max_tokens_per_micro_batch (now "
-                    f"{self.config.batch.max_tokens_per_micro_batch}), set "
-                    f"--model.gradient_checkpointing true, or shard more: {error}"
-                ) from error
+        num_micro_batches, waiting_share = self.accumulate(step, weights, totals)
         metrics = self.reduce(totals)
         if not math.isfinite(metrics["loss/total"]):
             self.stop_on_non_finite_loss(step, totals)
+        if of_reward is not None:
+            self.note_pull(step, weights.policy, Pull.of_joint(*self.engine.inner_products(of_reward)))
         factor = learning_rate_factor(step, self.num_steps, self.config.optimizer)
         self.engine.step(factor)
         if not math.isfinite(self.engine.gradient_norm):
@@ -172,11 +170,31 @@ class Trainer:
             "pairs_per_second": self.plan.global_batch_size / seconds,
             "mfu": flops / seconds / (self.peak_flops * self.world_size),
             "mfu_measured": flops / seconds / (self.measured_peak * self.world_size),
-            "micro_batches": len(parts),
+            "micro_batches": num_micro_batches,
             "tokens_per_rank": tokens / self.world_size,
             "padding_share": padding / (tokens + padding),
             "imbalance": waiting_share,
         }
+
+    def accumulate(self, step: int, weights: LossWeights, totals: StepTotals) -> tuple[int, float]:
+        """The gradient of the weighted losses over global batch `step`, left in the engine, averaged over the ranks.
+        Returns the number of micro-batches and the imbalance between the ranks."""
+        parts, waiting_share = self.partition(step)
+        for number, part in enumerate(parts):
+            micro_batch = self.lay_out(
+                part
+            )  # while a GPU computes the one before, but under stage 3, which waits for it
+            try:
+                loss = self.joint_loss(weights, micro_batch, totals)
+                self.engine.backward(loss, is_last=number == len(parts) - 1)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"step {step + 1}: {self.engine.device} has no room for a micro-batch of "
+                    f"{micro_batch.batch.num_positions} tokens. Lower --batch.max_tokens_per_micro_batch (now "
+                    f"{self.config.batch.max_tokens_per_micro_batch}), set "
+                    f"--model.gradient_checkpointing true, or shard more: {error}"
+                ) from error
+        return len(parts), waiting_share
 
     def partition(self, step: int) -> tuple[list[np.ndarray], float]:
         """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
@@ -192,18 +210,17 @@ class Trainer:
             pairs, part, self.config.batch.layout, None if reference is None else reference.of(part)
         )
 
-    def joint_loss(self, step: int, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
+    def joint_loss(self, weights: LossWeights, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
         """This rank's contribution to the mean loss over the pairs of the global batch.
 
         DeepSpeed averages gradients over the ranks, hence the factor world_size.
         """
         objective = self.config.objective
-        weights = weights_at(objective, step)
         scores = self.engine(
             micro_batch.batch,
             with_reward=weights.reward > 0,
             with_logprob=weights.policy > 0,
-            idle_heads=objective.alternate_every > 0,
+            idle_heads=objective.uses_reward and objective.uses_policy,
         )
         weight, margin, reference = micro_batch.labels_on(self.engine.device)
         loss = joint_loss(objective, weights, scores, reference, margin)
@@ -238,6 +255,47 @@ class Trainer:
             f"step {step + 1}: the loss is not finite, for the pairs {named}. Nothing was updated by this step. "
             "Look at these rows; if they are sound, lower optimizer.learning_rate or set model.dtype float32"
         )
+
+    # ---- the pull of either loss on the body ----
+
+    @contextmanager
+    def gradient_of(self, step: int, weights: LossWeights) -> Iterator[None]:
+        """Inside, the engine holds the gradient of the weighted losses over global batch `step`. Afterwards all is as
+        if it had not been computed: the dropout of adapters draws the same random numbers in a step that follows."""
+        device = self.engine.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self.accumulate(step, weights, StepTotals())
+        yield
+        self.engine.discard_gradients()
+
+    def reward_gradient(self, step: int) -> list[Tensor]:
+        with self.gradient_of(step, LossWeights(self.config.objective.rm_weight, 0.0)):
+            return self.engine.shared_gradient()
+
+    def find_alpha(self, share: float) -> None:
+        """Set alpha to what gives the policy loss a share of the pull on the body, by the global batches that come."""
+        started, state, pulls = time.perf_counter(), self.state, []
+        for step in range(state.step, min(state.step + FIRST_BATCHES, self.num_steps)):
+            if self.saver.must_stop():
+                self.saver.after_step()
+            of_reward = self.reward_gradient(step)
+            with self.gradient_of(step, LossWeights(0.0, 1.0)):
+                pulls.append(Pull.of(*self.engine.inner_products(of_reward)))
+        state.alpha = alpha = alpha_for(share, pulls)
+        rows = [pull.times(alpha).metrics(alpha) for pull in pulls]
+        self.log.metrics("gradients", state.step, {name: fmean(row[name] for row in rows) for name in rows[0]})
+        shares = sorted(row["policy_share"] for row in rows)
+        self.log.print(
+            f"alpha {alpha:.4g} gives the policy loss {share:.0%} of the pull on the body: {shares[0]:.0%} to "
+            f"{shares[-1]:.0%} in {len(rows)} global batches ({time.perf_counter() - started:.1f} s)"
+        )
+
+    def note_pull(self, step: int, alpha: float, pull: Pull) -> None:
+        """Log what was measured in optimizer step `step`, and move alpha for those after it where a share is kept."""
+        self.log.metrics("gradients", step + 1, pull.metrics(alpha))
+        objective = self.config.objective
+        if objective.policy_share is not None and is_turn(step, objective.policy_share_every):
+            self.state.alpha = readjusted(alpha, objective.policy_share, pull)
 
     # ---- around the steps ----
 
@@ -313,6 +371,11 @@ class Trainer:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         if step % self.config.logging.every_steps == 0 or step == self.num_steps:
             self.log.metrics("train", step, metrics)
+
+
+def is_turn(step: int, every: int | None) -> bool:
+    """Whether optimizer step `step` (from 0) is one of every N; of none where N is not given or 0."""
+    return every is not None and every > 0 and (step + 1) % every == 0
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -68,6 +68,7 @@ class RunState:
     step: optimizer steps done. The rows of metrics.jsonl, TensorBoard and the W&B run are truncated to it.
     last_evaluation: set -> its metrics at the last evaluation.
     evaluation_is_due: the evaluation after this step has not been made.
+    alpha: the weight of the policy loss for objective.policy_share, once it is found.
 
     The random numbers of each rank, which only the dropout of adapters draws, belong to it too.
     """
@@ -77,6 +78,7 @@ class RunState:
     step: int = 0
     last_evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluation_is_due: bool = False
+    alpha: float | None = None
 
     def restore(self, checkpoint: Path, saved: TrainingState, config: TrainConfig, log: RunLog) -> None:
         """Put everything back as it was after a checkpoint. All ranks call this together."""
@@ -88,11 +90,14 @@ class RunState:
         self.step, self.evaluation_is_due = saved.step, saved.evaluation_is_due
         self.best.step, self.best.value = saved.best_step, saved.best_value
         self.best.evaluations_since = saved.evaluations_since_best
+        if saved.config["objective"].get("policy_share") != config.objective.policy_share:
+            self.alpha = None  # that of another share (checkpoint.allow_changed) is found anew
 
     def restore_weights(self, checkpoint: Path, saved: TrainingState) -> None:
-        """Put back the weights and the optimizer, whatever stage and ranks saved them, and their evaluation."""
+        """Put back the weights and the optimizer, whatever stage and ranks saved them, with their
+        evaluation and alpha."""
         self.engine.load(checkpoint / DEEPSPEED_FOLDER, saved.zero_stage, saved.world_size)
-        self.last_evaluation = dict(saved.last_evaluation)
+        self.last_evaluation, self.alpha = dict(saved.last_evaluation), saved.alpha
 
     def save(self, draft: Path) -> dict[str, FileFacts]:
         """Write this rank's part of a checkpoint: its share of weights and moments, and its random numbers.
@@ -128,6 +133,7 @@ class RunState:
             evaluation_is_due=self.evaluation_is_due,
             last_evaluation=self.last_evaluation,
             uses_stock_logits=self.engine.model.uses_stock_logits,
+            alpha=self.alpha,
         )
 
     def note_best(self, step: int) -> None:

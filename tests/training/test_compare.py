@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from hafrm_ds.config import TrainConfig
+from hafrm_ds.config import ObjectiveConfig, TrainConfig
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.report import writing
@@ -105,6 +105,22 @@ def test_arms_are_named_by_what_differs(tmp_path):
     assert weights == {"baseline": (1, 0), "dpo": (0, 0.2), "haf-alpha0.05": (1, 0.05), "haf-alpha1": (1, 1)}
     assert [arm.judge for arm in arms.values()] == ["reward", "implicit", "reward", "reward"]
     assert isinstance(arms["haf-alpha1"].objective.alpha, float)
+
+
+def test_a_share_is_that_of_the_joint_loss_alone_and_alphas_take_its_place(tmp_path):
+    share = ObjectiveConfig(policy_share=0.5, policy_share_every=10)
+    config = config_of(tmp_path).model_copy(update={"objective": share})
+
+    def weights(alphas: list[float]) -> dict[str, tuple]:
+        arms = {arm.name: arm.objective for arm in arms_of(config, alphas, [])}
+        return {
+            name: (each.rm_weight, each.alpha, each.policy_share, each.policy_share_every)
+            for name, each in arms.items()
+        }
+
+    alone = {"baseline": (1, 0, None, None), "dpo": (0, 0.2, None, None)}
+    assert weights([]) == alone | {"haf": (1, None, 0.5, 10)}
+    assert weights([3.0]) == alone | {"haf": (1, 3.0, None, None)}
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,19 @@ def test_what_changes_no_number_may_change(tmp_path):
     )
 
 
+def test_a_checkpoint_from_before_an_option_was_there_has_its_default(tmp_path):
+    point = point_of(config_of(tmp_path))
+    for name in ("policy_share", "policy_share_every"):
+        del point.state.config["objective"][name]
+    del point.state.config["logging"]["gradient_shares_every"]
+    point.check_config(config_of(tmp_path))
+    changed = config_of(tmp_path, objective__policy_share=0.5)
+    with pytest.raises(
+        CheckpointError, match=r"alpha: 0.2 there, null here\n  - objective.policy_share: null there, 0.5"
+    ):
+        point.check_config(changed)
+
+
 def test_what_auto_left_open_is_decided_as_it_was(tmp_path):
     point = point_of(config_of(tmp_path, batch__layout="packed", batch__max_tokens_per_micro_batch=2048))
     asked = config_of(tmp_path, batch__layout="auto", batch__max_tokens_per_micro_batch="auto")

@@ -14,7 +14,7 @@ from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.engine import scoring
 from hafrm_ds.model import attention, hybrid
 from hafrm_ds.model.loading import set_gradient_checkpointing
-from hafrm_ds.objective import bradley_terry_loss
+from hafrm_ds.objective import bradley_terry_loss, weights_at
 from hafrm_ds.training import loop
 from hafrm_ds.training.loop import StepTotals, Trainer
 from tests.tiny_models import FAMILIES, random_items
@@ -103,7 +103,7 @@ def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", k
         )
         totals = StepTotals()
         with AsOnCuda():
-            loss = Trainer.joint_loss(trainer, 0, micro_batch, totals)
+            loss = Trainer.joint_loss(trainer, weights_at(config.objective, 0), micro_batch, totals)
     return loss, totals
 
 

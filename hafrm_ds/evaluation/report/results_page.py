@@ -110,7 +110,10 @@ def objective_in_words(results: Results) -> str:
     """For example: reward + 0.2 dpo."""
     objective = results.config.get("objective", {})
     parts = {"reward": objective.get("rm_weight"), objective.get("policy_loss"): objective.get("alpha")}
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items() if weight)
+    words = [name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items() if weight]
+    if share := objective.get("policy_share"):
+        words.append(f"{objective.get('policy_loss')} at {share:.0%} of the pull")
+    return " + ".join(words)
 
 
 # ---- one evaluation set ---------------------------------------------------------------------------------------------
