@@ -43,14 +43,15 @@ LORA = {"model.lora.rank": 4, "model.lora.dropout": 0.3}
 MEASURE = {"logging.gradient_shares_every": 1}
 # Name -> options under which a run that measures is compared with one that does not.
 MEASURED = {
-    **{f"{zero}, {dtype}": (zero, {"model.dtype": dtype}) for dtype in ("float32", "bfloat16") for zero in ZERO},
+    **{f"{zero}, float32": (zero, {}) for zero in ZERO},
+    **{f"{zero}, bfloat16": (zero, {"model.dtype": "bfloat16"}) for zero in [*list(ZERO)[:4], "zero2 offloaded"]},
     "dropout, zero2": ("zero2", LORA | CHECKPOINTED),
     "dropout, zero3": ("zero3", LORA),
     "checkpointed": ("zero3", CHECKPOINTED),
 }
 # Name -> options of a run that finds its alpha on two ranks.
 FOUND = {
-    **{zero: (zero, {}) for zero in ZERO},
+    **{f"zero{stage}": (f"zero{stage}", {}) for stage in range(4)},
     "checkpointed": ("zero3", CHECKPOINTED),
     "in one micro-batch": ("zero2", {"batch.max_tokens_per_micro_batch": 100000}),
 }
