@@ -286,7 +286,7 @@ def is_filled(value: Any) -> bool:
 
 CONVERSATION_WORD = re.compile(
     "prompts?|instructions?|inputs?|query|queries|questions?|system|history|context|messages?|conversations?|"
-    "trajectory|turns?|dialog(ue)?s?|tools?|functions|reasoning|thinking"
+    "trajectory|turns?|dialog(ue)?s?|tools?|functions|reasoning|thinking|passages?|documents?|background|persona"
 )
 TEXT_WORDS = ("content", "text", "str", "raw", "json", "list")
 """What may stand behind such a word in the name of a column."""
