@@ -25,7 +25,7 @@ SYSTEM = {"role": "system", "content": "s"}
 SUSPICIOUS = [
     *("prompt", "instruction", "input", "query", "question", "system", "history", "context", "messages"),
     *("conversation", "conversations", "trajectory", "turn", "tools", "reasoning", "reasoning_content"),
-    *("system_prompt", "chat_history"),
+    *("system_prompt", "chat_history", "passage", "retrieved_documents"),
 ]
 
 
