@@ -7,7 +7,7 @@
 # Nothing is installed when neither setup.py nor the extras have changed since the last time.
 
 hafrm_environment() {
-    local extras="$1" root venv python="" candidate packages own package version missing=()
+    local extras="$1" root venv python="" candidate packages own command package version missing=()
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     venv="${HAFRM_VENV:-$root/.venv}"
 
@@ -64,9 +64,11 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
         >"$venv/torch-constraint.txt"
     "${pip[@]}" --constraint "$venv/torch-constraint.txt" --editable "$root${extras:+[$extras]}" || return 1
     # One that lies beside the found torch satisfies pip, but its command is not on PATH or runs under the other python.
-    for package in deepspeed ninja; do
-        [[ -x "$venv/bin/$package" ]] && continue
-        version="$("$venv/bin/python" -c "from importlib.metadata import version; print(version('$package'))")"
+    for command in deepspeed ninja lint-imports; do
+        [[ -x "$venv/bin/$command" ]] && continue
+        package="${command/lint-imports/import-linter}" # of the extra "test": may not be there
+        version="$("$venv/bin/python" -c "from importlib.metadata import version; print(version('$package'))" \
+            2>/dev/null)" || continue
         "${pip[@]}" --ignore-installed --no-deps "$package==$version" || return 1
     done
     [[ "$(head -n 1 "$stamp" 2>/dev/null)" == "$state" ]] || echo "$state" >"$stamp"

@@ -35,7 +35,8 @@ timed python -m mypy
 # The tests for GPUs run on the CPU here: that finds mistakes in them.
 cores="$(nproc)" # before OMP_NUM_THREADS, which nproc obeys
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-HAFRM_GPU_TESTS_ON_CPU=1 timed python -m pytest -q -m "not distributed and not slow" \
+export HAFRM_GPU_TESTS_ON_CPU=1
+timed python -m pytest -q -m "not distributed and not slow" \
     --numprocesses "$cores" --dist loadfile --durations 15
 [[ "$what" == fast ]] && exit
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs, unwritable_cache
+from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
 from hafrm_ds.data.report import DataReport, Example, TemplateFacts, count_outcomes, count_repeats, percentiles
 from hafrm_ds.data.sources import Source
@@ -223,10 +223,7 @@ def tokenize_rows(
         rows._fingerprint, formatter.fingerprint, options.max_length, options.truncation
     )
     folder = options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable_cache(options.cache_dir, error) from error
+    folder.mkdir(parents=True, exist_ok=True)
     return rows.map(
         tokenize_batch,
         batched=True,

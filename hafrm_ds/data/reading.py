@@ -117,19 +117,7 @@ def read_source(source: Source, cache_dir: Path | None) -> datasets.Dataset:
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DataError):
             raise error.__cause__ from None
-        if isinstance(error.__cause__, OSError):
-            raise unwritable_cache(cache_dir, error.__cause__) from error
         raise
-    except OSError as error:
-        raise unwritable_cache(cache_dir, error) from error
-
-
-def unwritable_cache(cache_dir: Path | None, error: OSError) -> DataError:
-    folder = cache_dir or datasets.config.HF_DATASETS_CACHE
-    reason = error.strerror or str(error)
-    return DataError(
-        f"the cache folder {folder} cannot be written: {reason}; give another as --data.cache_dir, or in HF_HOME"
-    )
 
 
 def refuse_several_splits(tables: list[Table], source: Source) -> None:

@@ -10,10 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hafrm_ds.config import DataConfig
 from hafrm_ds.data import files as tables
-from hafrm_ds.data.reading import FEATURES, read_pairs
-from hafrm_ds.errors import DataError
+from hafrm_ds.data.reading import FEATURES
 from tests.data.row_files import error_of, prompts, rows_of, write_lines, write_rows
 
 
@@ -81,14 +79,6 @@ def test_a_text_that_is_no_utf8_in_parquet(read):
     column = pa.Array.from_buffers(pa.string(), 1, pa.array([b"p \xff"], pa.binary()).buffers())
     pq.write_table(pa.table({"prompt": column, "chosen": ["a"], "rejected": ["b"]}), "x.parquet")
     assert error_of(read, "x.parquet").startswith("x.parquet: cannot be read as parquet: UnicodeDecodeError")
-
-
-def test_a_cache_that_cannot_be_written(read, monkeypatch):
-    write_lines("x.jsonl", rows_of(1))
-    Path("file").touch()
-    source = DataConfig(train=["x.jsonl"]).train
-    with pytest.raises(DataError, match=r"the cache folder file/cache cannot be written: .*--data.cache_dir"):
-        read_pairs(source, role="train", seed=0, cache_dir=Path("file/cache"))
 
 
 def test_json_lines_in_a_json_file(read):

@@ -25,7 +25,7 @@ SYSTEM = {"role": "system", "content": "s"}
 SUSPICIOUS = [
     *("prompt", "instruction", "input", "query", "question", "system", "history", "context", "messages"),
     *("conversation", "conversations", "trajectory", "turn", "tools", "reasoning", "reasoning_content"),
-    *("system_prompt", "chat_history"),
+    *("system_prompt", "chat_history", "passage", "retrieved_documents"),
 ]
 
 
@@ -47,6 +47,12 @@ def test_a_column_of_the_conversation_that_is_not_read_refuses_the_row(name, col
     for empty in (None, "", []):
         (pair,) = read_pairs_of(Row(row.fields | {column: empty}, row.id, ""), name, Source(path="x"))
         assert parts(pair)[1:] == ([assistant("a")], [assistant("b")])
+
+
+def test_a_word_that_stands_in_the_conversation_by_chance_is_no_repetition():
+    fields = {"prompt": "What is tea?", "chosen": "a good drink", "rejected": "no idea"}
+    assert "chatHistory: filled, but not read" in error_of(fields | {"chatHistory": ["a"]})
+    assert convert(fields | {"query": "What is tea?"}).chosen == [assistant("a good drink")]
 
 
 def test_a_column_that_repeats_the_conversation_loses_nothing():
@@ -199,7 +205,10 @@ def test_annotations_of_alpaca_eval_lie_between_1_and_2(preference, chosen):
     assert convert(EXAMPLES["alpaca_farm"] | {"preference": preference}).chosen == [assistant(chosen)]
 
 
-@pytest.mark.parametrize(("preference", "reason"), [(1.5, "tie"), (0, "tie"), (None, "no preference is given")])
+@pytest.mark.parametrize(
+    ("preference", "reason"),
+    [(1.5, "tie"), (0, "tie"), (None, "no preference is given"), (math.nan, "no preference is given")],
+)
 def test_annotations_without_a_preference(preference, reason):
     assert convert(EXAMPLES["alpaca_farm"] | {"preference": preference}) == Deselected(reason)
 

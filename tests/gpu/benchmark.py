@@ -133,10 +133,15 @@ def num_parameters(name: str) -> int:
     return sum(parameter.numel() for parameter in random_causal_lm(name, torch.device("meta")).parameters())
 
 
-def make_steps(name: str) -> tuple[HybridModel, Callable[[PackedBatch], None]]:
+def make_steps(name: str, zero_stage: int = 3) -> tuple[HybridModel, Callable[[PackedBatch], None]]:
     """The model and what is timed."""
     config = TrainConfig.model_validate(
-        {"output_dir": "unused", "model": {"name_or_path": "unused"}, "data": {"train": "unused.jsonl"}}
+        {
+            "output_dir": "unused",
+            "model": {"name_or_path": "unused"},
+            "data": {"train": "unused.jsonl"},
+            "deepspeed": f"ds_configs/zero{zero_stage}.json",
+        }
     )
     causal_lm = random_causal_lm(name, DEVICE)
     disable_dropout(causal_lm)

@@ -26,10 +26,11 @@ for wheel in sys.argv[2:]:
     export PATH="$packages/bin:$PATH"
 fi
 export PYTHONPATH="$PWD${packages:+:$packages}${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+export PYTHONUNBUFFERED=1 # what is seen is written at once
 # DeepSpeed asks for MPI where it is not told who is who.
 export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT="${MASTER_PORT:-29511}"
 
-test_of() { python3 -m pytest -q -rs --durations 5 -p no:cacheprovider "$@"; }
+test_of() { python3 -m pytest -v --tb=no -rs -p no:cacheprovider -p tests.gpu.tell_at_once "$@"; }
 
 run_nccl() { python3 -m tests.gpu.first_step; }
 run_kernels() {
@@ -39,6 +40,7 @@ run_kernels() {
 run_families() {
     test_of tests/gpu/test_models.py -k "(llama or mistral or gemma2 or qwen2) and (varlen or segmented) and bfloat16_is"
 }
+run_stages() { python3 -m tests.gpu.stages "$small"; }
 run_small() { python3 -m tests.gpu.benchmark "$small"; }
 run_large() { python3 -m tests.gpu.benchmark "$large"; }
 run_joint() {
@@ -47,7 +49,7 @@ run_joint() {
     test_of tests/gpu/test_joint_run.py
 }
 
-parts=(nccl kernels families small large joint)
+parts=(nccl kernels families stages small large joint)
 small=1B large=7B
 if [[ -n "${HAFRM_GPU_TESTS_ON_CPU:-}" ]]; then
     small=tiny large=tiny
@@ -58,7 +60,7 @@ python3 -m tests.gpu.environment | tee "$OUT/environment.txt"
 [[ -s "$OUT/summary.md" ]] || printf '| part | result | s |\n| --- | --- | --- |\n' >"$OUT/summary.md"
 failed=0
 for part in "${parts[@]}"; do
-    declare -F "run_$part" >/dev/null || { echo "no part $part; there are nccl kernels families small large joint" >&2; exit 2; }
+    declare -F "run_$part" >/dev/null || { echo "no part $part; there are nccl kernels families stages small large joint" >&2; exit 2; }
     started="$SECONDS"
     export -f test_of "run_$part"
     export small large

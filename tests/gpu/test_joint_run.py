@@ -19,7 +19,7 @@ from hafrm_ds.model.attention import choose_kernel
 from tests.distributed.launching import COMMAND, REPOSITORY, as_options, free_port, launch, rows
 from tests.gpu.environment import DEVICE, IS_GPU
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 
 STEPS, PAIRS = (200, None) if IS_GPU else (10, 64)
 LEAST_ACCURACY = 0.8

@@ -10,7 +10,15 @@ import pytest
 from tests.without_gpu.package_index import last_line, requirements, unreachable
 
 FOLDER = Path(__file__).parent
-FIRST_MINUTES = ("first_step", "test_kernels", "test_token_logprobs", "test_models", "benchmark", "environment")
+FIRST_MINUTES = (
+    "first_step",
+    "test_kernels",
+    "test_token_logprobs",
+    "test_models",
+    "benchmark",
+    "stages",
+    "tell_at_once",
+)
 WITH_TORCH_AND_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "huggingface-hub", "pyyaml"}
 SCRIPT = """
 import importlib, importlib.metadata, sys

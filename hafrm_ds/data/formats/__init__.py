@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hafrm_ds.data.formats.answers import EARLIER, answers_to, of_ms_swift, without_question
+from hafrm_ds.data.formats.answers import EARLIER, answers_to, is_prose, of_ms_swift, without_question
 from hafrm_ds.data.formats.labelled import (
     of_alpaca_farm,
     of_arena,
@@ -51,7 +51,7 @@ from hafrm_ds.errors import DataError
 if TYPE_CHECKING:
     from hafrm_ds.data.sources import Source
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Part of the cache key of read data: raise it whenever a format makes another outcome of the same row."""
 
 
@@ -286,7 +286,7 @@ def is_filled(value: Any) -> bool:
 
 CONVERSATION_WORD = re.compile(
     "prompts?|instructions?|inputs?|query|queries|questions?|system|history|context|messages?|conversations?|"
-    "trajectory|turns?|dialog(ue)?s?|tools?|functions|reasoning|thinking"
+    "trajectory|turns?|dialog(ue)?s?|tools?|functions|reasoning|thinking|passages?|documents?|background|persona"
 )
 TEXT_WORDS = ("content", "text", "str", "raw", "json", "list")
 """What may stand behind such a word in the name of a column."""
@@ -311,9 +311,12 @@ def may_be_lost(name: str, value: Any) -> bool:
 
 
 def repeats(value: Any, said: Iterable[Message]) -> bool:
-    """Whether every text in a value stands in messages that are read, as UltraFeedback's `messages` do."""
-    whole = "\n".join(message["content"] for message in said)
-    return all(text.strip() in whole for text in texts_in(value))
+    """Whether every text in a value is a message that is read, or stands in one and is no mere word. UltraFeedback's
+    `messages` are such."""
+    contents = [message["content"].strip() for message in said]
+    whole = "\n".join(contents)
+    texts = [text.strip() for text in texts_in(value)]
+    return all(not text or text in contents or (is_prose(text) and text in whole) for text in texts)
 
 
 def texts_in(value: Any) -> Iterator[str]:

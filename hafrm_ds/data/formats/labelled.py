@@ -30,9 +30,9 @@ def by_strength(row: Row, prompt: list[Message], answers: tuple[str, str], label
 
 
 def has_label(row: Row, field: str) -> bool:
-    """Whether a label is there; an error if the column is not."""
-    row.value(field)
-    return row.given(field)
+    """Whether a label is there; an error if the column is not. NaN is none: tables have it where nothing is given."""
+    value = row.value(field)
+    return row.given(field) and value == value
 
 
 def label_of(row: Row, field: str) -> int:

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from hafrm_ds.data.formats.answers import prompt_of
-from hafrm_ds.data.formats.labelled import inner_text
+from hafrm_ds.data.formats.labelled import has_label, inner_text
 from hafrm_ds.data.formats.parts import TIE, Made, Parts
 from hafrm_ds.data.pairs import Deselected, Message, Row, assistant, prompt_from_text, user
 
@@ -47,9 +47,9 @@ def answers_with(row: Row, field: str, answer: str, number: str) -> list[tuple[f
 
 
 def numbers_of(row: Row, field: str, items: list[Any], number: str) -> list[float | None]:
-    """The number that each object of `field` holds, or None."""
+    """The number that each object of `field` holds, or None where it is null or NaN."""
     rows = [Row({number: item.get(number)}, f"{row.id}: {field}", "") for item in items]
-    return [float(found.number(number)) if found.given(number) else None for found in rows]
+    return [float(found.number(number)) if has_label(found, number) else None for found in rows]
 
 
 def of_nectar(row: Row, source: "Source") -> list[Made]:
