@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--timeout", "20", "--retries", "1")
@@ -73,7 +74,8 @@ def environment(folder: Path, *arguments: str | Path) -> Path:
     own = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     found = {sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])}
     (own / "found.pth").write_text("\n".join(sorted(found)) + "\n")
-    (folder / "constraint.txt").write_text(f"torch=={torch.__version__}\n")
+    # Without its local part (+cu130), which an index need not have; the installed one satisfies this all the same.
+    (folder / "constraint.txt").write_text(f"torch=={Version(torch.__version__).public}\n")
     options = ("--no-compile", "--no-build-isolation", "--constraint", folder / "constraint.txt")
     pip("--python", python, "install", *options, *arguments)
     return python

@@ -21,6 +21,7 @@ import torch, torch.utils.cpp_extension as extensions
 extensions.CUDA_HOME = None
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
+torch.cuda.current_device = lambda: 0
 properties = SimpleNamespace(major=9, minor=0, total_memory=141e9, multi_processor_count=132)
 torch.cuda.get_device_properties = lambda device=None: properties
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
