@@ -1,6 +1,6 @@
 """How exactly gradients are averaged over the processes, in bfloat16 and in fp32, under each ZeRO stage.
 
-    deepspeed --num_gpus 2 tests/benchmarks/reduced_gradients.py [--rings]
+    deepspeed --num_gpus 2 --module tests.benchmarks.reduced_gradients [--rings]
 
 Each process has the gradient of a batch of its own, of a tiny Llama in bfloat16. What DeepSpeed makes of them is
 compared with their mean in fp64: the norm of the difference over the norm of the mean. Beside it stands the error that
@@ -12,7 +12,6 @@ one after another as a ring adds them, each sum rounded to bfloat16.
 
 import copy
 import json
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -118,5 +117,4 @@ def main(arguments: list[str], processes: Processes) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.path.insert(0, ".")
     run_entry(main)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.distributed
 
 def test_averaging_in_fp32_loses_nothing():
     """In bfloat16 a sum of two is rounded once. Stage 0 holds gradients in bfloat16, so it rounds fp32 at the end."""
-    result = launch(2, "tests/benchmarks/reduced_gradients.py")
+    result = launch(2, "--module", "tests.benchmarks.reduced_gradients")
     assert result.returncode == 0, result.stdout[-6000:]
     (line,) = [line for line in result.stdout.splitlines() if line.startswith('{"0"')]
     for stage, (in_bf16, in_fp32) in json.loads(line).items():
