@@ -23,7 +23,7 @@ PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b")
 SCRIPT = re.compile(r"(?:launch|tests/benchmarks)/[a-z_]+\.py\b|launch/slurm/[a-z_]+\.(?:sbatch|sh)\b")
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w.-]*\w)")
 FOREIGN = {
-    "deepspeed": "num_gpus hostfile no_ssh node_rank master_addr",
+    "deepspeed": "num_gpus module hostfile no_ssh node_rank master_addr",
     "torchrun": "nnodes nproc_per_node node_rank master_addr",
     "srun, sbatch": "nodes ntasks-per-node gpus-per-node gpus-per-task array signal",
     "docker, apptainer, enroot": "rm gpus shm-size ulimit user stop-timeout name network nv bind pwd output",
