@@ -183,7 +183,7 @@ class ObjectiveConfig(Section):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """What an evaluation in training asks the model for, of "reward" and "logprob"."""
+        """The heads that an evaluation in training runs, of "reward" and "logprob"."""
         return ("reward",) * self.uses_reward + ("logprob",) * self.uses_policy
 
     @property
@@ -449,7 +449,7 @@ def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def share_problems(config: TrainConfig) -> Iterator[str]:
-    """What is wrong with the options that weigh the two losses by their gradients."""
+    """Contradictions among the options that weigh the two losses by their gradients, one message each."""
     objective = config.objective
     asked = {
         "objective.policy_share": objective.policy_share is not None,

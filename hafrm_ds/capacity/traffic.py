@@ -34,7 +34,7 @@ class Traffic:
 def step_traffic(
     parameters: Parameters, zero: ZeroSettings, num_processes: int, processes_per_machine: int, micro_batches: float
 ) -> Traffic:
-    """What DeepSpeed 0.19 sends, read in its source: in the dtype of the weights, or gradients in fp32."""
+    """Bytes that DeepSpeed 0.19 sends in a step, by its source: in the dtype of the weights, or gradients in fp32."""
     b, n, k = parameters.weight_bytes, num_processes, micro_batches
     trained, everything = b * parameters.trained, b * parameters.all
     gradients = FP32 * parameters.trained if zero.reduces_in_fp32 else trained

@@ -205,7 +205,7 @@ def refuse_other_shape(path: Path, name: str) -> None:
 
 
 def one_object(place: str, content: dict[str, Any]) -> DataError:
-    """What is said of a whole set in one JSON object."""
+    """The error for a file or line that holds a whole set in one JSON object."""
     keys = names_in_words(f"{shortened(key)} ({in_words(value).split(' with ')[0]})" for key, value in content.items())
     return DataError(f"{place}: is one JSON object with {keys}; a list of objects, or an object a line, is expected")
 

@@ -181,9 +181,8 @@ class Trainer:
         Returns the number of micro-batches and the imbalance between the ranks."""
         parts, waiting_share = self.partition(step)
         for number, part in enumerate(parts):
-            micro_batch = self.lay_out(
-                part
-            )  # while a GPU computes the one before, but under stage 3, which waits for it
+            # A GPU still computes the micro-batch before, except under stage 3, which waits for it.
+            micro_batch = self.lay_out(part)
             try:
                 loss = self.joint_loss(weights, micro_batch, totals)
                 self.engine.backward(loss, is_last=number == len(parts) - 1)

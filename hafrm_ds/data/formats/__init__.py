@@ -289,7 +289,7 @@ CONVERSATION_WORD = re.compile(
     "trajectory|turns?|dialog(ue)?s?|tools?|functions|reasoning|thinking|passages?|documents?|background|persona"
 )
 TEXT_WORDS = ("content", "text", "str", "raw", "json", "list")
-"""What may stand behind such a word in the name of a column."""
+"""Words that may follow one of CONVERSATION_WORD in the name of a column, as in prompt_text."""
 MADE_WITH = ("generation_prompt", "raw_generation_prompt", "labelling_prompt")
 """Columns in which distilabel keeps how the answers were generated and judged: no part of the conversation."""
 

@@ -117,7 +117,7 @@ def joined_instruction(row: Row) -> str:
 
 
 def earlier_turns(row: Row) -> list[Message]:
-    """What stands before the question in columns of its own: a system message, and `history` as messages or as
+    """The turns before the question that have columns of their own: a system message, and `history` as messages or as
     [question, answer] lists."""
     turns = []
     if row.given("system") and row.text("system"):
@@ -198,7 +198,7 @@ def of_transcripts(row: Row, source: "Source", better: str, worse: str) -> Made:
 
 
 TURN_ENDS = tuple(".?!:;>…。\uff1f\uff01\uff1a\"')]}")
-"""What a prompt may end with where only the common words of two answers tell it; else it ends with its line."""
+"""Characters that may end a prompt which only the common words of two answers tell; else it ends with its line."""
 
 
 def is_prose(value: Any) -> bool:

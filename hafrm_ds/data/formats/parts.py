@@ -1,4 +1,4 @@
-"""What formats make of a row, and how that becomes a preference pair."""
+"""The parts that a format makes of a row, and the preference pair that they become."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
