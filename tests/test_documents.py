@@ -62,7 +62,8 @@ def test_paths_are_there(document):
 def test_options_are_there(document):
     """After the name of a script those that it takes, elsewhere those of any script or of another known program."""
     anywhere = set(option_names(TrainConfig)) | set(" ".join(FOREIGN.values()).split())
-    for script in (*(ROOT / "launch").glob("*.py"), *(ROOT / "tests" / "benchmarks").glob("*.py")):
+    scripts = ("launch/*.py", "tests/benchmarks/*.py", "hafrm_ds/quickstart.py")
+    for script in (script for pattern in scripts for script in ROOT.glob(pattern)):
         anywhere |= options_of_script(script.relative_to(ROOT).as_posix())
     unknown = []
     for code in pieces_of_code(document.read_text()):
