@@ -1,11 +1,12 @@
-"""Resuming with another number of processes or another ZeRO stage: the shards of a checkpoint, read parameter by
-parameter and dealt out anew.
+"""Resuming with another number of processes or another ZeRO stage: the shards of a checkpoint, dealt out anew, each
+rank reading only what it takes.
 
 DeepSpeed splits fp32 weights and Adam's moments into flat pieces, one a rank and group: under stage 3 each parameter is
 split, under stages 1 and 2 (and 1 in bfloat16, by another optimizer) the concatenation of all. DeepSpeed's universal
 checkpoints are such shards merged by a conversion on disk; loading one overwrites the options of parameter groups,
-shares one step count between them, and does not lead from stage 3 to 2 or back. Here the pieces are mapped into memory
-and joined one parameter at a time, so nothing is converted, and any of the stages 1 to 3 follows any other.
+shares one step count between them, and does not lead from stage 3 to 2 or back. Here the files are mapped into memory
+and the part of each parameter that a rank takes is copied out of the pieces that hold it. So nothing is converted, no
+rank joins a whole parameter, and any of the stages 1 to 3 follows any other.
 
 Frozen parameters and buffers have not changed since the model was loaded: they are left as they are.
 """
@@ -13,8 +14,9 @@ Frozen parameters and buffers have not changed since the model was loaded: they 
 import math
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +30,73 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one parameter in the flat tensors of one rank."""
+    """A part of one parameter, in the flat tensors that one rank has of one group: `numel` numbers from `start`."""
 
-    tensors: dict[str, Tensor]
-    """fp32, exp_avg, exp_avg_sq: flat, mapped."""
-    step: float
+    rank: int
+    group: int
     start: int
     numel: int
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the trained parameters of a checkpoint lie.
+
+    pieces: parameter -> its pieces in order.
+    """
+
+    pieces: dict[str, list[Piece]]
+
+    @classmethod
+    def of_stage_3(cls, groups: Sequence[Mapping[str, Sequence[int]]], world_size: int) -> "Layout":
+        """Each parameter lies on all ranks, which have equal shares of it; those of the last ranks are padded.
+
+        Args:
+            groups: the optimizer's groups: parameter -> shape.
+        """
+        pieces = {}
+        for group, shapes in enumerate(groups):
+            start = 0
+            for name, shape in shapes.items():
+                numel = math.prod(shape)
+                share = math.ceil(numel / world_size)
+                pieces[name] = [
+                    Piece(rank, group, start, max(0, min(share, numel - rank * share))) for rank in range(world_size)
+                ]
+                start += share
+        return cls(pieces)
+
+    @classmethod
+    def of_stages_1_and_2(cls, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> "Layout":
+        """Ranks have parts of all parameters laid end to end.
+
+        Args:
+            ranks: what each rank has of each group: parameter -> address, an object with `start` and `numel`.
+        """
+        pieces = defaultdict(list)
+        for rank, groups in enumerate(ranks):
+            for group, addresses in enumerate(groups):
+                for name, address in addresses.items():
+                    pieces[name].append(Piece(rank, group, address.start, address.numel))
+        return cls(dict(pieces))
+
+    def numel(self, name: str) -> int:
+        return sum(piece.numel for piece in self.pieces[name])
+
+    def parts(self, name: str, start: int, numel: int) -> Iterator[tuple[int, Piece]]:
+        """Where `numel` numbers of a flat parameter from `start` lie: the part of each piece that holds some of them,
+        with its place among them. There are none beyond the end of the parameter."""
+        begin = 0
+        for piece in self.pieces[name]:
+            first, last = max(start, begin), min(start + numel, begin + piece.numel)
+            if first < last:
+                yield first - start, Piece(piece.rank, piece.group, piece.start + first - begin, last - first)
+            begin += piece.numel
+
+
 class Shards:
-    """The pieces of every trained parameter in a checkpoint of stage 1, 2 or 3.
+    """The trained parameters in a checkpoint of stage 1, 2 or 3, with Adam's moments. A file is opened when something
+    of it is asked for, and mapped: only what is copied out of it is read.
 
     Args:
         folder: where DeepSpeed has saved.
@@ -46,32 +104,56 @@ class Shards:
     """
 
     def __init__(self, folder: Path, zero_stage: int, world_size: int):
-        self.pieces: dict[str, list[Piece]] = defaultdict(list)
-        """Parameter -> its pieces in order."""
-        for rank in range(world_size):
-            for name, piece in (pieces_of_stage_3 if zero_stage == 3 else pieces_of_stages_1_and_2)(
-                folder, rank, world_size
-            ):
-                self.pieces[name].append(piece)
+        self.folder, self.zero_stage = folder, zero_stage
+        self.saved = cache(self.opened)
+        if zero_stage == 3:
+            self.layout = Layout.of_stage_3(read_shard(folder, 0, "model")["param_shapes"], world_size)
+        else:
+            saved = map(self.saved, range(world_size))
+            self.layout = Layout.of_stages_1_and_2([each["param_slice_mappings"] for each in saved])
 
-    def whole(self, name: str, key: str) -> Tensor:
-        """[numel] fp32, the flat parameter or one of its moments."""
-        return torch.cat([piece.tensors[key].narrow(0, piece.start, piece.numel) for piece in self.pieces[name]])
+    def opened(self, rank: int) -> dict:
+        """What the optimizer of a rank has saved."""
+        return read_shard(self.folder, rank, "optim")["optimizer_state_dict"]
+
+    def flat(self, piece: Piece) -> tuple[dict[str, Tensor], float]:
+        """The flat tensors that a piece lies in: what there is of fp32 and Adam's moments, and Adam's count of steps;
+        another optimizer has none of the latter."""
+        saved = self.saved(piece.rank)
+        if self.zero_stage == 3:
+            weights, states = saved["fp32_flat_groups"], saved["optimizer_state_dict"]["state"]
+        else:
+            weights, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
+        state = states[piece.group]
+        moments = {key: state[key] for key in MOMENTS if key in state}
+        return {"fp32": weights[piece.group].detach(), **moments}, float(state.get("step", math.nan))
+
+    def copy_into(self, target: Tensor, name: str, key: str, start: int) -> None:
+        """Fill `target` with the numbers of a flat parameter, or one of its moments, from `start`; what lies beyond its
+        end is left as it is."""
+        for place, part in self.layout.parts(name, start, len(target)):
+            tensors, _ = self.flat(part)
+            target.narrow(0, place, part.numel).copy_(tensors[key].narrow(0, part.start, part.numel))
 
     def step(self, name: str) -> float:
         """How many times Adam has updated the parameter."""
-        return self.pieces[name][0].step
+        return self.flat(self.layout.pieces[name][0])[1]
 
 
-def trained_weights(folder: Path, zero_stage: int, world_size: int) -> dict[str, Tensor]:
-    """Every trained parameter of a checkpoint: in the dtype of the model, whole; under stage 3 in fp32, flat.
+def trained_weights(folder: Path, zero_stage: int, world_size: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every trained parameter of a checkpoint, one after another: in the dtype of the model, mapped;
+    under stage 3 in fp32, flat.
 
     Args: as for `Shards`; here the stage may also be 0.
     """
     if zero_stage < 3:  # each rank has all of them, and rank 0 has saved them
-        return read(folder, "mp_rank_00_model_states.pt")["module"]
+        yield from read(folder, "mp_rank_00_model_states.pt")["module"].items()
+        return
     shards = Shards(folder, zero_stage, world_size)
-    return {name: shards.whole(name, "fp32") for name in shards.pieces}
+    for name in shards.layout.pieces:
+        whole = torch.empty(shards.layout.numel(name))
+        shards.copy_into(whole, name, "fp32", 0)
+        yield name, whole
 
 
 def read(folder: Path, pattern: str) -> dict:
@@ -104,34 +186,6 @@ def read_shard(folder: Path, rank: int, kind: str) -> dict:
     return read(folder, f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
 
 
-def flat_tensors(weights: Tensor, state: dict) -> tuple[dict[str, Tensor], float]:
-    """(what there is of fp32 and Adam's moments, Adam's count of steps); another optimizer has none of the latter."""
-    moments = {key: state[key] for key in MOMENTS if key in state}
-    return {"fp32": weights.detach(), **moments}, float(state.get("step", math.nan))
-
-
-def pieces_of_stages_1_and_2(folder: Path, rank: int, world_size: int) -> Iterator[tuple[str, Piece]]:
-    saved = read_shard(folder, rank, "optim")["optimizer_state_dict"]
-    states = saved["base_optimizer_state"]["state"]
-    for group, addresses in enumerate(saved["param_slice_mappings"]):
-        tensors, step = flat_tensors(saved["single_partition_of_fp32_groups"][group], states[group])
-        for name, address in addresses.items():
-            yield name, Piece(tensors, step, address.start, address.numel)
-
-
-def pieces_of_stage_3(folder: Path, rank: int, world_size: int) -> Iterator[tuple[str, Piece]]:
-    saved = read_shard(folder, rank, "optim")["optimizer_state_dict"]
-    states = saved["optimizer_state_dict"]["state"]
-    for group, shapes in enumerate(read_shard(folder, rank, "model")["param_shapes"]):
-        tensors, step = flat_tensors(saved["fp32_flat_groups"][group], states[group])
-        start = 0
-        for name, shape in shapes.items():
-            numel = math.prod(shape)
-            share = math.ceil(numel / world_size)  # the last ranks' shares are padded
-            yield name, Piece(tensors, step, start, max(0, min(share, numel - rank * share)))
-            start += share
-
-
 def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank: int) -> None:
     """Put the weights and moments of a checkpoint into a fresh engine. All ranks call this together.
 
@@ -140,10 +194,11 @@ def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank:
         optimizer: DeepSpeed's, of stage 1, 2 or 3, around torch's AdamW or DeepSpeed's own for the CPU.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if trained.keys() != shards.pieces.keys():
-        named = ", ".join(sorted(trained.keys() ^ shards.pieces.keys())[:3])
+    pieces = shards.layout.pieces
+    if trained.keys() != pieces.keys():
+        named = ", ".join(sorted(trained.keys() ^ pieces.keys())[:3])
         raise CheckpointError(f"the checkpoint and this run do not train the same parameters: {named}")
-    if any(not {*MOMENTS} <= piece.tensors.keys() for pieces in shards.pieces.values() for piece in pieces):
+    if any(not {*MOMENTS} <= shards.flat(first)[0].keys() for first, *_ in pieces.values()):  # ranks are alike
         raise CheckpointError(
             "the checkpoint was not written by Adam: it can be resumed under the same ZeRO stage and number of "
             "processes only"
@@ -172,8 +227,7 @@ def deal_out_stages_1_and_2(shards: Shards, trained: dict[str, Any], optimizer) 
         own, whole = place.hp_fragment_address, place.lp_fragment_address
         targets = {"fp32": flat.data, **{key: adam.state[flat][key] for key in MOMENTS}}
         for key, target in targets.items():
-            part = shards.whole(name, key).narrow(0, whole.start, whole.numel)
-            target.narrow(0, own.start, own.numel).copy_(part)
+            shards.copy_into(target.narrow(0, own.start, own.numel), name, key, whole.start)
     optimizer.update_lp_params()
 
 
@@ -188,10 +242,8 @@ def deal_out_stage_3(shards: Shards, trained: dict[str, Any], optimizer, rank: i
     for name, parameter in trained.items():
         share = parameter.ds_tensor.numel()
         for key in ("fp32", *MOMENTS):
-            whole = shards.whole(name, key)
-            part = torch.zeros(share, dtype=whole.dtype)
-            own = whole[rank * share : (rank + 1) * share]
-            part[: len(own)] = own
+            part = torch.zeros(share)  # padded with zeros, as DeepSpeed does
+            shards.copy_into(part, name, key, rank * share)
             if key == "fp32":
                 safe_set_local_fp32_param(parameter, part)
                 parameter.ds_tensor.data.copy_(part)

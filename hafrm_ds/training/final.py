@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hafrm_ds.config import ModelConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
@@ -149,13 +148,15 @@ def load_model(checkpoint: Path, state: TrainingState, config: TrainConfig, star
     if start.lora.rank:
         add_adapters(model.causal_lm, start, config.seed)
     freeze_unused_heads(model, config.objective)
-    trained: dict[str, Tensor] = trained_weights(checkpoint / DEEPSPEED_FOLDER, state.zero_stage, state.world_size)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if missing := sorted(parameters.keys() - trained.keys()):
-        raise CheckpointError(f"{checkpoint} lacks {len(missing)} trained parameters: {', '.join(missing[:3])}")
+    missing = set(parameters)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(trained[name].view(parameter.shape))
+        for name, values in trained_weights(checkpoint / DEEPSPEED_FOLDER, state.zero_stage, state.world_size):
+            if name in parameters:
+                parameters[name].copy_(values.view(parameters[name].shape))
+                missing.discard(name)
+    if missing:
+        raise CheckpointError(f"{checkpoint} lacks {len(missing)} trained parameters: {', '.join(sorted(missing)[:3])}")
     model.uses_stock_logits = state.uses_stock_logits
     return model
 

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from hafrm_ds.engine.checkpoint import CheckpointError
-from hafrm_ds.engine.resharding import read, trained_weights
+from hafrm_ds.engine.resharding import Layout, Shards, read, trained_weights
 
 
 class Intruder:
@@ -23,10 +26,10 @@ def test_no_code_in_a_pickle_is_run(tmp_path):
     name = "causal_lm.model.norm.weight"
     file = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": {name: torch.ones(3)}}, file)
-    assert torch.equal(trained_weights(tmp_path, 2, 2)[name], torch.ones(3))
+    assert torch.equal(dict(trained_weights(tmp_path, 2, 2))[name], torch.ones(3))
     torch.save({"module": {name: torch.ones(3)}, "more": Intruder(tmp_path / "made")}, file)
     with pytest.raises(CheckpointError, match=r"model_states.pt holds something that DeepSpeed does not write"):
-        trained_weights(tmp_path, 2, 2)
+        dict(trained_weights(tmp_path, 2, 2))
     assert not (tmp_path / "made").exists()
 
 
@@ -50,3 +53,71 @@ def test_a_stage_is_read_whichever_python_has_written_it(tmp_path):
     torch.save({"module": {}, "stage": ByName(Path, "touch")}, file)
     with pytest.raises(CheckpointError, match="DeepSpeed does not write"):
         read(tmp_path, file.name)
+
+
+SHAPES = [{"matrix": (7, 5), "vector": (3,)}, {"head": (1,)}]
+"""Two groups; a part of one number, which lies on the first rank alone."""
+
+
+def whole(name: str, key: str) -> Tensor:
+    """What the made checkpoints hold of a parameter: other numbers for each."""
+    shape = {name: shape for group in SHAPES for name, shape in group.items()}[name]
+    seed = sum(map(ord, name + key))
+    return torch.rand(torch.Size(shape).numel(), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(values: Tensor, numel: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, numel - len(values)))
+
+
+def write_stage_3(folder: Path, world_size: int) -> None:
+    """The files of stage 3, with what is read of them."""
+    for rank in range(world_size):
+        flat: dict[str, list[Tensor]] = {key: [] for key in ("fp32", "exp_avg", "exp_avg_sq")}
+        for key, groups in flat.items():
+            for shapes in SHAPES:
+                shares = []
+                for name in shapes:
+                    share = -(-len(whole(name, key)) // world_size)
+                    shares.append(padded(whole(name, key)[rank * share : (rank + 1) * share], share))
+                groups.append(torch.cat(shares))
+        state = {
+            group: {"step": torch.tensor(4.0), "exp_avg": average, "exp_avg_sq": square}
+            for group, (average, square) in enumerate(zip(flat["exp_avg"], flat["exp_avg_sq"]))
+        }
+        saved = {"fp32_flat_groups": flat["fp32"], "optimizer_state_dict": {"state": state}}
+        shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in SHAPES]
+        prefix = f"zero_pp_rank_{rank}_mp_rank_00"
+        torch.save({"optimizer_state_dict": saved}, folder / f"{prefix}_optim_states.pt")
+        torch.save({"param_shapes": shapes}, folder / f"{prefix}_model_states.pt")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 8), (3, 2), (8, 3), (1, 4)])
+def test_ranks_read_their_shares_of_every_parameter_and_nothing_else(tmp_path, before, after):
+    write_stage_3(tmp_path, before)
+    for name in ("matrix", "vector", "head"):
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            share = -(-len(whole(name, key)) // after)
+            parts = []
+            for rank in range(after):
+                shards = Shards(tmp_path, 3, before)
+                part = torch.zeros(share)
+                shards.copy_into(part, name, key, rank * share)
+                parts.append(part)
+                overlap = -(-before // after) + 1  # old shares that a new one can lie in
+                assert shards.saved.cache_info().currsize <= overlap
+            assert torch.equal(torch.cat(parts), padded(whole(name, key), share * after))
+            assert Shards(tmp_path, 3, before).step(name) == 4
+    assert all(torch.equal(values, whole(name, "fp32")) for name, values in trained_weights(tmp_path, 3, before))
+
+
+@given(numel=st.integers(1, 60), before=st.integers(1, 9), start=st.integers(0, 70), wanted=st.integers(1, 70))
+def test_parts_are_what_is_asked_for(numel, before, start, wanted):
+    layout = Layout.of_stage_3([{"other": (5,), "asked": (numel,)}], before)
+    share, first = -(-numel // before), -(-5 // before)
+    found = []
+    for place, part in layout.parts("asked", start, wanted):
+        assert place == len(found)
+        found += range(part.rank * share + part.start - first, part.rank * share + part.start - first + part.numel)
+    assert found == [*range(min(start, numel), min(start + wanted, numel))]
+    assert layout.numel("asked") == numel
