@@ -108,7 +108,7 @@ class Workload:
             ranks = partition_into_micro_batches(of_step, num_processes, budget, rows)
             numbers.append(len(ranks[0]))
             waiting.append(imbalance(of_step, ranks, rows))
-            heaviest = max(heaviest, *(occupied(of_step, part, rows) for own in ranks for part in own))
+            heaviest = max(heaviest, int(occupied(of_step, [part for own in ranks for part in own], rows).max()))
         return Partition(float(np.mean(numbers)), float(np.mean(waiting)), heaviest)
 
 

@@ -101,7 +101,7 @@ def partition_into_micro_batches(
         n = -(-len(fill(costs, max_tokens, rows)) // num_ranks)
         bins = fill_evenly(costs, num_ranks * n, max_tokens, rows)
     # With the heaviest first, micro-batches that ranks run at once are alike; dealing to and fro evens their totals.
-    bins = sorted(bins, key=lambda part: -occupied(costs, part, rows))
+    bins = [bins[place] for place in np.argsort(-occupied(costs, bins, rows), kind="stable")]
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     for row in range(n):
         dealt = bins[row * num_ranks : (row + 1) * num_ranks]
@@ -110,12 +110,17 @@ def partition_into_micro_batches(
     return ranks
 
 
-def occupied(costs: np.ndarray, part: list[int], rows: np.ndarray | None = None) -> int:
-    """Tokens of a micro-batch, with its padding. DUMMY counts nothing."""
-    part = [place for place in part if place != DUMMY]
-    if rows is None or not part:
-        return int(costs[part].sum())
-    return int(rows[part].sum() * (costs[part] // rows[part]).max())
+def occupied(costs: np.ndarray, parts: list[list[int]], rows: np.ndarray | None = None) -> np.ndarray:
+    """Tokens [len(parts)] int64 of micro-batches, with their padding. DUMMY counts nothing."""
+    micro_batch = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    item = np.array([place for part in parts for place in part], dtype=np.int64)
+    micro_batch, item = micro_batch[item != DUMMY], item[item != DUMMY]
+    sums, widest = np.zeros(len(parts), dtype=np.int64), np.zeros(len(parts), dtype=np.int64)
+    np.add.at(sums, micro_batch, (costs if rows is None else rows)[item])
+    if rows is None:
+        return sums
+    np.maximum.at(widest, micro_batch, costs[item] // rows[item])
+    return sums * widest
 
 
 def imbalance(costs: np.ndarray, ranks: list[list[list[int]]], rows: np.ndarray | None = None) -> float:
@@ -124,35 +129,36 @@ def imbalance(costs: np.ndarray, ranks: list[list[list[int]]], rows: np.ndarray 
     Args:
         ranks: as `partition_into_micro_batches` returns it.
     """
-    tokens = np.array([[occupied(costs, part, rows) for part in own] for own in ranks])
+    tokens = occupied(costs, [part for own in ranks for part in own], rows).reshape(len(ranks), -1)
     return float(1 - tokens.mean(axis=0).sum() / tokens.max(axis=0).sum())
 
 
 def pack(costs: np.ndarray, order: np.ndarray, num_bins: int, max_tokens: int) -> list[list[int]] | None:
     """Longest-first greedy packing into `num_bins` lists, or None when one would exceed max_tokens."""
-    heap = [(0, index) for index in range(num_bins)]
+    heap = list(range(num_bins))  # load * num_bins + index of each: whole numbers are compared faster than pairs
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    for item in order.tolist():
-        load, index = heapq.heappop(heap)
-        load += int(costs[item])
-        if load > max_tokens:
+    too_heavy = (max_tokens + 1) * num_bins
+    for item, cost in zip(order.tolist(), (costs[order] * num_bins).tolist()):
+        lightest = heap[0]
+        if lightest + cost >= too_heavy:
             return None
-        bins[index].append(item)
-        heapq.heappush(heap, (load, index))
+        bins[lightest % num_bins].append(item)
+        heapq.heapreplace(heap, lightest + cost)
     return bins
 
 
 def fill(costs: np.ndarray, max_tokens: int, rows: np.ndarray | None = None) -> list[list[int]]:
     """Micro-batches of items in descending order of width, each full before the next begins."""
     widths = costs if rows is None else costs // rows
+    order = np.argsort(-widths, kind="stable")
+    columns = (order, costs[order], widths[order], costs[order] if rows is None else rows[order])
     batches: list[list[int]] = []
-    tokens = 0
-    for item in np.argsort(-widths, kind="stable").tolist():
-        if batches:  # whose first item is the widest
-            tokens += int(costs[item] if rows is None else rows[item] * widths[batches[-1][0]])
+    tokens, widest = 0, 1
+    for item, cost, width, units in zip(*(column.tolist() for column in columns)):
+        tokens += units * widest
         if not batches or tokens > max_tokens:
             batches.append([])
-            tokens = int(costs[item])
+            tokens, widest = cost, 1 if rows is None else width
         batches[-1].append(item)
     return batches
 
