@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import IO, cast
 
 import torch
-import xxhash
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from hafrm_ds.engine.checkpoint import FileFacts
+from hafrm_ds.engine.checkpoint import Checksums, FileFacts
 
 
 class HashingFile:
@@ -16,7 +15,7 @@ class HashingFile:
 
     def __init__(self, path: Path):
         self.raw = path.open("wb")
-        self.digest, self.size = xxhash.xxh3_128(), 0
+        self.checksums = Checksums()
         self.error: OSError | None = None
 
     def write(self, data) -> int:
@@ -25,8 +24,7 @@ class HashingFile:
         except OSError as error:
             self.error = error
             raise
-        self.digest.update(data)
-        self.size += memoryview(data).nbytes
+        self.checksums.update(data)
         return memoryview(data).nbytes
 
     def flush(self) -> None:
@@ -61,4 +59,4 @@ class CheckpointWriter(TorchCheckpointEngine):
         except (OSError, RuntimeError) as error:  # torch hides the reason behind an error of its own
             self.error = (file.error if file else None) or error
         else:
-            self.files[Path(path)] = FileFacts(file.size, file.digest.hexdigest())
+            self.files[Path(path)] = file.checksums.facts()

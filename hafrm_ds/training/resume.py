@@ -138,7 +138,7 @@ def why_not_whole(folder: Path, processes: Processes) -> str | None:
     """What is wrong with a checkpoint, the same on all ranks; each reads a part of its files."""
     try:
         files = sorted(read_manifest(folder).items())
-        own = damaged_file(folder, files[processes.rank :: processes.world_size])
+        own = damaged_file(folder, files, processes.rank, processes.world_size)
     except CheckpointError as error:
         own = str(error)
     found = processes.texts_of_all(f"check {folder}", own or "")

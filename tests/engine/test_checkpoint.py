@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from hafrm_ds.engine import checkpoint as module
 from hafrm_ds.engine.checkpoint import (
@@ -88,6 +89,27 @@ def test_a_draft_is_no_checkpoint_and_the_next_save_clears_it_away(tmp_path):
     save(tmp_path, 15)
     assert not draft.exists()
     assert list(saved_steps(tmp_path)) == [15, 5]
+
+
+def test_ranks_share_the_check_of_one_large_file_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
+    draft = start_draft(tmp_path, 5, expected_bytes=0)
+    name, content = f"{DEEPSPEED_FOLDER}/part.pt", random.Random(0).randbytes(7500)
+    checksums = module.Checksums()
+    for start in range(0, len(content), 700):
+        checksums.update(content[start : start + 700])
+    (draft / name).write_bytes(content)
+    folder = complete(draft, tmp_path, state_at(5), {name: checksums.facts()})
+    files = read_manifest(folder)
+    assert len(files[name].blocks) == 8
+    assert files[name].xxh3 == xxhash.xxh3_128_hexdigest(content)
+    sizes = [stop - start for which, start, stop, _ in module.checked_parts(files.items()) if which == name]
+    assert sizes == [1000] * 7 + [500]
+    assert [damaged_file(folder, files.items(), rank, 3) for rank in range(3)] == [None] * 3
+    (folder / name).write_bytes(content[:6200] + bytes([content[6200] ^ 1]) + content[6201:])
+    found = [damaged_file(folder, files.items(), rank, 3) for rank in range(3)]
+    assert [bool(each) for each in found] == [True, False, False]  # the seventh block is that of the first rank
+    assert f"{name} does not have the checksum" in found[0]
 
 
 def truncate(folder: Path) -> None:
