@@ -35,7 +35,7 @@ DEEPSPEED_FOLDER = "deepspeed"
 NAME = re.compile(r"step-(\d{6,})")
 FORMAT = 1
 BLOCK_BYTES = 256 * 2**20
-"""Part of a larger file that has a checksum of its own, so that many ranks share the check of few files. It belongs to the
+"""Part of a larger file that has a checksum of its own, so that many ranks share the check of few files. Belongs to the
 format."""
 READ_BYTES = 2**20
 

@@ -8,6 +8,7 @@ Markdown table.
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -37,12 +38,9 @@ def main() -> None:
             in_rows = None if rows is None else np.full(pairs, rows)
             ranks = partition_into_micro_batches(costs, num_ranks, MAX_TOKENS, in_rows)
             times = [
-                milliseconds(work)
-                for work in (
-                    lambda: plan.global_batch(1),
-                    lambda: partition_into_micro_batches(costs, num_ranks, MAX_TOKENS, in_rows),
-                    lambda: imbalance(costs, ranks, in_rows),
-                )
+                milliseconds(partial(plan.global_batch, 1)),
+                milliseconds(partial(partition_into_micro_batches, costs, num_ranks, MAX_TOKENS, in_rows)),
+                milliseconds(partial(imbalance, costs, ranks, in_rows)),
             ]
             cells = [f"{num_ranks:,}", f"{pairs:,}", layout, str(len(ranks[0])), *(f"{each:.2f}" for each in times)]
             print(f"| {' | '.join(cells)} |")
