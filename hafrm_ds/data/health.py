@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hafrm_ds.data.content_keys import unique_keys
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.data.tables import Cell, Table, count, share
 
 MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -115,16 +115,16 @@ def token_costs(lengths: dict[str, np.ndarray], layout: str, sides: np.ndarray |
         lengths: prompt, chosen and rejected, each [pairs].
         sides: [pairs, 2] bool, which of the two responses are laid out; None: both.
     """
-    prompt = lengths["prompt"]
-    responses = np.stack([lengths["chosen"], lengths["rejected"]], axis=1)
-    if sides is None:
-        sides = np.ones_like(responses, dtype=bool)
-    responses = np.where(sides, responses, 0)
+    prompt, chosen, rejected = (lengths[name] for name in ("prompt", "chosen", "rejected"))
+    number: np.ndarray | int = 2
+    if sides is not None:
+        chosen, rejected = np.where(sides[:, 0], chosen, 0), np.where(sides[:, 1], rejected, 0)
+        number = sides.sum(axis=1)
     if layout == "shared_prefix":
-        return prompt + responses.sum(axis=1)
+        return prompt + chosen + rejected
     if layout == "packed":
-        return sides.sum(axis=1) * prompt + responses.sum(axis=1)
-    return sides.sum(axis=1) * (prompt + responses.max(axis=1))
+        return number * prompt + chosen + rejected
+    return number * (prompt + np.maximum(chosen, rejected))
 
 
 def padded_rows(layout: str, num_items: int, num_responses: np.ndarray | int = 2) -> np.ndarray | None:

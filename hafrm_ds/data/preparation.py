@@ -1,4 +1,10 @@
-"""From data sources to tokenised pairs, cached on disk, with a report of what became of every row."""
+"""From data sources to tokenised pairs, cached on disk, with a report of what became of every row.
+
+    sources -> rows -> tokenised rows -> PreparedPairs
+
+The first process does all of it; those that come after it, and later runs, find the result by the state of the files
+and map it.
+"""
 
 import hashlib
 import itertools
@@ -8,7 +14,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -18,8 +23,9 @@ import pyarrow.compute as pc
 
 from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.prepared import LENGTHS, PreparedPairs, save_pairs
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs
+from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs, selection_key
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
 from hafrm_ds.data.report import DataReport, Example, TemplateFacts, count_outcomes, count_repeats, percentiles
 from hafrm_ds.data.sources import Source
@@ -30,7 +36,6 @@ from hafrm_ds.data.tokenization import (
     REFUSED,
     TOKENIZATION_VERSION,
     TOO_LONG,
-    TokenizedPair,
     Truncation,
     tokenize_pairs,
 )
@@ -40,6 +45,8 @@ SMALL_SET = 2000
 """Rows below which starting worker processes takes longer than the tokenising itself."""
 MAX_PROCESSES = 16
 NUM_EXAMPLES = 3
+PREPARED_VERSION = 1
+"""Raise it whenever what is counted of a set changes."""
 
 TOKEN_IDS = datasets.Sequence(datasets.Value("int32"))
 PAIR_FEATURES = {
@@ -50,7 +57,6 @@ PAIR_FEATURES = {
     "source": datasets.Value("string"),
     "id": datasets.Value("string"),
 }
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # One row for each row read, kept in the cache: what became of it, beside the pair itself.
 FATE_FEATURES = {
     "format": datasets.Value("string"),
@@ -67,43 +73,6 @@ FATE_FEATURES = {
 }
 CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "remarks")
 """Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
-
-
-@dataclass(frozen=True)
-class PreparedPairs:
-    """The usable pairs of a set, in reading order."""
-
-    pairs: datasets.Dataset
-    """Columns prompt_ids, chosen_ids, rejected_ids (int32 lists), margin (float32 or None), source, id."""
-    lengths: dict[str, np.ndarray]
-    """prompt, chosen, rejected -> [pairs] int64 tokens."""
-    keys: np.ndarray
-    """[pairs, 2] KEY_DTYPE, content keys of chosen and rejected response."""
-    prompt_keys: np.ndarray
-    """[pairs] KEY_DTYPE, keys of the prompts before any truncation: pairs of one prompt share it, whatever was left."""
-    uncut_lengths: np.ndarray
-    """int64 tokens of the longer conversation, not truncated, for all pairs that could be rendered: also for those that
-    were dropped as too long."""
-    report: DataReport
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    @cached_property
-    def rows(self) -> datasets.Dataset:
-        """`pairs` as Arrow tables. Lists of Python numbers, which datasets makes otherwise, take many times as long to
-        make and to lay out."""
-        return self.pairs.with_format("arrow")
-
-    def margins(self, index: np.ndarray) -> np.ndarray:
-        """[P] positions -> [P] fp32, 0 where the data has no margin."""
-        margins = self.pairs.select(index).select_columns(["margin"])[:]["margin"]
-        return np.array([margin or 0.0 for margin in margins], dtype=np.float32)
-
-    def __getitem__(self, index: int) -> TokenizedPair:
-        row = self.rows[int(index)]
-        ids = {name: row[name][0].values.to_numpy() for name in ID_COLUMNS}
-        return TokenizedPair(**ids, **{name: row[name][0].as_py() for name in ("margin", "source", "id")})
 
 
 @dataclass(frozen=True)
@@ -165,7 +134,7 @@ def prepare_pairs(
 ) -> PreparedPairs:
     """Read, tokenise and check the pairs of `sources`.
 
-    The tokenised rows are cached by content of the sources, formatter, max_length and truncation. `seed` decides caps
+    The result is cached by state of the files, sources, formatter, max_length and truncation. `seed` decides caps
     and mixes of training sources and the examples in the report. An evaluation set is the same under every seed: runs
     are compared on it.
 
@@ -173,17 +142,48 @@ def prepare_pairs(
         DataError: a source cannot be read, more than options.max_dropped_share of the selected pairs is unusable, or no
             pair is left.
     """
+    seed_of_choices = seed if role == "train" else 0
     with cache_in_words(options.cache_dir):
-        rows = read_pairs(sources, role=role, seed=seed if role == "train" else 0, cache_dir=options.cache_dir)
-        try:
-            tokenized = tokenize_rows(rows, formatter, options)
-        except pa.ArrowInvalid:  # what the cache holds is damaged
-            tokenized = tokenize_rows(rows, formatter, options, anew=True)
+        rows_key = selection_key(sources, role=role, seed=seed_of_choices, cache_dir=options.cache_dir)
+        key = tokenization_cache_key(
+            f"{PREPARED_VERSION} {role} {rows_key}", formatter.fingerprint, options.max_length, options.truncation
+        )
+        folder = cache_folder(options) / f"prepared-{key}"
+        prepared = PreparedPairs.open(folder)
+        if prepared is None:
+            rows = read_pairs(sources, role=role, seed=seed_of_choices, cache_dir=options.cache_dir)
+            try:
+                tokenized = tokenize_rows(rows, formatter, options)
+            except pa.ArrowInvalid:  # what the cache holds is damaged
+                tokenized = tokenize_rows(rows, formatter, options, anew=True)
+            count_pairs(tokenized, folder, formatter, options, role)
+            prepared = PreparedPairs.open(folder)
+            if prepared is None:
+                raise DataError(f"{folder} was written, and cannot be read: does something else clear the cache?")
+    report = prepared.report
+    report.template = TemplateFacts.of(formatter)  # a file of the same content may have moved
+    check_enough_left(report, options)
+    for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
+        report.examples.append(Example.of(prepared[index], formatter.tokenizer))
+    return prepared
+
+
+def cache_folder(options: PreparationOptions) -> Path:
+    return Path(options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds")
+
+
+def count_pairs(
+    tokenized: datasets.Dataset, folder: Path, formatter: ChatFormatter, options: PreparationOptions, role: Role
+) -> None:
+    """Find the usable pairs among tokenised rows, and leave in `folder` what PreparedPairs says of them.
+
+    Raises:
+        DataError: too many are unusable, or the template writes a part of none.
+    """
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
-    lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in ("prompt", "chosen", "rejected")}
+    lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in LENGTHS}
     keys = np.stack([keys_of_column(table[name]) for name in ("chosen_key", "rejected_key")], axis=1)[kept]
-    prompt_keys = keys_of_column(table["prompt_key"])[kept]
     uncut = table["uncut_length"].to_numpy()
     uncut = uncut[uncut > 0]
     report = summarize(table, lengths, keys, uncut, formatter, options, role)
@@ -196,11 +196,12 @@ def prepare_pairs(
     report.with_marks = len(kept) - pc.sum(pc.equal(table["marks"].take(kept), "")).as_py() if len(kept) else 0
     check_enough_left(report, options)
     check_written(report, table["left_out"].take(kept), formatter)
-    pairs = tokenized.select(kept).select_columns(list(PAIR_FEATURES))
-    prepared = PreparedPairs(pairs, lengths, keys, prompt_keys, uncut, report)
-    for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
-        report.examples.append(Example.of(prepared[index], formatter.tokenizer))
-    return prepared
+    columns = lengths | {
+        "keys": keys,
+        "prompt_keys": keys_of_column(table["prompt_key"])[kept],
+        "uncut_lengths": uncut,
+    }
+    save_pairs(folder, tokenized, kept, columns, report)
 
 
 def choose_examples(num_pairs: int, num_examples: int, seed: int) -> list[int]:
@@ -223,7 +224,7 @@ def tokenize_rows(
     fingerprint = tokenization_cache_key(
         rows._fingerprint, formatter.fingerprint, options.max_length, options.truncation
     )
-    folder = options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds"
+    folder = cache_folder(options)
     folder.mkdir(parents=True, exist_ok=True)
     return rows.map(
         tokenize_batch,
@@ -401,10 +402,4 @@ def counted(reasons: dict[str, int], first: dict[str, str]) -> Iterable[str]:
 
 def fingerprints_of(sets: Mapping[str, PreparedPairs]) -> dict[str, str]:
     """Name of a set -> hash of its pairs in order: tokens and margins."""
-    return {name: fingerprint(pairs) for name, pairs in sets.items()}
-
-
-def fingerprint(pairs: PreparedPairs) -> str:
-    digest = hashlib.sha256(pairs.keys.tobytes())
-    digest.update(np.array(list(pairs.pairs["margin"]), dtype=np.float32).tobytes())
-    return digest.hexdigest()
+    return {name: pairs.fingerprint for name, pairs in sets.items()}

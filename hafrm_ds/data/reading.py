@@ -86,6 +86,14 @@ def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path 
     return rows.add_column("deselected", deselected, feature=FEATURES["deselected"], new_fingerprint=fingerprint)
 
 
+def selection_key(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> str:
+    """Hexadecimal key of what `read_pairs` depends on, found without reading a row. Arguments and errors as there."""
+    resolved = [resolve_preset(source, role) for source in sources]
+    selections = [{name: getattr(source, name) for name in SELECTION_FIELDS} for source in resolved]
+    contents = [content_key(find_tables(source, cache_dir), source) for source in resolved]
+    return digest([contents, selections, seed])
+
+
 def check_pairs_left(deselected: list[str], dropped: list[str], source: Source) -> None:
     """Raise DataError if no row of a source is both selected and usable."""
     counts = Counter(left_out or unusable for left_out, unusable in zip(deselected, dropped))

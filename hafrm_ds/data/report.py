@@ -270,9 +270,12 @@ def count_repeats(keys: np.ndarray) -> tuple[int, int]:
     Args:
         keys: [pairs, 2] KEY_DTYPE, of the chosen and the rejected response.
     """
-    _, place = unique_keys(keys.reshape(-1))
-    ordered = np.unique(place.reshape(-1, 2), axis=0)
-    unordered = np.unique(np.sort(ordered, axis=1), axis=0)
+    different, place = unique_keys(keys.reshape(-1))
+    # A pair as one number: np.unique compares rows ten times slower.
+    chosen, rejected = place.reshape(-1, 2).T
+    ordered = np.unique(chosen * len(different) + rejected)
+    chosen, rejected = np.divmod(ordered, max(1, len(different)))
+    unordered = np.unique(np.minimum(chosen, rejected) * len(different) + np.maximum(chosen, rejected))
     return len(keys) - len(ordered), len(ordered) - len(unordered)
 
 

@@ -250,9 +250,9 @@ def complete(draft: Path, root: Path, state: TrainingState, files: dict[str, Fil
             )
     files = files | {STATE: write_json(draft / STATE, asdict(state))}
     listed = {name: asdict(files[name]) for name in sorted(files)}
-    for facts in listed.values():
-        if not facts["blocks"]:
-            del facts["blocks"]
+    for entry in listed.values():
+        if not entry["blocks"]:
+            del entry["blocks"]
     content = {"format": FORMAT, "step": state.step, "files": listed}
     write_json(draft / MANIFEST, content)
     folder = root / checkpoint_name(state.step)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hafrm_ds.data.micro_batches import DUMMY_PAIR
 from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
 from hafrm_ds.data.planning import DUMMY, partition_by_length
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.errors import UserError

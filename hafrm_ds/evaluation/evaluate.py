@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from hafrm_ds.config import Positive, PositiveInt, ScoringSection, Share
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
-from hafrm_ds.data.preparation import PreparationOptions, PreparedPairs, fingerprint, prepare_pairs
+from hafrm_ds.data.preparation import PreparationOptions, PreparedPairs, prepare_pairs
 from hafrm_ds.data.sources import EvalSources, suggestion
 from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.durability import write_whole
@@ -198,7 +198,7 @@ class Evaluation:
             "reference": None if self.reference is None else identity_of_model(self.reference),
             "template": self.formatter.fingerprint,
             "pairs": {
-                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each)]
+                name: [each.pairs.fingerprint, hash_of(each.pairs.pairs["source"][:]), len(each)]
                 for name, each in self.sets.items()
             },
             "questions": {

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.data.report import Example
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError

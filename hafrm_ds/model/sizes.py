@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from hafrm_ds.data.preparation import ID_COLUMNS, PreparedPairs
+from hafrm_ds.data.prepared import ID_COLUMNS, PreparedPairs
 from hafrm_ds.errors import DataError, ModelError
 
 SCANNED_ROWS = 10_000

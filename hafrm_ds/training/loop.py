@@ -19,7 +19,7 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import padded_rows, token_costs
 from hafrm_ds.data.planning import DUMMY, BatchPlan, imbalance, partition_into_micro_batches
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.engine.engine import TrainingEngine
 from hafrm_ds.engine.scoring import score_pairs
 from hafrm_ds.engine.shapes import full_shape
@@ -92,7 +92,6 @@ class Trainer:
         self.plan = BatchPlan(len(train_pairs), config.batch.global_batch_size, config.seed)
         self.num_steps = config.max_steps or math.ceil(config.epochs * len(train_pairs) / self.plan.global_batch_size)
         self.train_set = PairSet(train_pairs, self.plan.pairs_until(self.num_steps))
-        self.train_costs = token_costs(train_pairs.lengths, config.batch.layout)
         self.eval_sets = {
             name: PairSet(pairs, fixed_choice(len(pairs), config.evaluation.max_pairs))
             for name, pairs in eval_pairs.items()
@@ -198,7 +197,8 @@ class Trainer:
     def partition(self, step: int) -> tuple[list[np.ndarray], float]:
         """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
         index, batch = self.plan.global_batch(step), self.config.batch
-        costs, rows = self.train_costs[index], padded_rows(batch.layout, len(index))
+        lengths = {name: column[index] for name, column in self.train_set.pairs.lengths.items()}
+        costs, rows = token_costs(lengths, batch.layout), padded_rows(batch.layout, len(index))
         ranks = partition_into_micro_batches(costs, self.world_size, batch.token_budget, rows)
         own = [np.array([DUMMY if place == DUMMY else index[place] for place in part]) for part in ranks[self.rank]]
         return own, imbalance(costs, ranks, rows)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hafrm_ds.config import BatchConfig, TrainConfig
 from hafrm_ds.data.packing import lay_out, token_costs
 from hafrm_ds.data.planning import BatchPlan, check_budget
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine, TrainingEngine
 from hafrm_ds.engine.scoring import over_all_ranks

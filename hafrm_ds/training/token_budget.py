@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import PackedBatch, token_costs
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.engine.engine import Engine, TrainingEngine
 from hafrm_ds.engine.scoring import over_all_ranks
 from hafrm_ds.errors import UserError

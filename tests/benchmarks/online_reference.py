@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.planning import DUMMY
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.engine.engine import Engine, load_scoring_engine, load_training_engine
 from hafrm_ds.processes.ranks import Processes, run_entry

@@ -17,7 +17,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import ID_COLUMNS, prepare_pairs
+from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.prepared import ID_COLUMNS
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.model.token_logprobs import LOGPROB_VERSION

@@ -3,12 +3,15 @@
 import errno
 import json
 import os
+from functools import partial
 
+import numpy as np
 import pytest
 
 from hafrm_ds.data import preparation
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparationOptions, prepare_pairs
+from hafrm_ds.data.prepared import fingerprint
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError, in_own_names
 
@@ -29,8 +32,8 @@ def file(tmp_path):
 def prepare(tmp_path, make_tokenizer, file):
     formatter = ChatFormatter.create(make_tokenizer(), None, "2024-07-26")
 
-    def prepared(cache_dir=tmp_path / "cache"):
-        options = PreparationOptions(max_length=200, truncation="drop", cache_dir=cache_dir)
+    def prepared(cache_dir=tmp_path / "cache", **options):
+        options = PreparationOptions(max_length=200, truncation="drop", cache_dir=cache_dir, **options)
         sources = [Source(path=str(tmp_path / "pairs.jsonl"))]
         return prepare_pairs(sources, formatter=formatter, options=options, role="eval", seed=0)
 
@@ -73,3 +76,31 @@ def test_a_file_that_has_changed_under_the_same_size_and_time_is_read_anew(prepa
     assert before.report.examples[0].chosen != (changed := before.report.examples[0].chosen.replace("Yes", "Nay"))
     os.utime(file("Nay"), ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert prepare().report.examples[0].chosen == changed
+
+
+def test_later_processes_map_what_the_first_has_counted(prepare, tmp_path, monkeypatch):
+    first = prepare()
+    monkeypatch.setattr(preparation, "read_pairs", None)  # no row is read again
+    again = prepare()
+    assert again.report == first.report
+    assert again.fingerprint == first.fingerprint == fingerprint(first.keys, np.full(len(first), np.nan, np.float32))
+    assert again.pairs.to_list() == first.pairs.to_list()
+    mapped = (*again.lengths.values(), again.keys, again.prompt_keys, again.uncut_lengths)
+    assert all(isinstance(column.base, np.memmap) and not column.flags.writeable for column in mapped)
+
+
+@pytest.mark.parametrize("name", ["keys.npy", "facts.json", "chosen.npy", "kept.arrow"])
+@pytest.mark.parametrize("damage", [b"", b"{}", None])
+def test_damaged_counts_are_made_anew(prepare, tmp_path, file, name, damage):
+    with (tmp_path / "pairs.jsonl").open("a") as more:
+        more.write(json.dumps({"prompt": "Q", "chosen": "x" * 300, "rejected": "No."}) + "\n")
+    prepare = partial(prepare, max_dropped_share=0.2)
+    whole = prepare()
+    [folder] = (tmp_path / "cache").glob("prepared-*")
+    (folder / name).unlink()  # the old one is mapped into memory
+    if damage is not None:
+        (folder / name).write_bytes(damage)
+    again = prepare()
+    assert len(again) == 9
+    assert again.pairs.to_list() == whole.pairs.to_list()
+    assert np.array_equal(again.keys, whole.keys) and again.report == whole.report

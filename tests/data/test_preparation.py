@@ -49,6 +49,7 @@ def prepare(monkeypatch, tmp_path, formatter):
         columns = {name: [item[name] for item in numbered] for name in FEATURES}
         dataset = datasets.Dataset.from_dict(columns, features=FEATURES)
         monkeypatch.setattr(preparation, "read_pairs", lambda sources, **_: dataset)
+        monkeypatch.setattr(preparation, "selection_key", lambda sources, **_: dataset._fingerprint)
         data = DataConfig(train="pairs.jsonl", cache_dir=tmp_path / "cache", **options)
         return prepare_pairs(
             [Source(path="pairs.jsonl")], formatter=formatter, options=data.preparation, role="train", seed=seed
@@ -207,7 +208,7 @@ def test_nothing_left(prepare):
 def test_second_run_reads_the_cache(prepare, monkeypatch, tmp_path, make_tokenizer):
     first = prepare(GOOD_ROWS)
     files = sorted((tmp_path / "cache").iterdir())
-    assert len(files) == 1
+    assert [file.name.split("-")[0] for file in files] == ["prepared", "tokenized"]
     calls = []
     original = preparation.tokenize_pairs
 
@@ -227,7 +228,7 @@ def test_second_run_reads_the_cache(prepare, monkeypatch, tmp_path, make_tokeniz
     other = ChatFormatter.create(make_tokenizer(), "chatml", "2024-07-26")
     prepare(GOOD_ROWS, formatter=other)
     assert len(calls) == 2 * len(GOOD_ROWS), "another template is another cache"
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
 def test_cache_key_depends_on_each_part(monkeypatch):

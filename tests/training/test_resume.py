@@ -3,14 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
 from hafrm_ds.data.content_keys import KEY_DTYPE
-from hafrm_ds.data.preparation import fingerprint
+from hafrm_ds.data.prepared import fingerprint
 from hafrm_ds.engine.checkpoint import CheckpointError
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes
@@ -180,13 +179,13 @@ def test_an_unknown_option_cannot_be_allowed(tmp_path):
 
 
 def test_the_fingerprint_of_pairs_knows_their_order_and_margins():
-    def pairs(order: list[int], margins: list[float | None]) -> SimpleNamespace:
+    def print_of(order: list[int], margins: list[float | None]) -> str:
         keys = np.zeros((len(order), 2), KEY_DTYPE)
         keys["low"] = np.array([order, order]).T
-        return SimpleNamespace(keys=keys, pairs={"margin": margins})
+        return fingerprint(keys, np.array(margins, dtype=np.float32))
 
     prints = [
-        fingerprint(pairs(*given))
+        print_of(*given)
         for given in (([1, 2], [None, None]), ([1, 2], [None, None]), ([2, 1], [None, None]), ([1, 2], [None, 0.5]))
     ]
     assert prints[0] == prints[1]
