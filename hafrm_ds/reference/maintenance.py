@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from hafrm_ds.reference.store import (
     DRAFT_PREFIX,
     NAMESPACE_FILE,
     SET_ASIDE,
-    KeyIndex,
     StoreError,
+    first_places,
     good_shards,
     open_shard,
     read_namespaces,
@@ -49,7 +48,7 @@ def verify_store(root: Path) -> list[NamespaceReport]:
             except ValueError as error:
                 bad.append(f"{path} {error}")
         size = sum(shard.path.stat().st_size for shard in good)
-        values = len(KeyIndex.over([shard.keys for shard in good]))
+        values = len(first_places(good))
         reports.append(NamespaceReport(name, facts, len(good), values, size, bad))
     return reports
 
@@ -90,19 +89,17 @@ def prune_store(root: Path, warn: Callable[[str], None] = print) -> None:
         if (folder / SET_ASIDE).exists():
             shutil.rmtree(folder / SET_ASIDE)
         shards = list(good_shards(folder, name, warn))
-        index = KeyIndex.over([shard.keys for shard in shards])
-        if len(shards) <= 1 and len(index.place) == len(index):
+        places = first_places(shards)
+        if len(shards) <= 1 and len(places) == sum(len(shard.table) for shard in shards):
             continue
-        is_first = np.ones(len(index.high), dtype=bool)
-        is_first[1:] = (index.high[1:] != index.high[:-1]) | (index.low[1:] != index.low[:-1])
         # Per-token values stay only where every shard has them: a column may not be there for some rows.
         columns = [name for name in shards[0].table.schema.names if all(name in s.table.schema.names for s in shards)]
         table = pa.concat_tables([shard.table.select(columns).replace_schema_metadata() for shard in shards])
-        kept = table.take(np.sort(index.place[is_first])).combine_chunks()
+        kept = table.take(places).combine_chunks()
         provenances = sorted({shard.table.schema.metadata[b"provenance"] for shard in shards})
         metadata = {"namespace": name, "provenance": b"[" + b", ".join(provenances) + b"]"}
         written = write_shard(folder, kept.replace_schema_metadata(metadata))
-        if len(open_shard(written, name).keys) != len(index):
+        if len(open_shard(written, name).keys) != len(places):
             raise StoreError(f"{written} does not hold what it was made of; nothing was deleted")
         for shard in shards:
             if shard.path != written:

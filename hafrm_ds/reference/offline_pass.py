@@ -12,7 +12,7 @@ from hafrm_ds.config import BatchConfig
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.packing import token_costs
 from hafrm_ds.data.planning import DUMMY
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.engine.scoring import Items, score_items
@@ -76,15 +76,19 @@ class Responses:
         keys, place = unique_keys(every.reshape(-1))
         return cls([each.pairs for each in sets], index, keys, place.reshape(-1, 2))
 
-    def by_set(self, values: np.ndarray) -> list[ReferenceLogprobs]:
-        """Values [U] -> those of each set's pairs, NaN for pairs that were not wanted."""
-        result = []
-        for number, pairs in enumerate(self.sets):
+    def into(self, tables: Sequence[np.ndarray], values: np.ndarray) -> None:
+        """Write values [U] into tables [pairs, 2] of each set, for the pairs that are wanted."""
+        for number, table in enumerate(tables):
             mine = self.index[:, 0] == number
-            table = np.full((len(pairs), 2), np.nan, dtype=np.float32)
             table[self.index[mine, 1]] = values[self.place[mine]]
-            result.append(ReferenceLogprobs(table))
-        return result
+
+    def out_of(self, tables: Sequence[np.ndarray]) -> np.ndarray:
+        """The inverse of `into`: [U]."""
+        values = np.empty(len(self.keys), dtype=np.float32)
+        for number, table in enumerate(tables):
+            mine = self.index[:, 0] == number
+            values[self.place[mine]] = table[self.index[mine, 1]]
+        return values
 
 
 @dataclass(frozen=True)
@@ -198,15 +202,41 @@ def ids_of(work: Work, positions: list[int]) -> list[str]:
     return [work.responses.sets[number][int(row)].id for number, row in rows]
 
 
-def stored_values(store: ReferenceStore | None, responses: Responses, device: torch.device) -> np.ndarray:
-    """What the store holds of the responses: [U] fp32, NaN where nothing.
+@dataclass(frozen=True)
+class StoredValues:
+    """What the store holds of the responses of several sets, the same on all ranks.
 
-    Rank 0 looks up and tells the others, so that all ranks see the same although another job may be writing; `store`
-    is None on the others.
+    tables: of each set [pairs, 2] fp32, NaN for pairs that are not wanted and where nothing is stored.
+    num_wanted, num_missing: different responses.
     """
-    values = np.zeros(len(responses.keys), dtype=np.float32)
-    if store is not None:
-        values = store.logprobs(responses.keys)
-    shared = torch.from_numpy(values).to(device)
-    dist.broadcast(shared, src=0)
-    return shared.cpu().numpy()
+
+    tables: list[np.ndarray]
+    num_wanted: int
+    num_missing: int
+
+    @classmethod
+    def look_up(cls, store: ReferenceStore | None, sets: Sequence[PairSet], device: torch.device) -> "StoredValues":
+        """Rank 0 looks up and tells the others, which need not know what is asked for; so all ranks see the same
+        although another job may be writing. `store` is None on the others."""
+        tables = [np.full((len(each.pairs), 2), np.nan, dtype=np.float32) for each in sets]
+        counts = torch.zeros(2, dtype=torch.int64)
+        if store is not None:
+            responses = Responses.of(sets)
+            values = store.logprobs(responses.keys)
+            responses.into(tables, values)
+            counts = torch.tensor([len(values), int(np.isnan(values).sum())])
+        for own in (counts, *map(torch.from_numpy, tables)):  # of which the tables are views
+            shared = own.to(device)
+            dist.broadcast(shared, src=0)
+            own.copy_(shared)
+        num_wanted, num_missing = counts.tolist()
+        return cls(tables, num_wanted, num_missing)
+
+    def missing(self, sets: Sequence[PairSet]) -> "Work":
+        """The responses of the sets that are wanted and have no value."""
+        incomplete = [
+            PairSet(each.pairs, each.index[np.isnan(table[each.index]).any(axis=1)])
+            for each, table in zip(sets, self.tables, strict=True)
+        ]
+        responses = Responses.of(incomplete)
+        return Work.missing(responses, responses.out_of(self.tables))

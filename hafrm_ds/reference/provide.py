@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from hafrm_ds.config import BatchConfig, TrainConfig
-from hafrm_ds.data.preparation import PreparedPairs
+from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.errors import UserError
 from hafrm_ds.model.lora import adapters_off
@@ -18,7 +19,14 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.reference.check import check_sample
 from hafrm_ds.reference.fingerprint import fingerprint_weights
-from hafrm_ds.reference.offline_pass import PairSet, Responses, Work, compute_missing, stored_values
+from hafrm_ds.reference.offline_pass import (
+    PairSet,
+    ReferenceLogprobs,
+    Responses,
+    StoredValues,
+    Work,
+    compute_missing,
+)
 from hafrm_ds.reference.store import Namespace, ReferenceStore, ShardWriter, StoreError, describe_namespaces
 
 
@@ -47,9 +55,9 @@ class ReferenceSource:
             store = ReferenceStore(config.reference.store, namespace, notes, warn=log.warn)
         return cls(config, store, namespace)
 
-    def look_up(self, responses: Responses, device) -> np.ndarray:
-        """[U] fp32, NaN where the store has no value."""
-        return stored_values(self.store, responses, device)
+    def look_up(self, sets: Sequence[PairSet], device: torch.device) -> StoredValues:
+        """What the store holds of the sets. All ranks call this together."""
+        return StoredValues.look_up(self.store, sets, device)
 
     def compute(self, engine: Engine, work: Work, batch: BatchConfig, log: Console) -> np.ndarray:
         """Compute and store what is missing: [U] fp32, NaN for what was not."""
@@ -142,12 +150,10 @@ def provide_reference(
         UserError: values are missing and may not be computed or reference.on_missing is stop, or a sample does not
             agree with the store.
     """
-    responses = Responses.of(sets)
-    values = source.look_up(responses, engine.device)
-    num_missing = int(np.isnan(values).sum())
-    from_store = [np.flatnonzero(~np.isnan(part.values).any(axis=1)) for part in responses.by_set(values)]
-    if num_missing:
-        explanation = source.explain_missing(num_missing, len(values))
+    stored = source.look_up(sets, engine.device)
+    from_store = np.flatnonzero(~np.isnan(stored.tables[0]).any(axis=1))
+    if stored.num_missing:
+        explanation = source.explain_missing(stored.num_missing, stored.num_wanted)
         if not may_compute:
             raise UserError(
                 f"{explanation}. The run that is resumed had all of them: give the --reference.store that it used, or "
@@ -159,15 +165,16 @@ def provide_reference(
                 "--reference.on_missing compute"
             )
         log.print(f"{explanation}: computing them now")
-        work = Work.missing(responses, values)
+        work = stored.missing(sets)
         with adapters_off(engine.model.causal_lm):
             computed = source.compute(engine, work, batch, log)
-        values = np.where(np.isnan(values), computed, values)
+        known = work.responses.out_of(stored.tables)
+        work.responses.into(stored.tables, np.where(np.isnan(known), computed, known))
     else:
-        log.print(f"all {len(values):,} reference log-probs found in {source.config.reference.store}")
-    for each, reference in zip(sets, responses.by_set(values), strict=True):
-        each.reference = reference
-    check_sample(source.config, batch, engine, sets[0], from_store[0], log, record)
+        log.print(f"all {stored.num_wanted:,} reference log-probs found in {source.config.reference.store}")
+    for each, table in zip(sets, stored.tables, strict=True):
+        each.reference = ReferenceLogprobs(table)
+    check_sample(source.config, batch, engine, sets[0], from_store, log, record)
 
 
 def precompute(
@@ -187,20 +194,19 @@ def precompute(
     """
     started = time.perf_counter()
     config = source.config
-    responses = Responses.of([PairSet(pairs, np.arange(len(pairs))) for pairs in sets])
-    values = source.look_up(responses, processes.device)
-    work = Work.missing(responses, values)
-    num_missing = int(np.isnan(values).sum())
+    wanted = [PairSet(pairs, np.arange(len(pairs))) for pairs in sets]
+    stored = source.look_up(wanted, processes.device)
+    work = stored.missing(wanted)
     figures: dict[str, float] = {
         "pairs": sum(len(pairs) for pairs in sets),
-        "responses": len(values),
-        "computed": num_missing,
+        "responses": stored.num_wanted,
+        "computed": stored.num_missing,
         "tokens": 0,
         "look_up_seconds": time.perf_counter() - started,
         "compute_seconds": 0.0,
     }
     if len(work):
-        log.print(source.explain_missing(num_missing, len(values)))
+        log.print(source.explain_missing(stored.num_missing, stored.num_wanted))
         engine, batch = load_engine()
         started = time.perf_counter()
         source.compute(engine, work, batch, log)
@@ -209,7 +215,7 @@ def precompute(
     dist.barrier()
     if source.store is not None:
         source.store.refresh()
-        if left := int(source.store.missing(responses.keys).sum()):
+        if left := int(source.store.missing(Responses.of(wanted).keys).sum()):
             raise StoreError(f"{left} values are missing after the pass: do all nodes see {config.reference.store}?")
         figures["stored_bytes"] = source.store.num_bytes
     return figures

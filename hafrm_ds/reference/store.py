@@ -12,7 +12,7 @@ A shard is written under another name, synced and renamed, so it exists whole or
 Writers never touch each other's files, so any number of ranks and jobs may write at once. A copy of the folder is a
 copy of the store. Nothing is ever unpickled.
 
-Legend: S shards, V stored values, Q queried keys.
+Legend: Q queried keys.
 """
 
 import errno
@@ -22,7 +22,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,6 +47,8 @@ SCHEMA = pa.schema(
 )
 """Shards may have more columns, as older ones have the log-prob of each token; they are not read."""
 FLUSH_VALUES = 1_000_000
+BLOCK_VALUES = 1_000_000
+"""Stored values that are looked at at once."""
 
 
 class StoreError(UserError):
@@ -223,7 +225,6 @@ class ReferenceStore:
     ):
         self.root, self.namespace, self.warn = root, namespace, warn
         self.folder = root / namespace.name
-        self.index = KeyIndex.empty()
         self.shards: list[Shard] = []
         try:
             if not self.folder.is_dir():
@@ -236,11 +237,10 @@ class ReferenceStore:
     def refresh(self) -> None:
         """Look at the folder anew: check and map every shard, set aside what fails."""
         self.shards = list(good_shards(self.folder, self.namespace.name, self.warn))
-        self.index = KeyIndex.over([shard.keys for shard in self.shards])
-        self._logprob = concatenated([shard.logprob for shard in self.shards], np.float32)
 
     def __len__(self) -> int:
-        return len(self.index)
+        """The number of different keys."""
+        return len(first_places(self.shards))
 
     @property
     def num_bytes(self) -> int:
@@ -248,74 +248,54 @@ class ReferenceStore:
 
     def logprobs(self, keys: np.ndarray) -> np.ndarray:
         """Stored log-probs of keys [Q] KEY_DTYPE: [Q] fp32, NaN where there is none."""
-        found = self.index.find(keys)
-        values = np.full(len(keys), np.nan, dtype=np.float32)
-        values[found >= 0] = self._logprob[found[found >= 0]]
-        return values
+        return find_values(self.shards, keys)
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """[Q] bool, True where no value is stored."""
-        return self.index.find(keys) < 0
+        return np.isnan(self.logprobs(keys))
 
 
-@dataclass(frozen=True)
-class KeyIndex:
-    """Look-up of 128-bit keys by binary search on their upper halves.
+def find_values(shards: Sequence[Shard], keys: np.ndarray) -> np.ndarray:
+    """Log-probs of keys [Q] KEY_DTYPE: [Q] fp32, NaN where there is none; of equal stored keys the first counts.
 
-    high, low: [V] uint64, sorted by high. place: [V] int64, place of each among the concatenated shards.
+    The keys are sorted, and each block of stored ones is looked for among them: so memory is that of the question,
+    however large the store is, and the store is read once from its beginning to its end.
     """
-
-    high: np.ndarray
-    low: np.ndarray
-    place: np.ndarray
-
-    @classmethod
-    def empty(cls) -> "KeyIndex":
-        return cls(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
-
-    @classmethod
-    def over(cls, keys: list[np.ndarray]) -> "KeyIndex":
-        """Index over the keys of shards, in order; of equal keys the first counts."""
-        if not keys:
-            return cls.empty()
-        high = np.concatenate([part["high"] for part in keys])
-        low = np.concatenate([part["low"] for part in keys])
-        place = np.argsort(high, kind="stable")
-        return cls(high[place], low[place], place)
-
-    def __len__(self) -> int:
-        """The number of different keys."""
-        if not len(self.high):
-            return 0
-        same = (self.high[1:] == self.high[:-1]) & (self.low[1:] == self.low[:-1])
-        return len(self.high) - int(same.sum())
-
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """Places [Q] int64 of keys [Q] KEY_DTYPE among the concatenated shards, -1 where there is none."""
-        found = np.full(len(keys), -1, dtype=np.int64)
-        if not len(self.high):
-            return found
-        # Queries in order walk through memory instead of jumping: several times faster for millions.
-        order = np.argsort(keys["high"], kind="stable")
-        high, low = keys["high"][order], keys["low"][order]
-        candidate = np.searchsorted(self.high, high)
-        open_queries = np.arange(len(keys))
-        # Different keys with equal upper halves stand side by side, and are stepped through.
-        while len(open_queries):
-            at = candidate[open_queries]
-            inside = at < len(self.high)
-            open_queries, at = open_queries[inside], at[inside]
-            alike = self.high[at] == high[open_queries]
-            open_queries, at = open_queries[alike], at[alike]
-            hit = self.low[at] == low[open_queries]
-            found[order[open_queries[hit]]] = self.place[at[hit]]
-            open_queries = open_queries[~hit]
-            candidate[open_queries] += 1
-        return found
+    values = np.full(len(keys), np.nan, dtype=np.float32)
+    wanted = as_sorted(keys)
+    order = np.argsort(wanted)
+    wanted = wanted[order]
+    for shard in reversed(shards):  # the first value of a key is written last
+        every, logprobs = shard.keys, shard.logprob
+        for start in reversed(range(0, len(every), BLOCK_VALUES)):
+            stored, logprob = (column[start : start + BLOCK_VALUES] for column in (every, logprobs))
+            by_key = np.argsort(as_sorted(stored), kind="stable")  # one pass, where a shard is in order
+            high = as_sorted(stored)[by_key]
+            at = np.searchsorted(wanted, high)
+            # Keys with equal upper halves, and keys that are asked for several times, stand side by side.
+            while len(at):
+                alike = at < len(wanted)
+                alike[alike] = wanted[at[alike]] == high[alike]
+                at, high, by_key = at[alike], high[alike], by_key[alike]
+                question = order[at]
+                hit = keys["low"][question] == stored["low"][by_key]
+                values[question[hit][::-1]] = logprob[by_key[hit][::-1]]
+                at = at + 1
+    return values
 
 
-def concatenated(parts: list[np.ndarray], dtype) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
+def as_sorted(keys: np.ndarray) -> np.ndarray:
+    """Upper halves of keys [n] as the numbers [n] uint64 whose order is that of the keys' bytes, by which shards are
+    written in order."""
+    return keys["high"].astype(np.uint64).byteswap()
+
+
+def first_places(shards: Sequence[Shard]) -> np.ndarray:
+    """Places, ascending, among the values of all shards laid end to end, of the first of every key."""
+    keys = np.concatenate([np.empty(0, KEY_DTYPE), *(shard.keys for shard in shards)])
+    order = np.lexsort((keys["low"], keys["high"]))
+    ordered = keys[order]
+    return np.sort(order[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(keys)]])
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -17,7 +17,6 @@ from hafrm_ds.reference.store import (
     NAMESPACE_FILE,
     SCHEMA,
     SET_ASIDE,
-    KeyIndex,
     Namespace,
     ReferenceStore,
     ShardWriter,
@@ -72,11 +71,40 @@ def test_an_empty_store_misses_everything(tmp_path):
     assert len(store.logprobs(some_keys(0))) == 0
 
 
-def test_keys_with_equal_upper_halves_are_told_apart():
+def write_values(folder: Path, keys: np.ndarray, logprobs: list[float]) -> Path:
+    """A shard of these values, in this order."""
+    columns = [pa.array([key.tobytes() for key in keys], pa.binary(16)), pa.array(logprobs, pa.float32())]
+    columns.append(pa.array([3] * len(keys), pa.int32()))
+    schema = SCHEMA.with_metadata({"namespace": NAMESPACE.name, "provenance": "{}"})
+    return write_shard(folder, pa.Table.from_arrays(columns, schema=schema))
+
+
+@pytest.mark.parametrize("block", [1, 2, 100])
+def test_keys_with_equal_upper_halves_are_told_apart(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(module, "BLOCK_VALUES", block)
     keys = np.array([(7, 3), (7, 1), (2, 9), (7, 2), (9, 0)], dtype=KEY_DTYPE)
-    index = KeyIndex.over([keys[:2], keys[2:]])
-    asked = np.array([(7, 2), (7, 4), (9, 0), (7, 3), (0, 0), (7, 1), (2, 9)], dtype=KEY_DTYPE)
-    assert index.find(asked).tolist() == [3, -1, 4, 0, -1, 1, 2]
+    store = ReferenceStore(tmp_path, NAMESPACE)
+    write_values(store.folder, keys[:2], [0.0, 1.0])
+    write_values(store.folder, keys[2:], [2.0, 3.0, 4.0])
+    store.refresh()
+    asked = np.array([(7, 2), (7, 4), (9, 0), (7, 3), (0, 0), (7, 1), (2, 9), (7, 3), (7, 2)], dtype=KEY_DTYPE)
+    none = np.nan
+    np.testing.assert_array_equal(store.logprobs(asked), [3, none, 4, 0, none, 1, 2, 0, 3])
+
+
+@pytest.mark.parametrize("block", [1, 2, 100])
+def test_of_equal_keys_the_first_value_counts(tmp_path, monkeypatch, block):
+    """By the order of the shards' names, and of the values in a shard."""
+    monkeypatch.setattr(module, "BLOCK_VALUES", block)
+    one, other = some_keys(2)
+    store = ReferenceStore(tmp_path, NAMESPACE)
+    shards = {
+        write_values(store.folder, np.array([one, other, one]), [-1.0, -2.0, -3.0]): [-1.0, -2.0],
+        write_values(store.folder, np.array([other, one, other]), [-4.0, -5.0, -6.0]): [-5.0, -4.0],
+    }
+    store.refresh()
+    assert store.logprobs(np.array([one, other])).tolist() == shards[min(shards)]
+    assert len(store) == 2
 
 
 def test_unique_keys_equal_those_of_numpy():
@@ -86,6 +114,13 @@ def test_unique_keys_equal_those_of_numpy():
     assert len(unique) == 70
     np.testing.assert_array_equal(unique[place], keys)
     assert set(unique.tolist()) == set(np.unique(keys).tolist())
+
+
+def test_different_keys_with_equal_upper_halves_are_different():
+    keys = np.array([(7, 3), (2, 9), (7, 1), (7, 3), (2, 9), (7, 2), (9, 0), (7, 1)], dtype=KEY_DTYPE)
+    unique, place = unique_keys(keys)
+    assert unique.tolist() == [(2, 9), (7, 1), (7, 2), (7, 3), (9, 0)]
+    np.testing.assert_array_equal(unique[place], keys)
 
 
 def test_a_key_names_the_tokens_and_the_boundary():
