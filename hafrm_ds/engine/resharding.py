@@ -12,6 +12,7 @@ Frozen parameters and buffers have not changed since the model was loaded: they 
 """
 
 import math
+import os
 import pickle
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from hafrm_ds.engine.checkpoint import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KEYS = ("fp32", *MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,53 @@ class Layout:
             begin += piece.numel
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, of which parts are read.
+
+    tensor: mapped. offset: of its first number in the file; None where the system does not tell.
+    """
+
+    path: Path
+    tensor: Tensor
+    offset: int | None
+
+    @classmethod
+    def of(cls, path: Path, tensor: Tensor) -> "StoredTensor":
+        return cls(path, tensor.detach(), offset_in_file(path, tensor))
+
+    def part(self, start: int, numel: int) -> Tensor:
+        """A copy of `numel` numbers of the flat tensor from `start`. They are read from the file: a look into mapped
+        memory reads what lies around as well, megabytes on some file systems, and page by page on others."""
+        if self.offset is None:
+            return self.tensor.view(-1)[start : start + numel].clone()
+        found = torch.empty(numel, dtype=self.tensor.dtype)
+        left = found.view(torch.uint8).numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * found.itemsize)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing ahead of what is asked for
+            while len(left):
+                if not (size := file.readinto(left)):
+                    raise CheckpointError(f"{self.path} has become shorter while it was read")
+                left = left[size:]
+        return found
+
+
+def offset_in_file(path: Path, tensor: Tensor) -> int | None:
+    """Where a tensor that torch.load has mapped lies in its file, in bytes; None if it is mapped from elsewhere."""
+    address, inode = tensor.data_ptr(), path.stat().st_ino
+    with open("/proc/self/maps") as mappings:
+        for line in mappings:  # FIRST-LAST permissions offset device inode path
+            bounds, _, offset, _, of_file, *_ = line.split()
+            first, last = (int(bound, 16) for bound in bounds.split("-"))
+            if first <= address < last:
+                return address - first + int(offset, 16) if int(of_file) == inode else None
+    return None
+
+
 class Shards:
     """The trained parameters in a checkpoint of stage 1, 2 or 3, with Adam's moments. A file is opened when something
-    of it is asked for, and mapped: only what is copied out of it is read.
+    of it is asked for, and only what is asked for is read.
 
     Args:
         folder: where DeepSpeed has saved.
@@ -105,39 +151,43 @@ class Shards:
 
     def __init__(self, folder: Path, zero_stage: int, world_size: int):
         self.folder, self.zero_stage = folder, zero_stage
-        self.saved = cache(self.opened)
+        self.saved, self.flat = cache(self.opened), cache(self.found)
         if zero_stage == 3:
-            self.layout = Layout.of_stage_3(read_shard(folder, 0, "model")["param_shapes"], world_size)
+            self.layout = Layout.of_stage_3(read(file_of(folder, 0, "model"))["param_shapes"], world_size)
         else:
             saved = map(self.saved, range(world_size))
             self.layout = Layout.of_stages_1_and_2([each["param_slice_mappings"] for each in saved])
 
     def opened(self, rank: int) -> dict:
         """What the optimizer of a rank has saved."""
-        return read_shard(self.folder, rank, "optim")["optimizer_state_dict"]
+        return read(file_of(self.folder, rank, "optim"))["optimizer_state_dict"]
 
-    def flat(self, piece: Piece) -> tuple[dict[str, Tensor], float]:
-        """The flat tensors that a piece lies in: what there is of fp32 and Adam's moments, and Adam's count of steps;
+    def found(self, rank: int, group: int) -> dict[str, StoredTensor]:
+        """The flat tensors of a rank and group: what there is of fp32, Adam's moments and its count of steps, "step";
         another optimizer has none of the latter."""
-        saved = self.saved(piece.rank)
+        saved, path = self.saved(rank), file_of(self.folder, rank, "optim")
         if self.zero_stage == 3:
             weights, states = saved["fp32_flat_groups"], saved["optimizer_state_dict"]["state"]
         else:
             weights, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
-        state = states[piece.group]
-        moments = {key: state[key] for key in MOMENTS if key in state}
-        return {"fp32": weights[piece.group].detach(), **moments}, float(state.get("step", math.nan))
+        state = {key: torch.as_tensor(states[group][key]) for key in (*MOMENTS, "step") if key in states[group]}
+        return {key: StoredTensor.of(path, tensor) for key, tensor in ({"fp32": weights[group]} | state).items()}
 
     def copy_into(self, target: Tensor, name: str, key: str, start: int) -> None:
         """Fill `target` with the numbers of a flat parameter, or one of its moments, from `start`; what lies beyond its
         end is left as it is."""
         for place, part in self.layout.parts(name, start, len(target)):
-            tensors, _ = self.flat(part)
-            target.narrow(0, place, part.numel).copy_(tensors[key].narrow(0, part.start, part.numel))
+            numbers = self.flat(part.rank, part.group)[key].part(part.start, part.numel)
+            target.narrow(0, place, part.numel).copy_(numbers)
+
+    def first(self, name: str) -> dict[str, StoredTensor]:
+        """The flat tensors in which a parameter begins."""
+        piece = self.layout.pieces[name][0]
+        return self.flat(piece.rank, piece.group)
 
     def step(self, name: str) -> float:
         """How many times Adam has updated the parameter."""
-        return self.flat(self.layout.pieces[name][0])[1]
+        return self.first(name)["step"].part(0, 1).item()
 
 
 def trained_weights(folder: Path, zero_stage: int, world_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -147,7 +197,7 @@ def trained_weights(folder: Path, zero_stage: int, world_size: int) -> Iterator[
     Args: as for `Shards`; here the stage may also be 0.
     """
     if zero_stage < 3:  # each rank has all of them, and rank 0 has saved them
-        yield from read(folder, "mp_rank_00_model_states.pt")["module"].items()
+        yield from read(folder / "mp_rank_00_model_states.pt")["module"].items()
         return
     shards = Shards(folder, zero_stage, world_size)
     for name in shards.layout.pieces:
@@ -156,9 +206,9 @@ def trained_weights(folder: Path, zero_stage: int, world_size: int) -> Iterator[
         yield name, whole
 
 
-def read(folder: Path, pattern: str) -> dict:
-    """Content of the file that a pattern names, mapped. Of what a pickle may hold only tensors, plain containers and
-    the classes that DeepSpeed's optimizers put beside them are made.
+def read(path: Path) -> dict:
+    """Content of a file, mapped. Of what a pickle may hold only tensors, plain containers and the classes that
+    DeepSpeed's optimizers put beside them are made.
 
     Raises:
         CheckpointError: it holds something else.
@@ -173,7 +223,6 @@ def read(folder: Path, pattern: str) -> dict:
             raise pickle.UnpicklingError(f"an attribute {name} of {kind}")
         return ZeroStageEnum[name]
 
-    (path,) = folder.glob(pattern)
     known = [LossScaler, ZeroStageEnum, fragment_address, (stage_by_name, "builtins.getattr")]
     try:
         with torch.serialization.safe_globals(known):
@@ -182,8 +231,9 @@ def read(folder: Path, pattern: str) -> dict:
         raise CheckpointError(f"{path} holds something that DeepSpeed does not write: {error}") from error
 
 
-def read_shard(folder: Path, rank: int, kind: str) -> dict:
-    return read(folder, f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
+def file_of(folder: Path, rank: int, kind: str) -> Path:
+    (path,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
+    return path
 
 
 def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank: int) -> None:
@@ -198,7 +248,7 @@ def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank:
     if trained.keys() != pieces.keys():
         named = ", ".join(sorted(trained.keys() ^ pieces.keys())[:3])
         raise CheckpointError(f"the checkpoint and this run do not train the same parameters: {named}")
-    if any(not {*MOMENTS} <= shards.flat(first)[0].keys() for first, *_ in pieces.values()):  # ranks are alike
+    if any(not {*KEYS, "step"} <= shards.first(name).keys() for name in pieces):
         raise CheckpointError(
             "the checkpoint was not written by Adam: it can be resumed under the same ZeRO stage and number of "
             "processes only"
@@ -241,7 +291,7 @@ def deal_out_stage_3(shards: Shards, trained: dict[str, Any], optimizer, rank: i
         adam.state[flat] = fresh_state(adam, flat, shards.step(names[id(group[0])]))
     for name, parameter in trained.items():
         share = parameter.ds_tensor.numel()
-        for key in ("fp32", *MOMENTS):
+        for key in KEYS:
             part = torch.zeros(share)  # padded with zeros, as DeepSpeed does
             shards.copy_into(part, name, key, rank * share)
             if key == "fp32":

@@ -49,10 +49,10 @@ def test_a_stage_is_read_whichever_python_has_written_it(tmp_path):
     file = tmp_path / "mp_rank_00_model_states.pt"
     for stage in (ZeroStageEnum.weights, ByName(ZeroStageEnum, "weights")):
         torch.save({"module": {}, "stage": stage}, file)
-        assert read(tmp_path, file.name)["stage"] == 3
+        assert read(file)["stage"] == 3
     torch.save({"module": {}, "stage": ByName(Path, "touch")}, file)
     with pytest.raises(CheckpointError, match="DeepSpeed does not write"):
-        read(tmp_path, file.name)
+        read(file)
 
 
 SHAPES = [{"matrix": (7, 5), "vector": (3,)}, {"head": (1,)}]
@@ -106,6 +106,7 @@ def test_ranks_read_their_shares_of_every_parameter_and_nothing_else(tmp_path, b
                 parts.append(part)
                 overlap = -(-before // after) + 1  # old shares that a new one can lie in
                 assert shards.saved.cache_info().currsize <= overlap
+                assert all(shards.flat(rank, 0)[key].offset for rank in range(before)), "not read by its place"
             assert torch.equal(torch.cat(parts), padded(whole(name, key), share * after))
             assert Shards(tmp_path, 3, before).step(name) == 4
     assert all(torch.equal(values, whole(name, "fp32")) for name, values in trained_weights(tmp_path, 3, before))
