@@ -14,10 +14,11 @@ Frozen parameters and buffers have not changed since the model was loaded: they 
 import math
 import os
 import pickle
-from collections import defaultdict
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ KEYS = ("fp32", *MOMENTS)
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one parameter, in the flat tensors that one rank has of one group: `numel` numbers from `start`."""
+    """A part of one parameter, in the flat tensors that one rank has of one group: `numel` numbers from `start`, which
+    are those of the parameter from `begin`."""
 
     rank: int
     group: int
     start: int
     numel: int
+    begin: int
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class Layout:
             for name, shape in shapes.items():
                 numel = math.prod(shape)
                 share = math.ceil(numel / world_size)
+                begins = [min(rank * share, numel) for rank in range(world_size)]
                 pieces[name] = [
-                    Piece(rank, group, start, max(0, min(share, numel - rank * share))) for rank in range(world_size)
+                    Piece(rank, group, start, min(share, numel - begin), begin) for rank, begin in enumerate(begins)
                 ]
                 start += share
         return cls(pieces)
@@ -75,25 +79,31 @@ class Layout:
         Args:
             ranks: what each rank has of each group: parameter -> address, an object with `start` and `numel`.
         """
-        pieces = defaultdict(list)
+        layout = cls({})
         for rank, groups in enumerate(ranks):
             for group, addresses in enumerate(groups):
                 for name, address in addresses.items():
-                    pieces[name].append(Piece(rank, group, address.start, address.numel))
-        return cls(dict(pieces))
+                    begin = layout.numel(name) if name in layout.pieces else 0
+                    piece = Piece(rank, group, address.start, address.numel, begin)
+                    layout.pieces.setdefault(name, []).append(piece)
+        return layout
 
     def numel(self, name: str) -> int:
-        return sum(piece.numel for piece in self.pieces[name])
+        last = self.pieces[name][-1]
+        return last.begin + last.numel
 
     def parts(self, name: str, start: int, numel: int) -> Iterator[tuple[int, Piece]]:
         """Where `numel` numbers of a flat parameter from `start` lie: the part of each piece that holds some of them,
         with its place among them. There are none beyond the end of the parameter."""
-        begin = 0
-        for piece in self.pieces[name]:
-            first, last = max(start, begin), min(start + numel, begin + piece.numel)
+        pieces = self.pieces[name]
+        for place in range(max(0, bisect_right(pieces, start, key=attrgetter("begin")) - 1), len(pieces)):
+            piece = pieces[place]
+            first, last = max(start, piece.begin), min(start + numel, piece.begin + piece.numel)
             if first < last:
-                yield first - start, Piece(piece.rank, piece.group, piece.start + first - begin, last - first)
-            begin += piece.numel
+                part = replace(piece, start=piece.start + first - piece.begin, numel=last - first, begin=first)
+                yield first - start, part
+            elif piece.begin >= start + numel:
+                return
 
 
 @dataclass(frozen=True)
