@@ -34,7 +34,7 @@ MANIFEST, STATE, LATEST, SET_ASIDE = "manifest.json", "state.json", "latest", "s
 DEEPSPEED_FOLDER = "deepspeed"
 NAME = re.compile(r"step-(\d{6,})")
 FORMAT = 1
-BLOCK_BYTES = 256 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Part of a larger file that has a checksum of its own, so that many ranks share the check of few files. Belongs to the
 format."""
 READ_BYTES = 2**20

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from hafrm_ds.engine.checkpoint import (
+    BLOCK_BYTES,
     DEEPSPEED_FOLDER,
     FileFacts,
     checked_parts,
@@ -95,7 +96,8 @@ def plan(written_by: int, num_ranks: int) -> None:
     assert sum(numbers) == whole
     own = 12 * sum(layout.pieces[name][0].numel for name in layout.pieces)
     files = [
-        (f"optimizer of rank {rank}", FileFacts(own, "", [""] * math.ceil(own / 2**28))) for rank in range(written_by)
+        (f"optimizer of rank {rank}", FileFacts(own, "", [""] * math.ceil(own / BLOCK_BYTES)))
+        for rank in range(written_by)
     ]
     checked = [stop - start for _, start, stop, _ in checked_parts(files)]
     checks = [sum(checked[rank::num_ranks]) / GIB for rank in range(num_ranks)]
