@@ -26,6 +26,7 @@ from hafrm_ds.data.tokenization import (
     IDENTICAL_AFTER_CUT,
     LEFT_OUT,
     NOT_TOKENIZED,
+    NOT_WRITTEN,
     REFUSED,
     TOKENIZATION_VERSION,
     TOO_LONG,
@@ -33,6 +34,7 @@ from hafrm_ds.data.tokenization import (
     Truncation,
     tokenize_pair,
 )
+from hafrm_ds.data.tool_calls import AS_JSON, read_back
 from hafrm_ds.errors import DataError
 
 SMALL_SET = 2000
@@ -260,6 +262,8 @@ def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length:
         tokenization = NOT_TOKENIZED
         if not (row["deselected"] or row["dropped"]):
             prompt, chosen, rejected = (batch[name][number] for name in ("prompt", "chosen", "rejected"))
+            if prompt[0]["role"] == AS_JSON:
+                prompt, chosen, rejected = map(read_back, (prompt, chosen, rejected))
             tokenization = tokenize_pair(formatter, prompt, chosen, rejected, max_length, truncation)
             row["dropped"] = tokenization.outcome
         prompt_ids, (chosen_ids, rejected_ids) = tokenization.ids
@@ -362,7 +366,7 @@ def check_enough_left(report: DataReport, options: PreparationOptions) -> None:
     remedy = "Repair these rows, or take them out"
     if by_length:
         remedy = "Raise data.max_length, choose another data.truncation, or repair the data"
-    elif LEFT_OUT in total.dropped or any(reason.startswith(REFUSED) for reason in total.dropped):
+    elif any(reason == LEFT_OUT or reason.startswith(REFUSED) or NOT_WRITTEN in reason for reason in total.dropped):
         template = "the tokenizer's own" if report.template.origin == "tokenizer" else report.template.origin
         remedy = f"Give a template that takes these rows whole (--data.chat_template, now {template}), or take them out"
     lines.append(remedy + (f"; data.max_dropped_share {share} lets this set through." if total.kept else "."))

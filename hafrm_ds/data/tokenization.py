@@ -14,6 +14,7 @@ import jinja2
 from hafrm_ds.data.formatting import ChatFormatter, encode_rendered
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious, marks_in
+from hafrm_ds.data.tool_calls import CALLS, RESULTS, TOOLS
 from hafrm_ds.errors import DataError
 
 TOKENIZATION_VERSION = 4
@@ -28,6 +29,7 @@ IDENTICAL_ANSWERS = "identical answers"
 IDENTICAL_AFTER_CUT = "identical after the cut"
 TOO_LONG = "longer than max_length"
 REFUSED = "the template refuses the conversation"
+NOT_WRITTEN = "does not write"
 LEFT_OUT = "the template leaves out what differs"
 LONGEST_REASON = 120
 
@@ -119,6 +121,10 @@ def tokenize_pair(
     except jinja2.TemplateError as error:
         return dropped(refusal_of(error))
 
+    if "tools" in prompt[0]:
+        left_out = left_out_of(formatter, prompt, (chosen, rejected), texts)
+        if lost := [kind for kind in left_out if kind in (TOOLS, CALLS, RESULTS)]:
+            return dropped(f"has {', '.join(lost)}, which {formatter.template_name} {NOT_WRITTEN}")
     ids = split_at_prompt(chosen_conversation, rejected_conversation, rendered_prompt)
     length = ids.longest_conversation
     chosen_ids, rejected_ids = ids.responses
@@ -135,11 +141,17 @@ def tokenize_pair(
         return dropped(TOO_LONG, length)
     if fitted.responses[0] == fitted.responses[1]:
         return dropped(IDENTICAL_AFTER_CUT, length)
-    left_out = dict.fromkeys(
-        kind for answer, text in zip((chosen, rejected), texts) for kind in formatter.left_out(prompt + answer, text)
-    )
+    left_out = left_out_of(formatter, prompt, (chosen, rejected), texts)
     marks = tuple(marks_in([*prompt, *chosen, *rejected], formatter.marks))
-    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt, tuple(left_out), marks)
+    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt, left_out, marks)
+
+
+def left_out_of(
+    formatter: ChatFormatter, prompt: list[Message], answers: tuple[list[Message], ...], texts: list[str]
+) -> tuple[str, ...]:
+    """What the template has left out of the conversations whose renderings are `texts`, each once."""
+    found = (kind for answer, text in zip(answers, texts) for kind in formatter.left_out(prompt + answer, text))
+    return tuple(dict.fromkeys(found))
 
 
 def refusal_of(error: jinja2.TemplateError) -> str:
@@ -159,7 +171,7 @@ NOT_TOKENIZED = dropped("")
 
 
 def is_blank(messages: list[Message]) -> bool:
-    return not any(message["content"].strip() for message in messages)
+    return not any(message["content"].strip() or "tool_calls" in message for message in messages)
 
 
 def split_at_prompt(chosen: list[int], rejected: list[int], rendered_prompt: list[int]) -> PromptWithResponses:

@@ -63,7 +63,7 @@ def test_the_forms_of_a_row(fields, field, conversations):
         ({"messages": None}, r"needs messages.*\(fields: messages\)"),
         ({"prompt": "a", "response": "b", "context": "c"}, "context: filled, but not read"),
         ({"messages": [user("a"), assistant("b")], "prompt": "other"}, "prompt: filled, but not read"),
-        ({"prompt": "a", "response": "b", "tools": [{"name": "f"}]}, "field 'tools': has tool calls"),
+        ({"prompt": "a", "response": "b", "tools": "search"}, "field 'tools' is the text 'search', expected a list of"),
         ({"prompt": "a", "response": "b", "images": ["x.png"]}, "images: has images or other media"),
         ({"messages": [{"role": "narrator", "content": "a"}]}, "is the text 'narrator', expected one of system"),
         ({"messages": "a"}, "field 'messages' is the text 'a', expected a list of messages"),
