@@ -21,6 +21,7 @@ from hafrm_ds.data.pairs import (
 )
 
 Made = TypeVar("Made")
+Messages = tuple[list[Message], list[Message], list[Message]]
 AS_JSON = "json"
 """Role of the message that stands for a conversation with tools where only texts are kept."""
 
@@ -165,14 +166,17 @@ def spelled(messages: list[Message]) -> list[Message]:
     return [{"role": AS_JSON, "content": json.dumps(messages, ensure_ascii=False)}]
 
 
-def read_back(messages: list[Message]) -> list[Message]:
-    """The inverse of `spelled`."""
-    return json.loads(messages[0]["content"])
+def read_back(pair: Messages) -> Messages:
+    """Prompt, chosen and rejected; where they are `spelled`, as they were before."""
+    if pair[0][0]["role"] != AS_JSON:
+        return pair
+    prompt, chosen, rejected = (json.loads(messages[0]["content"]) for messages in pair)
+    return prompt, chosen, rejected
 
 
 # ---- in templates --------------------------------------------------------------------------------------------------
 
-TOOLS, CALLS, RESULTS = "tools", "tool calls", "tool messages"
+TOOLS, CALLS, RESULTS = KINDS = ("tools", "tool calls", "tool messages")
 
 
 def template_input(messages: list[Message]) -> tuple[list[Message], dict[str, Any]]:

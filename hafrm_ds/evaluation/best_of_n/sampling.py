@@ -31,7 +31,7 @@ from hafrm_ds.config import Positive, PositiveInt
 from hafrm_ds.data.files import file_table
 from hafrm_ds.data.formats import refuse_lost
 from hafrm_ds.data.formats.answers import earlier_turns
-from hafrm_ds.data.formatting import ChatFormatter, encode_rendered
+from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message, Row
 from hafrm_ds.data.rendering_check import is_serious
 from hafrm_ds.durability import write_whole
@@ -261,12 +261,12 @@ def request_for(prompt_ids: list[int], number: int, attempt: int, options: Sampl
 def encode_prompt(formatter: ChatFormatter, prompt: list[Message], longest: float) -> list[int] | str:
     """Ids of a prompt of at most `longest` tokens, or why it is dropped."""
     try:
-        text = formatter.render(prompt, add_generation_prompt=True)
+        text = formatter.render_prompt(prompt)
     except jinja2.TemplateError:
         return REFUSED
     if is_serious(formatter.left_out(prompt, text)):
         return LEFT_OUT
-    ids = encode_rendered(formatter.tokenizer, text)
+    [ids] = formatter.encode_rendered([text])
     return TOO_LONG if len(ids) > longest else ids
 
 
