@@ -149,6 +149,8 @@ class SamplingJob:
         sizes = ModelSizes.of(options.policy, load_model_config(policy.config))
         longest = sizes.positions - options.max_new_tokens
         encoded = [encode_prompt(formatter, prompt_of(row), longest) for row in rows]
+        if all(isinstance(each, str) for each in encoded):
+            raise DataError(f"no prompt of {name} can be asked: {', '.join(dict.fromkeys(map(str, encoded)))}")
         sizes.check_ids((ids for ids in encoded if isinstance(ids, list)), formatter.tokenizer)
         return cls(options, sampler, policy, formatter, rows, encoded)
 
