@@ -61,22 +61,12 @@ class Dropped:
 Outcome = PreferencePair | Deselected | Dropped
 
 
-class UnsupportedRowError(DataError):
-    """A sound conversation holds what would be lost: rendered without it, it would be another one."""
-
-    reason: str
-
-
-class ToolCallsError(UnsupportedRowError):
+class ToolCallsError(DataError):
     """A conversation calls tools, or may: to be read by `tool_calls`, where tools are expected."""
 
-    reason = TOOL_CALLS
 
-
-class MediaError(UnsupportedRowError):
+class MediaError(DataError):
     """A message holds images, sound or the like."""
-
-    reason = MEDIA
 
 
 ROLES = {role: role for role in ("system", "user", "assistant", "developer")} | {
@@ -157,7 +147,7 @@ class Row:
         """A list of messages, which may stand as JSON text; keys that are no part of the conversation are left out.
 
         Raises:
-            UnsupportedRowError: a message calls tools or shows images.
+            ToolCallsError, MediaError: a message calls tools, or shows images: rendered without, it would be another.
         """
         value = parsed_messages(self.value(field))
         if not isinstance(value, list) or not value:

@@ -157,8 +157,8 @@ def render_pair(
     except jinja2.TemplateError as error:
         return dropped(refusal_of(error))
     pair = RenderedPair(prompt, chosen, rejected, texts)
-    if "tools" in prompt[0] and (lost := [kind for kind in left_out_of(formatter, pair) if kind in KINDS]):
-        return dropped(f"has {', '.join(lost)}, which {formatter.template_name} {NOT_WRITTEN}")
+    if "tools" in prompt[0] and (lost := {*left_out_of(formatter, pair)}.intersection(KINDS)):
+        return dropped(f"has {', '.join(sorted(lost, reverse=True))}, which {formatter.template_name} {NOT_WRITTEN}")
     return pair
 
 

@@ -96,7 +96,7 @@ class ToolRow(Row):
             function = call.get("function", call if "name" in call else None)
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise self.fault(place, value, expected)
-            given = function.get("arguments", {})
+            given = function.get("arguments", function.get("parameters", {}))
             arguments = parsed(given)
             function = function | {"arguments": arguments if isinstance(arguments, dict) else given}
             calls.append((call if "function" in call else {}) | {"type": "function", "function": function})

@@ -111,6 +111,11 @@ CALL = calling(call(city="Ulm"))
         ),
         (calling({"name": "get_weather", "arguments": {"city": "Ulm"}}), CALL),
         (CALL | {"tool_calls": json.dumps(CALL["tool_calls"])}, CALL),
+        # As Llama writes them.
+        (
+            calling({"name": "get_weather", "parameters": {"city": "Ulm"}}),
+            calling({"type": "function", "function": call(city="Ulm")["function"] | {"parameters": {"city": "Ulm"}}}),
+        ),
         # From a table, in which every call has the arguments of all others.
         (calling(call(city="Ulm", days=None)), CALL),
         (calling({"function": {"name": "f", "arguments": "x = 1"}}), calling(

@@ -235,8 +235,8 @@ def read_pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]
         except ToolCallsError:
             row = ToolRow.of(row, ignored)
             made = make(row, source)
-    except MediaError as error:
-        return [Dropped(error.reason)]
+    except MediaError:
+        return [Dropped(MEDIA)]
     outcomes = [finished(each, row, source) for each in (made if isinstance(made, list) else [made])]
     lost = [name for name in unread.of_conversation if name not in ignored and may_be_lost(name, row.fields[name])]
     pairs = [outcome for outcome in outcomes if isinstance(outcome, PreferencePair)]
