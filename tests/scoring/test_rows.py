@@ -99,6 +99,20 @@ def test_a_bad_line_is_kept_with_its_reason(model, line, fields, message):
     assert fields is None or result == fields
 
 
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({"prompt": "a", "response": "b", "tools": [{"name": "f"}]}, "tools"),
+        ({"prompt": "a", "response": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "tool calls"),
+        ({"messages": [user("a"), {"role": "tool", "content": "3"}, assistant("b")]}, "tool messages"),
+    ],
+)
+def test_tools_that_the_template_does_not_write_cost_a_row_its_score(model, fields, lost):
+    written, error = ScoredRow.read(json.dumps(fields).encode(), "in.jsonl:7", model).written([], "in.jsonl:7")
+    assert error.startswith(f"in.jsonl:7: the tokenizer's own chat template leaves out {lost}: the model would not see")
+    assert json.loads(written) == fields | {"score": None, "score_error": error}
+
+
 def test_a_row_comes_out_as_it_came_in_and_a_score_that_is_no_number_is_an_error(model):
     line = '{"id": 12345678901234567890, "note": "\\ud800 é", "prompt": "a", "responses": ["b", "c"]}'.encode()
     row = ScoredRow.read(line, "in.jsonl:1", model)
