@@ -17,7 +17,12 @@ from hafrm_ds.data.tables import (
     share_estimate,
 )
 
-JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
+JUDGES = {
+    "reward": "reward head",
+    "implicit": "implicit reward",
+    "logprob": "log-prob",
+    "combined": "both heads",
+}
 """Judge -> what people call it."""
 CALIBRATION = (
     ("expected calibration error (ECE)", "ece", share),
@@ -77,6 +82,8 @@ def set_tables(analysis: dict[str, Any]) -> list[Table]:
         Table(rows, ("", *(JUDGES[judge] for judge in judges))),
         accuracy_table("accuracy, chosen longer by", lengths),
     ]
+    if heads := analysis.get("heads"):  # older results do not say
+        tables.append(accuracy_table("accuracy where reward head and implicit reward", heads))
     if len(sources := by_size(analysis["by_source"])) > 1:
         tables.append(accuracy_table("accuracy by source", sources))
     yardsticks = [

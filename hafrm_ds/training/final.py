@@ -45,6 +45,7 @@ def run_metadata(
     step: int,
     evaluation: Mapping[str, Mapping[str, float]],
     alpha: float | None = None,
+    judge: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a saved model says of the run that made it, in hafrm.json and in its card.
 
@@ -53,6 +54,7 @@ def run_metadata(
         step: the weights are those after it.
         evaluation: set -> its metrics after this step.
         alpha: the weight of the policy loss at this step, where objective.policy_share has found it.
+        judge: the combined judge that the evaluation after this step has fitted.
     """
     found = {} if alpha is None else {"alpha": alpha}
     return {
@@ -68,6 +70,7 @@ def run_metadata(
             for name, total in data.items()
         },
         "evaluation": evaluation,
+        **({} if judge is None else {"judge": judge}),
         "config": config.model_dump(mode="json"),
     }
 
@@ -114,6 +117,7 @@ def export_checkpoint(
             state.step,
             state.evaluation_of_step,
             state.alpha,
+            state.judge_of_step,
         ),
     )
     return state.step

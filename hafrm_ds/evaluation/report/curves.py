@@ -48,7 +48,7 @@ TRAINING_PANELS = (
 EVALUATION_PANELS = (
     Panel("Accuracy over the steps", "accuracy", of_judges("accuracy", *JUDGES), SHARE),
     Panel("Loss over the steps", "nats", LOSS_PARTS),
-    Panel("Margin over the steps", "chosen less rejected", of_judges("margin", "reward", "implicit")),
+    Panel("Margin over the steps", "chosen less rejected", of_judges("margin", "reward", "implicit", "combined")),
 )
 
 

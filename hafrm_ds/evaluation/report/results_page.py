@@ -23,6 +23,7 @@ from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, by_size, set_ta
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
     Chart,
+    coverage_chart,
     histogram_chart,
     intervals_chart,
     length_chart,
@@ -37,8 +38,13 @@ from hafrm_ds.evaluation.report.curves import (
     panel_charts,
 )
 from hafrm_ds.evaluation.report.reading import Results, SetResult, known
+from hafrm_ds.objective import JudgeFit
 
-HISTOGRAMS = {"reward": "score of the reward head", "implicit": "beta * (log pi - log pi_ref)"}
+HISTOGRAMS = {
+    "reward": "score of the reward head",
+    "implicit": "beta * (log pi - log pi_ref)",
+    "combined": "weighted sum of reward and implicit reward",
+}
 MAX_LISTED_SOURCES = 40
 
 
@@ -131,6 +137,8 @@ def set_section(name: str, result: SetResult) -> dict[str, Any]:
         ties = {judge: number for judge, number in analysis["ties"].items() if number}
         facts += [f"{number:,} ties of {judge}" for judge, number in ties.items()]
         charts += analysis_charts(scores, analysis)
+    if scores is not None and scores.fit is not None:
+        facts.append(fit_in_words(scores.fit))
     return {
         "name": name,
         "facts": " · ".join(facts),
@@ -139,6 +147,15 @@ def set_section(name: str, result: SetResult) -> dict[str, Any]:
         "tables": set_tables(analysis) if analysis is not None else [],
         "mistakes": list(mistakes(scores)) if scores is not None and scores.texts else [],
     }
+
+
+def fit_in_words(fit: JudgeFit) -> str:
+    """What either head counts in the combined judge, in logits per root mean square of its margins."""
+    parts = []
+    for place, judge in enumerate(("reward", "implicit")):
+        value, *ends = (each[place] * fit.deviations[place] for each in (fit.weights, fit.low, fit.high))
+        parts.append(f"{JUDGES[judge]} {value:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]")
+    return f"{JUDGES['combined']}: {', '.join(parts)}, fitted on {fit.pairs:,} pairs of {fit.set}"
 
 
 def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iterator[Chart]:
@@ -151,6 +168,8 @@ def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iter
             )
     if analysis["calibration"]:
         yield reliability_chart("Reliability", analysis["calibration"], series)
+    if analysis.get("coverage"):  # older results do not say
+        yield coverage_chart("Accuracy of the surest pairs", analysis["coverage"], series)
     if analysis["by_length_difference"]:
         yield length_chart("Accuracy by length difference", analysis["by_length_difference"], series)
     sources = by_size(analysis["by_source"])
