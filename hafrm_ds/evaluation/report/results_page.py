@@ -19,7 +19,7 @@ from hafrm_ds.data.tables import (
     share_estimate,
 )
 from hafrm_ds.evaluation.calibration import sigmoid
-from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, by_size, set_tables, sets_table
+from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, by_size, fit_in_words, set_tables, sets_table
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
     Chart,
@@ -38,7 +38,6 @@ from hafrm_ds.evaluation.report.curves import (
     panel_charts,
 )
 from hafrm_ds.evaluation.report.reading import Results, SetResult, known
-from hafrm_ds.objective import JudgeFit
 
 HISTOGRAMS = {
     "reward": "score of the reward head",
@@ -147,15 +146,6 @@ def set_section(name: str, result: SetResult) -> dict[str, Any]:
         "tables": set_tables(analysis) if analysis is not None else [],
         "mistakes": list(mistakes(scores)) if scores is not None and scores.texts else [],
     }
-
-
-def fit_in_words(fit: JudgeFit) -> str:
-    """What either head counts in the combined judge, in logits per root mean square of its margins."""
-    parts = []
-    for place, judge in enumerate(("reward", "implicit")):
-        value, *ends = (each[place] * fit.deviations[place] for each in (fit.weights, fit.low, fit.high))
-        parts.append(f"{JUDGES[judge]} {value:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]")
-    return f"{JUDGES['combined']}: {', '.join(parts)}, fitted on {fit.pairs:,} pairs of {fit.set}"
 
 
 def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iterator[Chart]:

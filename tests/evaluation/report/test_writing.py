@@ -207,10 +207,7 @@ def test_both_heads_as_one_judge_have_their_column_weights_and_curve(tmp_path):
     assert page.row("accuracy")[:6] == ["pairs", "reward head", "implicit reward", "log-prob", "both heads", "longer"]
     found = json.loads((folder / "evaluation.json").read_text())["sets"]["arena"]
     assert f"{found['accuracy']['combined']['value']:.1%}" in page.row("arena")[4]
-    fitted = (
-        "both heads: reward head 1.00 [0.50, 1.50], implicit reward 0.75 [0.62, 0.88], fitted on 80 pairs of held out"
-    )
-    assert fitted in html
+    assert "weight 1.00 [0.50, 1.50] of the reward head, 0.75 [0.62, 0.88] of the implicit reward, fitted on 80" in html
     half, everything = (each for each in found["coverage"] if each["share"] in (0.5, 1.0))
     assert f"50% of the pairs: reward {half['accuracy']['reward']:.1%}" in html and half["pairs"] == 30
     for judge, value in everything["accuracy"].items():
