@@ -40,6 +40,7 @@ from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
 from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.reference.store import Namespace, ReferenceStore
 from hafrm_ds.saved.opening import (
     BASE,
     Saved,
@@ -94,6 +95,9 @@ class EvaluationOptions(ScoringSection):
     reference: str | None = None
     """Policy that the implicit reward is measured against: a folder, a hub id, or base: what the training started from.
     """
+    reference_store: Path | None = None
+    """The store of the training's reference log-probs (its reference.store). Sets of which it has every pair need no
+    forward of the reference, and no weights of it."""
     fit_judge: EvalSources = Field(default={})
     """Pairs to fit the combined judge on: what either head of the model counts. Those that --data has too are judged
     fold by fold. Default: the fit that is saved with the model. The default of --reference is then base."""
@@ -128,6 +132,8 @@ class EvaluationOptions(ScoringSection):
             problems.append("neither --data nor --benchmarks was given: there is nothing to evaluate on")
         if len(self.fit_judge) > 1:
             problems.append("--fit_judge takes one set; several sources of one are '{NAME: [SOURCE, SOURCE]}'")
+        if self.reference_store is not None and self.reference not in (None, BASE):
+            problems.append("--reference_store is of what the training started from: give --reference base, or neither")
         if self.save_judge and not self.fit_judge:
             problems.append("--save_judge true saves the fit of --fit_judge, which is not given")
         if self.save_judge and not Path(self.model).is_dir():
@@ -183,6 +189,8 @@ class Evaluation:
     """What is evaluated on what. Build it with `open`.
 
     judged: the one set, by its name, that the combined judge is fitted on; {}: its saved fit is used, if there is one.
+    stored: reference log-probs [P, 2] of the sets that the store of the training has whole, named as by `pair_sets`; on
+    other processes than the first [0, 2].
     beta: scale of the implicit reward.
     """
 
@@ -192,6 +200,7 @@ class Evaluation:
     formatter: ChatFormatter
     sets: dict[str, EvaluatedSet]
     judged: dict[str, EvaluatedSet]
+    stored: dict[str, np.ndarray]
     benchmarks: dict[str, EvaluatedBenchmark]
     beta: float
 
@@ -205,10 +214,8 @@ class Evaluation:
         saved = open_model(options.model, **options.loading)
         if options.fit_judge:
             check_both_heads(saved)
-        name = options.reference or (BASE if options.fit_judge else None)
-        reference = None if name is None else open_reference(name, saved, **options.loading)
-        if reference is None and "judge" in saved.metadata and len(saved.heads) == 2:
-            log.print("the model has a combined judge, which needs a reference: --reference base adds both")
+        against = options.reference or (BASE if options.fit_judge and options.reference_store is None else None)
+        reference = None if against is None else open_reference(against, saved, **options.loading)
         try:
             formatter = saved.formatter()
         except ModelError as error:
@@ -221,13 +228,20 @@ class Evaluation:
                     f"--fit_judge {name} has {num_prompts} prompts, and the combined judge is fitted on "
                     f"{FEWEST_PROMPTS} or more: give more pairs"
                 )
+        sets = prepare(options.data, processes=processes)
+        stored = stored_reference(options, saved, pair_sets(sets, judged), processes, log)
+        if reference is None and not pair_sets({}, judged).keys() <= stored.keys():
+            raise DataError("the reference store does not have all pairs of --fit_judge; give --reference base besides")
+        if reference is None and not stored and "judge" in saved.metadata and len(saved.heads) == 2:
+            log.print("the model has a combined judge, which needs a reference: --reference base adds it")
         return cls(
             options,
             saved,
             reference,
             formatter,
-            prepare(options.data, processes=processes),
+            sets,
             judged,
+            stored,
             read_benchmarks(options, saved, formatter, processes),
             options.beta or trained_beta(saved),
         )
@@ -247,6 +261,7 @@ class Evaluation:
             "template": self.formatter.fingerprint,
             "pairs": contents(self.sets),
             **({"fit_judge": contents(self.judged)} if self.judged else {}),
+            **({"stored": list(self.stored)} if self.stored else {}),
             "questions": {
                 name: hash_of([each.conversations(), [asdict(question) for question in each.questions]])
                 for name, each in self.benchmarks.items()
@@ -258,21 +273,22 @@ class Evaluation:
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
         """Score all sets and benchmarks by the model and the reference, but for the parts that `folder` has. All
         processes call this together; the first gets the scores."""
-        asked: dict[str, AskedItems] = {f"set {name}": each for name, each in self.sets.items()}
-        asked |= {f"judge {name}": each for name, each in self.judged.items()}
+        asked: dict[str, AskedItems] = dict(pair_sets(self.sets, self.judged))
         asked |= {f"benchmark {name}": each.groups for name, each in self.benchmarks.items()}
 
         ask = partial(
             score_parts,
-            asked=asked,
             folder=folder,
             processes=processes,
             log=log,
             deepspeed=self.options.deepspeed,
             max_tokens=self.options.max_tokens_per_micro_batch,
         )
-        values = ask("scoring", self.saved, self.saved.heads)
-        references = {} if self.reference is None else ask("reference", self.reference, ("logprob",))
+        values = ask("scoring", self.saved, self.saved.heads, asked)
+        references = {name: list(each[:, :, None]) for name, each in self.stored.items()}
+        if self.reference is not None:
+            missing = {name: each for name, each in asked.items() if name not in self.stored}
+            references |= ask("reference", self.reference, ("logprob",), missing)
         return {name: (each, references.get(name)) for name, each in values.items()}
 
     def results(self, scores: Scores, processes: Processes) -> dict[str, Any]:
@@ -299,7 +315,8 @@ class Evaluation:
             pair_scores = self.scores_of_set(name, each, scores[f"judge {name}"])
             check(pair_scores)
             return CombinedJudge.fitted_on(pair_scores)
-        if self.reference is None or "judge" not in self.saved.metadata or len(self.saved.heads) < 2:
+        has_reference = self.reference is not None or self.stored
+        if not has_reference or "judge" not in self.saved.metadata or len(self.saved.heads) < 2:
             return None
         return CombinedJudge(judge_of(self.saved))
 
@@ -437,6 +454,52 @@ def prepare_sets(
         log.print(f"\n[bold]{name}[/bold]")
         log.print(sets[name].report.render(with_examples=False))
     return {name: EvaluatedSet(pairs, fixed_choice(len(pairs), options.max_pairs)) for name, pairs in sets.items()}
+
+
+def pair_sets(sets: dict[str, EvaluatedSet], judged: dict[str, EvaluatedSet]) -> dict[str, EvaluatedSet]:
+    """The sets that are evaluated and the one that the judge is fitted on, by names that no two share."""
+    return {f"set {name}": each for name, each in sets.items()} | {
+        f"judge {name}": each for name, each in judged.items()
+    }
+
+
+def stored_reference(
+    options: EvaluationOptions,
+    saved: Saved,
+    asked: dict[str, EvaluatedSet],
+    processes: Processes,
+    log: Console,
+) -> dict[str, np.ndarray]:
+    """`Evaluation.stored`, of the sets that are asked for. All processes call this together; the first reads the store.
+
+    Raises:
+        DataError: the store has none of these weights in the dtype of the model, or the model does not say which they
+            are.
+    """
+    if options.reference_store is None:
+        return {}
+    start = saved.metadata.get("base", {}).get("namespace")
+    if start is None:
+        raise DataError(
+            f"{saved.folder} does not say what its reference log-probs are stored under, as models of older trainings "
+            "do not: leave out --reference_store"
+        )
+    namespace, root = Namespace(**start), options.reference_store
+    if namespace.dtype != saved.config.dtype or not (root / namespace.name).is_dir():
+        raise DataError(
+            f"--reference_store {root} has no log-probs in {saved.config.dtype} of the weights that {saved.folder} "
+            f"started from ({namespace.name})"
+        )
+    found: dict[str, np.ndarray] = {}
+    if processes.is_first:
+        store = ReferenceStore(root, namespace, warn=log.warn)
+        values = {name: store.logprobs(each.pairs.keys[each.index].reshape(-1)) for name, each in asked.items()}
+        found = {name: each.reshape(-1, 2) for name, each in values.items() if not np.isnan(each).any()}
+        for name in asked.keys() - found.keys():
+            missing = int(np.isnan(values[name]).sum())
+            log.print(f"{name}: the reference store lacks {missing:,} of {len(values[name]):,} log-probs")
+    names = json.loads(processes.from_first("stored reference", lambda: json.dumps(list(found))))
+    return found or {name: np.empty((0, 2), dtype=np.float32) for name in names}
 
 
 def longest_conversation(options: EvaluationOptions, saved: Saved) -> int:

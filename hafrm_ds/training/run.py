@@ -97,7 +97,9 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     final_step = trainer.choose_final_weights()
     counts = {name: pairs.report.total for name, pairs in {"train": train_pairs, **eval_pairs}.items()}
     state = saver.state
-    metadata = run_metadata(config, base_licence, counts, final_step, state.last_evaluation, state.alpha, state.judge)
+    metadata = run_metadata(
+        config, base_licence, start, counts, final_step, state.last_evaluation, state.alpha, state.judge
+    )
     save_final(config, engine, formatter, metadata, processes, log)
     log.write_json(config.output_dir / SUMMARY_FILE, trainer.summary(final_step) | {"data": data})
     leave_report(config, log)

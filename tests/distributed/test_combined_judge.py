@@ -6,11 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
+from hafrm_ds.config import DataConfig
 from hafrm_ds.engine.checkpoint import read_state
+from hafrm_ds.errors import DataError
+from hafrm_ds.evaluation import scoring
 from hafrm_ds.evaluation.combined import combine
+from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.objective import JudgeFit
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.saved.sharded import load_for_job
 from hafrm_ds.training.final import export_checkpoint
 from tests.distributed.launching import as_options, rows, run_jobs, write_pairs
 from tests.tiny_models import save_tiny_model
@@ -96,6 +103,34 @@ def test_the_best_weights_are_saved_with_the_judge_of_their_step(folder):
     assert (fit.set, fit.pairs, fit.prompts, fit.beta) == ("near", NUM_PAIRS, num_prompts, 0.1)
     export_checkpoint(checkpoint, folder / "exported")
     assert json.loads((folder / "exported/hafrm.json").read_text())["judge"] == metadata["judge"]
+
+
+def test_the_reference_store_of_the_training_saves_the_forward_of_the_reference(folder, tmp_path, monkeypatch):
+    """What was evaluated in the training is evaluated again, without the start weights, and comes out the same."""
+    run, alone = folder / "run", Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
+    sets = DataConfig(train="unused", eval={name: str(folder / f"{name}.jsonl") for name in ("near", "far")}).eval
+    asked = {"model": str(run / "final"), "data": sets, "reference_store": folder / "store"}
+    loaded = []
+
+    def load(saved, *arguments):
+        loaded.append(saved.folder)
+        return load_for_job(saved, *arguments)
+
+    monkeypatch.setattr(scoring, "load_for_job", load)
+    evaluate(EvaluationOptions(output_dir=tmp_path / "out", **asked), alone)
+    assert loaded == [run / "final"]
+    found, expected = load_all(tmp_path / "out/evaluation"), load_all(run / "evaluation")
+    step = json.loads((run / "final/hafrm.json").read_text())["training"]["steps"]
+    at_step = {row["set"]: row for row in rows(run, "eval") if row["step"] == step}
+    for name in sets:
+        np.testing.assert_array_equal(found[name].reference, expected[name].reference)
+        for judge in ("reward", "implicit", "combined"):
+            assert found[name].margins(judge).mean() == pytest.approx(at_step[name][f"margin/{judge}"], abs=1e-5)
+    new = DataConfig(train="unused", eval={"new": str(write_pairs(tmp_path / "new.jsonl", 60, seed=9))}).eval
+    with pytest.raises(DataError, match="does not have all pairs of --fit_judge; give --reference base"):
+        evaluate(EvaluationOptions(output_dir=tmp_path / "new", fit_judge=new, **asked), alone.for_job("new"))
+    with pytest.raises(DataError, match="no log-probs in bfloat16 of the weights that"):
+        evaluate(EvaluationOptions(output_dir=tmp_path / "b", dtype="bfloat16", **asked), alone.for_job("bfloat16"))
 
 
 def test_too_few_prompts_have_no_judge_and_it_is_said_once(folder):
