@@ -311,8 +311,9 @@ class Evaluation:
 
     def combined_judge(self, scores: Scores) -> CombinedJudge | None:
         """Both heads as one judge, by the fit that was asked for or the one that is saved with the model."""
-        for name, each in self.judged.items():
-            pair_scores = self.scores_of_set(name, each, scores[f"judge {name}"])
+        if self.judged:
+            [(name, evaluated)] = self.judged.items()
+            pair_scores = self.scores_of_set(name, evaluated, scores[f"judge {name}"])
             check(pair_scores)
             return CombinedJudge.fitted_on(pair_scores)
         has_reference = self.reference is not None or self.stored

@@ -171,17 +171,19 @@ def check_combined_judge(eval_pairs: dict[str, PreparedPairs], config: TrainConf
     Raises:
         DataError: evaluation.best_metric asks for that judge.
     """
-    for name, pairs in list(eval_pairs.items())[: config.objective.has_combined_judge]:
-        index = fixed_choice(len(pairs), config.evaluation.max_pairs)
-        if (num_prompts := len(np.unique(pairs.prompt_keys[index]))) >= FEWEST_PROMPTS:
-            return
-        found = (
-            f"the first evaluation set, {name}, has {num_prompts} prompts, and the combined judge is fitted on "
-            f"{FEWEST_PROMPTS} or more"
-        )
-        if (best := config.evaluation.best_metric) and best.endswith("/combined"):
-            raise DataError(f"evaluation.best_metric is {best}, but {found}: give more pairs, or another best_metric")
-        log.print(f"no combined judge: {found}")
+    if not (eval_pairs and config.objective.has_combined_judge):
+        return
+    name, pairs = next(iter(eval_pairs.items()))
+    index = fixed_choice(len(pairs), config.evaluation.max_pairs)
+    if (num_prompts := len(np.unique(pairs.prompt_keys[index]))) >= FEWEST_PROMPTS:
+        return
+    found = (
+        f"the first evaluation set, {name}, has {num_prompts} prompts, and the combined judge is fitted on "
+        f"{FEWEST_PROMPTS} or more"
+    )
+    if (best := config.evaluation.best_metric) and best.endswith("/combined"):
+        raise DataError(f"evaluation.best_metric is {best}, but {found}: give more pairs, or another best_metric")
+    log.print(f"no combined judge: {found}")
 
 
 def agree_on_content(
