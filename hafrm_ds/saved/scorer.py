@@ -5,7 +5,7 @@ Scoring of files, evaluation and best-of-N ask for nothing else, so they take an
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PackedBatch, share_prompts, split_groups
-from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.pairs import Message, assistant
 from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.engine.scoring import Items, score_items
 from hafrm_ds.errors import DataError, ModelError
@@ -62,6 +62,26 @@ class Scorer(ABC):
         if "reward" not in self.heads:
             raise ModelError(NO_REWARD)
         return self.of_conversations(conversations, lambda groups: self.values(groups, ("reward",))[:, 0].tolist())
+
+    def score(
+        self, messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None = None
+    ) -> float | list[float]:
+        """The reward of a conversation, read at its last token.
+
+        Args:
+            messages: one conversation (a list of {"role": ..., "content": ...}) or a list of them.
+            responses: answers of the assistant to the one conversation `messages`, each scored by itself.
+
+        Returns:
+            A reward for one conversation, else a list of rewards in the order given.
+
+        Raises:
+            DataError: a conversation that the template refuses, or that is longer than max_tokens or the model knows.
+            ModelError: the model was trained without a reward loss.
+        """
+        conversations, is_one = as_conversations(messages, responses)
+        rewards = self.score_ids(map(self.encode, conversations))
+        return rewards[0] if is_one else rewards
 
     def of_conversations(self, conversations: Iterable[PromptWithResponses], ask: Callable[[list], list]) -> list:
         """What `ask` finds of free conversations, in their order. Prompts that they share are searched for.
@@ -119,3 +139,15 @@ def encode_for(
         raise DataError(f"the conversation has {length:,} tokens, more than {what} ({max_length:,})")
     sizes.check_ids((ids.prompt, *ids.responses), formatter.tokenizer)
     return ids
+
+
+def as_conversations(
+    messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None
+) -> tuple[list[Conversation], bool]:
+    """What `messages` and `responses` stand for: (conversations, whether a single one was meant)."""
+    is_one = bool(messages) and isinstance(messages[0], dict)
+    if responses is not None:
+        if not is_one:
+            raise DataError("responses belong to one conversation, but `messages` is a list of conversations")
+        return [[*cast(Conversation, messages), assistant(response)] for response in responses], False
+    return (cast(list[Conversation], [messages] if is_one else list(messages))), is_one

@@ -281,6 +281,28 @@ def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str
 
 
 @matplotlib.rc_context(STYLE)
+def coverage_chart(title: str, rows: list[dict], series: dict[str, int]) -> Chart:
+    """Accuracy of each judge on the share of the pairs that it is surest of, as `analyse` gives it."""
+    figure, axes = new_figure()
+    shares, judges = [each["share"] for each in rows], list(rows[0]["accuracy"])
+    for judge in judges:
+        values = [each["accuracy"][judge] for each in rows]
+        axes.plot(shares, values, color=series_colour(series[judge]), marker="o", markersize=4.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    axes.set_title("accuracy")
+    axes.set_xlabel("share of the pairs, the surest first")
+    described = "; ".join(
+        f"{each['share']:.0%} of the pairs: " + ", ".join(f"{judge} {each['accuracy'][judge]:.1%}" for judge in judges)
+        for each in rows
+    )
+    keys = tuple(Key(judge, series[judge]) for judge in judges)
+    note = "Each judge leaves out the pairs with its smallest margins."
+    return Chart(title, to_svg(figure, f"{title}: {described}"), keys, note)
+
+
+@matplotlib.rc_context(STYLE)
 def intervals_chart(
     title: str,
     groups: Mapping[str, Mapping[str, EstimateJson]],

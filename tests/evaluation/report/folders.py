@@ -12,6 +12,7 @@ from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, Method, compare, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
 from tests.evaluation.benchmarks.rows import rm_bench_row, summary
+from tests.test_objective import FIT
 
 EVIL = "</pre></details><script>alert('&amp;')</script>\x00\x1b[31m\u202e"
 EVIL_AS_SHOWN = (
@@ -112,6 +113,7 @@ def write_run(folder: Path, *, steps: int = 40, policy: bool = True) -> Path:
 
 def write_evaluation(folder: Path) -> Path:
     scores = pair_scores("arena")
+    scores.combined, scores.fit = FIT.score(scores.reward, scores.logprob, scores.reference), FIT
     scores.save(folder / SCORES_FOLDER)
     chat = summary("rm-bench", folder, [rm_bench_row("chat")] * 2, CHAT_REWARDS)
     content = {
