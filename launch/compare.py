@@ -65,10 +65,12 @@ def main(arguments: list[str], processes: Processes) -> None:
     from hafrm_ds.training.compare import train_and_compare
     from hafrm_ds.training.sweep import arms_of, axes_of
 
-    arms = arms_of(options.run, axes_of(options.run, options.alphas, options.betas, options.sweep))
+    axes = axes_of(options.run, options.alphas, options.betas, options.sweep)
+    arms = arms_of(options.run, axes)
+    sweep = {axis.name: axis.to_json() for axis in axes} if options.sweep else None
     train_script = Path(__file__).with_name("train.py")
     with sole_owner(options.output_dir, processes):
-        train_and_compare(options.run, arms, options.all_seeds, train_script, processes)
+        train_and_compare(options.run, arms, options.all_seeds, train_script, processes, sweep)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import environ
 from pathlib import Path
@@ -23,6 +23,7 @@ from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, UserError
 from hafrm_ds.evaluation.comparison import (
     COMPARISON_FILE,
+    Judged,
     Method,
     compare,
     render_comparison,
@@ -53,6 +54,7 @@ def train_and_compare(
     seeds: Sequence[int],
     train_script: Path,
     processes: Processes,
+    sweep: Mapping[str, Any] | None = None,
 ) -> None:
     """Train every arm with every seed, where that is not done yet, and compare them on every set of data.eval.
 
@@ -61,6 +63,7 @@ def train_and_compare(
 
     Args:
         train_script: launch/train.py, which each training is a run of.
+        sweep: what comparison.json says of the swept options; None where nothing is swept.
 
     Raises:
         Stopped: a signal has ended it; the same command resumes it.
@@ -68,14 +71,21 @@ def train_and_compare(
     """
     log = Console(processes)
     with starter(train_script, processes) as start:
-        train_all(config, arms, seeds, start, processes, log)
+        train_all(config, arms, seeds, start, processes, log, sweep)
     leave_together(processes)
 
 
 def train_all(
-    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], start: Start, processes: Processes, log: Console
+    config: TrainConfig,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    start: Start,
+    processes: Processes,
+    log: Console,
+    sweep: Mapping[str, Any] | None,
 ) -> None:
     """`train_and_compare`, with a way to start trainings."""
+    methods = [Method(arm.name, arm.judge, [], arm.cells) for arm in arms]
     # Seed by seed, so that what there is after a while compares all arms.
     for place, seed in enumerate(seeds):
         is_last, has_trained = place == len(seeds) - 1, False
@@ -85,25 +95,18 @@ def train_all(
         if processes.is_first:
             for runs in same_data(config, arms, seed):
                 check_same_data(runs)
+            for method in methods:
+                scores = load_all(run_folder(config.output_dir, method.name, seed) / SCORES_FOLDER)
+                like = methods[0].trainings[0] if methods[0].trainings else {}
+                method.trainings.append({name: Judged.of(each, like.get(name)) for name, each in scores.items()})
         if processes.is_first and (has_trained or is_last):
-            results = compare_trained(config, arms, seeds[: place + 1], seeds)
+            results = compare(methods, list(config.data.eval), seeds[: place + 1], seeds, sweep)
             file = config.output_dir / COMPARISON_FILE
             write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
             if is_last:
                 log.print(render_comparison(results))
             log.print(f"\nthe results of {seeds_in_words(results)} are in {file}")
             leave_report(config.output_dir, log)
-
-
-def compare_trained(
-    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], planned_seeds: Sequence[int]
-) -> dict[str, Any]:
-    """What comparison.json says of the trainings with these seeds, all of which are finished."""
-    scores = [
-        [load_all(run_folder(config.output_dir, arm.name, seed) / SCORES_FOLDER) for seed in seeds] for arm in arms
-    ]
-    methods = [Method(arm.name, arm.judge, each) for arm, each in zip(arms, scores, strict=True)]
-    return compare(methods, list(config.data.eval), seeds, planned_seeds)
 
 
 def same_data(config: TrainConfig, arms: Sequence[Arm], seed: int) -> list[list[Path]]:

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hafrm_ds.config import ObjectiveConfig, TrainConfig
@@ -76,23 +76,26 @@ class Axis:
     @property
     def numbers(self) -> list[float] | None:
         """The values as places on an axis; None where they are no numbers."""
-        found = [as_number(value) for value in self.values]
-        return None if None in found else found  # type: ignore[return-value]
+        found = [number for value in self.values if (number := as_number(value)) is not None]
+        return found if len(found) == len(self.values) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """What comparison.json says of it, under its name."""
+        return {"option": self.option, "labels": list(self.labels), "numbers": self.numbers}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One method in one cell.
+    """One method with the options that it feels.
 
-    labels: of the swept options that it feels, name of the axis -> label of the value.
-    baseline: name of the Baseline of its cell.
+    cells: in which it stands, several if there are options that Baseline feels and it does not: name of their Baseline
+        -> the swept options of the method there, name of the axis -> label of the value.
     """
 
     name: str
     kind: Kind
     config: TrainConfig
-    labels: Mapping[str, str]
-    baseline: str
+    cells: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def judge(self) -> str:
@@ -184,12 +187,14 @@ def arms_of(config: TrainConfig, axes: Sequence[Axis]) -> list[Arm]:
                 # What was there before sweeps stands in its old order: alpha, then beta.
                 chosen = sorted([*felt, *choice], key=lambda each: axes.index(each[0]))
                 name = name_of(kind, chosen)
-                if name in arms:
-                    continue
-                arm, found = make_arm(config, name, kind, chosen, baseline)
-                problems += [f"{name}: {problem}" for problem in found]
-                if arm is not None:
-                    arms[name] = arm
+                if name not in arms:
+                    values = {axis.option: axis.values[place] for axis, place in chosen}
+                    options, found = with_values(config, values, kind)
+                    found = found if options is None else options.contradictions()
+                    problems += [f"{name}: {problem}" for problem in found]
+                    arms[name] = Arm(name, kind, options or config)
+                in_cell = {axis.name: axis.labels[place] for axis, place in [*cell, *choice]}
+                arms[name].cells[baseline] = in_cell
     if problems:
         raise ConfigError(problems)
     return list(arms.values())
@@ -213,18 +218,6 @@ def name_of(kind: Kind, choice: Choice) -> str:
     """haf-alpha0.2-beta0.1"""
     shown = [(axis, place) for axis, place in choice if axis.is_shown or len(axis.values) > 1]
     return "".join([kind, *(f"-{axis.name}{axis.labels[place]}" for axis, place in shown)])
-
-
-def make_arm(
-    config: TrainConfig, name: str, kind: Kind, choice: Choice, baseline: str
-) -> tuple[Arm | None, list[str]]:
-    """An arm, and what is wrong with its options."""
-    values = {axis.option: axis.values[place] for axis, place in choice}
-    labels = {axis.name: axis.labels[place] for axis, place in choice}
-    options, problems = with_values(config, values, kind)
-    if options is None:
-        return None, problems
-    return Arm(name, kind, options, labels, baseline), options.contradictions()
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any], kind: Kind) -> tuple[TrainConfig | None, list[str]]:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimate, mean_of_sets
-from hafrm_ds.evaluation.comparison import OTHERS, Method, compare, points, render_comparison, seeds_in_words
+from hafrm_ds.evaluation.comparison import OTHERS, Judged, Method, compare, points, render_comparison, seeds_in_words
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 SIZES = {"in": 200, "far": 100, "farther": 50}
@@ -30,7 +30,7 @@ def method(name: str, shares: list[float], seed: int, implicit: bool = False) ->
         rights = {
             set_name: source.permutation(np.arange(size) < round(share * size)) for set_name, size in SIZES.items()
         }
-        trainings.append({set_name: scores(set_name, right, implicit) for set_name, right in rights.items()})
+        trainings.append({set_name: Judged.of(scores(set_name, right, implicit)) for set_name, right in rights.items()})
     return Method(name, "implicit" if implicit else "reward", trainings)
 
 
@@ -90,7 +90,7 @@ def test_every_set_counts_alike_and_is_resampled_by_itself():
 def test_a_single_prompt_has_a_difference_without_an_interval():
     one, other = method("one", [0.4], 0), method("other", [0.6], 1)
     for each in (one, other):
-        each.scores[0]["in"].prompts[:] = ["the same"] * SIZES["in"]
+        each.trainings[0]["in"].prompts[:] = ["the same"] * SIZES["in"]
     value = compare([one, other], ["in"], [0], [0])["differences"]["other - one"]["in"]
     assert value["low"] is None and points(value) == "+20.0"
 
@@ -102,17 +102,17 @@ def test_seeds_are_counted_in_words():
 
 def test_other_pairs_are_no_comparison():
     one, other = method("one", [0.5, 0.5], 0), method("other", [0.5, 0.5], 1)
-    other.scores[1]["far"].ids[3] = "another"
+    other.trainings[1]["far"].ids[3] = "another"
     with pytest.raises(
         DataError, match="other with seed 8 was not evaluated on the same pairs of far as one with seed 7"
     ):
         compare([one, other], list(SIZES), [7, 8], [7, 8])
-    one.scores[1]["far"].prompts[3] = "another"
+    one.trainings[1]["far"].prompts[3] = "another"
     with pytest.raises(
         DataError, match="one with seed 8 was not evaluated on the same pairs of far as one with seed 7"
     ):
         compare([one, other], list(SIZES), [7, 8], [7, 8])
-    del one.scores[0]["in"]
+    del one.trainings[0]["in"]
     with pytest.raises(DataError, match="one with seed 7 was not evaluated on in"):
         compare([one, other], list(SIZES), [7, 8], [7, 8])
 

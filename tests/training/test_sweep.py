@@ -21,7 +21,7 @@ def test_arms_are_named_by_what_differs(tmp_path):
     assert isinstance(found["haf-alpha1"].config.objective.alpha, float)
     both = arms(config_of(tmp_path), [0.2, 1], [0.1, 0.5])
     assert list(both)[:4] == ["baseline", "dpo-beta0.1", "dpo-beta0.5", "haf-alpha0.2-beta0.1"] and len(both) == 7
-    assert {arm.baseline for arm in both.values()} == {"baseline"}
+    assert {name for arm in both.values() for name in arm.cells} == {"baseline"}
 
 
 def test_a_share_is_that_of_the_joint_loss_alone_and_alphas_take_its_place(tmp_path):
@@ -75,14 +75,16 @@ def test_a_cell_is_what_baseline_feels_and_has_one_baseline(tmp_path):
         "haf-share0.5-pairs80-head-lr5e-05",
     ]
     for name, arm in found.items():
-        assert arm.kind == name.split("-")[0] and found[arm.baseline].kind == "baseline"
-        assert f"pairs{arm.config.data.train[0].portion[1:]}" in arm.baseline and arm.baseline.split("-")[1] in name
+        assert arm.kind == name.split("-")[0] and len(arm.cells) == (2 if arm.kind == "dpo" else 1)
+        for baseline, labels in arm.cells.items():
+            assert found[baseline].kind == "baseline" and baseline in found[baseline].cells
+            assert f":{labels['pairs']}" == arm.config.data.train[0].portion and f"pairs{labels['pairs']}" in baseline
     of_joint = found["haf-share0.5-pairs320-head-lrnone"]
-    assert of_joint.baseline == "baseline-pairs320-head-lrnone"
     assert of_joint.config.optimizer.reward_head_learning_rate is None
     assert found["haf-share0.5-pairs80-head-lr5e-05"].config.optimizer.reward_head_learning_rate == 5e-5
     assert (of_joint.config.objective.alpha, of_joint.config.objective.policy_share) == (None, 0.5)
-    assert of_joint.labels == {"share": "0.5", "pairs": "320", "head-lr": "none"}
+    assert of_joint.cells == {"baseline-pairs320-head-lrnone": {"share": "0.5", "pairs": "320", "head-lr": "none"}}
+    assert found["dpo-pairs80"].cells["baseline-pairs80-head-lrnone"] == {"pairs": "80", "head-lr": "none"}
 
 
 def test_a_swept_share_says_which_methods_there_are(tmp_path):

@@ -36,5 +36,5 @@ def methods_page(comparison: dict[str, Any], results: list[Results]) -> dict[str
                 are_differences=True,
             ),
         ],
-        "runs": comparison_page(results),
+        "runs": comparison_page(results) if results else None,
     }

@@ -9,7 +9,7 @@ import yaml
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.report import Counts, DataReport, Example, TemplateFacts
 from hafrm_ds.evaluation.analysis import analyse
-from hafrm_ds.evaluation.comparison import COMPARISON_FILE, Method, compare, run_folder
+from hafrm_ds.evaluation.comparison import COMPARISON_FILE, Judged, Method, compare, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
 from tests.evaluation.benchmarks.rows import rm_bench_row, summary
 
@@ -144,7 +144,8 @@ def write_comparison(folder: Path, shares: dict[str, list[float]], planned_seeds
             for scores in trainings[-1].values():
                 scores.save(run / SCORES_FOLDER)
             write_rows(run, training_rows(5, policy=False))
-        methods.append(Method(name, "reward", trainings))
+        judged = [{each: Judged.of(scores) for each, scores in sets.items()} for sets in trainings]
+        methods.append(Method(name, "reward", judged))
     seeds = range(len(next(iter(shares.values()))))
     results = compare(methods, ["near", "far <b>"], seeds, planned_seeds)
     (folder / COMPARISON_FILE).write_text(json.dumps(results))
