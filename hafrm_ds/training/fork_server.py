@@ -1,7 +1,8 @@
 """A process that has imported all that a training needs, and forks one training after another from it.
 
 Imports take longer than a small training. The process does nothing but import and fork: it has no threads, no CUDA
-context and no process group that a fork would have half of.
+context and no process group that a fork would have half of. What the first training imports on its way (DeepSpeed, the
+model's code), the others find imported.
 
     python -m hafrm_ds.training.fork_server SCRIPT FD < requests          started by `ForkServer`
 
@@ -10,6 +11,7 @@ pipe FD gets two lines: `pid N` once signals reach it, and `status N` when it ha
 """
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -22,6 +24,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from select import select
+from tempfile import TemporaryFile
+from typing import TextIO
 
 from hafrm_ds.errors import UserError
 
@@ -102,19 +106,34 @@ def serve(script: str, answers: int) -> None:
         signal.signal(each, signal.SIG_IGN)
     import hafrm_ds.training.run  # noqa: F401 - what every training imports
 
-    gc.freeze()  # so that a collection in a fork does not copy the pages of all that was imported
-    for line in sys.stdin:
-        request = json.loads(line)
-        child = os.fork()
-        if not child:
-            os._exit(run_script(script, request, answers))
-        status = wait_for(child)
-        os.write(answers, f"status {status}\n".encode())
+    with TemporaryFile("w+") as learned:
+        for line in sys.stdin:
+            gc.freeze()  # so that a collection in a fork does not copy the pages of all that was imported
+            child = os.fork()
+            if not child:
+                os._exit(run_script(script, json.loads(line), answers, learned))
+            status = wait_for(child)
+            os.write(answers, f"status {status}\n".encode())
+            import_all(learned)
 
 
-def run_script(script: str, request: Mapping, answers: int) -> int:
-    """Run the entry file in the fork as if Python had started it; returns its exit status."""
-    status = 1
+def import_all(learned: TextIO) -> None:
+    """Import the modules that a fork has named, which empties the file."""
+    learned.seek(0)
+    for name in learned.read().split():
+        with suppress(Exception):  # one that a training has made for itself
+            importlib.import_module(name)
+    learned.seek(0)
+    learned.truncate()
+
+
+def run_script(script: str, request: Mapping, answers: int, learned: TextIO) -> int:
+    """Run the entry file in the fork as if Python had started it; returns its exit status.
+
+    Args:
+        learned: gets the names of the modules that it has imported.
+    """
+    status, known = 1, set(sys.modules)
     try:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
@@ -126,6 +145,8 @@ def run_script(script: str, request: Mapping, answers: int) -> int:
         sys.argv = [script, *request["arguments"]]
         runpy.run_path(script, run_name="__main__")
         status = 0
+        learned.write("\n".join(name for name in sys.modules if name not in known))
+        learned.flush()
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:

@@ -16,13 +16,15 @@ ENTRY = """
 import json, os, signal, sys, time
 import torch
 file, how, *rest = sys.argv[1:]
-facts = {"threads": len(os.listdir("/proc/self/task")), "variable": os.environ.get("OWN"), "path": sys.path[0],
+facts = {"learned": "zipapp" in sys.modules,
+         "threads": len(os.listdir("/proc/self/task")), "variable": os.environ.get("OWN"), "path": sys.path[0],
          "argv": sys.argv, "parent": os.getppid(), "imported": "hafrm_ds.training.run" in sys.modules,
          "stdin": sys.stdin.read()}
 def stop(number, frame):
     open(file, "a").write("stopped")
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
+import zipapp
 open(file, "w").write(json.dumps(facts))
 if how == "fail":
     sys.exit(3)
@@ -64,6 +66,7 @@ def test_a_fork_is_as_if_python_had_started_the_file(server, script, tmp_path):
     assert (facts["variable"], facts["imported"], facts["threads"], facts["stdin"]) == ("one", True, 1, "")
     assert server.start([str(file), "end"], {}).wait() == 0
     again = json.loads(file.read_text())
+    assert (facts["learned"], again["learned"]) == (False, True)
     assert again["variable"] is None and again["parent"] == facts["parent"] == server.process.pid
 
 
