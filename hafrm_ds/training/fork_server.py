@@ -72,7 +72,8 @@ class ForkServer:
     def close(self) -> None:
         """Let the server end. It stops a training that still runs."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # of a request that came too late
+            self.process.stdin.close()
         self.process.wait()
         self.answers.close()
 
