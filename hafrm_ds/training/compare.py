@@ -37,6 +37,7 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import leave_together
 from hafrm_ds.processes.ranks import FailedElsewhere, Processes
 from hafrm_ds.processes.stopping import STOPPED_STATUS, Stopped
+from hafrm_ds.training.comparison_plan import ComparisonPlan, pairs_seen
 from hafrm_ds.training.fork_server import Forked, ForkServer
 from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
 from hafrm_ds.training.sweep import Arm
@@ -86,12 +87,23 @@ def train_all(
 ) -> None:
     """`train_and_compare`, with a way to start trainings."""
     methods = [Method(arm.name, arm.judge, [], arm.cells) for arm in arms]
+    finished = finished_runs([run_config(config, arm, seed) for seed in seeds for arm in arms], processes)
+    plan = make_plan(config, arms, seeds, finished, processes)
+    log.print(f"[bold]{plan.in_words}[/bold]")
     # Seed by seed, so that what there is after a while compares all arms.
     for place, seed in enumerate(seeds):
         is_last, has_trained = place == len(seeds) - 1, False
         for number, arm in enumerate(arms, start=place * len(arms) + 1):
-            title = f"training {number} of {len(seeds) * len(arms)}"
-            has_trained |= train_unless_finished(run_config(config, arm, seed), title, start, processes, log)
+            run = run_config(config, arm, seed)
+            title = f"training {number} of {len(seeds) * len(arms)}: {run.output_dir}"
+            if run.output_dir.name in finished:
+                log.print(f"{title} is finished")
+                continue
+            log.print(f"\n[bold]{title}[/bold]")
+            train_one(run, start, processes)
+            has_trained = True
+            plan.note(arm.name, seconds_of(run))
+            log.print(f"{sum(plan.left.values()):,} trainings are left{plan.time_left}")
         if processes.is_first:
             for runs in same_data(config, arms, seed):
                 check_same_data(runs)
@@ -113,8 +125,7 @@ def same_data(config: TrainConfig, arms: Sequence[Arm], seed: int) -> list[list[
     """Folders of the trainings with a seed, those together that are to see the same pairs."""
     groups: dict[str, list[Path]] = {}
     for arm in arms:
-        options = arm.config.model_dump(mode="json", include={"model": {"name_or_path", "revision"}, "data": True})
-        groups.setdefault(json.dumps(options), []).append(run_folder(config.output_dir, arm.name, seed))
+        groups.setdefault(arm.data_key, []).append(run_folder(config.output_dir, arm.name, seed))
     return list(groups.values())
 
 
@@ -129,18 +140,48 @@ def check_same_data(runs: Sequence[Path]) -> None:
             )
 
 
-def train_unless_finished(run: TrainConfig, title: str, start: Start, processes: Processes, log: Console) -> bool:
-    """Train one arm with one seed, or resume it; False if it is finished already."""
-    name = run.output_dir.name
-    if processes.from_first(f"finished {name}", lambda: str(is_finished(run))) == "True":
-        log.print(f"{title}: {run.output_dir} is finished")
-        return False
-    log.print(f"\n[bold]{title}: {run.output_dir}[/bold]")
+def finished_runs(runs: Sequence[TrainConfig], processes: Processes) -> set[str]:
+    """Names of those that are finished. Raises UserError if one of them has other options."""
+
+    def look() -> str:
+        return json.dumps([run.output_dir.name for run in runs if is_finished(run)])
+
+    return set(json.loads(processes.from_first("finished", look)))
+
+
+def make_plan(
+    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], finished: set[str], processes: Processes
+) -> ComparisonPlan:
+    """What there is to do, and what the trainings that are finished took."""
+
+    def count() -> str:
+        is_over = len(finished) == len(arms) * len(seeds)  # then nothing need be there but the runs
+        return json.dumps(dict.fromkeys([arm.name for arm in arms], 0) if is_over else pairs_seen(arms))
+
+    plan = ComparisonPlan(json.loads(processes.from_first("pairs", count)), len(seeds))
+    for arm in arms:
+        for seed in seeds:
+            run = run_config(config, arm, seed)
+            if run.output_dir.name in finished:
+                plan.note(arm.name, seconds_of(run))
+    return plan
+
+
+def seconds_of(run: TrainConfig) -> float | None:
+    """What a training took, from its start to its summary; None where the files do not tell."""
+    try:
+        seconds = (run.output_dir / SUMMARY_FILE).stat().st_mtime - options_file(run).stat().st_mtime
+    except OSError:
+        return None
+    return seconds if seconds > 0 else None
+
+
+def train_one(run: TrainConfig, start: Start, processes: Processes) -> None:
+    """Train one arm with one seed, or resume it."""
     if processes.is_first:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(options_file(run), run.to_yaml().encode())
-    train_in_child(run, start, processes.from_first(f"port {name}", free_port), processes)
-    return True
+    train_in_child(run, start, processes.from_first(f"port {run.output_dir.name}", free_port), processes)
 
 
 def run_config(config: TrainConfig, arm: Arm, seed: int) -> TrainConfig:

@@ -114,7 +114,8 @@ def serve(script: str, answers: int) -> None:
             if not child:
                 os._exit(run_script(script, json.loads(line), answers, learned))
             status = wait_for(child)
-            os.write(answers, f"status {status}\n".encode())
+            with suppress(BrokenPipeError):  # whoever has asked is gone
+                os.write(answers, f"status {status}\n".encode())
             import_all(learned)
 
 

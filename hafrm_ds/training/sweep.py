@@ -7,6 +7,7 @@ alpha. A cell is what Baseline feels, so every cell has one Baseline, and a gain
 """
 
 import itertools
+import json
 import math
 import re
 from collections import Counter
@@ -103,6 +104,12 @@ class Arm:
         if objective.uses_reward:
             return "reward"
         return "implicit" if objective.uses_reference else "logprob"
+
+    @property
+    def data_key(self) -> str:
+        """The options that decide which pairs it sees, but for the seed."""
+        decisive = {"model": {"name_or_path", "revision"}, "data": True}
+        return json.dumps(self.config.model_dump(mode="json", include=decisive))
 
 
 def axes_of(

@@ -53,6 +53,7 @@ def played(monkeypatch):
         (run.output_dir / "summary.json").write_text(json.dumps({"steps": 3, "data": data}))
 
     monkeypatch.setattr(comparison, "train_in_child", train)
+    monkeypatch.setattr(comparison, "pairs_seen", lambda arms: {arm.name: 640 for arm in arms})
     return seen
 
 
