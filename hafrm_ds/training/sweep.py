@@ -108,8 +108,8 @@ class Arm:
     @property
     def data_key(self) -> str:
         """The options that decide which pairs it sees, but for the seed."""
-        decisive = {"model": {"name_or_path", "revision"}, "data": True}
-        return json.dumps(self.config.model_dump(mode="json", include=decisive))
+        model, data = self.config.model, self.config.data
+        return json.dumps([model.name_or_path, model.revision, data.model_dump(mode="json", exclude={"eval"})])
 
 
 def axes_of(
