@@ -1,14 +1,17 @@
 """Methods against each other, from scores whose accuracies are known."""
 
 import io
+import time
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from hafrm_ds.errors import DataError
+from hafrm_ds.evaluation import comparison
 from hafrm_ds.evaluation.bootstrap import estimate, mean_of_sets
 from hafrm_ds.evaluation.comparison import OTHERS, Judged, Method, compare, points, render_comparison, seeds_in_words
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 SIZES = {"in": 200, "far": 100, "farther": 50}
@@ -123,3 +126,69 @@ def test_the_table_names_methods_judges_and_points(results):
     text = console.export_text()
     for piece in ("baseline", "implicit reward", "65.0%", "+20.0 [", OTHERS, "2 of 3 seeds"):
         assert piece in text
+
+
+def planted(name: str, shares: dict[str, float], cells: dict[str, dict[str, str]]) -> Method:
+    """Two trainings, whose judges are right in a share of 200 pairs: the same pairs first."""
+    names = [str(place) for place in range(200)]
+    trainings = []
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(200)
+        right = {judge: (order < 200 * share).astype(np.float32) for judge, share in shares.items()}
+        trainings.append({"in": Judged(names, names, right)})
+    return Method(name, next(iter(shares)), trainings, cells)
+
+
+def test_a_sweep_compares_with_the_baseline_of_the_cell_alone():
+    one, two = {"baseline-pairs1": {"pairs": "1"}}, {"baseline-pairs2": {"pairs": "2"}}
+    methods = [
+        planted("baseline-pairs1", {"reward": 0.6}, one),
+        planted("haf-pairs1", {"reward": 0.7, "implicit": 0.8}, {"baseline-pairs1": {"pairs": "1", "share": "0.5"}}),
+        planted("baseline-pairs2", {"reward": 0.7}, two),
+        planted("dpo", {"implicit": 0.75}, one | two),
+    ]
+    results = compare(methods, ["in"], [0, 1], [0, 1], {"pairs": {"option": "some.option"}})
+    assert list(results["differences"]) == [
+        "haf-pairs1 - baseline-pairs1",
+        "dpo - baseline-pairs1",
+        "dpo - baseline-pairs2",
+    ]
+    assert results["sweep"] == {"pairs": {"option": "some.option"}}
+    assert [cell["baseline"] for cell in results["cells"]] == ["baseline-pairs1", "baseline-pairs2"]
+    assert list(results["cells"][1]["methods"]) == ["baseline-pairs2", "dpo"]
+    assert results["cells"][0]["methods"]["haf-pairs1"] == {"pairs": "1", "share": "0.5"}
+
+    def gain(name: str, baseline: str, judge: str) -> float:
+        found = results["methods"][name]["gains"][baseline][judge]["in"]
+        assert found["low"] < found["value"] < found["high"] and len(found["by_seed"]) == 2
+        return found["value"]
+
+    assert gain("haf-pairs1", "baseline-pairs1", "reward") == pytest.approx(0.1)
+    assert gain("haf-pairs1", "baseline-pairs1", "implicit") == pytest.approx(0.2)
+    assert gain("dpo", "baseline-pairs1", "implicit") == pytest.approx(0.15)
+    assert gain("dpo", "baseline-pairs2", "implicit") == pytest.approx(0.05)
+    assert "gains" not in results["methods"]["baseline-pairs1"]
+
+
+def test_many_methods_at_once_are_estimated_as_each_alone(monkeypatch):
+    methods = [method(name, [0.6 + 0.1 * place, 0.7], place) for place, name in enumerate(("baseline", "dpo", "haf"))]
+    together = compare(methods, list(SIZES), [0, 1], [0, 1])
+    monkeypatch.setattr(comparison, "COLUMNS_AT_ONCE", 1)
+    apart = compare(methods, list(SIZES), [0, 1], [0, 1])
+    value, alone = (each["differences"]["haf - dpo"][OTHERS] for each in (together, apart))
+    assert value["low"] == pytest.approx(alone["low"], abs=1e-9) and value["by_seed"] == alone["by_seed"]
+    rights = [methods[2].right(name) - methods[1].right(name) for name in list(SIZES)[1:]]
+    prompts = [methods[0].trainings[0][name].prompts for name in list(SIZES)[1:]]
+    assert value["high"] == pytest.approx(mean_of_sets(rights, prompts).high, abs=1e-9)
+
+
+def test_twenty_seeds_of_fifty_methods_take_seconds():
+    source, names = np.random.default_rng(0), [str(place) for place in range(600)]
+
+    def drawn(name: str) -> Method:
+        right = [{judge: (source.random(600) < 0.8).astype(np.float32) for judge in JUDGES} for _ in range(20)]
+        return Method(name, "reward", [{"in": Judged(names, names, each)} for each in right], {"m0": {}})
+
+    started = time.process_time()
+    results = compare([drawn(f"m{place}") for place in range(50)], ["in"], range(20), range(20), {})
+    assert len(results["differences"]) == 49 and time.process_time() - started < 30

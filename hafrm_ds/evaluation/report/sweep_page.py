@@ -77,7 +77,7 @@ def gain_charts(comparison: dict[str, Any], columns: list[str]) -> list[tuple[st
                 if (curves := curves_of(comparison, lines, judge, column))
             ]
             if charts:
-                found.append((f"{JUDGES[judge]}: gain over Baseline by {axis}", charts))
+                found.append((f"{JUDGES[judge].capitalize()}: gain over Baseline by {axis}", charts))
     return found
 
 
