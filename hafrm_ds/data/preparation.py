@@ -1,6 +1,7 @@
 """From data sources to tokenised pairs, cached on disk, with a report of what became of every row."""
 
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -31,7 +32,7 @@ from hafrm_ds.data.tokenization import (
     TOO_LONG,
     TokenizedPair,
     Truncation,
-    tokenize_pair,
+    tokenize_pairs,
 )
 from hafrm_ds.errors import DataError
 
@@ -255,12 +256,14 @@ def num_processes(num_rows: int, wanted: int | None) -> int | None:
 def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length: int, truncation: Truncation) -> dict:
     """Columns as read_pairs gives them -> columns of PAIR_FEATURES and FATE_FEATURES. Unused rows get no ids."""
     columns: dict[str, list] = {name: [] for name in PAIR_FEATURES | FATE_FEATURES}
-    for number in range(len(batch["id"])):
+    is_used = [not (deselected or lost) for deselected, lost in zip(batch["deselected"], batch["dropped"])]
+    pairs = itertools.compress(zip(batch["prompt"], batch["chosen"], batch["rejected"]), is_used)
+    tokenizations = iter(tokenize_pairs(formatter, pairs, max_length, truncation))
+    for number, used in enumerate(is_used):
         row = {name: batch[name][number] for name in CARRIED}
         tokenization = NOT_TOKENIZED
-        if not (row["deselected"] or row["dropped"]):
-            prompt, chosen, rejected = (batch[name][number] for name in ("prompt", "chosen", "rejected"))
-            tokenization = tokenize_pair(formatter, prompt, chosen, rejected, max_length, truncation)
+        if used:
+            tokenization = next(tokenizations)
             row["dropped"] = tokenization.outcome
         prompt_ids, (chosen_ids, rejected_ids) = tokenization.ids
         row |= {

@@ -5,13 +5,13 @@ rendered prompt; everything after it is response. So a token that BPE merges ove
 and prompt + response is always exactly what the model sees when it scores the conversation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import jinja2
 
-from hafrm_ds.data.formatting import ChatFormatter, encode_rendered
+from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious, marks_in
 from hafrm_ds.errors import DataError
@@ -97,6 +97,36 @@ class Tokenization(NamedTuple):
     """Special tokens and marks of templates that stand in the texts of a usable pair."""
 
 
+class RenderedPair(NamedTuple):
+    """A pair that the template has written as text.
+
+    texts: the chosen and the rejected conversation, and the prompt alone.
+    """
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    texts: tuple[str, str, str]
+
+
+def tokenize_pairs(
+    formatter: ChatFormatter,
+    pairs: Iterable[tuple[list[Message], list[Message], list[Message]]],
+    max_length: int,
+    truncation: Truncation,
+) -> list[Tokenization]:
+    """(prompt, chosen, rejected) of each pair -> ids that fit max_length, or the reason why the pair is dropped."""
+    rendered = [render_pair(formatter, *pair) for pair in pairs]
+    texts = [text for pair in rendered if isinstance(pair, RenderedPair) for text in pair.texts]
+    ids = iter(formatter.encode_rendered(texts))
+    return [
+        settle_pair(formatter, pair, [next(ids) for _ in pair.texts], max_length, truncation)
+        if isinstance(pair, RenderedPair)
+        else pair
+        for pair in rendered
+    ]
+
+
 def tokenize_pair(
     formatter: ChatFormatter,
     prompt: list[Message],
@@ -106,6 +136,13 @@ def tokenize_pair(
     truncation: Truncation,
 ) -> Tokenization:
     """Messages of one pair -> ids that fit max_length, or the reason why the pair is dropped."""
+    return tokenize_pairs(formatter, [(prompt, chosen, rejected)], max_length, truncation)[0]
+
+
+def render_pair(
+    formatter: ChatFormatter, prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> RenderedPair | Tokenization:
+    """What the template writes of a pair, or the reason why the pair is dropped."""
     if not prompt:
         return dropped(EMPTY_PROMPT)
     if is_blank(formatter.spoken(chosen)) or is_blank(formatter.spoken(rejected)):
@@ -113,13 +150,22 @@ def tokenize_pair(
     if chosen == rejected:
         return dropped(IDENTICAL_ANSWERS)
     try:
-        texts = [formatter.render(prompt + answer) for answer in (chosen, rejected)]
-        chosen_conversation, rejected_conversation = (encode_rendered(formatter.tokenizer, text) for text in texts)
-        rendered_prompt = formatter.encode_prompt(prompt)
+        conversations = (formatter.render(prompt + chosen), formatter.render(prompt + rejected))
+        return RenderedPair(prompt, chosen, rejected, (*conversations, formatter.render_prompt(prompt)))
     except jinja2.TemplateError as error:
         return dropped(refusal_of(error))
 
-    ids = split_at_prompt(chosen_conversation, rejected_conversation, rendered_prompt)
+
+def settle_pair(
+    formatter: ChatFormatter, pair: RenderedPair, encoded: Sequence[list[int]], max_length: int, truncation: Truncation
+) -> Tokenization:
+    """A pair as ids that fit max_length, or the reason why it is dropped.
+
+    Args:
+        encoded: the ids of its texts.
+    """
+    prompt, chosen, rejected, texts = pair
+    ids, rendered_prompt = split_at_prompt(*encoded), encoded[-1]
     length = ids.longest_conversation
     chosen_ids, rejected_ids = ids.responses
     if chosen_ids == rejected_ids:  # the template may strip, normalise or leave out what made the texts differ
@@ -191,7 +237,7 @@ def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> 
         raise DataError("the conversation has no message")
     try:
         text = formatter.render(messages)
-        ids = encode_rendered(formatter.tokenizer, text)
+        (ids,) = formatter.encode_rendered([text])
         rendered_prompt = formatter.encode_prompt(messages[:-1]) if len(messages) > 1 else []
     except jinja2.TemplateError as error:
         raise DataError(refusal_of(error)) from error

@@ -31,11 +31,13 @@ from hafrm_ds.evaluation.report.charts import (
 )
 from hafrm_ds.evaluation.report.curves import (
     EVALUATION_PANELS,
+    GRADIENT_PANELS,
     JUDGE_SERIES,
     TRAINING_PANELS,
     how_rows_are_drawn,
     panel_charts,
 )
+from hafrm_ds.evaluation.report.findings import findings
 from hafrm_ds.evaluation.report.reading import Results, SetResult, known
 
 HISTOGRAMS = {"reward": "score of the reward head", "implicit": "beta * (log pi - log pi_ref)"}
@@ -56,12 +58,14 @@ def results_page(results: Results) -> dict[str, Any]:
         "title": f"{kind} {results.name}",
         "subtitle": " · ".join(subtitle),
         "tiles": list(tiles(results)),
+        "findings": findings(results),
         "accuracies": sets_table({name: each.overview for name, each in results.sets.items()})
         if results.sets
         else None,
         "sets": [set_section(name, result) for name, result in results.sets.items()],
         "benchmarks": [benchmark_table(found) for found in results.benchmarks.values()],
-        "training": panel_charts(TRAINING_PANELS, results.training),
+        "training": panel_charts(TRAINING_PANELS, results.training)
+        + panel_charts(GRADIENT_PANELS, results.gradients, is_dotted=True),
         "training_note": how_rows_are_drawn(results.training),
         "data": results.data,
         "appendix": dict(appendix(results)),
