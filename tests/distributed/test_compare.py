@@ -102,5 +102,10 @@ def test_a_sweep_trains_every_cell_once_and_shares_what_it_has_computed(tmp_path
     assert runs == sorted(f"{name}-seed{seed}" for name in names for seed in (4, 5))
     kept = {name: json.loads((tmp_path / f"out/runs/{name}-seed4/data_report.json").read_text()) for name in names}
     assert [kept[name]["train"]["total"]["kept"] for name in names] == [16, 16, 32, 32]
+    results = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert list(results["differences"]) == [f"haf-share0.5-pairs{size} - baseline-pairs{size}" for size in (16, 32)]
+    assert [cell["labels"] for cell in results["cells"]] == [{"pairs": "16"}, {"pairs": "32"}]
+    assert "gain over Baseline by pairs" in (tmp_path / "out" / "report.html").read_text()
+    assert "8 trainings, which see 256 pairs in all" in printed and "0 trainings are left" in printed
     # The reference log-probs of the larger set are computed beside those of the smaller, and none twice.
     assert printed.count("reference log-probs found") == 2, printed
