@@ -56,7 +56,7 @@ GRADIENT_PANELS = (
 EVALUATION_PANELS = (
     Panel("Accuracy over the steps", "accuracy", of_judges("accuracy", *JUDGES), SHARE),
     Panel("Loss over the steps", "nats", LOSS_PARTS),
-    Panel("Margin over the steps", "chosen less rejected", of_judges("margin", "reward", "implicit")),
+    Panel("Margin over the steps", "chosen less rejected", of_judges("margin", "reward", "implicit", "combined")),
 )
 
 
