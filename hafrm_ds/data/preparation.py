@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hafrm_ds.data.content_keys import content_key, keys_of_column
+from hafrm_ds.data.content_keys import KEY_DTYPE, content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.prepared import LENGTHS, PreparedPairs, save_pairs
 from hafrm_ds.data.presets import Role
@@ -185,7 +185,9 @@ def count_pairs(
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
     lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in LENGTHS}
-    keys = np.stack([keys_of_column(table[name]) for name in ("chosen_key", "rejected_key")], axis=1)[kept]
+    keys = np.empty((len(kept), 2), KEY_DTYPE)
+    for side, name in enumerate(("chosen_key", "rejected_key")):
+        keys[:, side] = keys_of_column(table[name])[kept]
     uncut = table["uncut_length"].to_numpy()
     uncut = uncut[uncut > 0]
     report = summarize(table, lengths, keys, uncut, formatter, options, role)
