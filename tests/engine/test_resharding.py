@@ -1,10 +1,12 @@
 """The files of a checkpoint, read without DeepSpeed's loader."""
 
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -112,6 +114,7 @@ def test_ranks_read_their_shares_of_every_parameter_and_nothing_else(tmp_path, b
     assert all(torch.equal(values, whole(name, "fp32")) for name, values in trained_weights(tmp_path, 3, before))
 
 
+@settings(deadline=None)
 @given(numel=st.integers(1, 60), before=st.integers(1, 9), start=st.integers(0, 70), wanted=st.integers(1, 70))
 def test_parts_are_what_is_asked_for(numel, before, start, wanted):
     layout = Layout.of_stage_3([{"other": (5,), "asked": (numel,)}], before)
@@ -122,3 +125,25 @@ def test_parts_are_what_is_asked_for(numel, before, start, wanted):
         found += range(part.rank * share + part.start - first, part.rank * share + part.start - first + part.numel)
     assert found == [*range(min(start, numel), min(start + wanted, numel))]
     assert layout.numel("asked") == numel
+
+
+@settings(deadline=None)
+@given(cuts=st.lists(st.integers(0, 30), min_size=0, max_size=6), start=st.integers(0, 20), wanted=st.integers(1, 20))
+def test_parts_of_parameters_laid_end_to_end(cuts, start, wanted):
+    """Of two parameters of 12 and 18 numbers, on ranks that begin at any of these."""
+    edges = [0, *sorted(cuts), 30]
+    ranks = []
+    for first, last in pairwise(edges):
+        addresses = {}
+        for name, begin, end in (("one", 0, 12), ("other", 12, 30)):
+            own = SimpleNamespace(start=max(first, begin) - first, numel=min(last, end) - max(first, begin))
+            if own.numel > 0:
+                addresses[name] = own
+        ranks.append([addresses])
+    layout = Layout.of_stages_1_and_2(ranks)
+    for name, begin, end in (("one", 0, 12), ("other", 12, 30)):
+        found = []
+        for place, part in layout.parts(name, start, wanted):
+            assert place == len(found)
+            found += range(edges[part.rank] + part.start, edges[part.rank] + part.start + part.numel)
+        assert found == [*range(begin + start, min(begin + start + wanted, end))]
