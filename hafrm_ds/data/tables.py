@@ -9,6 +9,10 @@ import rich.table
 from rich import box
 from rich.text import Text
 
+from hafrm_ds.data.pairs import shortened
+
+LONGEST_NAME = 120
+"""Characters of a row's name in a terminal. Names of sources come from the data."""
 NOTHING = "-"
 MINUS = "\N{MINUS SIGN}"
 
@@ -64,7 +68,7 @@ class Table:
             table.add_column(as_text(name), justify="left" if is_text else "right", overflow="fold")
         for name, cells in self.rows:
             shown = (" ".join(filter(None, (cell.text, cell.brief))) for cell in cells)
-            table.add_row(as_text(name), *map(as_text, shown))
+            table.add_row(as_text(shortened(name, LONGEST_NAME)), *map(as_text, shown))
         return table
 
 

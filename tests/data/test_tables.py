@@ -15,6 +15,13 @@ def test_an_estimate_is_brief_in_a_terminal_and_whole_on_a_page():
     assert number_estimate(None).text == NOTHING
 
 
+def test_a_name_from_the_data_does_not_fill_a_terminal():
+    """As of a set whose rows name a whole document as their source."""
+    file = io.StringIO()
+    Console(file=file, width=80).print(Table([("long text " * 2000, [Cell("1")])], ("Source", "n")).to_rich())
+    assert len(file.getvalue().splitlines()) < 10 and "..." in file.getvalue()
+
+
 def test_a_terminal_reads_no_markup_and_shows_control_characters_as_escapes():
     table = Table([("[red]a\x1b", [Cell("1", "left out", brief="[0, 2]"), Cell("[b]")])], ("[i]", "n", "text"), texts=1)
     file = io.StringIO()
