@@ -98,7 +98,12 @@ def combine(first: np.ndarray, second: np.ndarray, prompts: Sequence[str]) -> np
 
     Returns:
         [P] fp64, in logits.
+
+    Raises:
+        ValueError: there are fewer than FEWEST_PROMPTS different prompts.
     """
+    if len(set(prompts)) < FEWEST_PROMPTS:
+        raise ValueError(f"{len(set(prompts))} prompts are too few for two weights; {FEWEST_PROMPTS} are needed")
     margins = np.stack([first, second], axis=1).astype(np.float64)
     return np.einsum("pj,pj->p", held_out_weights(margins, prompts)[folds_of(prompts)], margins)
 

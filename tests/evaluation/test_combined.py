@@ -171,7 +171,10 @@ def test_without_both_heads_or_enough_prompts_there_is_none():
     whole = scores_of(margins, prompts)
     judge = CombinedJudge.fitted_on(whole)
     assert judge is not None
-    assert CombinedJudge.fitted_on(scores_of(margins, [*prompts[:-1], prompts[0]])) is None
+    too_few = [*prompts[:-1], prompts[0]]
+    assert CombinedJudge.fitted_on(scores_of(margins, too_few)) is None
+    with pytest.raises(ValueError, match="49 prompts are too few"):
+        combine(*margins.T, too_few)
     for missing in ("reward", "logprob", "reference"):
         part = dataclasses.replace(whole, **{missing: None})
         assert CombinedJudge.fitted_on(part) is None
