@@ -12,13 +12,14 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import END_OF_REASONING, marks_pattern, unwritten
+from hafrm_ds.data.tool_calls import RESULTS, template_input
 from hafrm_ds.errors import ConfigError, ModelError
 
 NAMED_TEMPLATES = {
@@ -57,6 +58,7 @@ NAMED_TEMPLATES = {
 }
 
 NOTHING = re.compile(r"(?!)")
+TOOL_ROLE = re.compile(r"""["']tool["']""")
 PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
@@ -165,8 +167,12 @@ class ChatFormatter:
         ]
 
     def left_out(self, messages: list[Message], text: str) -> list[str]:
-        """What the template has left out of messages in their rendering, in words, though nobody asked it to."""
-        return unwritten(self.spoken(messages), text)
+        """What the template has left out of messages in their rendering, in words, though nobody asked it to. Results
+        of tools are left out too by a template that does not know whose they are."""
+        found = unwritten(self.spoken(messages), text)
+        if "tools" in messages[0] and RESULTS not in found and not TOOL_ROLE.search(self.template):
+            found += [RESULTS] * any(message["role"] == "tool" for message in messages)
+        return found
 
     @property
     def template_name(self) -> str:
@@ -190,8 +196,11 @@ class ChatFormatter:
         return encode_rendered(self.tokenizer, texts)
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: bool) -> str:
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
     """Raises jinja2.TemplateError, of whatever type the template's own error is."""
+    if messages and "tools" in messages[0]:
+        messages, tools = template_input(messages)
+        options |= tools
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except jinja2.TemplateError:

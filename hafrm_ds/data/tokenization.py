@@ -14,6 +14,7 @@ import jinja2
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious, marks_in
+from hafrm_ds.data.tool_calls import KINDS
 from hafrm_ds.errors import DataError
 
 TOKENIZATION_VERSION = 4
@@ -28,6 +29,7 @@ IDENTICAL_ANSWERS = "identical answers"
 IDENTICAL_AFTER_CUT = "identical after the cut"
 TOO_LONG = "longer than max_length"
 REFUSED = "the template refuses the conversation"
+NOT_WRITTEN = "does not write"
 LEFT_OUT = "the template leaves out what differs"
 LONGEST_REASON = 120
 
@@ -151,9 +153,13 @@ def render_pair(
         return dropped(IDENTICAL_ANSWERS)
     try:
         conversations = (formatter.render(prompt + chosen), formatter.render(prompt + rejected))
-        return RenderedPair(prompt, chosen, rejected, (*conversations, formatter.render_prompt(prompt)))
+        texts = (*conversations, formatter.render_prompt(prompt))
     except jinja2.TemplateError as error:
         return dropped(refusal_of(error))
+    pair = RenderedPair(prompt, chosen, rejected, texts)
+    if "tools" in prompt[0] and (lost := {*left_out_of(formatter, pair)}.intersection(KINDS)):
+        return dropped(f"has {', '.join(sorted(lost, reverse=True))}, which {formatter.template_name} {NOT_WRITTEN}")
+    return pair
 
 
 def settle_pair(
@@ -164,7 +170,7 @@ def settle_pair(
     Args:
         encoded: the ids of its texts.
     """
-    prompt, chosen, rejected, texts = pair
+    prompt, chosen, rejected, _ = pair
     ids, rendered_prompt = split_at_prompt(*encoded), encoded[-1]
     length = ids.longest_conversation
     chosen_ids, rejected_ids = ids.responses
@@ -181,11 +187,17 @@ def settle_pair(
         return dropped(TOO_LONG, length)
     if fitted.responses[0] == fitted.responses[1]:
         return dropped(IDENTICAL_AFTER_CUT, length)
-    left_out = dict.fromkeys(
-        kind for answer, text in zip((chosen, rejected), texts) for kind in formatter.left_out(prompt + answer, text)
-    )
+    left_out = left_out_of(formatter, pair)
     marks = tuple(marks_in([*prompt, *chosen, *rejected], formatter.marks))
-    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt, tuple(left_out), marks)
+    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt, left_out, marks)
+
+
+def left_out_of(formatter: ChatFormatter, pair: RenderedPair) -> tuple[str, ...]:
+    """What the template has left out of either conversation of a pair, each once."""
+    written = zip((pair.chosen, pair.rejected), pair.texts)
+    return tuple(
+        dict.fromkeys(kind for answer, text in written for kind in formatter.left_out(pair.prompt + answer, text))
+    )
 
 
 def refusal_of(error: jinja2.TemplateError) -> str:
@@ -205,7 +217,7 @@ NOT_TOKENIZED = dropped("")
 
 
 def is_blank(messages: list[Message]) -> bool:
-    return not any(message["content"].strip() for message in messages)
+    return not any(message["content"].strip() or "tool_calls" in message for message in messages)
 
 
 def split_at_prompt(chosen: list[int], rejected: list[int], rendered_prompt: list[int]) -> PromptWithResponses:

@@ -39,7 +39,6 @@ class Scorer(ABC):
         formatter: messages -> token ids.
         layout: of the micro-batches.
         heads: what it can say of a conversation, of "reward" and "logprob".
-        max_length: tokens of the longest conversation.
         ranks_on: the device of the process group if all its ranks share the work of each call; None: this one alone.
     """
 
@@ -49,26 +48,14 @@ class Scorer(ABC):
     def __init__(self, formatter: ChatFormatter, config: PretrainedConfig, *, layout: str, max_tokens: int):
         self.formatter, self.layout, self.max_tokens = formatter, layout, max_tokens
         self.sizes = ModelSizes.of(config.name_or_path or "the model", config)
-        self.max_length = min(max_tokens, self.sizes.positions)
 
     @abstractmethod
     def forward(self, batch: PackedBatch, *, with_reward: bool, with_logprob: bool) -> ResponseScores:
         """Scores of a micro-batch that lies on the CPU."""
 
     def encode(self, messages: Conversation) -> PromptWithResponses:
-        """Messages -> token ids, a group of one response.
-
-        Raises:
-            DataError: a conversation that the template refuses, is longer than max_tokens or the model knows, or holds
-                tokens that the model has no embedding for.
-        """
-        ids = tokenize_conversation(self.formatter, messages)
-        length = ids.longest_conversation
-        if length > self.max_length:
-            what = "max_tokens" if self.max_length == self.max_tokens else "the positions that the model knows"
-            raise DataError(f"the conversation has {length:,} tokens, more than {what} ({self.max_length:,})")
-        self.sizes.check_ids((ids.prompt, *ids.responses), self.formatter.tokenizer)
-        return ids
+        """Messages -> token ids, a group of one response. Raises DataError as `encode_for` does."""
+        return encode_for(self.sizes, self.formatter, messages, self.max_tokens)
 
     def score_ids(self, conversations: Iterable[PromptWithResponses]) -> list[float]:
         """Rewards of encoded conversations, in order. Raises ModelError if the model has none to give."""
@@ -134,6 +121,24 @@ class Scorer(ABC):
         )
         assert values is not None  # nothing interrupts it
         return values
+
+
+def encode_for(
+    sizes: ModelSizes, formatter: ChatFormatter, messages: Conversation, max_tokens: int
+) -> PromptWithResponses:
+    """Messages -> token ids, a group of one response, for a model of these sizes, which need not be loaded.
+
+    Raises:
+        DataError: a conversation that the template refuses, is longer than max_tokens or the model knows, or holds
+            tokens that the model has no embedding for.
+    """
+    ids = tokenize_conversation(formatter, messages)
+    length, max_length = ids.longest_conversation, min(max_tokens, sizes.positions)
+    if length > max_length:
+        what = "max_tokens" if max_length == max_tokens else "the positions that the model knows"
+        raise DataError(f"the conversation has {length:,} tokens, more than {what} ({max_length:,})")
+    sizes.check_ids((ids.prompt, *ids.responses), formatter.tokenizer)
+    return ids
 
 
 def as_conversations(

@@ -194,8 +194,9 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
             raise row.fault(
                 "field 'responses'", responses, "answers to a prompt, or to messages that end with the user"
             )
-        has_prompt = row.given("prompt") and not earlier_turns(row)
-        prompt = fields["prompt"] if has_prompt else prompt_of(row)
+        prompt = prompt_of(row)
+        if row.given("prompt") and not earlier_turns(row) and "tools" not in prompt[0]:
+            prompt = fields["prompt"]
         kept = {"id": fields.get("id", row.id), "prompt": prompt, "responses": responses}
         num_responses = len(kept["responses"])
         if num_responses < 2:
