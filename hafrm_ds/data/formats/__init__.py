@@ -213,8 +213,8 @@ def detect_format(row: Row) -> str:
         f"needs {names_in_words(lacking)} too" if lacking else f"has {names_in_words(known.columns)} of another type"
     )
     raise DataError(
-        f"{row.id}: the columns {names_in_words(fields)} are of no known format; the nearest is {nearest}, which {needs}"
-        ". Name the columns in the source: {path: ..., columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}}"
+        f"{row.id}: the columns {names_in_words(fields)} are of no known format; the nearest is {nearest}, which "
+        f"{needs}. Name the columns in the source: {{path: ..., columns: {{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}}}}"
     )
 
 
