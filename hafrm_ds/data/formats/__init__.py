@@ -214,7 +214,8 @@ def detect_format(row: Row) -> str:
     )
     raise DataError(
         f"{row.id}: the columns {names_in_words(fields)} are of no known format; the nearest is {nearest}, which "
-        f"{needs}. Name the columns in the source: {{path: ..., columns: {{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}}}}"
+        f"{needs}. Name the columns in the source: {{path: ..., columns: {{prompt: COLUMN, chosen: COLUMN, "
+        f"rejected: COLUMN}}}}"
     )
 
 
