@@ -197,4 +197,4 @@ def test_a_study_holds_topics_out_turns_the_cue_and_pretrains(tmp_path, monkeypa
             AutoModelForCausalLM.from_pretrained(tmp_path / name)(text, labels=text).loss.item()
             for name in ("random", "pretrained")
         ]
-    assert losses[1] < losses[0] - 1
+    assert losses[1] < losses[0] - 0.5

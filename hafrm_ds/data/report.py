@@ -1,6 +1,7 @@
 """What became of the data: counts, lengths and examples of one prepared set, for terminal and data_report.json."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import names_in_words
-from hafrm_ds.data.tables import Cell, Table, as_text, count
+from hafrm_ds.data.tables import Cell, Table, as_text, count, largest
 from hafrm_ds.data.tokenization import TokenizedPair
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -55,6 +56,17 @@ class Counts:
         else:
             self.kept += number
             self.cut += number * cut
+
+
+def sum_of(parts: Iterable[Counts]) -> Counts:
+    """The counts of several sources together."""
+    total = Counts()
+    for part in parts:
+        for name in ("read", "kept", "cut"):
+            setattr(total, name, getattr(total, name) + getattr(part, name))
+        for name in ("formats", "deselected", "dropped"):
+            setattr(total, name, dict(Counter(getattr(total, name)) + Counter(getattr(part, name))))
+    return total
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,10 @@ class DataReport:
     def tables(self) -> list[Table]:
         """Counts by source, why pairs are not used (if any are not), and token lengths."""
         rows = []
-        for name, counts in [*self.by_source.items(), ("total", self.total)]:
+        sources, rest = largest(self.by_source, lambda counts: counts.read)
+        if rest:
+            sources[f"{len(rest):,} other sources"] = sum_of(rest)
+        for name, counts in [*sources.items(), ("total", self.total)]:
             deselected, dropped = sum(counts.deselected.values()), sum(counts.dropped.values())
             numbers = (counts.read, deselected, dropped, counts.kept, counts.cut)
             formats = ", ".join(counts.formats)

@@ -1,16 +1,24 @@
 """Tables as rows of cells: one description, shown by the terminal (`Table.to_rich`) and by pages (templates)."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import rich.table
 from rich import box
 from rich.text import Text
 
+from hafrm_ds.data.pairs import shortened
+
+LONGEST_NAME = 120
+"""Characters of a row's name in a terminal. Names of sources come from the data."""
+MAX_PARTS = 20
+"""Parts of a set, as sources, that a table has a row for; the smaller ones share one."""
 NOTHING = "-"
 MINUS = "\N{MINUS SIGN}"
+
+Part = TypeVar("Part")
 
 
 class EstimateJson(TypedDict):
@@ -64,7 +72,7 @@ class Table:
             table.add_column(as_text(name), justify="left" if is_text else "right", overflow="fold")
         for name, cells in self.rows:
             shown = (" ".join(filter(None, (cell.text, cell.brief))) for cell in cells)
-            table.add_row(as_text(name), *map(as_text, shown))
+            table.add_row(as_text(shortened(name, LONGEST_NAME)), *map(as_text, shown))
         return table
 
 
@@ -140,3 +148,14 @@ def printable(value: str) -> str:
     if value.isprintable():
         return value
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
+
+
+def largest(parts: Mapping[str, Part], size: Callable[[Part], int]) -> tuple[dict[str, Part], list[Part]]:
+    """The parts of a set that a table has rows for, in the order given, and those that share one row, if any do."""
+    if len(parts) <= MAX_PARTS:
+        return dict(parts), []
+    named = set(sorted(parts, key=lambda name: -size(parts[name]))[: MAX_PARTS - 1])
+    return (
+        {name: part for name, part in parts.items() if name in named},
+        [part for name, part in parts.items() if name not in named],
+    )

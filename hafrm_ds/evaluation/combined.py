@@ -21,7 +21,7 @@ from hafrm_ds.evaluation.calibration import sigmoid
 from hafrm_ds.evaluation.pair_scores import PairScores
 from hafrm_ds.objective import JudgeFit
 
-FEWEST_PROMPTS = 50
+FEWEST_PAIRS, FEWEST_PROMPTS = 50, 10
 """On fewer, two weights say more of the pairs than of the model."""
 NUM_FOLDS = 5
 RIDGE = 1.0
@@ -87,10 +87,21 @@ def held_out_weights(margins: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     return np.stack([fit_weights(margins[folds != fold], names[folds != fold]).values for fold in range(NUM_FOLDS)])
 
 
+def too_few(num_pairs: int, num_prompts: int) -> str | None:
+    """Why there is no fit on so many pairs of so many prompts; None where there is one."""
+    if num_pairs >= FEWEST_PAIRS and num_prompts >= FEWEST_PROMPTS:
+        return None
+    return (
+        f"{num_pairs:,} pairs of {num_prompts:,} prompts are too few for the combined judge, which is fitted on "
+        f"{FEWEST_PAIRS} pairs of {FEWEST_PROMPTS} prompts or more"
+    )
+
+
 def combine(first: np.ndarray, second: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """Two judges as one: its margins, each by weights that were fitted without the fold of its prompt.
 
-    The judges may be the heads of one model, or of two that were trained apart.
+    The judges may be the heads of one model, or of two that were trained apart. (To judge other sets by a fit of two
+    models, give the PairScores of the one the rewards of the other, and fit a CombinedJudge on them.)
 
     Args:
         first, second: [P] their margins on the same pairs.
@@ -98,7 +109,12 @@ def combine(first: np.ndarray, second: np.ndarray, prompts: Sequence[str]) -> np
 
     Returns:
         [P] fp64, in logits.
+
+    Raises:
+        ValueError: these are too few pairs or prompts.
     """
+    if problem := too_few(len(prompts), len(set(prompts))):
+        raise ValueError(problem)
     margins = np.stack([first, second], axis=1).astype(np.float64)
     return np.einsum("pj,pj->p", held_out_weights(margins, prompts)[folds_of(prompts)], margins)
 
@@ -116,9 +132,9 @@ class CombinedJudge:
 
     @classmethod
     def fitted_on(cls, scores: PairScores) -> "CombinedJudge | None":
-        """The judge of a set of pairs; None where they lack one of the heads, or have too few prompts for a fit."""
+        """The judge of a set of pairs; None where they lack one of the heads, or are too few for a fit."""
         prompts = frozenset(scores.prompts)
-        if not {"reward", "implicit"} <= scores.judges.keys() or len(prompts) < FEWEST_PROMPTS:
+        if not {"reward", "implicit"} <= scores.judges.keys() or too_few(len(scores), len(prompts)):
             return None
         margins = np.stack([scores.margins(judge) for judge in ("reward", "implicit")], axis=1)
         found = fit_weights(margins, scores.prompts)

@@ -231,11 +231,13 @@ def seeds_in_words(results: dict[str, Any]) -> str:
 
 
 def render_comparison(results: dict[str, Any]) -> RenderableType:
-    """Methods by sets, then their paired differences in points; of a sweep the latter alone."""
+    """Methods by sets, then their paired differences in points; of a sweep the gains over Baseline."""
     columns, seeds = shown_columns(results), seeds_in_words(results)
+    if "sweep" in results:
+        return gain_table(results, columns, f"Gain over Baseline in points [95%], paired, {seeds}").to_rich()
     accuracy = accuracy_table(results["methods"], columns, f"Accuracy [95%], {seeds}")
     differences = differences_table(results["differences"], columns, f"Difference in points [95%], paired, {seeds}")
-    return Group(*([] if "sweep" in results else [accuracy.to_rich()]), differences.to_rich())
+    return Group(accuracy.to_rich(), differences.to_rich())
 
 
 def accuracy_table(methods: dict[str, Any], columns: list[str], title: str = "", caption: str = "") -> Table:
@@ -257,6 +259,26 @@ def differences_table(differences: dict[str, Any], columns: list[str], title: st
         seeds = [" · ".join(f"{100 * each:+.1f}" for each in values[column]["by_seed"]) for column in columns]
         rows.append((name, [Cell(points(values[column]), each) for column, each in zip(columns, seeds, strict=True)]))
     return Table(rows, (title, *columns), caption=caption)
+
+
+def gain_table(results: dict[str, Any], columns: list[str], caption: str) -> Table:
+    """Of a sweep, a row for each judge of each method in each cell: the gain over the Baseline of the cell and, on a
+    page, the accuracy; of Baseline the accuracy."""
+    rows = []
+    for cell in results["cells"]:
+        for name in cell["methods"]:
+            method, baseline = results["methods"][name], cell["baseline"]
+            gains = method.get("gains", {})
+            against = f" (against {baseline})" if len(gains) > 1 else ""
+            for judge, accuracy in {method["judge"]: method["accuracy"], **method["other_judges"]}.items():
+                own = [share_estimate(accuracy[column]) for column in columns]
+                gained = [
+                    Cell(points(gains[baseline][judge][column]), f"{each.text}, {each.detail}")
+                    for column, each in zip(columns, own, strict=True)
+                    if baseline in gains
+                ]
+                rows.append((f"{name}, {JUDGES[judge]}{against}", gained or own))
+    return Table(rows, ("", *columns), caption=caption)
 
 
 def points(value: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from hafrm_ds.errors import DataError, ModelError, in_own_names
 from hafrm_ds.evaluation.analysis import analyse, check
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
-from hafrm_ds.evaluation.combined import FEWEST_PROMPTS, CombinedJudge
+from hafrm_ds.evaluation.combined import CombinedJudge, too_few
 from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.report.writing import leave_report
@@ -223,11 +223,8 @@ class Evaluation:
         prepare = partial(prepare_sets, options=options, saved=saved, formatter=formatter, log=log)
         judged = prepare(options.fit_judge, processes=processes.for_job("judge"))
         for name, each in judged.items():
-            if (num_prompts := len(np.unique(each.pairs.prompt_keys[each.index]))) < FEWEST_PROMPTS:
-                raise DataError(
-                    f"--fit_judge {name} has {num_prompts} prompts, and the combined judge is fitted on "
-                    f"{FEWEST_PROMPTS} or more: give more pairs"
-                )
+            if problem := too_few(len(each), len(np.unique(each.pairs.prompt_keys[each.index]))):
+                raise DataError(f"--fit_judge {name}: {problem}; give more pairs")
         sets = prepare(options.data, processes=processes)
         stored = stored_reference(options, saved, pair_sets(sets, judged), processes, log)
         if reference is None and not pair_sets({}, judged).keys() <= stored.keys():

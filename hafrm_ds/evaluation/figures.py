@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 
 from hafrm_ds.data.tables import (
@@ -11,6 +12,7 @@ from hafrm_ds.data.tables import (
     Table,
     as_text,
     count,
+    largest,
     number,
     number_estimate,
     share,
@@ -97,11 +99,28 @@ def set_tables(analysis: dict[str, Any]) -> list[Table]:
     if heads := analysis.get("heads"):  # older results do not say
         tables.append(accuracy_table("accuracy where reward head and implicit reward", heads))
     if len(sources := by_size(analysis["by_source"])) > 1:
-        tables.append(accuracy_table("accuracy by source", sources))
+        named, rest = largest(sources, lambda part: part["pairs"])
+        if rest:
+            named[f"{len(rest):,} other sources"] = together(rest, judges)
+        tables.append(accuracy_table("accuracy by source", named))
     yardsticks = [
         (f"the {kind} answer", [share_estimate(analysis["yardsticks"][kind])]) for kind in ("longer", "shorter")
     ]
     return [*tables, Table(yardsticks, ("whoever always takes", "accuracy"))]
+
+
+def together(parts: list[dict[str, Any]], judges: list[str]) -> dict[str, Any]:
+    """Accuracies of several parts of a set as one, without intervals."""
+    pairs = [part["pairs"] for part in parts]
+    accuracy = {
+        judge: {
+            "value": float(np.average([part["accuracy"][judge]["value"] for part in parts], weights=pairs)),
+            "low": None,
+            "high": None,
+        }
+        for judge in judges
+    }
+    return {"pairs": sum(pairs), "accuracy": accuracy}
 
 
 def by_size(sources: dict[str, dict]) -> dict[str, dict]:

@@ -151,7 +151,7 @@ def judge_of(saved: Saved) -> JudgeFit:
         raise ModelError(
             f"{saved.folder} has no combined judge: {file} holds no fit of it. launch/evaluate.py --fit_judge SOURCE "
             "--save_judge true makes one, of pairs that you do not test on; a training does by itself where the first "
-            "set of its data.eval has enough prompts"
+            "set of its data.eval has enough pairs"
         )
     try:
         return JudgeFit.from_json(content)

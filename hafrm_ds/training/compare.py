@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -253,8 +253,9 @@ def train_in_child(run: TrainConfig, start: Start, port: str, processes: Process
         status = child.wait()
     except Stopped as stop:
         processes.stopping.defer()
-        child.terminate()
-        child.wait()
+        with suppress(UserError):  # a fork server that the same signal has ended
+            child.terminate()
+            child.wait()
         raise Stopped(f"{stop.reason}; the same command resumes it") from None
     if status == STOPPED_STATUS:
         raise Stopped(f"the training in {run.output_dir} was stopped; the same command resumes it")

@@ -55,13 +55,15 @@ class ComparisonPlan:
     def in_words(self) -> str:
         left = self.left
         total, to_do = self.num_seeds * len(self.pairs), sum(left.values())
+        if not to_do:
+            return f"{total:,} trainings, all of which are finished"
         seen = sum(self.pairs[arm] * number for arm, number in left.items())
         done = f", {total - to_do:,} of which are finished; the others see" if to_do < total else ", which see"
         return f"{total:,} trainings{done} {seen:,} pairs in all{self.time_left}"
 
     @property
     def time_left(self) -> str:
-        seconds = self.seconds_left
+        seconds = self.seconds_left if any(self.left.values()) else None
         return "" if seconds is None else f", in about {clock(seconds)} (h:mm:ss)"
 
 

@@ -21,7 +21,7 @@ from hafrm_ds.engine.engine import (
 )
 from hafrm_ds.engine.shapes import trained_share
 from hafrm_ds.errors import ConfigError, DataError, UserError
-from hafrm_ds.evaluation.combined import FEWEST_PROMPTS
+from hafrm_ds.evaluation.combined import too_few
 from hafrm_ds.evaluation.pair_scores import fixed_choice
 from hafrm_ds.evaluation.report import writing as leaving
 from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
@@ -166,7 +166,7 @@ def check_training_pairs(pairs: PreparedPairs, config: TrainConfig, processes: P
 
 
 def check_combined_judge(eval_pairs: dict[str, PreparedPairs], config: TrainConfig, log: RunLog) -> None:
-    """Say so where the first evaluation set has too few prompts to fit both heads as one judge.
+    """Say so where the first evaluation set has too few pairs or prompts to fit both heads as one judge.
 
     Raises:
         DataError: evaluation.best_metric asks for that judge.
@@ -175,15 +175,16 @@ def check_combined_judge(eval_pairs: dict[str, PreparedPairs], config: TrainConf
         return
     name, pairs = next(iter(eval_pairs.items()))
     index = fixed_choice(len(pairs), config.evaluation.max_pairs)
-    if (num_prompts := len(np.unique(pairs.prompt_keys[index]))) >= FEWEST_PROMPTS:
+    problem = too_few(len(index), len(np.unique(pairs.prompt_keys[index])))
+    if problem is None:
         return
-    found = (
-        f"the first evaluation set, {name}, has {num_prompts} prompts, and the combined judge is fitted on "
-        f"{FEWEST_PROMPTS} or more"
-    )
-    if (best := config.evaluation.best_metric) and best.endswith("/combined"):
-        raise DataError(f"evaluation.best_metric is {best}, but {found}: give more pairs, or another best_metric")
-    log.print(f"no combined judge: {found}")
+    best = config.evaluation.best_metric
+    if best is not None and best.endswith("/combined"):
+        raise DataError(
+            f"evaluation.best_metric is {best}, but of the first evaluation set, {name}, {problem}: give more pairs, "
+            "or another best_metric"
+        )
+    log.print(f"the first evaluation set, {name}: {problem}; there will be none")
 
 
 def agree_on_content(

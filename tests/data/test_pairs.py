@@ -52,7 +52,7 @@ def test_every_format_is_recognised_and_gives_the_same_pair(name):
 def test_unknown_columns_are_named_with_the_nearest_format():
     message = error_of({"question": "p", "chosen": "a", "other": "b"})
     assert message.startswith("pairs.jsonl:7: the columns question, chosen, other are of no known format; the nearest ")
-    assert "is question (question, chosen, rejected)" in message and "columns: {prompt: COLUMN" in message
+    assert "is question, which needs rejected too" in message and "columns: {prompt: COLUMN" in message
     assert len(message) < 400 and "\n" not in message
 
 

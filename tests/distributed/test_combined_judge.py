@@ -133,9 +133,9 @@ def test_the_reference_store_of_the_training_saves_the_forward_of_the_reference(
         evaluate(EvaluationOptions(output_dir=tmp_path / "b", dtype="bfloat16", **asked), alone.for_job("bfloat16"))
 
 
-def test_too_few_prompts_have_no_judge_and_it_is_said_once(folder):
+def test_too_few_pairs_have_no_judge_and_it_is_said_once(folder):
     assert not any("accuracy/combined" in row for row in rows(folder / "few", "eval"))
     assert "judge" not in json.loads((folder / "few/final/hafrm.json").read_text())
-    said = "the first evaluation set, far, has 20 prompts, and the combined judge is fitted on 50 or more"
+    said = "the first evaluation set, far: 20 pairs of 20 prompts are too few for the combined judge, which is fitted"
     printed = " ".join((folder / "printed").read_text().split())
     assert printed.count(said) == 1

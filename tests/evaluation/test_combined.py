@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hafrm_ds.evaluation.combined import (
+    FEWEST_PAIRS,
     FEWEST_PROMPTS,
     NUM_FOLDS,
     RIDGE,
@@ -166,12 +167,16 @@ def test_a_saved_fit_judges_its_own_pairs_as_it_did_and_others_by_the_whole():
     assert (other.combined != near.combined[:-1]).any()
 
 
-def test_without_both_heads_or_enough_prompts_there_is_none():
-    margins, prompts = planted(FEWEST_PROMPTS, (1.0, 0.01))
+def test_without_both_heads_or_enough_pairs_and_prompts_there_is_none():
+    margins, prompts = planted(FEWEST_PAIRS, (1.0, 0.01))
     whole = scores_of(margins, prompts)
     judge = CombinedJudge.fitted_on(whole)
     assert judge is not None
-    assert CombinedJudge.fitted_on(scores_of(margins, [*prompts[:-1], prompts[0]])) is None
+    few = [prompts[n % (FEWEST_PROMPTS - 1)] for n in range(FEWEST_PAIRS)]
+    for part, names in ((margins, few), (margins[1:], prompts[1:])):
+        assert CombinedJudge.fitted_on(scores_of(part, names)) is None
+        with pytest.raises(ValueError, match=r"pairs of \d+ prompts are too few .* on 50 pairs of 10 prompts or more"):
+            combine(*part.T, names)
     for missing in ("reward", "logprob", "reference"):
         part = dataclasses.replace(whole, **{missing: None})
         assert CombinedJudge.fitted_on(part) is None

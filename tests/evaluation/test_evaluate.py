@@ -324,7 +324,7 @@ def test_evaluate_score_best_of_n_and_python_give_the_same_score(folder, judged,
         (
             "final",
             {"max_pairs": 40},
-            r"--fit_judge judge has \d+ prompts, and the combined judge is fitted on 50 or more",
+            r"--fit_judge judge: 40 pairs of \d+ prompts are too few",
         ),
     ],
 )

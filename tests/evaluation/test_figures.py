@@ -6,8 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
+from hafrm_ds.data.tables import MAX_PARTS
 from hafrm_ds.evaluation.analysis import analyse
-from hafrm_ds.evaluation.figures import benchmark_table, render_evaluation
+from hafrm_ds.evaluation.calibration import correctness
+from hafrm_ds.evaluation.figures import benchmark_table, render_evaluation, set_tables
 from tests.evaluation.benchmarks.rows import judgebench_row, rm_bench_row, summary
 from tests.evaluation.report.folders import pair_scores
 
@@ -90,6 +92,20 @@ def test_a_set_of_one_source_has_no_table_by_source():
 
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def test_the_smallest_of_many_sources_share_a_row():
+    scores = pair_scores()
+    scores.sources = ["large"] * 20 + [f"small {number}" for number in range(len(scores) - 20)]
+    analysis = analyse(scores)
+    assert len(analysis["by_source"]) == 41
+    table = set_tables(analysis)[-2]
+    assert len(table.rows) == MAX_PARTS
+    name, (pairs, reward, *_) = table.rows[-1]
+    assert (name, pairs.text) == ("22 other sources", "22")
+    right = correctness(scores.margins("reward"))
+    rest = [source not in dict(table.rows) for source in scores.sources]
+    assert reward.text == f"{right[rest].mean():.1%}" and not reward.detail
 
 
 def test_a_table_of_a_whole_benchmark(tmp_path):

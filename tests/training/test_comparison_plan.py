@@ -38,6 +38,13 @@ def test_a_small_one_that_took_longer_tells_nothing_of_a_line():
     assert plan.seconds_left == pytest.approx(110 / 1100 * 2000)
 
 
+def test_when_all_is_finished_nothing_is_counted():
+    plan = ComparisonPlan({"baseline": 0, "haf": 0}, num_seeds=1)
+    for arm in plan.pairs:
+        plan.note(arm, 20.0)
+    assert plan.in_words == "2 trainings, all of which are finished" and plan.time_left == ""
+
+
 def test_a_finished_training_whose_time_is_not_known_is_counted():
     plan = ComparisonPlan({"baseline": 100}, num_seeds=2)
     plan.note("baseline", None)

@@ -51,7 +51,7 @@ def test_the_best_by_both_heads_needs_enough_prompts(tmp_path):
     more = {"data.eval": f"{{held: {write_pairs(tmp_path / 'few.jsonl', 20)}}}"}
     more["evaluation.best_metric"] = "held/accuracy/combined"
     with pytest.raises(
-        DataError, match=r"best_metric is held/accuracy/combined, but .*, held, has \d+ prompts.* 50 or"
+        DataError, match=r"best_metric is held/accuracy/combined, but .*, held, 20 pairs of \d+ prompts"
     ):
         train(load_config(options_of(tmp_path, **more)), Processes(0, 0, 1, dist.HashStore()))
 

@@ -205,11 +205,17 @@ def detect_format(row: Row) -> str:
             raise DataError(
                 f"{row.id}: these are rows of {name} ({', '.join(columns)}): {reason}, so no pair can be made of a row"
             )
-    nearest = max(FORMATS.items(), key=lambda item: len(fields.keys() & set(item[1].columns)) / len(item[1].columns))
+    nearest, known = max(
+        FORMATS.items(), key=lambda item: len(fields.keys() & set(item[1].columns)) / len(item[1].columns)
+    )
+    lacking = [name for name in known.columns if name not in fields]
+    needs = (
+        f"needs {names_in_words(lacking)} too" if lacking else f"has {names_in_words(known.columns)} of another type"
+    )
     raise DataError(
-        f"{row.id}: the columns {names_in_words(fields)} are of no known format; the nearest is {nearest[0]} "
-        f"({', '.join(nearest[1].columns)}). Name the columns in the source: {{path: ..., columns: {{prompt: COLUMN, "
-        "chosen: COLUMN, rejected: COLUMN}}"
+        f"{row.id}: the columns {names_in_words(fields)} are of no known format; the nearest is {nearest}, which "
+        f"{needs}. Name the columns in the source: {{path: ..., columns: {{prompt: COLUMN, chosen: COLUMN, "
+        f"rejected: COLUMN}}}}"
     )
 
 

@@ -97,6 +97,8 @@ def of_accuracy(name: str, analysis: dict) -> Iterator[Finding]:
             f"about {needed:,.0f} pairs are needed",
         )
     length, yardstick = max(analysis["yardsticks"].items(), key=lambda item: item[1]["value"])
+    if yardstick["low"] is None:  # of one prompt: an exact interval of the judge's accuracy, none of this
+        return
     if yardstick["value"] >= best["low"] and yardstick["low"] > 0.5:
         yield Finding(
             "Length",

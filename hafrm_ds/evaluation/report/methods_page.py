@@ -2,11 +2,17 @@
 
 from typing import Any
 
-from hafrm_ds.evaluation.comparison import accuracy_table, differences_table, seeds_in_words, shown_columns
+from hafrm_ds.evaluation.comparison import (
+    accuracy_table,
+    differences_table,
+    gain_table,
+    seeds_in_words,
+    shown_columns,
+)
 from hafrm_ds.evaluation.report.charts import intervals_chart
 from hafrm_ds.evaluation.report.comparison_page import comparison_page
 from hafrm_ds.evaluation.report.reading import Results
-from hafrm_ds.evaluation.report.sweep_page import gain_charts, gain_table
+from hafrm_ds.evaluation.report.sweep_page import gain_charts
 
 
 def methods_page(comparison: dict[str, Any], results: list[Results]) -> dict[str, Any]:
@@ -27,7 +33,7 @@ def methods_page(comparison: dict[str, Any], results: list[Results]) -> dict[str
         return head | {
             "subtitle": " · ".join(f"{name}: {', '.join(facts['labels'])}" for name, facts in swept),
             "sections": gain_charts(comparison, columns),
-            "tables": [gain_table(comparison, columns)],
+            "tables": [gain_table(comparison, columns, caption="Gain over Baseline in points, and accuracy")],
         }
     accuracies = {name: {method: each["accuracy"][name] for method, each in methods.items()} for name in columns}
     paired = {name: {pair: each[name] for pair, each in differences.items()} for name in columns}

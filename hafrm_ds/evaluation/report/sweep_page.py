@@ -1,11 +1,10 @@
 """What stands on the page of a sweep: gains over the Baseline of the same cell, by the numbers that were varied."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hafrm_ds.data.tables import Cell, EstimateJson, Table, share_estimate
-from hafrm_ds.evaluation.comparison import points
+from hafrm_ds.data.tables import EstimateJson
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.report.charts import Chart, Gains, gains_chart
 
@@ -140,37 +139,3 @@ def curves_of(comparison: dict[str, Any], lines: Lines, judge: str, column: str)
         if any(each is not NONE for _, each in values):
             curves.append(Gains(label, series, values))
     return curves
-
-
-def gain_table(comparison: dict[str, Any], columns: list[str]) -> Table:
-    """A row for each method in each cell, and each of its judges: gain over Baseline, and below it the accuracy."""
-    rows = [
-        (
-            f"{entry.name}, {JUDGES[judge]}" + elsewhere(comparison, entry),
-            list(cells(comparison, entry, judge, columns)),
-        )
-        for entry in entries_of(comparison)
-        for judge in judges_of(comparison["methods"][entry.name])
-    ]
-    return Table(rows, ("", *columns), caption="Gain over Baseline in points, and accuracy")
-
-
-def judges_of(method: dict[str, Any]) -> list[str]:
-    return [method["judge"], *method["other_judges"]]
-
-
-def elsewhere(comparison: dict[str, Any], entry: Entry) -> str:
-    """Which Baseline a method that stands in several cells is compared with."""
-    gains = comparison["methods"][entry.name].get("gains", {})
-    return f" (against {entry.baseline})" if len(gains) > 1 else ""
-
-
-def cells(comparison: dict[str, Any], entry: Entry, judge: str, columns: list[str]) -> Iterator[Cell]:
-    method = comparison["methods"][entry.name]
-    accuracy = method["accuracy"] if judge == method["judge"] else method["other_judges"][judge]
-    for column in columns:
-        own = share_estimate(accuracy[column])
-        if entry.kind == "baseline":
-            yield own
-        else:
-            yield Cell(points(method["gains"][entry.baseline][judge][column]), f"{own.text} ({own.detail})")

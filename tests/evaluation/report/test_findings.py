@@ -111,14 +111,19 @@ def test_a_planted_cause_is_found(changes, section, words):
     assert any(words in finding.text for finding in found), found
 
 
+def first(few, number: int):
+    """The scores of the first pairs of a set."""
+    names = ("ids", "sources", "prompts", "num_tokens", "reward")
+    return replace(few, **{name: getattr(few, name)[:number] for name in names})
+
+
+def test_a_set_of_one_pair_has_no_interval_of_a_yardstick():
+    assert "The size of the test set" in sections(results(held_out=first(scores(0.74), 1)))
+
+
 def test_a_small_set_and_a_judge_that_is_too_sure():
-    few = scores(0.74)
-    few = replace(
-        few,
-        **{name: getattr(few, name)[:300] for name in ("ids", "sources", "prompts", "num_tokens")},
-        reward=few.reward[:300] * 30,
-    )
-    found = results(held_out=few)
+    few = first(scores(0.74), 300)
+    found = results(held_out=replace(few, reward=few.reward * 30))
     assert "The size of the test set" in sections(found)
     assert any("too sure" in finding.text for finding in findings(found))
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from hafrm_ds.evaluation.report.sweep_page import entries_of, gain, gain_charts, gain_table, panels_over
+from hafrm_ds.evaluation.comparison import gain_table
+from hafrm_ds.evaluation.report.sweep_page import entries_of, gain, gain_charts, panels_over
 from hafrm_ds.evaluation.report.writing import write_report
 from hafrm_ds.training.sweep import Arm
 from tests.evaluation.report.folders import write_sweep
@@ -84,10 +85,11 @@ def test_alphas_begin_at_baseline_and_rates_have_methods(tmp_path):
     lines = panels_over(results, entries_of(results), "head-lr")[""]
     assert list(lines) == ["DPO", "HaF alpha 1", "HaF alpha 5"]
     assert values(results, lines["DPO"]) == [(1e-4, 0.1), (1e-3, 0.1)]  # one training, against either Baseline
-    rows = dict(gain_table(results, ["near"]).rows)
+    rows = dict(gain_table(results, ["near"], "gains").rows)
+    assert rows["baseline-head-lr0.001, reward head"][0].text == "60.0%"
     assert "dpo, implicit reward (against baseline-head-lr0.001)" in rows
     assert rows["haf-alpha5-head-lr0.001, reward head"][0].text.startswith("+5.0 [")
-    assert rows["haf-alpha5-head-lr0.001, reward head"][0].detail.startswith("65.0% (")
+    assert rows["haf-alpha5-head-lr0.001, reward head"][0].detail.startswith("65.0%, ")
 
 
 def test_the_page_has_curves_and_a_table_and_no_runs(tmp_path):
