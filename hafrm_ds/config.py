@@ -81,6 +81,9 @@ class ModelConfig(Section):
     """Kernel of the layouts without padding. auto: the first of these that runs here. fa3, fa2, fa4: the packages of
     FlashAttention 3, 2 and 4. varlen: the FlashAttention inside torch. segmented: torch's scaled_dot_product_attention,
     segment by segment, for CPU, float32 and soft caps."""
+    log_probs: Literal["torch", "triton"] = "torch"
+    """What turns blocks of the LM head's products into log-probs and their gradient. torch: its own operations. triton:
+    a kernel for each, which reads and writes a logit once, on NVIDIA GPUs."""
     gradient_checkpointing: bool = False
     """Recompute each layer in backward: activations of one layer in memory instead of all, for about a third more
     compute."""

@@ -4,6 +4,7 @@ Legend: T tokens, N responses, M response tokens, H hidden, V vocabulary.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,8 +17,8 @@ from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.packing import PackedBatch, lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.attention import set_attention, stock_attention
-from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
+from hafrm_ds.model.attention import import_problem, set_attention, stock_attention
+from hafrm_ds.model.token_logprobs import HeadTransform, Softmax, token_logprobs
 from hafrm_ds.objective import ResponseScores
 
 
@@ -35,15 +36,19 @@ class ResponseLogprobs(nn.Module):
 
     A module of its own without parameters: under ZeRO-3 the head's weight is gathered when it is entered, once in
     forward and once in backward, and dropped behind it (`Engine` registers the weight with it).
+
+    Attributes:
+        softmax: what computes with a block of logits; None: torch, as suits the device.
     """
 
     def __init__(self, transform: HeadTransform):
         super().__init__()
         self.transform = transform
+        self.softmax: Softmax | None = None
 
     def forward(self, states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         """[M, H] states that predict `targets` [M] -> [M] fp32."""
-        return token_logprobs(states, head.weight, head.bias, targets, self.transform)
+        return token_logprobs(states, head.weight, head.bias, targets, self.transform, self.softmax)
 
 
 class HybridModel(nn.Module):
@@ -73,6 +78,22 @@ class HybridModel(nn.Module):
             ModelError: the model cannot run in this layout, or not under this kernel.
         """
         self.layout = set_attention(self.causal_lm, layout, attention, device)
+
+    def use_log_probs(self, kind: str, device: torch.device) -> None:
+        """Set what computes log-probs, by the names of model.log_probs.
+
+        Raises:
+            ModelError: it cannot run on `device`.
+        """
+        if kind == "torch":
+            self.response_logprobs.softmax = None
+            return
+        problem = import_problem("triton") or ("" if device.type == "cuda" else f"it runs on GPUs, not on {device}")
+        if problem and not os.environ.get("TRITON_INTERPRET"):
+            raise ModelError(f"model.log_probs triton cannot be used: {problem}. Leave it at torch")
+        from hafrm_ds.model.softmax_kernels import TritonSoftmax
+
+        self.response_logprobs.softmax = TritonSoftmax()
 
     def forward(
         self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True, idle_heads: bool = False
