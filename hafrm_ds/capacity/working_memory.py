@@ -97,11 +97,12 @@ TRACED = {
     for device, run in (("cuda", run_traced), ("cpu", run_traced_on_cpu))
 }
 ANY_WINDOW = 2**31
-"""Shapes do not depend on the sliding window, and a model may have its window in the mask alone."""
+"""Shapes do not depend on the sliding window, nor on attention sinks (s_aux), and a model may have its window in the
+mask alone."""
 for kernel in TRACED.values():
     AttentionInterface.register(
         kernel.implementation,
-        lambda *arguments, kernel=kernel, **options: segment_attention(
+        lambda *arguments, kernel=kernel, s_aux=None, **options: segment_attention(
             kernel, *arguments, **options | {"sliding_window": options.get("sliding_window") or ANY_WINDOW}
         ),
     )

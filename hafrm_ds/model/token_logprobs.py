@@ -23,9 +23,9 @@ BLOCK_BYTES = 512 * 2**20
 """The product of states and a block of the weight stays below this size, in the dtype of the weights."""
 COLUMNS = 256
 """Blocks are whole multiples of so many columns: the widest tile of a matrix product on GPUs."""
-TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
-"""By kind of device, fp32 logits that are computed with at a time: what a core's cache holds, or what is worth starting
-a kernel for."""
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""By kind of device, fp32 logits that are computed with at a time: what a CPU's caches hold, and what is worth starting
+threads or a kernel for."""
 
 
 @dataclass(frozen=True)
