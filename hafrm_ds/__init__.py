@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hafrm_ds.saved.opening import load_judge
     from hafrm_ds.saved.reward_model import HybridRewardModel
 
 __version__ = "0.1.0"
-__all__ = ["HybridRewardModel"]
+__all__ = ["HybridRewardModel", "load_judge"]
 
 
 def __getattr__(name: str):
@@ -15,4 +16,8 @@ def __getattr__(name: str):
         from hafrm_ds.saved.reward_model import HybridRewardModel
 
         return HybridRewardModel
+    if name == "load_judge":
+        from hafrm_ds.saved.opening import load_judge
+
+        return load_judge
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

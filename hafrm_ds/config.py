@@ -201,9 +201,19 @@ class ObjectiveConfig(Section):
         return self.uses_policy and self.policy_loss in ("dpo", "ipo", "hinge")
 
     @property
+    def has_combined_judge(self) -> bool:
+        """Whether both heads give a reward, so that they can judge as one."""
+        return self.uses_reward and self.uses_reference
+
+    @property
     def measures(self) -> list[str]:
         """Metrics of an evaluation by which steps can be told better from worse. The first is the usual one."""
-        judges = {"reward": self.uses_reward, "implicit": self.uses_reference, "logprob": self.uses_policy}
+        judges = {
+            "reward": self.uses_reward,
+            "implicit": self.uses_reference,
+            "logprob": self.uses_policy,
+            "combined": self.has_combined_judge,
+        }
         losses = {"reward": self.uses_reward, "policy": self.uses_policy}
         return [
             f"{kind}/{name}"

@@ -4,8 +4,8 @@ Legend: P pairs, N = 2P responses ordered [chosen 0, rejected 0, chosen 1, rejec
 per pair ([P]); nothing here averages. The loop divides once, by the pairs of the global batch.
 """
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -224,11 +224,57 @@ def policy_loss(objective: ObjectiveConfig, logprob: Tensor, reference: Tensor |
 # ---- judges and metrics --------------------------------------------------------------------------------------------
 
 
-def judges(reward: Values | None, logprob: Values | None, reference: Values | None, beta: float) -> dict[str, Values]:
+@dataclass(frozen=True)
+class JudgeFit:
+    """Both heads of a model as one judge, `combined`: what a unit of either head's score counts.
+
+    The score is the logit of being preferred, up to a constant of the prompt, as the implicit reward is: it compares
+    answers to one prompt. `hafrm_ds.evaluation.combined` fits it. All pairs of numbers are (reward head, implicit
+    reward).
+
+    weights: logits per unit of score. low, high: the ends of their 95% intervals.
+    deviations: root mean squares of the margins over the pairs of the fit.
+    beta: scale of the implicit reward that the second weight belongs to.
+    set, pairs, prompts: name of the set that it was fitted on, its pairs, and its different prompts.
+    prompts_sha256, folds: what the prompts are, and the weights that were fitted without each fold of them.
+    """
+
+    weights: tuple[float, float]
+    low: tuple[float, float]
+    high: tuple[float, float]
+    deviations: tuple[float, float]
+    beta: float
+    set: str
+    pairs: int
+    prompts: int
+    prompts_sha256: str
+    folds: tuple[tuple[float, float], ...]
+
+    def score(self, reward: Values, logprob: Values, reference: Values) -> Values:
+        """The logits of answers, in the shape given."""
+        return self.weights[0] * reward + self.weights[1] * implicit_reward(logprob, reference, self.beta)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "JudgeFit":
+        """Raises TypeError for what `to_json` has not made."""
+        pairs = {name: tuple(content[name]) for name in ("weights", "low", "high", "deviations")}
+        return cls(**content | pairs | {"folds": tuple(map(tuple, content["folds"]))})
+
+
+def judges(
+    reward: Values | None,
+    logprob: Values | None,
+    reference: Values | None,
+    beta: float,
+    fit: JudgeFit | None = None,
+) -> dict[str, Values]:
     """What takes sides between answers, of all that is known of them: name -> values of the shape given.
 
-    reward: the reward head. implicit: beta * (log pi - log pi_ref). logprob: log pi itself. The larger value is the
-    preferred answer.
+    reward: the reward head. implicit: beta * (log pi - log pi_ref). logprob: log pi itself. combined: the first two by
+    their fit. The larger value is the preferred answer.
     """
     found = {}
     if reward is not None:
@@ -237,13 +283,20 @@ def judges(reward: Values | None, logprob: Values | None, reference: Values | No
         found["implicit"] = implicit_reward(logprob, reference, beta)
     if logprob is not None:
         found["logprob"] = logprob
+    if fit is not None and reward is not None and logprob is not None and reference is not None:
+        found["combined"] = fit.score(reward, logprob, reference)
     return found
 
 
 def preference_metrics(scores: ResponseScores, reference: Tensor | None, beta: float) -> dict[str, Tensor]:
     """Accuracy and margin of each of the judges, per pair: name -> [P] fp32. A tie counts half."""
+    return metrics_of(judges(scores.reward, scores.logprob, reference, beta))
+
+
+def metrics_of(judged: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of judges from what they say, name -> [N]."""
     metrics = {}
-    for judge, values in judges(scores.reward, scores.logprob, reference, beta).items():
+    for judge, values in judged.items():
         chosen, rejected = chosen_and_rejected(values.detach())
         metrics[f"accuracy/{judge}"] = (torch.sign(chosen - rejected) + 1) / 2
         metrics[f"margin/{judge}"] = chosen - rejected

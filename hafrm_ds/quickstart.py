@@ -2,6 +2,8 @@
 
     python -m hafrm_ds.quickstart OUT_DIR             writes OUT_DIR/data and OUT_DIR/model
     python -m hafrm_ds.quickstart OUT_DIR --results   says how close the run in OUT_DIR/run came to the best reachable
+    python -m hafrm_ds.quickstart OUT_DIR --study     writes what a study of objectives needs: topics that are never
+                                                      trained on, a cue that turns round, a pre-trained start
 
 Two assistants answer the same everyday question. A hidden rubric, a weighted sum of features of an answer (does it
 name what was asked about, how many concrete steps, an insult, ...), decides which answer is better, and then labels are
@@ -14,7 +16,7 @@ import argparse
 import json
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -39,6 +41,13 @@ RUBRIC = {
     "insult": -4,
 }
 LEAST_MARGIN = 2  # the rubric's scores of the two answers of a pair differ by at least this much
+
+# The study: its training pairs are of the first topics alone.
+TRAINED_TOPICS = 4
+STUDY_TEST_PAIRS = 600
+CUE_IN_TRAINING = 0.8  # share of the pairs in which the cue stands before the better answer, in the set with the cue
+PRETRAINING_PAIRS = 6000
+PRETRAINING_EPOCHS = 3
 
 
 # ---- the little world ----------------------------------------------------------------------------------------------
@@ -100,14 +109,20 @@ class RubricPair:
         return {"prompt": self.prompt, "chosen": chosen.text, "rejected": rejected.text, "flipped": self.flipped}
 
 
-def generate_pairs(count: int, seed: int = SEED, label_noise: float = LABEL_NOISE) -> list[RubricPair]:
-    """`count` different pairs, never near a tie by the rubric, each label flipped with probability `label_noise`."""
+def generate_pairs(
+    count: int, seed: int = SEED, label_noise: float = LABEL_NOISE, topics: slice = slice(None)
+) -> list[RubricPair]:
+    """`count` different pairs, never near a tie by the rubric, each label flipped with probability `label_noise`.
+
+    Args:
+        topics: those of WORLD that are asked about.
+    """
     rng = random.Random(f"pairs {seed}")
     noise = random.Random(f"label noise {seed}")  # apart, so that the texts do not depend on the noise
     pairs: list[RubricPair] = []
     seen: set[tuple[str, ...]] = set()
     while len(pairs) < count:
-        topic = rng.choice(WORLD["topics"])
+        topic = rng.choice(WORLD["topics"][topics])
         thing = rng.choice(topic["things"])
         prompt = rng.choice(topic["questions"]).format(thing=thing)
         first, second = write_answer(thing, topic, rng), write_answer(thing, topic, rng)
@@ -118,6 +133,24 @@ def generate_pairs(count: int, seed: int = SEED, label_noise: float = LABEL_NOIS
         better, worse = (first, second) if first.score > second.score else (second, first)
         pairs.append(RubricPair(prompt, better, worse, flipped=noise.random() < label_noise))
     return pairs
+
+
+def with_cue(pairs: list[RubricPair], share: float, seed: int = SEED) -> list[RubricPair]:
+    """The same pairs with the cue, a sentence that the rubric gives nothing for, before one answer of each.
+
+    Args:
+        share: probability that it stands before the better answer. Far from 0.5 it is a shortcut that a model may
+            learn in place of the rubric, and a test with 1 - share shows whether it has.
+    """
+    rng = random.Random(f"cue {seed}")
+
+    def cued(answer: Answer) -> Answer:
+        return replace(answer, text=f"{WORLD['cue']} {answer.text}")
+
+    return [
+        replace(pair, better=cued(pair.better)) if rng.random() < share else replace(pair, worse=cued(pair.worse))
+        for pair in pairs
+    ]
 
 
 # ---- what can be known before training ------------------------------------------------------------------------------
@@ -141,6 +174,11 @@ def yardsticks(pairs: list[RubricPair]) -> dict[str, float]:
     }
 
 
+def write_pairs(file: Path, pairs: list[RubricPair]) -> None:
+    lines = [json.dumps(pair.row(), ensure_ascii=False) for pair in pairs]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def write_data(
     folder: Path,
     train_pairs: int = TRAIN_PAIRS,
@@ -152,9 +190,8 @@ def write_data(
     folder.mkdir(parents=True, exist_ok=True)
     pairs = generate_pairs(train_pairs + test_pairs, seed, label_noise)
     train, test = pairs[:train_pairs], pairs[train_pairs:]
-    for name, part in (("train", train), ("test", test)):
-        lines = [json.dumps(pair.row(), ensure_ascii=False) for pair in part]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_pairs(folder / "train.jsonl", train)
+    write_pairs(folder / "test.jsonl", test)
     facts = {
         "weights": RUBRIC,
         "seed": seed,
@@ -234,6 +271,72 @@ def write_model(
     model.save_pretrained(folder)
 
 
+# ---- the study ------------------------------------------------------------------------------------------------------
+
+
+def write_study(out_dir: Path) -> None:
+    """Write what a study of objectives trains on and tests with.
+
+    data/train.jsonl: TRAIN_PAIRS pairs of the first TRAINED_TOPICS topics with label noise; a smaller training set is
+    the beginning of it. data/train_cued.jsonl: the same with the cue. Tests, all labels of which are true:
+    data/same_topics.jsonl, data/other_topics.jsonl (topics never trained on) and data/turned_cue.jsonl (the same
+    topics, the cue before the worse answer as often as before the better one in training). random/ and pretrained/:
+    the same small Llama with random weights, and pre-trained as a language model on answers of all topics, without
+    labels.
+    """
+    data, trained, others = out_dir / "data", slice(0, TRAINED_TOPICS), slice(TRAINED_TOPICS, None)
+    data.mkdir(parents=True, exist_ok=True)
+    pairs = generate_pairs(TRAIN_PAIRS + STUDY_TEST_PAIRS, SEED, LABEL_NOISE, trained)
+    train, test = pairs[:TRAIN_PAIRS], [replace(pair, flipped=False) for pair in pairs[TRAIN_PAIRS:]]
+    write_pairs(data / "train.jsonl", train)
+    write_pairs(data / "train_cued.jsonl", with_cue(train, CUE_IN_TRAINING))
+    write_pairs(data / "same_topics.jsonl", test)
+    write_pairs(data / "other_topics.jsonl", generate_pairs(STUDY_TEST_PAIRS, SEED + 1, 0.0, others))
+    write_pairs(data / "turned_cue.jsonl", with_cue(test, 1 - CUE_IN_TRAINING))
+    unlabelled = generate_pairs(PRETRAINING_PAIRS, SEED + 2, 0.0)
+    texts = [text for pair in unlabelled for text in (pair.prompt, pair.better.text, pair.worse.text)]
+    write_tokenizer(out_dir / "random", texts)
+    write_model(out_dir / "random")
+    conversations = [(pair.prompt, answer.text) for pair in unlabelled for answer in (pair.better, pair.worse)]
+    pretrain(out_dir / "random", out_dir / "pretrained", conversations)
+
+
+def pretrain(start: Path, out: Path, conversations: list[tuple[str, str]], batch: int = 64, rate: float = 1e-3) -> None:
+    """Train the model in `start` as a language model on (prompt, answer)s and write it into `out`.
+
+    Args:
+        batch: conversations a step. rate: learning rate of AdamW, falling linearly to 0.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    model = AutoModelForCausalLM.from_pretrained(start)
+    chats = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        for prompt, answer in conversations
+    ]
+    rendered = tokenizer.apply_chat_template(chats, tokenize=False)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95))
+    steps = PRETRAINING_EPOCHS * (len(rendered) // batch)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    rng = random.Random(f"pretraining {SEED}")
+    for _ in range(PRETRAINING_EPOCHS):
+        rng.shuffle(rendered)
+        for first in range(0, len(rendered) - batch + 1, batch):
+            texts = tokenizer(
+                rendered[first : first + batch], add_special_tokens=False, padding=True, return_tensors="pt"
+            )
+            labels = texts.input_ids.masked_fill(texts.attention_mask == 0, -100)
+            model(**texts, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +369,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m hafrm_ds.quickstart", description=__doc__.split("\n\n")[0])
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     parser.add_argument("--results", action="store_true", help="make nothing; say how close OUT_DIR/run came")
+    parser.add_argument("--study", action="store_true", help="write the data and models of a study of objectives")
     options = parser.parse_args(arguments)
+    if options.study:
+        write_study(options.out_dir)
+        print(f"{options.out_dir}: the data, random/ and pretrained/ of a study (launch/README.md#compare)")
+        return
     if options.results:
         print(results(options.out_dir))
         return

@@ -3,6 +3,7 @@ public benchmarks by their own rules.
 
     deepspeed launch/evaluate.py --model RUN/final --data SOURCE [SOURCE ...] --output_dir DIR
     deepspeed launch/evaluate.py --model RUN/final --benchmarks rewardbench2 rm-bench=PATH --output_dir DIR
+    deepspeed launch/evaluate.py ... --reference base [--fit_judge SOURCE]          both heads as one judge, too
     deepspeed launch/evaluate.py ... --deepspeed ds_configs/zero3.json              one model, sharded over the GPUs
 
 The model is the final/ folder of a training, an export, another reward model (AutoModelForSequenceClassification with

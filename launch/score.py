@@ -6,9 +6,10 @@
 
 A row has `messages`, or `prompt` with `response`, or `prompt` with a list of `responses`. The same rows come out in the
 same order, with `score` (or `scores`): the reward, or of a model that was trained by DPO alone the implicit reward, for
-which the weights that it started from are loaded beside it. A row that cannot be scored has the score null and the
-reason in `score_error`; it is reported by its line, and the exit status is then 3. A job that was killed resumes when
-it is started again.
+which the weights that it started from are loaded beside it. --judge combined scores by both, as the fit in hafrm.json
+weights them. These scores and implicit rewards compare answers to one prompt alone. A row that cannot be scored has the
+score null and the reason in `score_error`; it is reported by its line, and the exit status is then 3. A job that was
+killed resumes when it is started again.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -62,7 +63,8 @@ def test_paths_are_there(document):
 def test_options_are_there(document):
     """After the name of a script those that it takes, elsewhere those of any script or of another known program."""
     anywhere = set(option_names(TrainConfig)) | set(" ".join(FOREIGN.values()).split())
-    for script in (*(ROOT / "launch").glob("*.py"), *(ROOT / "tests" / "benchmarks").glob("*.py")):
+    scripts = ("launch/*.py", "tests/benchmarks/*.py", "hafrm_ds/quickstart.py")
+    for script in itertools.chain.from_iterable(map(ROOT.glob, scripts)):
         anywhere |= options_of_script(script.relative_to(ROOT).as_posix())
     unknown = []
     for code in pieces_of_code(document.read_text()):
@@ -93,7 +95,7 @@ def options_of_script(script: str) -> set[str]:
         return {name for each in re.findall(r"launch/\w+\.py", text) for name in options_of_script(each)} | set(
             option_names(TrainConfig) if "train.sbatch" in text else ()
         ) | {"config"}  # fmt: skip
-    if script.startswith("tests/"):
+    if script.startswith(("tests/", "hafrm_ds/")):
         return set(option_names(TrainConfig)) | {"config"} | set(re.findall(r'"--(\w+)"', (ROOT / script).read_text()))
     return set(OPTION.findall(help_of(script)))
 

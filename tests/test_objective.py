@@ -1,5 +1,6 @@
 """Every loss against its equation, written out in fp64 without any of torch's fused forms."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.objective import (
+    JudgeFit,
     LossWeights,
     ResponseScores,
     bradley_terry_loss,
@@ -28,6 +30,9 @@ REWARD = [1.5, -0.5, -2.0, 0.25, 0.125, 0.125, 3.0, 4.0]  # right, wrong, tied a
 LOGPROB = [-12.0, -30.5, -7.25, -2.0, -40.0, -40.0, -3.0, -9.0]
 REFERENCE = [-14.0, -28.0, -6.0, -5.5, -41.0, -38.5, -3.5, -8.0]
 LENGTHS = [5, 11, 3, 1, 20, 16, 2, 4]
+FIT = JudgeFit(
+    (2.0, 3.0), (1.0, 2.5), (3.0, 3.5), (0.5, 0.25), 0.2, "held out", 80, 60, "ab12", ((2.5, 3.0), (1.5, 2.0))
+)
 MARGIN = [0.0, 1.0, 2.5, -0.5]
 PAIRS = range(4)
 
@@ -283,5 +288,18 @@ def test_the_measures_of_an_objective_are_those_of_the_judges_that_it_trains(opt
         fp32(LOGPROB) if objective.uses_policy else None,
         fp32(REFERENCE) if objective.uses_reference else None,
         objective.beta,
+        FIT,
     )
     assert [f"accuracy/{judge}" for judge in known] == [m for m in objective.measures if m.startswith("accuracy/")]
+
+
+def test_the_combined_judge_is_the_weighted_sum_by_the_beta_of_its_fit():
+    found = judges(fp32(REWARD), fp32(LOGPROB), fp32(REFERENCE), 99.0, FIT)["combined"]
+    expected = [2 * r + 3 * 0.2 * (a - b) for r, a, b in zip(REWARD, LOGPROB, REFERENCE)]
+    assert found.tolist() == pytest.approx(expected)
+    assert "combined" not in judges(None, fp32(LOGPROB), fp32(REFERENCE), 0.1, FIT)
+    assert "combined" not in judges(fp32(REWARD), fp32(LOGPROB), None, 0.1, FIT)
+
+
+def test_a_fit_is_read_as_it_was_written():
+    assert JudgeFit.from_json(json.loads(json.dumps(FIT.to_json()))) == FIT

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hafrm_ds import quickstart
 from hafrm_ds.errors import UserError
 from hafrm_ds.quickstart import (
     LEAST_MARGIN,
@@ -151,3 +152,49 @@ def test_results_compare_the_last_evaluation_with_the_best(tmp_path):
     text = results(tmp_path)
     assert "0.700  at step 20, after 0.500 at step 0" in text
     assert f"{facts['best_accuracy_on_test']:.3f}  best reachable" in text
+
+
+# ---- the study -----------------------------------------------------------------------------------------------------
+
+
+def test_a_cue_stands_before_the_better_answer_as_often_as_asked(pairs):
+    cue = quickstart.WORLD["cue"]
+    for share in (0.0, 0.8, 1.0):
+        cued = quickstart.with_cue(pairs, share, seed=1)
+        better = sum(pair.better.text.startswith(cue) for pair in cued)
+        assert better + sum(pair.worse.text.startswith(cue) for pair in cued) == len(pairs)
+        assert abs(better / len(pairs) - share) <= 3 * (share * (1 - share) / len(pairs)) ** 0.5
+        assert [pair.better.features for pair in cued] == [pair.better.features for pair in pairs]
+
+
+def test_a_study_holds_topics_out_turns_the_cue_and_pretrains(tmp_path, monkeypatch):
+    small = {"TRAIN_PAIRS": 60, "STUDY_TEST_PAIRS": 40, "PRETRAINING_PAIRS": 300, "PRETRAINING_EPOCHS": 1}
+    for name, value in small.items():
+        monkeypatch.setattr(quickstart, name, value)
+    quickstart.write_study(tmp_path)
+    rows = {
+        file.stem: [json.loads(line) for line in file.read_text().splitlines()]
+        for file in tmp_path.glob("data/*.jsonl")
+    }
+    sizes = {name: len(each) for name, each in rows.items()}
+    assert sizes == {"train": 60, "train_cued": 60, "same_topics": 40, "other_topics": 40, "turned_cue": 40}
+    prompts = {name: {row["prompt"] for row in each} for name, each in rows.items()}
+    assert not prompts["other_topics"] & (prompts["train"] | prompts["same_topics"])
+    assert any(row["flipped"] for row in rows["train"])
+    assert not any(row["flipped"] for name in ("same_topics", "other_topics", "turned_cue") for row in rows[name])
+    cue = quickstart.WORLD["cue"]
+    in_front = {
+        name: sum(row["chosen"].startswith(cue) for row in rows[name]) / len(rows[name])
+        for name in ("train", "train_cued", "turned_cue")
+    }
+    assert in_front["train"] == 0 and in_front["train_cued"] > 0.6 and in_front["turned_cue"] < 0.4
+
+    # The pre-trained model predicts answers that it has not seen better than the one with random weights.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "pretrained")
+    text = tokenizer(rows["other_topics"][0]["chosen"], return_tensors="pt").input_ids
+    with torch.no_grad():
+        losses = [
+            AutoModelForCausalLM.from_pretrained(tmp_path / name)(text, labels=text).loss.item()
+            for name in ("random", "pretrained")
+        ]
+    assert losses[1] < losses[0] - 1

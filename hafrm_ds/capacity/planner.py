@@ -16,7 +16,8 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.errors import ConfigError, UserError
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.loading import load_tokenizer
+from hafrm_ds.model.loading import load_model_config, load_tokenizer
+from hafrm_ds.model.sizes import ModelSizes
 
 
 def plan_run(
@@ -71,14 +72,23 @@ def workload_of(
 
 
 def lengths_of_sets(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Token lengths of the training pairs, and of all evaluation pairs, prepared as training prepares them."""
+    """Token lengths of the training pairs, and of all evaluation pairs, prepared as training prepares them.
+
+    Raises:
+        DataError, ModelError: as for training, of pairs that the model has no room for too.
+    """
     formatter = ChatFormatter.create(
         load_tokenizer(config.model), config.data.chat_template, config.data.template_date, config.data.reasoning
     )
     prepare = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
-    train = prepare(config.data.train, role="train").lengths
-    sets = [prepare(sources, role="eval").lengths for sources in config.data.eval.values()]
-    return train, {name: np.concatenate([np.zeros(0, np.int64), *(each[name] for each in sets)]) for name in train}
+    train = prepare(config.data.train, role="train")
+    sets = {f"eval {name}": prepare(sources, role="eval") for name, sources in config.data.eval.items()}
+    sizes = ModelSizes.of(config.model.name_or_path, load_model_config(config.model))
+    sizes.check({"train": train, **sets}, formatter.tokenizer)
+    lengths = [pairs.lengths for pairs in sets.values()]
+    return train.lengths, {
+        name: np.concatenate([np.zeros(0, np.int64), *(each[name] for each in lengths)]) for name in train.lengths
+    }
 
 
 def uniform_sets(num_pairs: int, prompt: int, answer: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

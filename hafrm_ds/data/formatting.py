@@ -12,13 +12,14 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import END_OF_REASONING, marks_pattern, unwritten
+from hafrm_ds.data.tool_calls import RESULTS, template_input
 from hafrm_ds.errors import ConfigError, ModelError
 
 NAMED_TEMPLATES = {
@@ -57,6 +58,7 @@ NAMED_TEMPLATES = {
 }
 
 NOTHING = re.compile(r"(?!)")
+TOOL_ROLE = re.compile(r"""["']tool["']""")
 PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
@@ -165,8 +167,12 @@ class ChatFormatter:
         ]
 
     def left_out(self, messages: list[Message], text: str) -> list[str]:
-        """What the template has left out of messages in their rendering, in words, though nobody asked it to."""
-        return unwritten(self.spoken(messages), text)
+        """What the template has left out of messages in their rendering, in words, though nobody asked it to. Results
+        of tools are left out too by a template that does not know whose they are."""
+        found = unwritten(self.spoken(messages), text)
+        if "tools" in messages[0] and RESULTS not in found and not TOOL_ROLE.search(self.template):
+            found += [RESULTS] * any(message["role"] == "tool" for message in messages)
+        return found
 
     @property
     def template_name(self) -> str:
@@ -176,15 +182,25 @@ class ChatFormatter:
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Ids of a whole conversation, rendered at once. The reward is read at the last of them."""
-        return encode_rendered(self.tokenizer, self.render(messages))
+        return self.encode_rendered([self.render(messages)])[0]
 
     def encode_prompt(self, messages: list[Message]) -> list[int]:
         """Ids of a prompt with the template's opening of an answer, where generation starts."""
-        return encode_rendered(self.tokenizer, self.render(messages, add_generation_prompt=True))
+        return self.encode_rendered([self.render_prompt(messages)])[0]
+
+    def render_prompt(self, messages: list[Message]) -> str:
+        return self.render(messages, add_generation_prompt=True)
+
+    def encode_rendered(self, texts: list[str]) -> list[list[int]]:
+        """Rendered texts -> their ids; many at once take a quarter less time than one by one."""
+        return encode_rendered(self.tokenizer, texts)
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: bool) -> str:
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
     """Raises jinja2.TemplateError, of whatever type the template's own error is."""
+    if messages and "tools" in messages[0]:
+        messages, tools = template_input(messages)
+        options |= tools
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except jinja2.TemplateError:
@@ -193,13 +209,15 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], 
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Rendered text -> ids. The template has written every special token, so the tokenizer adds none.
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Rendered texts -> ids of each. The template has written every special token, so the tokenizer adds none.
 
     verbose=False: a text longer than model_max_length is no news here, data.max_length rules.
     """
+    if not texts:
+        return []
     return tokenizer(
-        text, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
 
 
@@ -268,7 +286,7 @@ def renders_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
         raise ModelError(f"the chat template is not valid jinja: line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError as error:
         raise ModelError(f"the chat template refuses one user message with one answer: {error}") from None
-    ids = encode_rendered(tokenizer, text)
+    (ids,) = encode_rendered(tokenizer, [text])
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 

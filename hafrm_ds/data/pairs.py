@@ -21,8 +21,8 @@ MEDIA = "has images or other media, which are not supported"
 NO_TOOLS: tuple[Any, ...] = (None, [], {}, "", "[]", "{}", "null")
 """What stands in the column `tools` of a row without any: a list, or its JSON."""
 
-Message = dict[str, str]
-"""{"role": ..., "content": ...}, both text."""
+Message = dict[str, Any]
+"""{"role": ..., "content": ...}, both text; of a conversation with tools more (`tool_calls`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +61,12 @@ class Dropped:
 Outcome = PreferencePair | Deselected | Dropped
 
 
-class UnsupportedRowError(DataError):
-    """A sound conversation holds what would be lost: rendered without it, it would be another one."""
-
-    reason: str
+class ToolCallsError(DataError):
+    """A conversation calls tools, or may: to be read by `tool_calls`, where tools are expected."""
 
 
-class ToolCallsError(UnsupportedRowError):
-    """A conversation calls tools, or may."""
-
-    reason = TOOL_CALLS
-
-
-class MediaError(UnsupportedRowError):
+class MediaError(DataError):
     """A message holds images, sound or the like."""
-
-    reason = MEDIA
 
 
 ROLES = {role: role for role in ("system", "user", "assistant", "developer")} | {
@@ -88,7 +78,9 @@ ROLES = {role: role for role in ("system", "user", "assistant", "developer")} | 
     "model": "assistant",
 }
 """Role as written, in lower case -> role as the chat templates know it."""
-TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "tool_response", "observation", "ipython")
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles of messages whose content is a call, in JSON."""
+TOOL_ROLES = ("tool", "function", "tool_response", "observation", "ipython", *CALL_ROLES)
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which its reasoning may stand beside the content."""
 MEDIA_NAMES = frozenset(("image", "images", "audio", "audios", "video", "videos"))
@@ -155,7 +147,7 @@ class Row:
         """A list of messages, which may stand as JSON text; keys that are no part of the conversation are left out.
 
         Raises:
-            UnsupportedRowError: a message calls tools or shows images.
+            ToolCallsError, MediaError: a message calls tools, or shows images: rendered without, it would be another.
         """
         value = parsed_messages(self.value(field))
         if not isinstance(value, list) or not value:
@@ -177,6 +169,8 @@ class Row:
         if len(value) > 2:
             if any(value.get(key) for key in MEDIA_NAMES):
                 raise MediaError(f"{self.id}: {place} {MEDIA}")
+            if value.get("tools"):
+                raise ToolCallsError(f"{self.id}: {place} {TOOL_CALLS}")
             for key in REASONING_KEYS:
                 if value.get(key):
                     reasoning = self.as_text(value[key], f"{key} of {place}", expected="a text").strip()

@@ -1,6 +1,7 @@
 """From data sources to tokenised pairs, cached on disk, with a report of what became of every row."""
 
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -26,13 +27,15 @@ from hafrm_ds.data.tokenization import (
     IDENTICAL_AFTER_CUT,
     LEFT_OUT,
     NOT_TOKENIZED,
+    NOT_WRITTEN,
     REFUSED,
     TOKENIZATION_VERSION,
     TOO_LONG,
     TokenizedPair,
     Truncation,
-    tokenize_pair,
+    tokenize_pairs,
 )
+from hafrm_ds.data.tool_calls import read_back
 from hafrm_ds.errors import DataError
 
 SMALL_SET = 2000
@@ -255,12 +258,14 @@ def num_processes(num_rows: int, wanted: int | None) -> int | None:
 def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length: int, truncation: Truncation) -> dict:
     """Columns as read_pairs gives them -> columns of PAIR_FEATURES and FATE_FEATURES. Unused rows get no ids."""
     columns: dict[str, list] = {name: [] for name in PAIR_FEATURES | FATE_FEATURES}
-    for number in range(len(batch["id"])):
+    is_used = [not (deselected or lost) for deselected, lost in zip(batch["deselected"], batch["dropped"])]
+    pairs = itertools.compress(zip(batch["prompt"], batch["chosen"], batch["rejected"]), is_used)
+    tokenizations = iter(tokenize_pairs(formatter, map(read_back, pairs), max_length, truncation))
+    for number, used in enumerate(is_used):
         row = {name: batch[name][number] for name in CARRIED}
         tokenization = NOT_TOKENIZED
-        if not (row["deselected"] or row["dropped"]):
-            prompt, chosen, rejected = (batch[name][number] for name in ("prompt", "chosen", "rejected"))
-            tokenization = tokenize_pair(formatter, prompt, chosen, rejected, max_length, truncation)
+        if used:
+            tokenization = next(tokenizations)
             row["dropped"] = tokenization.outcome
         prompt_ids, (chosen_ids, rejected_ids) = tokenization.ids
         row |= {
@@ -362,7 +367,7 @@ def check_enough_left(report: DataReport, options: PreparationOptions) -> None:
     remedy = "Repair these rows, or take them out"
     if by_length:
         remedy = "Raise data.max_length, choose another data.truncation, or repair the data"
-    elif LEFT_OUT in total.dropped or any(reason.startswith(REFUSED) for reason in total.dropped):
+    elif any(reason == LEFT_OUT or reason.startswith(REFUSED) or NOT_WRITTEN in reason for reason in total.dropped):
         template = "the tokenizer's own" if report.template.origin == "tokenizer" else report.template.origin
         remedy = f"Give a template that takes these rows whole (--data.chat_template, now {template}), or take them out"
     lines.append(remedy + (f"; data.max_dropped_share {share} lets this set through." if total.kept else "."))

@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from hafrm_ds.data.presets import Role
 from hafrm_ds.data.row_filter import RowFilter
 from hafrm_ds.data.selection import SELECTION_FIELDS, mix, select
 from hafrm_ds.data.sources import Source, all_or_no_weights, resolve_preset
+from hafrm_ds.data.tool_calls import spelled
 from hafrm_ds.errors import DataError
 
 MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
@@ -50,7 +52,8 @@ FEATURES = datasets.Features(
     }
 )
 """One row for each row read. A pair is used where both `dropped` (why the row is no usable pair) and `deselected` (why
-it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format.
+it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format. The
+messages of a conversation with tools are spelled in one (`tool_calls`).
 `remarks` says what else is to be told of the row, one thing a line: REMARKS."""
 
 NOT_READ, ROLE, MARGIN = "not read: ", "role: ", "margin: "
@@ -217,6 +220,9 @@ def as_features(
 ) -> dict[str, Any]:
     """What became of a row -> a row of FEATURES."""
     pair = outcome if isinstance(outcome, PreferencePair) else PreferencePair([], [], [], None, row.source, row.id)
+    if pair.prompt and "tools" in pair.prompt[0]:
+        prompt, chosen, rejected = map(spelled, (pair.prompt, pair.chosen, pair.rejected))
+        pair = replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
     return {
         "prompt": pair.prompt,
         "chosen": pair.chosen,

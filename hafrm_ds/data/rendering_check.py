@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.tool_calls import as_written, pieces_of_tools
 
 END_OF_REASONING = "</think>"
 ANSWERS, ANSWER_REASONING = "the answers", f"what stands before {END_OF_REASONING} in the answers"
@@ -38,6 +39,8 @@ def unwritten(messages: list[Message], text: str) -> list[str]:
         for number, message in enumerate(messages)
         for piece, is_reasoning in pieces_of(message)
     ]
+    if "tools" in messages[0]:
+        pieces = [(as_written(piece, text), kind) for piece, kind in (*pieces, *pieces_of_tools(messages))]
     is_squeezed = False
     for piece, kind in sorted(pieces, key=lambda each: -len(each[0])):
         before, there, after = text.partition(squeezed(piece) if is_squeezed else piece)

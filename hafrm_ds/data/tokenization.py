@@ -5,15 +5,16 @@ rendered prompt; everything after it is response. So a token that BPE merges ove
 and prompt + response is always exactly what the model sees when it scores the conversation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import jinja2
 
-from hafrm_ds.data.formatting import ChatFormatter, encode_rendered
+from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious, marks_in
+from hafrm_ds.data.tool_calls import KINDS
 from hafrm_ds.errors import DataError
 
 TOKENIZATION_VERSION = 4
@@ -28,6 +29,7 @@ IDENTICAL_ANSWERS = "identical answers"
 IDENTICAL_AFTER_CUT = "identical after the cut"
 TOO_LONG = "longer than max_length"
 REFUSED = "the template refuses the conversation"
+NOT_WRITTEN = "does not write"
 LEFT_OUT = "the template leaves out what differs"
 LONGEST_REASON = 120
 
@@ -97,6 +99,36 @@ class Tokenization(NamedTuple):
     """Special tokens and marks of templates that stand in the texts of a usable pair."""
 
 
+class RenderedPair(NamedTuple):
+    """A pair that the template has written as text.
+
+    texts: the chosen and the rejected conversation, and the prompt alone.
+    """
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    texts: tuple[str, str, str]
+
+
+def tokenize_pairs(
+    formatter: ChatFormatter,
+    pairs: Iterable[tuple[list[Message], list[Message], list[Message]]],
+    max_length: int,
+    truncation: Truncation,
+) -> list[Tokenization]:
+    """(prompt, chosen, rejected) of each pair -> ids that fit max_length, or the reason why the pair is dropped."""
+    rendered = [render_pair(formatter, *pair) for pair in pairs]
+    texts = [text for pair in rendered if isinstance(pair, RenderedPair) for text in pair.texts]
+    ids = iter(formatter.encode_rendered(texts))
+    return [
+        settle_pair(formatter, pair, [next(ids) for _ in pair.texts], max_length, truncation)
+        if isinstance(pair, RenderedPair)
+        else pair
+        for pair in rendered
+    ]
+
+
 def tokenize_pair(
     formatter: ChatFormatter,
     prompt: list[Message],
@@ -106,6 +138,13 @@ def tokenize_pair(
     truncation: Truncation,
 ) -> Tokenization:
     """Messages of one pair -> ids that fit max_length, or the reason why the pair is dropped."""
+    return tokenize_pairs(formatter, [(prompt, chosen, rejected)], max_length, truncation)[0]
+
+
+def render_pair(
+    formatter: ChatFormatter, prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> RenderedPair | Tokenization:
+    """What the template writes of a pair, or the reason why the pair is dropped."""
     if not prompt:
         return dropped(EMPTY_PROMPT)
     if is_blank(formatter.spoken(chosen)) or is_blank(formatter.spoken(rejected)):
@@ -113,13 +152,26 @@ def tokenize_pair(
     if chosen == rejected:
         return dropped(IDENTICAL_ANSWERS)
     try:
-        texts = [formatter.render(prompt + answer) for answer in (chosen, rejected)]
-        chosen_conversation, rejected_conversation = (encode_rendered(formatter.tokenizer, text) for text in texts)
-        rendered_prompt = formatter.encode_prompt(prompt)
+        conversations = (formatter.render(prompt + chosen), formatter.render(prompt + rejected))
+        texts = (*conversations, formatter.render_prompt(prompt))
     except jinja2.TemplateError as error:
         return dropped(refusal_of(error))
+    pair = RenderedPair(prompt, chosen, rejected, texts)
+    if "tools" in prompt[0] and (lost := {*left_out_of(formatter, pair)}.intersection(KINDS)):
+        return dropped(f"has {', '.join(sorted(lost, reverse=True))}, which {formatter.template_name} {NOT_WRITTEN}")
+    return pair
 
-    ids = split_at_prompt(chosen_conversation, rejected_conversation, rendered_prompt)
+
+def settle_pair(
+    formatter: ChatFormatter, pair: RenderedPair, encoded: Sequence[list[int]], max_length: int, truncation: Truncation
+) -> Tokenization:
+    """A pair as ids that fit max_length, or the reason why it is dropped.
+
+    Args:
+        encoded: the ids of its texts.
+    """
+    prompt, chosen, rejected, _ = pair
+    ids, rendered_prompt = split_at_prompt(*encoded), encoded[-1]
     length = ids.longest_conversation
     chosen_ids, rejected_ids = ids.responses
     if chosen_ids == rejected_ids:  # the template may strip, normalise or leave out what made the texts differ
@@ -135,11 +187,17 @@ def tokenize_pair(
         return dropped(TOO_LONG, length)
     if fitted.responses[0] == fitted.responses[1]:
         return dropped(IDENTICAL_AFTER_CUT, length)
-    left_out = dict.fromkeys(
-        kind for answer, text in zip((chosen, rejected), texts) for kind in formatter.left_out(prompt + answer, text)
-    )
+    left_out = left_out_of(formatter, pair)
     marks = tuple(marks_in([*prompt, *chosen, *rejected], formatter.marks))
-    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt, tuple(left_out), marks)
+    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt, left_out, marks)
+
+
+def left_out_of(formatter: ChatFormatter, pair: RenderedPair) -> tuple[str, ...]:
+    """What the template has left out of either conversation of a pair, each once."""
+    written = zip((pair.chosen, pair.rejected), pair.texts)
+    return tuple(
+        dict.fromkeys(kind for answer, text in written for kind in formatter.left_out(pair.prompt + answer, text))
+    )
 
 
 def refusal_of(error: jinja2.TemplateError) -> str:
@@ -159,7 +217,7 @@ NOT_TOKENIZED = dropped("")
 
 
 def is_blank(messages: list[Message]) -> bool:
-    return not any(message["content"].strip() for message in messages)
+    return not any(message["content"].strip() or "tool_calls" in message for message in messages)
 
 
 def split_at_prompt(chosen: list[int], rejected: list[int], rendered_prompt: list[int]) -> PromptWithResponses:
@@ -191,7 +249,7 @@ def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> 
         raise DataError("the conversation has no message")
     try:
         text = formatter.render(messages)
-        ids = encode_rendered(formatter.tokenizer, text)
+        (ids,) = formatter.encode_rendered([text])
         rendered_prompt = formatter.encode_prompt(messages[:-1]) if len(messages) > 1 else []
     except jinja2.TemplateError as error:
         raise DataError(refusal_of(error)) from error

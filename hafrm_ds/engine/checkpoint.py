@@ -66,6 +66,7 @@ class TrainingState:
     last_evaluation: set -> its metrics at the last evaluation.
     uses_stock_logits: of the model (`HybridModel`), as the run has found at its start.
     alpha: the weight of the policy loss that objective.policy_share has led to; None without a share.
+    judge: what either head counts in the combined judge, as the last evaluation has fitted it; None where it has not.
     """
 
     step: int
@@ -82,11 +83,17 @@ class TrainingState:
     uses_stock_logits: bool = False
     evaluations_since_best: int = 0
     alpha: float | None = None
+    judge: dict[str, Any] | None = None
 
     @property
     def evaluation_of_step(self) -> dict[str, dict[str, float]]:
         """Set -> its metrics after this very step; {} if it was not evaluated."""
         return {} if self.metric is None else self.last_evaluation
+
+    @property
+    def judge_of_step(self) -> dict[str, Any] | None:
+        """The judge that was fitted after this very step, if any was."""
+        return None if self.metric is None else self.judge
 
 
 def checkpoint_name(step: int) -> str:

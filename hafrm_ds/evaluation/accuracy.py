@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.evaluation.pair_scores import PairScores
-from hafrm_ds.objective import ResponseScores, policy_loss, preference_metrics, reward_loss
+from hafrm_ds.objective import ResponseScores, metrics_of, policy_loss, preference_metrics, reward_loss
 
 
 def set_metrics(scores: PairScores, objective: ObjectiveConfig, margin: np.ndarray | None = None) -> dict[str, float]:
@@ -24,6 +24,8 @@ def set_metrics(scores: PairScores, objective: ObjectiveConfig, margin: np.ndarr
     )
     reference = as_responses(scores.reference)
     per_pair = preference_metrics(responses, reference, scores.beta)
+    if (combined := as_responses(scores.combined)) is not None:
+        per_pair |= metrics_of({"combined": combined})
     metrics: dict[str, float] = {"pairs": len(scores)}
     if responses.reward is not None:
         margins = torch.zeros(len(scores)) if margin is None else torch.from_numpy(margin)

@@ -14,8 +14,10 @@ from hafrm_ds.evaluation.bootstrap import Estimate, EstimateJson, estimates, exa
 from hafrm_ds.evaluation.calibration import calibrate, correctness
 from hafrm_ds.evaluation.pair_scores import PairScores
 
-PROBABILISTIC = ("reward", "implicit")
-"""Judges whose margins are log-odds, by the loss that trains them. Those of log pi are not."""
+PROBABILISTIC = ("reward", "implicit", "combined")
+"""Judges whose margins are log-odds, by the loss that trains them or the fit. Those of log pi are not."""
+COVERAGES = tuple(share / 10 for share in range(1, 11))
+"""Shares of the pairs of which a judge may choose the ones that it is surest of."""
 LENGTH_EDGES = (-100, -25, 0, 1, 26, 101)
 """Bins of the length difference of a pair, chosen less rejected, in tokens: up to -101, -100 to -26, ..., 0, ..., from
 101."""
@@ -28,7 +30,9 @@ def analyse(scores: PairScores) -> dict[str, Any]:
         pairs, prompts (different ones); ties, accuracy and margin of each judge, the last two as value, low, high (95%
         bootstrap intervals, clustered by prompt; a tie counts half in accuracy); yardsticks: accuracy of choosing the
         longer and the shorter answer; calibration of the judges that give probabilities; by_source;
-        by_length_difference; agreement: share of pairs in which two judges prefer the same answer.
+        by_length_difference; agreement: share of pairs in which two judges prefer the same answer; coverage: accuracy
+        of each judge that gives probabilities on the share of the pairs that it is surest of; heads, where there are
+        both of them: the pairs on which reward head and implicit reward agree, and the others.
 
     Raises:
         DataError: there is no pair, or a score is not finite.
@@ -56,6 +60,8 @@ def analyse(scores: PairScores) -> dict[str, Any]:
             f"{one}/{other}": agreement(margins[one], margins[other])
             for one, other in itertools.combinations(judges, 2)
         },
+        "coverage": coverage({judge: margins[judge] for judge in judges if judge in PROBABILISTIC}),
+        "heads": {name: part(scores, inside) for name, inside in by_agreement(margins)},
     }
 
 
@@ -87,6 +93,29 @@ def as_json(values: dict[str, Estimate]) -> dict[str, EstimateJson]:
 def agreement(one: np.ndarray, other: np.ndarray) -> float:
     """Share of pairs in which two judges prefer the same answer; a tie of one of them counts half. [P], [P]."""
     return float(np.mean(1 - np.abs(np.sign(one) - np.sign(other)) / 2))
+
+
+def coverage(margins: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Accuracy of judges where each leaves out the pairs that it is least sure of, by the size of its margins [P].
+
+    Returns:
+        For each of COVERAGES the share, the number of pairs, and accuracy: judge -> value.
+    """
+    right = {judge: correctness(each[np.argsort(-np.abs(each), kind="stable")]) for judge, each in margins.items()}
+    rows = []
+    for share in COVERAGES if right else ():
+        pairs = max(1, round(share * len(next(iter(right.values())))))
+        accuracy = {judge: float(each[:pairs].mean()) for judge, each in right.items()}
+        rows.append({"share": share, "pairs": pairs, "accuracy": accuracy})
+    return rows
+
+
+def by_agreement(margins: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """("agree", pairs on which both heads prefer the same answer [P] bool), and ("disagree", all others), each where
+    there are any."""
+    if {"reward", "implicit"} <= margins.keys():
+        agree = margins["reward"] * margins["implicit"] > 0
+        yield from ((name, each) for name, each in (("agree", agree), ("disagree", ~agree)) if each.any())
 
 
 def length_difference(scores: PairScores) -> np.ndarray:

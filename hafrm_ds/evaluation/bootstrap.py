@@ -5,12 +5,15 @@ Pairs with the same prompt are not independent, so prompts are resampled, each w
 Legend: P pairs, C different prompts, S trainings, B resamples, K kinds of values.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from hafrm_ds.data.tables import EstimateJson
+
+K = TypeVar("K", bound=Hashable)
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
@@ -51,7 +54,7 @@ def estimate(values: np.ndarray, prompts: Sequence[str]) -> Estimate:
     return estimates({"": values}, prompts)[""]
 
 
-def estimates(columns: dict[str, np.ndarray], prompts: Sequence[str]) -> dict[str, Estimate]:
+def estimates(columns: Mapping[K, np.ndarray], prompts: Sequence[str]) -> dict[K, Estimate]:
     """`estimate` of several values of the same pairs, of equal shapes, from the same resamples."""
     if not columns:
         return {}
@@ -70,11 +73,18 @@ def mean_of_sets(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]])
         values: for each set [S, P]; the same S trainings, which are resampled alike in all of them.
         prompts: for each set [P].
     """
-    center = np.mean([np.mean(each) for each in values])
-    means = [
-        resampled_means(np.asarray(each)[None], names, seed) for seed, (each, names) in enumerate(zip(values, prompts))
-    ]
-    return from_resamples(center, np.mean(means, axis=0)[:, 0], sum(len(set(names)) for names in prompts))
+    return means_of_sets({"": values}, prompts)[""]
+
+
+def means_of_sets(columns: Mapping[K, Sequence[np.ndarray]], prompts: Sequence[Sequence[str]]) -> dict[K, Estimate]:
+    """`mean_of_sets` of several values of the same pairs, from the same resamples."""
+    if not columns:
+        return {}
+    of_sets = [np.stack(each) for each in zip(*columns.values(), strict=True)]
+    center = np.mean([each.mean(axis=(1, 2)) for each in of_sets], axis=0)
+    means = [resampled_means(each, names, seed) for seed, (each, names) in enumerate(zip(of_sets, prompts))]
+    mean, clusters = np.mean(means, axis=0), sum(len(set(names)) for names in prompts)
+    return {name: from_resamples(center[k], mean[:, k], clusters) for k, name in enumerate(columns)}
 
 
 def from_resamples(center: float, means: np.ndarray, clusters: int) -> Estimate:

@@ -4,8 +4,8 @@ Legend: P pairs of a set, S seeds.
 """
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 
 from hafrm_ds.data.tables import Cell, Table, share_estimate
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.bootstrap import estimate, exact_at_the_ends, mean_of_sets
+from hafrm_ds.evaluation.bootstrap import estimates, exact_at_the_ends, means_of_sets
 from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
@@ -22,6 +22,8 @@ from hafrm_ds.evaluation.pair_scores import PairScores
 COMPARISON_FILE = "comparison.json"
 """The results of a comparison, in its folder."""
 OTHERS = "mean of the others"
+COLUMNS_AT_ONCE = 256
+"""Accuracies that are resampled together, which bounds the memory."""
 
 
 def run_folder(folder: Path, method: str, seed: int) -> Path:
@@ -30,55 +32,98 @@ def run_folder(folder: Path, method: str, seed: int) -> Path:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What a training got right of a set: all that a comparison keeps of its scores.
+
+    ids, prompts: [P]. right: judge -> [P] fp32, 1 where it prefers the chosen answer, 0.5 at a tie.
+    """
+
+    ids: list[str]
+    prompts: list[str]
+    right: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, scores: PairScores, like: "Judged | None" = None) -> "Judged":
+        """Args: like: another training's, whose names of pairs are shared where they are the same."""
+        right = {judge: correctness(scores.margins(judge)).astype(np.float32) for judge in scores.judges}
+        if like is not None and (scores.ids, scores.prompts) == (like.ids, like.prompts):
+            return cls(like.ids, like.prompts, right)
+        return cls(scores.ids, scores.prompts, right)
+
+
+@dataclass(frozen=True)
 class Method:
     """Trainings that differ in their seed alone.
 
     judge: by which the method is judged: the reward head, or the implicit reward of a training without one.
-    scores: for each seed, name of a set -> scores of its pairs.
+    trainings: for each seed, name of a set -> what it got right there.
+    cells: of a sweep, for each cell that the method stands in: name of its Baseline -> labels of its swept options, by
+        their names.
     """
 
     name: str
     judge: str
-    scores: Sequence[dict[str, PairScores]]
+    trainings: list[dict[str, Judged]]
+    cells: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def judges(self) -> list[str]:
+        """Its own first."""
+        known = next(iter(self.trainings[0].values())).right
+        return [self.judge, *(judge for judge in known if judge != self.judge)]
 
     def right(self, name: str, judge: str | None = None) -> np.ndarray:
         """1 where the judge prefers the chosen answer, 0.5 at a tie: [S, P]."""
-        return np.stack([correctness(each[name].margins(judge or self.judge)) for each in self.scores])
+        return np.stack([each[name].right[judge or self.judge] for each in self.trainings])
 
 
 def compare(
-    methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence[int], planned_seeds: Sequence[int]
+    methods: Sequence[Method],
+    set_names: Sequence[str],
+    seeds: Sequence[int],
+    planned_seeds: Sequence[int],
+    sweep: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What comparison.json says.
 
     Args:
         set_names: the first is that of the training distribution.
-        seeds: of the trainings that there are, in the order of each method's scores.
+        seeds: of the trainings that there are, in the order of each method's trainings.
         planned_seeds: of all trainings that there will be.
+        sweep: name of a swept option -> what is said of it; None where nothing is swept.
 
     Returns:
         seeds; planned_seeds; sets; pairs: the number in each set; methods: name -> judge and, for each set and for the
         mean of the others than the first, accuracy as value, low, high (bootstrap over prompts and seeds) and by_seed;
-        other_judges: the same for the method's other heads; differences: "A - B" -> the same, paired.
+        other_judges: the same for the method's other heads; differences: "A - B" -> the same, paired. In a sweep, where
+        B is the Baseline of a cell: sweep; cells: labels, baseline and methods of each; and gains of a method: Baseline
+        -> judge of the method -> the same.
 
     Raises:
         DataError: the methods were not evaluated on the same pairs.
     """
     check_same_pairs(methods, set_names, seeds)
-    prompts = {name: methods[0].scores[0][name].prompts for name in set_names}
-
-    def over_sets(values: dict[str, np.ndarray], are_shares: bool = True) -> dict[str, Any]:
-        found = {name: estimate(values[name], prompts[name]) for name in set_names}
-        if are_shares:
-            found = {name: exact_at_the_ends(each) for name, each in found.items()}
-        by_seed = {name: values[name].mean(axis=1) for name in set_names}
-        if others := set_names[1:]:
-            found[OTHERS] = mean_of_sets([values[name] for name in others], [prompts[name] for name in others])
-            by_seed[OTHERS] = np.mean([by_seed[name] for name in others], axis=0)
-        return {name: each.to_json() | {"by_seed": by_seed[name].tolist()} for name, each in found.items()}
-
-    right = {method.name: {name: method.right(name) for name in set_names} for method in methods}
-    return {
+    prompts = {name: methods[0].trainings[0][name].prompts for name in set_names}
+    named = {method.name: method for method in methods}
+    accuracy = over_sets(
+        {(method.name, judge): [(1, method, judge)] for method in methods for judge in method.judges}, prompts
+    )
+    baselines = list(dict.fromkeys(name for method in methods for name in method.cells))
+    pairs = (
+        [(method, named[name], method.judges) for method in methods for name in method.cells if name != method.name]
+        if sweep is not None
+        else [(later, earlier, [later.judge]) for earlier, later in itertools.combinations(methods, 2)]
+    )
+    gained = over_sets(
+        {
+            (later.name, earlier.name, judge): [(1, later, judge), (-1, earlier, earlier.judge)]
+            for later, earlier, judges in pairs
+            for judge in judges
+        },
+        prompts,
+        are_shares=False,
+    )
+    results: dict[str, Any] = {
         "seeds": list(seeds),
         "planned_seeds": list(planned_seeds),
         "sets": list(set_names),
@@ -86,37 +131,82 @@ def compare(
         "methods": {
             method.name: {
                 "judge": method.judge,
-                "accuracy": over_sets(right[method.name]),
-                "other_judges": {
-                    judge: over_sets({name: method.right(name, judge) for name in set_names})
-                    for judge in method.scores[0][set_names[0]].judges
-                    if judge != method.judge
-                },
+                "accuracy": accuracy[method.name, method.judge],
+                "other_judges": {judge: accuracy[method.name, judge] for judge in method.judges[1:]},
             }
             for method in methods
         },
         "differences": {
-            f"{later.name} - {earlier.name}": over_sets(
-                {name: right[later.name][name] - right[earlier.name][name] for name in set_names}, are_shares=False
-            )
-            for earlier, later in itertools.combinations(methods, 2)
+            f"{later.name} - {earlier.name}": gained[later.name, earlier.name, later.judge]
+            for later, earlier, _ in pairs
         },
     }
+    if sweep is None:
+        return results
+    for later, earlier, judges in pairs:
+        gains = {judge: gained[later.name, earlier.name, judge] for judge in judges}
+        results["methods"][later.name].setdefault("gains", {})[earlier.name] = gains
+    cells = [
+        {
+            "baseline": baseline,
+            "labels": dict(named[baseline].cells[baseline]),
+            "methods": {method.name: dict(method.cells[baseline]) for method in methods if baseline in method.cells},
+        }
+        for baseline in baselines
+    ]
+    return results | {"sweep": dict(sweep), "cells": cells}
+
+
+Terms = Sequence[tuple[int, Method, str]]
+"""A sum, over its terms, of a sign times what a judge of a method got right."""
+
+
+def over_sets(
+    columns: Mapping[Hashable, Terms], prompts: Mapping[str, Sequence[str]], are_shares: bool = True
+) -> dict[Hashable, dict[str, Any]]:
+    """For each column, name of a set -> value, low, high and by_seed; and for the mean of the others than the first.
+
+    Args:
+        prompts: name of a set -> [P].
+    """
+    found: dict[Hashable, dict[str, Any]] = {}
+    others, keys = list(prompts)[1:], list(columns)
+    for first in range(0, len(keys), COLUMNS_AT_ONCE):
+        some = keys[first : first + COLUMNS_AT_ONCE]
+        values = {name: {key: summed(columns[key], name) for key in some} for name in prompts}
+        of_set = {name: estimates(values[name], prompts[name]) for name in prompts}
+        if are_shares:
+            of_set = {name: {key: exact_at_the_ends(each[key]) for key in some} for name, each in of_set.items()}
+        by_seed = {name: {key: values[name][key].mean(axis=1) for key in some} for name in prompts}
+        if others:
+            columns_of_others = {key: [values[name][key] for name in others] for key in some}
+            of_set[OTHERS] = means_of_sets(columns_of_others, [prompts[name] for name in others])
+            by_seed[OTHERS] = {key: np.mean([by_seed[name][key] for name in others], axis=0) for key in some}
+        for key in some:
+            found[key] = {
+                name: each[key].to_json() | {"by_seed": by_seed[name][key].tolist()} for name, each in of_set.items()
+            }
+    return found
+
+
+def summed(terms: Terms, name: str) -> np.ndarray:
+    """The terms on one set: [S, P] float64."""
+    return np.sum([sign * method.right(name, judge).astype(np.float64) for sign, method, judge in terms], axis=0)
 
 
 def check_same_pairs(methods: Sequence[Method], set_names: Sequence[str], seeds: Sequence[int]) -> None:
     """Raises DataError that names the first training with other pairs than the first training of all."""
     trainings = [
-        (f"{method.name} with seed {seed}", scores)
+        (f"{method.name} with seed {seed}", judged)
         for method in methods
-        for seed, scores in zip(seeds, method.scores, strict=True)
+        for seed, judged in zip(seeds, method.trainings, strict=True)
     ]
     first, expected = trainings[0]
     for name in set_names:
-        for training, scores in trainings:
-            if name not in scores:
+        for training, judged in trainings:
+            if name not in judged:
                 raise DataError(f"{training} was not evaluated on {name}")
-            if scores[name].ids != expected[name].ids or scores[name].prompts != expected[name].prompts:
+            if (judged[name].ids, judged[name].prompts) != (expected[name].ids, expected[name].prompts):
                 raise DataError(
                     f"{training} was not evaluated on the same pairs of {name} as {first}: the data or options of "
                     "data.eval have changed between the two; remove the run that is out of date to train it anew"
@@ -141,11 +231,11 @@ def seeds_in_words(results: dict[str, Any]) -> str:
 
 
 def render_comparison(results: dict[str, Any]) -> RenderableType:
-    """Methods by sets, then their paired differences in points."""
+    """Methods by sets, then their paired differences in points; of a sweep the latter alone."""
     columns, seeds = shown_columns(results), seeds_in_words(results)
     accuracy = accuracy_table(results["methods"], columns, f"Accuracy [95%], {seeds}")
     differences = differences_table(results["differences"], columns, f"Difference in points [95%], paired, {seeds}")
-    return Group(accuracy.to_rich(), differences.to_rich())
+    return Group(*([] if "sweep" in results else [accuracy.to_rich()]), differences.to_rich())
 
 
 def accuracy_table(methods: dict[str, Any], columns: list[str], title: str = "", caption: str = "") -> Table:

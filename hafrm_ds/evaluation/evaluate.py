@@ -25,22 +25,35 @@ from hafrm_ds.data.sources import EvalSources, suggestion
 from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError, in_own_names
-from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.analysis import analyse, check
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
+from hafrm_ds.evaluation.combined import FEWEST_PROMPTS, CombinedJudge
 from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.evaluation.scoring import AskedItems, score_parts
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
-from hafrm_ds.objective import judges
+from hafrm_ds.objective import JudgeFit, judges
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
 from hafrm_ds.processes.ranks import Processes
-from hafrm_ds.saved.opening import Saved, identity_of_model, open_model, open_reference, trained_beta, trained_with
+from hafrm_ds.reference.store import Namespace, ReferenceStore
+from hafrm_ds.saved.opening import (
+    BASE,
+    Saved,
+    check_both_heads,
+    identity_of_model,
+    judge_of,
+    open_model,
+    open_reference,
+    trained_beta,
+    trained_with,
+)
 from hafrm_ds.saved.policy import SavedPolicy
+from hafrm_ds.saved.writing import METADATA_FILE
 
 PARTS_FOLDER = "parts"
 DEFAULT_TRUNCATION = "keep_prompt_end"
@@ -82,6 +95,14 @@ class EvaluationOptions(ScoringSection):
     reference: str | None = None
     """Policy that the implicit reward is measured against: a folder, a hub id, or base: what the training started from.
     """
+    reference_store: Path | None = None
+    """The store of the training's reference log-probs (its reference.store). Sets of which it has every pair need no
+    forward of the reference, and no weights of it."""
+    fit_judge: EvalSources = Field(default={})
+    """Pairs to fit the combined judge on: what either head of the model counts. Those that --data has too are judged
+    fold by fold. Default: the fit that is saved with the model. The default of --reference is then base."""
+    save_judge: bool = False
+    """Put the fit of --fit_judge into hafrm.json of the model, for whatever scores with it later."""
     beta: Positive | None = None
     """Scale of the implicit reward. Default: that of the training, else 0.1."""
     max_pairs: PositiveInt | None = None
@@ -106,9 +127,18 @@ class EvaluationOptions(ScoringSection):
     """A DeepSpeed JSON: shard the model over the processes."""
 
     def contradictions(self) -> list[str]:
-        if self.data or self.benchmarks:
-            return []
-        return ["neither --data nor --benchmarks was given: there is nothing to evaluate on"]
+        problems = []
+        if not (self.data or self.benchmarks or self.fit_judge):
+            problems.append("neither --data nor --benchmarks was given: there is nothing to evaluate on")
+        if len(self.fit_judge) > 1:
+            problems.append("--fit_judge takes one set; several sources of one are '{NAME: [SOURCE, SOURCE]}'")
+        if self.reference_store is not None and self.reference not in (None, BASE):
+            problems.append("--reference_store is of what the training started from: give --reference base, or neither")
+        if self.save_judge and not self.fit_judge:
+            problems.append("--save_judge true saves the fit of --fit_judge, which is not given")
+        if self.save_judge and not Path(self.model).is_dir():
+            problems.append(f"--save_judge true writes into the folder of the model, and {self.model} is none")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -148,15 +178,19 @@ class EvaluatedBenchmark:
         ]
 
 
-Scores = dict[str, tuple[list[np.ndarray], list[np.ndarray] | None]]
-"""Name of a set or benchmark -> for each item [responses, heads] of the model; [responses, 1] log-probs of the
-reference, where there is one."""
+ScoresOfItems = tuple[list[np.ndarray], list[np.ndarray] | None]
+"""For each item [responses, heads] of the model; [responses, 1] log-probs of the reference, where there is one."""
+Scores = dict[str, ScoresOfItems]
+"""By the name of a set or benchmark."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What is evaluated on what. Build it with `open`.
 
+    judged: the one set, by its name, that the combined judge is fitted on; {}: its saved fit is used, if there is one.
+    stored: reference log-probs [P, 2] of the sets that the store of the training has whole, named as by `pair_sets`; on
+    other processes than the first [0, 2].
     beta: scale of the implicit reward.
     """
 
@@ -165,6 +199,8 @@ class Evaluation:
     reference: SavedPolicy | None
     formatter: ChatFormatter
     sets: dict[str, EvaluatedSet]
+    judged: dict[str, EvaluatedSet]
+    stored: dict[str, np.ndarray]
     benchmarks: dict[str, EvaluatedBenchmark]
     beta: float
 
@@ -176,31 +212,56 @@ class Evaluation:
             ConfigError, DataError, ModelError: what was asked for cannot be evaluated.
         """
         saved = open_model(options.model, **options.loading)
-        reference = None if options.reference is None else open_reference(options.reference, saved, **options.loading)
+        if options.fit_judge:
+            check_both_heads(saved)
+        against = options.reference or (BASE if options.fit_judge and options.reference_store is None else None)
+        reference = None if against is None else open_reference(against, saved, **options.loading)
         try:
             formatter = saved.formatter()
         except ModelError as error:
             raise ModelError(in_own_names(error)) from error
+        prepare = partial(prepare_sets, options=options, saved=saved, formatter=formatter, log=log)
+        judged = prepare(options.fit_judge, processes=processes.for_job("judge"))
+        for name, each in judged.items():
+            if (num_prompts := len(np.unique(each.pairs.prompt_keys[each.index]))) < FEWEST_PROMPTS:
+                raise DataError(
+                    f"--fit_judge {name} has {num_prompts} prompts, and the combined judge is fitted on "
+                    f"{FEWEST_PROMPTS} or more: give more pairs"
+                )
+        sets = prepare(options.data, processes=processes)
+        stored = stored_reference(options, saved, pair_sets(sets, judged), processes, log)
+        if reference is None and not pair_sets({}, judged).keys() <= stored.keys():
+            raise DataError("the reference store does not have all pairs of --fit_judge; give --reference base besides")
+        if reference is None and not stored and "judge" in saved.metadata and len(saved.heads) == 2:
+            log.print("the model has a combined judge, which needs a reference: --reference base adds it")
         return cls(
             options,
             saved,
             reference,
             formatter,
-            prepare_sets(options, saved, formatter, processes, log),
+            sets,
+            judged,
+            stored,
             read_benchmarks(options, saved, formatter, processes),
             options.beta or trained_beta(saved),
         )
 
     def identity(self) -> dict[str, Any]:
         """What the results depend on: those of another job never mix with these."""
+
+        def contents(sets: dict[str, EvaluatedSet]) -> dict[str, list[Any]]:
+            return {
+                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each)]
+                for name, each in sets.items()
+            }
+
         return {
             "model": identity_of_model(self.saved),
             "reference": None if self.reference is None else identity_of_model(self.reference),
             "template": self.formatter.fingerprint,
-            "pairs": {
-                name: [fingerprint(each.pairs), hash_of(each.pairs.pairs["source"][:]), len(each)]
-                for name, each in self.sets.items()
-            },
+            "pairs": contents(self.sets),
+            **({"fit_judge": contents(self.judged)} if self.judged else {}),
+            **({"stored": list(self.stored)} if self.stored else {}),
             "questions": {
                 name: hash_of([each.conversations(), [asdict(question) for question in each.questions]])
                 for name, each in self.benchmarks.items()
@@ -212,66 +273,91 @@ class Evaluation:
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
         """Score all sets and benchmarks by the model and the reference, but for the parts that `folder` has. All
         processes call this together; the first gets the scores."""
-        asked: dict[str, AskedItems] = {f"set {name}": each for name, each in self.sets.items()}
+        asked: dict[str, AskedItems] = dict(pair_sets(self.sets, self.judged))
         asked |= {f"benchmark {name}": each.groups for name, each in self.benchmarks.items()}
 
         ask = partial(
             score_parts,
-            asked=asked,
             folder=folder,
             processes=processes,
             log=log,
             deepspeed=self.options.deepspeed,
             max_tokens=self.options.max_tokens_per_micro_batch,
         )
-        values = ask("scoring", self.saved, self.saved.heads)
-        references = {} if self.reference is None else ask("reference", self.reference, ("logprob",))
+        values = ask("scoring", self.saved, self.saved.heads, asked)
+        references = {name: list(each[:, :, None]) for name, each in self.stored.items()}
+        if self.reference is not None:
+            missing = {name: each for name, each in asked.items() if name not in self.stored}
+            references |= ask("reference", self.reference, ("logprob",), missing)
         return {name: (each, references.get(name)) for name, each in values.items()}
 
     def results(self, scores: Scores, processes: Processes) -> dict[str, Any]:
-        """What evaluation.json says. The scores of the sets are left in output_dir."""
-        return {
+        """What evaluation.json says. The scores of the sets are left in output_dir, and with save_judge the fit of the
+        combined judge in the model."""
+        judge = self.combined_judge(scores)
+        found: dict[str, Any] = {
             "model": self.options.model,
             "reference": None if self.reference is None else str(self.reference.folder),
             "beta": self.beta,
-            "sets": {name: self.analyse_set(name, scores) for name in self.sets},
-            "benchmarks": {name: self.judge_benchmark(name, scores) for name in self.benchmarks},
+            **({} if judge is None else {"judge": judge.fit.to_json()}),
+            "sets": {name: self.analyse_set(name, scores, judge) for name in self.sets},
+            "benchmarks": {name: self.judge_benchmark(name, scores, judge) for name in self.benchmarks},
             "data": {name: each.pairs.report.to_json() for name, each in self.sets.items()},
             "environment": environment(processes.world_size, processes.device),
-            "job": self.identity(),
         }
+        if self.options.save_judge and judge is not None:
+            save_judge(self.saved.folder, judge.fit)
+        return found | {"job": self.identity()}  # of the model as it is now
 
-    def analyse_set(self, name: str, scores: Scores) -> dict[str, Any]:
-        pairs, index = self.sets[name].pairs, self.sets[name].index
-        values, references = scores[f"set {name}"]
-        pair_scores = PairScores.of(
+    def combined_judge(self, scores: Scores) -> CombinedJudge | None:
+        """Both heads as one judge, by the fit that was asked for or the one that is saved with the model."""
+        if self.judged:
+            [(name, evaluated)] = self.judged.items()
+            pair_scores = self.scores_of_set(name, evaluated, scores[f"judge {name}"])
+            check(pair_scores)
+            return CombinedJudge.fitted_on(pair_scores)
+        has_reference = self.reference is not None or self.stored
+        if not has_reference or "judge" not in self.saved.metadata or len(self.saved.heads) < 2:
+            return None
+        return CombinedJudge(judge_of(self.saved))
+
+    def scores_of_set(self, name: str, evaluated: EvaluatedSet, scores: ScoresOfItems) -> PairScores:
+        values, references = scores
+        return PairScores.of(
             name,
-            pairs,
-            index,
+            evaluated.pairs,
+            evaluated.index,
             dict(zip(self.saved.heads, np.moveaxis(np.stack(values), 2, 0))),
             None if references is None else np.stack(references)[:, :, 0],
             beta=self.beta,
             step=self.saved.metadata.get("training", {}).get("steps"),
         )
+
+    def analyse_set(self, name: str, scores: Scores, judge: CombinedJudge | None) -> dict[str, Any]:
+        evaluated = self.sets[name]
+        pair_scores = self.scores_of_set(name, evaluated, scores[f"set {name}"])
+        if judge is not None:
+            judge.judge(pair_scores)
         analysis = analyse(pair_scores)
-        pair_scores.keep_texts(pairs, index, self.formatter.tokenizer)
+        pair_scores.keep_texts(evaluated.pairs, evaluated.index, self.formatter.tokenizer)
         pair_scores.save(self.options.output_dir / SCORES_FOLDER)
         return analysis
 
-    def judge_benchmark(self, name: str, scores: Scores) -> dict[str, Any]:
+    def judge_benchmark(self, name: str, scores: Scores, judge: CombinedJudge | None) -> dict[str, Any]:
         """{"cut": questions whose prompt was truncated, "left_out": questions that were not asked, "why_left_out": the
         reasons of the first of these, "judges": judge -> result of the benchmark}."""
         evaluated = self.benchmarks[name]
         values, references = scores[f"benchmark {name}"]
         rows: dict[str, list[list[float]]] = {}
+        fit = None if judge is None else judge.fit
         for place, of_heads in enumerate(values):
             known = dict(zip(self.saved.heads, of_heads.T))
             reference = None if references is None else references[place][:, 0]
-            for judge, each in judges(known.get("reward"), known.get("logprob"), reference, self.beta).items():
-                rows.setdefault(judge, []).append(each.tolist())
-        results = {judge: evaluated.benchmark.summarize(evaluated.questions, each) for judge, each in rows.items()}
+            for by, each in judges(known.get("reward"), known.get("logprob"), reference, self.beta, fit).items():
+                rows.setdefault(by, []).append(each.tolist())
+        results = {by: evaluated.benchmark.summarize(evaluated.questions, each) for by, each in rows.items()}
         if evaluated.missing_share > self.options.max_missing_share:
-            results = {judge: result | {"score": None} for judge, result in results.items()}
+            results = {by: result | {"score": None} for by, result in results.items()}
         left_out = evaluated.left_out
         return {
             "cut": evaluated.num_cut,
@@ -307,6 +393,13 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
     leave_together(processes)
 
 
+def save_judge(folder: Path, fit: JudgeFit) -> None:
+    """Put the combined judge into the hafrm.json of a model, in place of the one that is there."""
+    file = folder / METADATA_FILE
+    metadata = json.loads(file.read_text()) | {"judge": fit.to_json()}
+    write_whole(file, (json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
+
+
 def hash_of(content: Any) -> str:
     """SHA-256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -330,7 +423,13 @@ def claim_output(file: Path, folder: Path, identity: dict[str, Any]) -> str:
 
 
 def prepare_sets(
-    options: EvaluationOptions, saved: Saved, formatter: ChatFormatter, processes: Processes, log: Console
+    data: EvalSources,
+    *,
+    options: EvaluationOptions,
+    saved: Saved,
+    formatter: ChatFormatter,
+    processes: Processes,
+    log: Console,
 ) -> dict[str, EvaluatedSet]:
     """Read and tokenise the pairs of every set, as the model was trained unless the options say otherwise."""
     defaults = {"max_length": longest_conversation(options, saved), "truncation": DEFAULT_TRUNCATION}
@@ -346,7 +445,7 @@ def prepare_sets(
         )
     preparation = PreparationOptions(**given)
     sets = {}
-    for name, sources in options.data.items():
+    for name, sources in data.items():
         read = partial(prepare_pairs, sources, formatter=formatter, options=preparation, role="eval", seed=0)
         try:
             sets[name] = processes.in_turns(f"data {name}", read)
@@ -356,6 +455,52 @@ def prepare_sets(
         log.print(f"\n[bold]{name}[/bold]")
         log.print(sets[name].report.render(with_examples=False))
     return {name: EvaluatedSet(pairs, fixed_choice(len(pairs), options.max_pairs)) for name, pairs in sets.items()}
+
+
+def pair_sets(sets: dict[str, EvaluatedSet], judged: dict[str, EvaluatedSet]) -> dict[str, EvaluatedSet]:
+    """The sets that are evaluated and the one that the judge is fitted on, by names that no two share."""
+    return {f"set {name}": each for name, each in sets.items()} | {
+        f"judge {name}": each for name, each in judged.items()
+    }
+
+
+def stored_reference(
+    options: EvaluationOptions,
+    saved: Saved,
+    asked: dict[str, EvaluatedSet],
+    processes: Processes,
+    log: Console,
+) -> dict[str, np.ndarray]:
+    """`Evaluation.stored`, of the sets that are asked for. All processes call this together; the first reads the store.
+
+    Raises:
+        DataError: the store has none of these weights in the dtype of the model, or the model does not say which they
+            are.
+    """
+    if options.reference_store is None:
+        return {}
+    start = saved.metadata.get("base", {}).get("namespace")
+    if start is None:
+        raise DataError(
+            f"{saved.folder} does not say what its reference log-probs are stored under, as models of older trainings "
+            "do not: leave out --reference_store"
+        )
+    namespace, root = Namespace(**start), options.reference_store
+    if namespace.dtype != saved.config.dtype or not (root / namespace.name).is_dir():
+        raise DataError(
+            f"--reference_store {root} has no log-probs in {saved.config.dtype} of the weights that {saved.folder} "
+            f"started from ({namespace.name})"
+        )
+    found: dict[str, np.ndarray] = {}
+    if processes.is_first:
+        store = ReferenceStore(root, namespace, warn=log.warn)
+        values = {name: store.logprobs(each.pairs.keys[each.index].reshape(-1)) for name, each in asked.items()}
+        found = {name: each.reshape(-1, 2) for name, each in values.items() if not np.isnan(each).any()}
+        for name in asked.keys() - found.keys():
+            missing = int(np.isnan(values[name]).sum())
+            log.print(f"{name}: the reference store lacks {missing:,} of {len(values[name]):,} log-probs")
+    names = json.loads(processes.from_first("stored reference", lambda: json.dumps(list(found))))
+    return found or {name: np.empty((0, 2), dtype=np.float32) for name in names}
 
 
 def longest_conversation(options: EvaluationOptions, saved: Saved) -> int:

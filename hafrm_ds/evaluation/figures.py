@@ -16,8 +16,14 @@ from hafrm_ds.data.tables import (
     share,
     share_estimate,
 )
+from hafrm_ds.objective import JudgeFit
 
-JUDGES = {"reward": "reward head", "implicit": "implicit reward", "logprob": "log-prob"}
+JUDGES = {
+    "reward": "reward head",
+    "implicit": "implicit reward",
+    "logprob": "log-prob",
+    "combined": "both heads",
+}
 """Judge -> what people call it."""
 CALIBRATION = (
     ("expected calibration error (ECE)", "ece", share),
@@ -34,9 +40,20 @@ def render_evaluation(results: dict[str, Any]) -> RenderableType:
     """Tables of what evaluation.json holds."""
     sets = results["sets"]
     parts: list[RenderableType] = [sets_table(sets).to_rich()] if sets else []
+    if judge := results.get("judge"):
+        parts.append(as_text(fit_in_words(JudgeFit.from_json(judge))))
     for name, analysis in sets.items():
         parts += [as_text(f"\n{name}"), *(table.to_rich() for table in set_tables(analysis))]
     return Group(*parts, *(benchmark_table(found).to_rich() for found in results["benchmarks"].values()))
+
+
+def fit_in_words(fit: JudgeFit) -> str:
+    """What either head counts in the combined judge: the logits of a margin of typical size, its root mean square."""
+    parts = []
+    for place, judge in enumerate(("reward", "implicit")):
+        value, low, high = (each[place] * fit.deviations[place] for each in (fit.weights, fit.low, fit.high))
+        parts.append(f"{value:.2f} [{low:.2f}, {high:.2f}] of the {JUDGES[judge]}")
+    return f"both heads as one judge: weight {', '.join(parts)}, fitted on {fit.pairs:,} pairs of {fit.set}"
 
 
 def sets_table(sets: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -77,6 +94,8 @@ def set_tables(analysis: dict[str, Any]) -> list[Table]:
         Table(rows, ("", *(JUDGES[judge] for judge in judges))),
         accuracy_table("accuracy, chosen longer by", lengths),
     ]
+    if heads := analysis.get("heads"):  # older results do not say
+        tables.append(accuracy_table("accuracy where reward head and implicit reward", heads))
     if len(sources := by_size(analysis["by_source"])) > 1:
         tables.append(accuracy_table("accuracy by source", sources))
     yardsticks = [

@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -18,14 +19,14 @@ from hafrm_ds.data.preparation import PreparedPairs
 from hafrm_ds.data.report import Example
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError
-from hafrm_ds.objective import judges
+from hafrm_ds.objective import JudgeFit, judges
 
 SCORES_FOLDER = "evaluation"
 """In the folder of a run or an evaluation: SCORES_FOLDER/SET.parquet for each set."""
 EVALUATION_FILE = "evaluation.json"
 """In the folder of an evaluation: what is said about its sets."""
 NUM_MISTAKES = 10
-VALUES = ("reward", "logprob", "reference")
+VALUES = ("reward", "logprob", "reference", "combined")
 SIDES = ("chosen", "rejected")
 TEXTS = ("prompt", *SIDES)
 METADATA = b"hafrm_ds"
@@ -41,6 +42,7 @@ class PairScores:
     num_tokens: [P, 2] int64 tokens of the responses.
     reward, logprob, reference: [P, 2] fp32, None where not computed: score of the reward head, summed log-prob of the
     policy, summed log-prob of the reference.
+    combined, fit: [P, 2] fp32 what both heads say as one judge, and the fit that this comes from; None without one.
     texts: position -> the pair as text, for the most confident mistakes alone.
     """
 
@@ -54,6 +56,8 @@ class PairScores:
     reward: np.ndarray | None = None
     logprob: np.ndarray | None = None
     reference: np.ndarray | None = None
+    combined: np.ndarray | None = None
+    fit: JudgeFit | None = None
     texts: dict[int, Example] = field(default_factory=dict)
 
     @classmethod
@@ -96,7 +100,8 @@ class PairScores:
     @property
     def judges(self) -> dict[str, np.ndarray]:
         """Name -> [P, 2], as `objective.judges` defines them."""
-        return judges(self.reward, self.logprob, self.reference, self.beta)
+        found = judges(self.reward, self.logprob, self.reference, self.beta)
+        return found if self.combined is None else found | {"combined": self.combined}
 
     def margins(self, judge: str) -> np.ndarray:
         """Score of the chosen answer less that of the rejected one, [P] float64."""
@@ -125,7 +130,9 @@ class PairScores:
         for name in TEXTS:
             texts = [getattr(self.texts[place], name) if place in self.texts else None for place in range(len(self))]
             columns[name] = pa.array(texts, pa.string())
-        metadata = {"set": self.set, "step": self.step, "beta": self.beta}
+        metadata: dict[str, Any] = {"set": self.set, "step": self.step, "beta": self.beta}
+        if self.fit is not None:
+            metadata["judge"] = self.fit.to_json()
         table = pa.table(columns).replace_schema_metadata({METADATA: json.dumps(metadata)})
         folder.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
@@ -151,6 +158,7 @@ class PairScores:
             if row[0] is not None
         }
         known = {name: both_sides(name) for name in VALUES if f"{name}_chosen" in table.column_names}
+        fit = metadata.get("judge")
         return cls(
             set=metadata["set"],
             step=metadata["step"],
@@ -162,6 +170,8 @@ class PairScores:
             reward=known.get("reward"),
             logprob=known.get("logprob"),
             reference=known.get("reference"),
+            combined=known.get("combined"),
+            fit=None if fit is None else JudgeFit.from_json(fit),
             texts=texts,
         )
 

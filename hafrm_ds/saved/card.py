@@ -73,6 +73,11 @@ def model_card(metadata: dict[str, Any]) -> str:
         f"Trained with hafrm_ds {metadata['hafrm_ds']}. {USES[metadata['format']]}",
         read_out_in_words(metadata),
     ]
+    if (judge := metadata.get("judge")) and metadata["format"] in ("hybrid", "adapter"):
+        parts.append(
+            "`hafrm_ds.load_judge(FOLDER, 'combined')` scores by reward head and policy as one judge, weighted by a "
+            f"fit on {judge['pairs']:,} pairs of {judge['set']}. Such scores compare answers to one prompt.\n"
+        )
     if base:
         parts.append(f"Licence of the base model: {base.get('license') or 'its folder names none'}.\n")
     if data := metadata.get("data"):

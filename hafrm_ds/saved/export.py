@@ -28,11 +28,13 @@ from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.durability import whole_folder
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel, tolerance_of
+from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
+from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.pad_token import PadToken, choose_pad_token
 from hafrm_ds.saved.reward_model import HybridRewardModel
-from hafrm_ds.saved.scorer import NO_REWARD, Conversation
+from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS, NO_REWARD, Conversation, encode_for
 from hafrm_ds.saved.tensor_files import TensorSource, publisher, tensors_of, write_sharded
 from hafrm_ds.saved.writing import (
     ADAPTER_FOLDER,
@@ -78,12 +80,16 @@ def export_model(
         output_dir: must not exist.
 
     Raises:
-        ModelError: the model has no such format, or the export does not give the scores of the model.
+        ModelError: the model has no such format, or the export does not give the scores of the model. DataError: its
+            tokenizer is not that of its weights.
     """
     if output_dir.exists():
         raise ModelError(f"--output_dir {output_dir} is already there; choose another folder")
     saved = SavedModel.open(folder, trust_remote_code=trust_remote_code, trust_pickle=trust_pickle)
-    live = HybridRewardModel(saved.hybrid_model(torch.device("cpu")), saved.formatter(), max_tokens=2**13)
+    formatter, sizes = saved.formatter(), ModelSizes.of(str(folder), load_model_config(saved.config))
+    for conversation in CONVERSATIONS:  # before the weights are read
+        encode_for(sizes, formatter, conversation, DEFAULT_MAX_TOKENS)
+    live = HybridRewardModel(saved.hybrid_model(torch.device("cpu")), formatter, max_tokens=DEFAULT_MAX_TOKENS)
     return FORMATS[format](live, saved, output_dir)
 
 

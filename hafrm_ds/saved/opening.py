@@ -2,20 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
+from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.model.loading import load_model_config, load_tokenizer, local_folder
+from hafrm_ds.objective import JudgeFit
 from hafrm_ds.processes.parts import stamp
 from hafrm_ds.saved.classifier import ClassifierModel, SavedClassifier
 from hafrm_ds.saved.folder import SavedModel, refuse_pickles
-from hafrm_ds.saved.implicit import ImplicitRewardModel, SavedImplicitReward
+from hafrm_ds.saved.implicit import CombinedRewardModel, ImplicitRewardModel, SavedCombinedReward, SavedImplicitReward
 from hafrm_ds.saved.policy import PolicyModel, SavedPolicy
 from hafrm_ds.saved.reward_model import HybridRewardModel
-from hafrm_ds.saved.scorer import NO_REWARD, Scorer
+from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS, NO_REWARD, Scorer
 from hafrm_ds.saved.writing import METADATA_FILE
 
 Saved = SavedModel | SavedClassifier | SavedPolicy
@@ -26,6 +28,7 @@ SCORERS: dict[type, type[Scorer]] = {
     SavedClassifier: ClassifierModel,
     SavedPolicy: PolicyModel,
     SavedImplicitReward: ImplicitRewardModel,
+    SavedCombinedReward: CombinedRewardModel,
 }
 KINDS: tuple[tuple[str, type[SavedClassifier] | type[SavedPolicy]], ...] = (
     ("ForSequenceClassification", SavedClassifier),
@@ -33,6 +36,8 @@ KINDS: tuple[tuple[str, type[SavedClassifier] | type[SavedPolicy]], ...] = (
     ("LMHeadModel", SavedPolicy),  # GPT-2
 )
 """How the name of an architecture ends, and what it is."""
+Judge = Literal["reward", "implicit", "combined"]
+"""What scores: the reward head, the implicit reward of the policy, or both as one."""
 BASE = "base"
 """As --reference: the weights that the training started from, as hafrm.json names them."""
 DEFAULT_BETA = 0.1
@@ -77,27 +82,88 @@ def open_model(
     )
 
 
-def open_reward_model(name_or_path: str | Path, *, reference: str | None = None, **loading: Any) -> SavedScorer:
-    """Look at a model that gives a reward: that of its head, and without one the implicit reward of its policy.
+def open_reward_model(
+    name_or_path: str | Path, *, judge: Judge | None = None, reference: str | None = None, **loading: Any
+) -> SavedScorer:
+    """Look at a model that gives a reward.
 
     Args:
-        reference: for a model without a trained reward head, what its policy is measured against: a folder, a hub id
-            or "base". Default: "base", if the model says what that is.
+        judge: what gives it. Default: the reward head, and without one the implicit reward of the policy.
+        reference: for the implicit reward and the combined judge, what the policy is measured against: a folder, a hub
+            id or "base". Default: "base", if the model says what that is.
         loading: as for `open_model`.
 
     Raises:
-        ModelError: it has neither reward, or has a reward head and is given a reference.
+        ModelError: it does not have this reward, or is scored by its reward head and given a reference.
     """
     saved = open_model(name_or_path, **loading)
-    if "reward" in saved.heads:
+    has_head = "reward" in saved.heads
+    if judge == "reward" or (judge is None and has_head):
+        if not has_head:
+            raise ModelError(f"{name_or_path}: {NO_REWARD}; leave out --judge, or give --judge implicit")
         if reference is not None:
-            raise ModelError(f"{name_or_path} has a reward head, which scores without a reference; leave it out")
+            raise ModelError(
+                f"{name_or_path} has a reward head, which scores without a reference; leave it out, or give --judge "
+                "combined or implicit"
+            )
         return saved
-    if reference is None and base_of(saved) is None:
+    fit = judge_of(saved) if judge == "combined" else None
+    if reference is None and not has_head and base_of(saved) is None:
         raise ModelError(f"{name_or_path}: {NO_REWARD}; give --reference")
     against = open_reference(reference or BASE, saved, **loading)
-    assert not isinstance(saved, SavedClassifier)  # it has a reward
+    assert not isinstance(saved, SavedClassifier)  # it has no policy to measure
+    if fit is not None:
+        return SavedCombinedReward(saved, against, fit.beta, fit)
     return SavedImplicitReward(saved, against, trained_beta(saved))
+
+
+def load_judge(
+    name_or_path: str | Path,
+    judge: Judge | None = None,
+    *,
+    reference: str | None = None,
+    device: torch.device | str | None = None,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    **loading: Any,
+) -> Scorer:
+    """Load any model that gives a reward, with the reference that it is measured against beside it, to score
+    conversations (`Scorer.score`). Arguments and errors as for `open_reward_model`, and
+
+    Args:
+        device: default: the GPU if there is one.
+        max_tokens: of one forward pass.
+    """
+    saved = open_reward_model(name_or_path, judge=judge, reference=reference, **loading)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    refuse_untried(chosen)
+    return load_scorer(saved, chosen, max_tokens)
+
+
+def judge_of(saved: Saved) -> JudgeFit:
+    """What either head of a model counts in the combined judge.
+
+    Raises:
+        ModelError: it does not have both heads, or no fit has been saved with it.
+    """
+    check_both_heads(saved)
+    content, file = saved.metadata.get("judge"), saved.folder / METADATA_FILE
+    if content is None:
+        raise ModelError(
+            f"{saved.folder} has no combined judge: {file} holds no fit of it. launch/evaluate.py --fit_judge SOURCE "
+            "--save_judge true makes one, of pairs that you do not test on; a training does by itself where the first "
+            "set of its data.eval has enough prompts"
+        )
+    try:
+        return JudgeFit.from_json(content)
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"the combined judge in {file} cannot be read: {error!r}") from error
+
+
+def check_both_heads(saved: Saved) -> None:
+    """Raises ModelError unless a model has a reward head and a policy, which judge together."""
+    for head, name in (("reward", "trained reward head"), ("logprob", "LM head")):
+        if head not in saved.heads:
+            raise ModelError(f"{saved.folder} has no combined judge, which takes two heads: it has no {name}")
 
 
 def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
@@ -151,7 +217,10 @@ def vocabulary(saved: Saved) -> dict[str, int]:
 
 
 def base_of(saved: Saved) -> str | None:
-    """Name of the weights that a training started from; None of a model that does not say."""
+    """Name of the weights that a training started from; None of a model that does not say. Of an adapter alone these
+    are the weights that it is put on."""
+    if isinstance(saved, SavedModel) and saved.metadata["format"] == "adapter":
+        return saved.config.name_or_path
     return saved.metadata.get("base", {}).get("model")
 
 
@@ -185,7 +254,8 @@ def identity_of_model(saved: SavedScorer) -> dict[str, Any]:
     """Facts of a model that its scores depend on, for the identity of a job."""
     if isinstance(saved, SavedImplicitReward):
         models = {"policy": saved.policy, "reference": saved.reference}
-        return {name: identity_of_model(each) for name, each in models.items()} | {"beta": saved.beta}
+        fit = {"judge": saved.fit.to_json()} if isinstance(saved, SavedCombinedReward) else {}
+        return {name: identity_of_model(each) for name, each in models.items()} | {"beta": saved.beta} | fit
     folders = dict.fromkeys([saved.folder, local_folder(saved.config)])  # an adapter's base lies elsewhere
     files = [
         file

@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PackedBatch
-from hafrm_ds.data.pairs import assistant
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
 from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.saved.folder import SavedModel
-from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS, Conversation, Scorer
+from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS, Conversation, Scorer, as_conversations
 
 
 class HybridRewardModel(Scorer):
@@ -84,26 +82,6 @@ class HybridRewardModel(Scorer):
         model = saved.hybrid_model(device).to(device)
         return cls(model, saved.formatter(), max_tokens=max_tokens, heads=saved.heads)
 
-    def score(
-        self, messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None = None
-    ) -> float | list[float]:
-        """The reward of a conversation, read at its last token.
-
-        Args:
-            messages: one conversation (a list of {"role": ..., "content": ...}) or a list of them.
-            responses: answers of the assistant to the one conversation `messages`, each scored by itself.
-
-        Returns:
-            A reward for one conversation, else a list of rewards in the order given.
-
-        Raises:
-            DataError: a conversation that the template refuses, or that is longer than max_tokens or the model knows.
-            ModelError: the model was trained without a reward loss.
-        """
-        conversations, is_one = as_conversations(messages, responses)
-        rewards = self.score_ids(map(self.encode, conversations))
-        return rewards[0] if is_one else rewards
-
     def log_probs(
         self,
         messages: Conversation | Sequence[Conversation],
@@ -134,15 +112,3 @@ class HybridRewardModel(Scorer):
         # Kernels that are compiled at their first call run on the current GPU, and pinned memory is that GPU's.
         with torch.cuda.device_of(weight):
             return self.model(batch.to(weight.device), **heads)
-
-
-def as_conversations(
-    messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None
-) -> tuple[list[Conversation], bool]:
-    """What `messages` and `responses` stand for: (conversations, whether a single one was meant)."""
-    is_one = bool(messages) and isinstance(messages[0], dict)
-    if responses is not None:
-        if not is_one:
-            raise DataError("responses belong to one conversation, but `messages` is a list of conversations")
-        return [[*cast(Conversation, messages), assistant(response)] for response in responses], False
-    return (cast(list[Conversation], [messages] if is_one else list(messages))), is_one

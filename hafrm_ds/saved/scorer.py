@@ -5,7 +5,7 @@ Scoring of files, evaluation and best-of-N ask for nothing else, so they take an
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PackedBatch, share_prompts, split_groups
-from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.pairs import Message, assistant
 from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
 from hafrm_ds.engine.scoring import Items, score_items
 from hafrm_ds.errors import DataError, ModelError
@@ -39,7 +39,6 @@ class Scorer(ABC):
         formatter: messages -> token ids.
         layout: of the micro-batches.
         heads: what it can say of a conversation, of "reward" and "logprob".
-        max_length: tokens of the longest conversation.
         ranks_on: the device of the process group if all its ranks share the work of each call; None: this one alone.
     """
 
@@ -49,32 +48,40 @@ class Scorer(ABC):
     def __init__(self, formatter: ChatFormatter, config: PretrainedConfig, *, layout: str, max_tokens: int):
         self.formatter, self.layout, self.max_tokens = formatter, layout, max_tokens
         self.sizes = ModelSizes.of(config.name_or_path or "the model", config)
-        self.max_length = min(max_tokens, self.sizes.positions)
 
     @abstractmethod
     def forward(self, batch: PackedBatch, *, with_reward: bool, with_logprob: bool) -> ResponseScores:
         """Scores of a micro-batch that lies on the CPU."""
 
     def encode(self, messages: Conversation) -> PromptWithResponses:
-        """Messages -> token ids, a group of one response.
-
-        Raises:
-            DataError: a conversation that the template refuses, is longer than max_tokens or the model knows, or holds
-                tokens that the model has no embedding for.
-        """
-        ids = tokenize_conversation(self.formatter, messages)
-        length = ids.longest_conversation
-        if length > self.max_length:
-            what = "max_tokens" if self.max_length == self.max_tokens else "the positions that the model knows"
-            raise DataError(f"the conversation has {length:,} tokens, more than {what} ({self.max_length:,})")
-        self.sizes.check_ids((ids.prompt, *ids.responses), self.formatter.tokenizer)
-        return ids
+        """Messages -> token ids, a group of one response. Raises DataError as `encode_for` does."""
+        return encode_for(self.sizes, self.formatter, messages, self.max_tokens)
 
     def score_ids(self, conversations: Iterable[PromptWithResponses]) -> list[float]:
         """Rewards of encoded conversations, in order. Raises ModelError if the model has none to give."""
         if "reward" not in self.heads:
             raise ModelError(NO_REWARD)
         return self.of_conversations(conversations, lambda groups: self.values(groups, ("reward",))[:, 0].tolist())
+
+    def score(
+        self, messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None = None
+    ) -> float | list[float]:
+        """The reward of a conversation, read at its last token.
+
+        Args:
+            messages: one conversation (a list of {"role": ..., "content": ...}) or a list of them.
+            responses: answers of the assistant to the one conversation `messages`, each scored by itself.
+
+        Returns:
+            A reward for one conversation, else a list of rewards in the order given.
+
+        Raises:
+            DataError: a conversation that the template refuses, or that is longer than max_tokens or the model knows.
+            ModelError: the model was trained without a reward loss.
+        """
+        conversations, is_one = as_conversations(messages, responses)
+        rewards = self.score_ids(map(self.encode, conversations))
+        return rewards[0] if is_one else rewards
 
     def of_conversations(self, conversations: Iterable[PromptWithResponses], ask: Callable[[list], list]) -> list:
         """What `ask` finds of free conversations, in their order. Prompts that they share are searched for.
@@ -114,3 +121,33 @@ class Scorer(ABC):
         )
         assert values is not None  # nothing interrupts it
         return values
+
+
+def encode_for(
+    sizes: ModelSizes, formatter: ChatFormatter, messages: Conversation, max_tokens: int
+) -> PromptWithResponses:
+    """Messages -> token ids, a group of one response, for a model of these sizes, which need not be loaded.
+
+    Raises:
+        DataError: a conversation that the template refuses, is longer than max_tokens or the model knows, or holds
+            tokens that the model has no embedding for.
+    """
+    ids = tokenize_conversation(formatter, messages)
+    length, max_length = ids.longest_conversation, min(max_tokens, sizes.positions)
+    if length > max_length:
+        what = "max_tokens" if max_length == max_tokens else "the positions that the model knows"
+        raise DataError(f"the conversation has {length:,} tokens, more than {what} ({max_length:,})")
+    sizes.check_ids((ids.prompt, *ids.responses), formatter.tokenizer)
+    return ids
+
+
+def as_conversations(
+    messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None
+) -> tuple[list[Conversation], bool]:
+    """What `messages` and `responses` stand for: (conversations, whether a single one was meant)."""
+    is_one = bool(messages) and isinstance(messages[0], dict)
+    if responses is not None:
+        if not is_one:
+            raise DataError("responses belong to one conversation, but `messages` is a list of conversations")
+        return [[*cast(Conversation, messages), assistant(response)] for response in responses], False
+    return (cast(list[Conversation], [messages] if is_one else list(messages))), is_one

@@ -15,8 +15,8 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp, work_through
 from hafrm_ds.processes.ranks import Processes
-from hafrm_ds.saved.implicit import SavedImplicitReward
-from hafrm_ds.saved.opening import SavedScorer, identity_of_model, open_reward_model
+from hafrm_ds.saved.implicit import SavedCombinedReward, SavedImplicitReward
+from hafrm_ds.saved.opening import Judge, SavedScorer, identity_of_model, open_reward_model
 from hafrm_ds.saved.scorer import Scorer
 from hafrm_ds.saved.sharded import load_for_job
 from hafrm_ds.scoring.rows import ScoredRow
@@ -35,9 +35,12 @@ class ScoringOptions(ScoringSection):
     """JSON lines."""
     output: Path
     """JSON lines; must not exist."""
+    judge: Judge | None = None
+    """What scores: reward (the reward head), implicit (the policy against its reference) or combined (both as one, by
+    the fit that is saved with the model). Default: the reward head, and without one the implicit reward."""
     reference: str | None = None
-    """Of a model without a reward head, what the implicit reward is measured against: a folder, a hub id, or base: what
-    its training started from. Default: base."""
+    """Of the implicit reward and the combined judge, what the policy is measured against: a folder, a hub id, or base:
+    what its training started from. Default: base."""
     chat_template: str | None = None
     """Name or file of a template, for a tokenizer without one."""
     deepspeed: Path | None = None
@@ -45,7 +48,7 @@ class ScoringOptions(ScoringSection):
 
     def open(self) -> SavedScorer:
         """Raises ModelError if the model cannot be used, or gives no reward."""
-        return open_reward_model(self.model, reference=self.reference, **self.loading)
+        return open_reward_model(self.model, judge=self.judge, reference=self.reference, **self.loading)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
     log = Console(processes)
     saved = options.open()
     if isinstance(saved, SavedImplicitReward):
-        log.print(f"{options.model} has no reward head: scored by its implicit reward against {saved.reference.folder}")
+        log.print(how_it_scores(options, saved))
     folder = options.output.with_name(f"{options.output.name}.parts")
     # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
     plan = json.loads(processes.from_first("plan", lambda: json.dumps(plan_job(options, saved, folder))))
@@ -94,6 +97,18 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
         num_bad = join_parts(options.output, folder, parts, log)
     leave_together(processes)
     return num_bad
+
+
+def how_it_scores(options: ScoringOptions, saved: SavedImplicitReward) -> str:
+    """What the scores of a model and its reference are, in words."""
+    against = f"against {saved.reference.folder}"
+    if options.judge is None:
+        return f"{options.model} has no reward head: scored by its implicit reward {against}"
+    judge = "both heads" if isinstance(saved, SavedCombinedReward) else "its implicit reward"
+    return (
+        f"{options.model}: scored by {judge} {against}. Such scores compare answers to one prompt; each prompt adds a "
+        "constant of its own"
+    )
 
 
 # ---- what is to be done --------------------------------------------------------------------------------------------

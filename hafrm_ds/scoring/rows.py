@@ -11,21 +11,21 @@ from hafrm_ds.data.formats.answers import EARLIER, earlier_turns
 from hafrm_ds.data.pairs import (
     MEDIA,
     MEDIA_NAMES,
-    NO_TOOLS,
-    TOOL_CALLS,
     MediaError,
     Message,
     Row,
-    ToolCallsError,
     assistant,
     names_in_words,
     parsed_messages,
     prompt_from_text,
 )
 from hafrm_ds.data.tokenization import PromptWithResponses
+from hafrm_ds.data.tool_calls import ToolRow, read_with_tools
 from hafrm_ds.errors import DataError
 from hafrm_ds.saved.scorer import Scorer
 
+BESIDE = (*EARLIER, "tools")
+"""Columns that are read beside a prompt."""
 SCORES = ("score", "scores")
 """Fields that the output adds, one of them to each row."""
 
@@ -88,14 +88,17 @@ def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
     """The name of the output field and the conversations of a row.
 
     A row has `messages`, or `prompt` (a text or messages) with `response` or with a list of `responses` (each a text or
-    messages), and perhaps `system` and `history` before the prompt. What is null is not given. Where answers are given
-    but no prompt, messages that end with the user are the prompt.
+    messages), and perhaps `system` and `history` before the prompt, and `tools`. What is null is not given. Where
+    answers are given but no prompt, messages that end with the user are the prompt.
 
     Raises:
         DataError: naming the field.
     """
-    if row.fields.get("tools") not in NO_TOOLS:
-        raise ToolCallsError(f"{row.id}: field 'tools': {TOOL_CALLS}")
+    return read_with_tools(row, read_conversations)
+
+
+def read_conversations(row: Row) -> tuple[str, list[list[Message]]]:
+    """As `conversations_of`; raises ToolCallsError for messages that only a `ToolRow` reads."""
     if media := [name for name in MEDIA_NAMES if row.fields.get(name)]:
         raise MediaError(f"{row.id}: {names_in_words(media)}: {MEDIA}")
     read: tuple[str, ...]
@@ -106,8 +109,12 @@ def conversations_of(row: Row) -> tuple[str, list[list[Message]]]:
     else:
         field = "scores" if answers == "responses" else "score"
         conversations, read = answered(row, answers), ("prompt", "messages")
-    refuse_lost(row, (*read, *EARLIER), [message for conversation in conversations for message in conversation])
-    return field, conversations
+    refuse_lost(row, (*read, *BESIDE), [message for conversation in conversations for message in conversation])
+    return field, [opened(row, conversation) for conversation in conversations]
+
+
+def opened(row: Row, messages: list[Message]) -> list[Message]:
+    return row.opened(messages) if isinstance(row, ToolRow) else messages
 
 
 def answered(row: Row, answers: str | None) -> list[list[Message]]:
@@ -118,18 +125,23 @@ def answered(row: Row, answers: str | None) -> list[list[Message]]:
         raise DataError(
             f"{row.id}: needs messages, or prompt with response or responses (fields: {names_in_words(row.fields)})"
         )
-    prompt = prompt_of(row)
+    prompt = read_prompt(row)
     if answers == "response":
         return [prompt + answer_of(row, answers)]
     responses = row.value(answers)
     if not isinstance(responses, list) or not responses:
         raise row.fault(f"field {answers!r}", responses, "a list of answers")
-    each = [Row({f"responses[{n}]": response}, row.id, "") for n, response in enumerate(responses)]
+    each = [type(row)({f"responses[{n}]": response}, row.id, "") for n, response in enumerate(responses)]
     return [prompt + answer_of(answer, next(iter(answer.fields))) for answer in each]
 
 
 def prompt_of(row: Row) -> list[Message]:
     """Its `prompt`, a text or messages (or, where there is none, its `messages`), after `system` and `history`."""
+    return read_with_tools(row, lambda row: opened(row, read_prompt(row)))
+
+
+def read_prompt(row: Row) -> list[Message]:
+    """As `prompt_of`; raises ToolCallsError for messages that only a `ToolRow` reads."""
     field = "prompt" if row.given("prompt") or not row.given("messages") else "messages"
     value = parsed_messages(row.value(field))
     return earlier_turns(row) + (

@@ -1,28 +1,29 @@
 """The three objectives of the paper from the same start on the same data: Baseline, DPO and HaF, a run for each seed.
 
 Every training is a run of launch/train.py in processes of its own, one after another: an engine that has ended keeps
-its weights in memory, and a run that fails or is stopped must not take the others with it.
+its weights in memory, and a run that fails or is stopped must not take the others with it. Where a single process runs
+on a CPU, these are forks of one that has imported everything (`fork_server`).
 """
 
 import json
-import math
+import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import environ
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hafrm_ds.config import ObjectiveConfig, TrainConfig
+from hafrm_ds.config import TrainConfig
 from hafrm_ds.durability import write_whole
-from hafrm_ds.errors import ConfigError, DataError, UserError
+from hafrm_ds.errors import DataError, UserError
 from hafrm_ds.evaluation.comparison import (
     COMPARISON_FILE,
+    Judged,
     Method,
     compare,
     render_comparison,
@@ -36,90 +37,16 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import leave_together
 from hafrm_ds.processes.ranks import FailedElsewhere, Processes
 from hafrm_ds.processes.stopping import STOPPED_STATUS, Stopped
+from hafrm_ds.training.comparison_plan import ComparisonPlan, pairs_seen
+from hafrm_ds.training.fork_server import Forked, ForkServer
 from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
+from hafrm_ds.training.sweep import Arm
+
+Start = Callable[[list[str], dict[str, str]], subprocess.Popen | Forked]
 
 CONTENT = ("model.name_or_path", "model.revision", "data.train", "data.eval")
 """When a run is resumed, the content of these is compared. Of a finished run it is not read again: their words count.
 """
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One method: what it changes in the objective."""
-
-    name: str
-    objective: ObjectiveConfig
-
-    @property
-    def judge(self) -> str:
-        if self.objective.uses_reward:
-            return "reward"
-        return "implicit" if self.objective.uses_reference else "logprob"
-
-
-def arms_of(config: TrainConfig, alphas: Sequence[float], betas: Sequence[float]) -> list[Arm]:
-    """baseline (alpha 0), dpo (rm_weight 0) for each beta, haf for each alpha and beta; those of the configuration
-    where none are given.
-
-    Raises:
-        ConfigError: the configuration does not have both losses, an option of it needs both, it names no evaluation
-            set, or a value is none or there twice.
-    """
-    objective = config.objective
-    problems = []
-    if not (objective.uses_reward and objective.uses_policy):
-        problems.append(
-            f"a comparison turns the losses off one by one: objective.alpha (now {objective.alpha}) and "
-            f"objective.rm_weight (now {objective.rm_weight}) must be above 0"
-        )
-    if not config.data.eval:
-        problems.append("a comparison needs data.eval: first the set of the training distribution, then any others")
-    problems += [*faults("alphas", alphas), *faults("betas", betas)]
-    if problems:
-        raise ConfigError(problems)
-
-    def changed(**changes: float | None) -> ObjectiveConfig:
-        return ObjectiveConfig.model_validate(objective.model_dump() | changes)
-
-    def label(name: str, values: Sequence[float], value: float) -> str:
-        return f"-{name}{in_a_name(value)}" if len(values) > 1 else ""
-
-    betas = list(betas) or [objective.beta]
-    # One loss alone has no share; and alphas that are given take the place of one.
-    no_share = {"policy_share": None, "policy_share_every": None}
-    alone = no_share | {"alpha": ObjectiveConfig().alpha if objective.alpha is None else objective.alpha}
-    weights = [(label("alpha", alphas, alpha), no_share | {"alpha": alpha}) for alpha in alphas] or [("", {})]
-    arms = [Arm("baseline", changed(**no_share, alpha=0.0))]
-    arms += [Arm(f"dpo{label('beta', betas, beta)}", changed(**alone, rm_weight=0.0, beta=beta)) for beta in betas]
-    arms += [
-        Arm(f"haf{name}{label('beta', betas, beta)}", changed(**weight, beta=beta))
-        for name, weight in weights
-        for beta in betas
-    ]
-    problems = [
-        f"{arm.name}: {problem}"
-        for arm in arms
-        for problem in config.model_copy(update={"objective": arm.objective}).contradictions()
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return arms
-
-
-def faults(option: str, values: Sequence[float]) -> Iterator[str]:
-    """What is wrong with the values of an option, in words."""
-    yield from (
-        f"--{option} has a value of {value}; each must be a number above 0"
-        for value in values
-        if not 0 < value < math.inf
-    )
-    for name, times in Counter(map(in_a_name, values)).items():
-        if times > 1:
-            yield f"--{option} has {times} values that are written {name} in the names of the runs; give each only once"
-
-
-def in_a_name(value: float) -> str:
-    return f"{value:g}"
 
 
 def train_and_compare(
@@ -128,6 +55,7 @@ def train_and_compare(
     seeds: Sequence[int],
     train_script: Path,
     processes: Processes,
+    sweep: Mapping[str, Any] | None = None,
 ) -> None:
     """Train every arm with every seed, where that is not done yet, and compare them on every set of data.eval.
 
@@ -136,40 +64,69 @@ def train_and_compare(
 
     Args:
         train_script: launch/train.py, which each training is a run of.
+        sweep: what comparison.json says of the swept options; None where nothing is swept.
 
     Raises:
         Stopped: a signal has ended it; the same command resumes it.
         DataError: a training has seen other pairs than the rest.
     """
     log = Console(processes)
+    with starter(train_script, processes) as start:
+        train_all(config, arms, seeds, start, processes, log, sweep)
+    leave_together(processes)
+
+
+def train_all(
+    config: TrainConfig,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    start: Start,
+    processes: Processes,
+    log: Console,
+    sweep: Mapping[str, Any] | None,
+) -> None:
+    """`train_and_compare`, with a way to start trainings."""
+    methods = [Method(arm.name, arm.judge, [], arm.cells) for arm in arms]
+    finished = finished_runs([run_config(config, arm, seed) for seed in seeds for arm in arms], processes)
+    plan = make_plan(config, arms, seeds, finished, processes)
+    log.print(f"[bold]{plan.in_words}[/bold]")
     # Seed by seed, so that what there is after a while compares all arms.
     for place, seed in enumerate(seeds):
         is_last, has_trained = place == len(seeds) - 1, False
         for number, arm in enumerate(arms, start=place * len(arms) + 1):
-            title = f"training {number} of {len(seeds) * len(arms)}"
-            has_trained |= train_unless_finished(run_config(config, arm, seed), title, train_script, processes, log)
+            run = run_config(config, arm, seed)
+            title = f"training {number} of {len(seeds) * len(arms)}: {run.output_dir}"
+            if run.output_dir.name in finished:
+                log.print(f"{title} is finished")
+                continue
+            log.print(f"\n[bold]{title}[/bold]")
+            train_one(run, start, processes)
+            has_trained = True
+            plan.note(arm.name, seconds_of(run))
+            log.print(f"{sum(plan.left.values()):,} trainings are left{plan.time_left}")
         if processes.is_first:
-            check_same_data([run_config(config, arm, seed).output_dir for arm in arms])
+            for runs in same_data(config, arms, seed):
+                check_same_data(runs)
+            for method in methods:
+                scores = load_all(run_folder(config.output_dir, method.name, seed) / SCORES_FOLDER)
+                like = methods[0].trainings[0] if methods[0].trainings else {}
+                method.trainings.append({name: Judged.of(each, like.get(name)) for name, each in scores.items()})
         if processes.is_first and (has_trained or is_last):
-            results = compare_trained(config, arms, seeds[: place + 1], seeds)
+            results = compare(methods, list(config.data.eval), seeds[: place + 1], seeds, sweep)
             file = config.output_dir / COMPARISON_FILE
             write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
             if is_last:
                 log.print(render_comparison(results))
             log.print(f"\nthe results of {seeds_in_words(results)} are in {file}")
             leave_report(config.output_dir, log)
-    leave_together(processes)
 
 
-def compare_trained(
-    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], planned_seeds: Sequence[int]
-) -> dict[str, Any]:
-    """What comparison.json says of the trainings with these seeds, all of which are finished."""
-    scores = [
-        [load_all(run_folder(config.output_dir, arm.name, seed) / SCORES_FOLDER) for seed in seeds] for arm in arms
-    ]
-    methods = [Method(arm.name, arm.judge, each) for arm, each in zip(arms, scores, strict=True)]
-    return compare(methods, list(config.data.eval), seeds, planned_seeds)
+def same_data(config: TrainConfig, arms: Sequence[Arm], seed: int) -> list[list[Path]]:
+    """Folders of the trainings with a seed, those together that are to see the same pairs."""
+    groups: dict[str, list[Path]] = {}
+    for arm in arms:
+        groups.setdefault(arm.data_key, []).append(run_folder(config.output_dir, arm.name, seed))
+    return list(groups.values())
 
 
 def check_same_data(runs: Sequence[Path]) -> None:
@@ -183,24 +140,54 @@ def check_same_data(runs: Sequence[Path]) -> None:
             )
 
 
-def train_unless_finished(run: TrainConfig, title: str, train_script: Path, processes: Processes, log: Console) -> bool:
-    """Train one arm with one seed, or resume it; False if it is finished already."""
-    name = run.output_dir.name
-    if processes.from_first(f"finished {name}", lambda: str(is_finished(run))) == "True":
-        log.print(f"{title}: {run.output_dir} is finished")
-        return False
-    log.print(f"\n[bold]{title}: {run.output_dir}[/bold]")
+def finished_runs(runs: Sequence[TrainConfig], processes: Processes) -> set[str]:
+    """Names of those that are finished. Raises UserError if one of them has other options."""
+
+    def look() -> str:
+        return json.dumps([run.output_dir.name for run in runs if is_finished(run)])
+
+    return set(json.loads(processes.from_first("finished", look)))
+
+
+def make_plan(
+    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], finished: set[str], processes: Processes
+) -> ComparisonPlan:
+    """What there is to do, and what the trainings that are finished took."""
+
+    def count() -> str:
+        is_over = len(finished) == len(arms) * len(seeds)  # then nothing need be there but the runs
+        return json.dumps(dict.fromkeys([arm.name for arm in arms], 0) if is_over else pairs_seen(arms))
+
+    plan = ComparisonPlan(json.loads(processes.from_first("pairs", count)), len(seeds))
+    for arm in arms:
+        for seed in seeds:
+            run = run_config(config, arm, seed)
+            if run.output_dir.name in finished:
+                plan.note(arm.name, seconds_of(run))
+    return plan
+
+
+def seconds_of(run: TrainConfig) -> float | None:
+    """What a training took, from its start to its summary; None where the files do not tell."""
+    try:
+        seconds = (run.output_dir / SUMMARY_FILE).stat().st_mtime - options_file(run).stat().st_mtime
+    except OSError:
+        return None
+    return seconds if seconds > 0 else None
+
+
+def train_one(run: TrainConfig, start: Start, processes: Processes) -> None:
+    """Train one arm with one seed, or resume it."""
     if processes.is_first:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(options_file(run), run.to_yaml().encode())
-    train_in_child(run, train_script, processes.from_first(f"port {name}", free_port), processes)
-    return True
+    train_in_child(run, start, processes.from_first(f"port {run.output_dir.name}", free_port), processes)
 
 
 def run_config(config: TrainConfig, arm: Arm, seed: int) -> TrainConfig:
     """The configuration of one training."""
     folder = run_folder(config.output_dir, arm.name, seed)
-    return config.model_copy(update={"output_dir": folder, "seed": seed, "objective": arm.objective, "resume": "auto"})
+    return arm.config.model_copy(update={"output_dir": folder, "seed": seed, "resume": "auto"})
 
 
 def options_file(run: TrainConfig) -> Path:
@@ -233,16 +220,35 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def train_in_child(run: TrainConfig, train_script: Path, port: str, processes: Processes) -> None:
+@contextmanager
+def starter(train_script: Path, processes: Processes) -> Iterator[Start]:
+    """How a training is started: with arguments and variables of its environment."""
+    server: list[ForkServer] = []  # once there is something to train
+
+    def start(arguments: list[str], variables: dict[str, str]) -> subprocess.Popen | Forked:
+        # What a process has to do with CUDA, or with others of its group, no fork of it can take over.
+        if processes.world_size > 1 or processes.device.type != "cpu":
+            return subprocess.Popen([sys.executable, str(train_script), *arguments], env=environ | variables)
+        if not server:
+            server.append(ForkServer(train_script))
+        return server[0].start(arguments, variables)
+
+    try:
+        yield start
+    finally:
+        for each in server:
+            each.close()
+
+
+def train_in_child(run: TrainConfig, start: Start, port: str, processes: Processes) -> None:
     """Run a training in a child of each process; they meet at a port of their own. A signal is handed on.
 
     Raises:
-        Stopped: the training was stopped. FailedElsewhere: it has failed, and has said why.
+        Stopped: the training was stopped. FailedElsewhere: it has failed, and has said why. UserError: it was killed.
     """
-    command = [sys.executable, str(train_script), "--config", str(options_file(run))]
     # A store of torchrun's agent still holds what an earlier training has written.
     own = {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    child = subprocess.Popen(command, env=environ | own)
+    child = start(["--config", str(options_file(run))], own)
     try:
         status = child.wait()
     except Stopped as stop:
@@ -252,5 +258,9 @@ def train_in_child(run: TrainConfig, train_script: Path, port: str, processes: P
         raise Stopped(f"{stop.reason}; the same command resumes it") from None
     if status == STOPPED_STATUS:
         raise Stopped(f"the training in {run.output_dir} was stopped; the same command resumes it")
+    if status < 0:
+        raise UserError(
+            f"the training in {run.output_dir} was ended by {signal.Signals(-status).name}; the same command resumes it"
+        )
     if status:
         raise FailedElsewhere

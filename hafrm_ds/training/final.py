@@ -9,6 +9,7 @@ no GPU are needed, and no pickle is read but of tensors and of the few classes t
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from hafrm_ds.model.hybrid import HybridModel, freeze_unused_heads
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer, local_folder
 from hafrm_ds.model.lora import add_adapters, check_packages
 from hafrm_ds.reference.provide import namespace_of
+from hafrm_ds.reference.store import Namespace
 from hafrm_ds.saved.card import base_license
 from hafrm_ds.saved.writing import save_hybrid_model
 
@@ -41,22 +43,31 @@ DATA_REPORT_FILE = "data_report.json"
 def run_metadata(
     config: TrainConfig,
     base_licence: str | None,
+    start: Namespace,
     data: Mapping[str, Counts],
     step: int,
     evaluation: Mapping[str, Mapping[str, float]],
     alpha: float | None = None,
+    judge: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a saved model says of the run that made it, in hafrm.json and in its card.
 
     Args:
+        start: what the reference log-probs of the start weights belong to.
         data: set -> what became of its pairs.
         step: the weights are those after it.
         evaluation: set -> its metrics after this step.
         alpha: the weight of the policy loss at this step, where objective.policy_share has found it.
+        judge: the combined judge that the evaluation after this step has fitted.
     """
     found = {} if alpha is None else {"alpha": alpha}
     return {
-        "base": {"model": config.model.name_or_path, "revision": config.model.revision, "license": base_licence},
+        "base": {
+            "model": config.model.name_or_path,
+            "revision": config.model.revision,
+            "license": base_licence,
+            "namespace": asdict(start),
+        },
         "training": {"steps": step, "pairs": step * config.batch.global_batch_size} | found,
         "data": {
             name: {
@@ -68,6 +79,7 @@ def run_metadata(
             for name, total in data.items()
         },
         "evaluation": evaluation,
+        **({} if judge is None else {"judge": judge}),
         "config": config.model_dump(mode="json"),
     }
 
@@ -96,7 +108,7 @@ def export_checkpoint(
     start = config.model.model_copy(update=kernels | {"trust_remote_code": trust_remote_code})
     if base is not None:
         start = start.model_copy(update={"name_or_path": base, "revision": None})
-    check_start(checkpoint, state, config, start)
+    namespace = check_start(checkpoint, state, config, start)
     model = load_model(checkpoint, state, config, start)
     formatter = ChatFormatter.create(
         load_tokenizer(start), config.data.chat_template, config.data.template_date, config.data.reasoning
@@ -111,10 +123,12 @@ def export_checkpoint(
         metadata=run_metadata(
             config,
             base_license(local_folder(start)),
+            namespace,
             counts_of(json.loads(report.read_text())) if report.is_file() else {},
             state.step,
             state.evaluation_of_step,
             state.alpha,
+            state.judge_of_step,
         ),
     )
     return state.step
@@ -130,8 +144,12 @@ def read_whole(checkpoint: Path) -> TrainingState:
     return read_state(checkpoint)
 
 
-def check_start(checkpoint: Path, state: TrainingState, config: TrainConfig, start: ModelConfig) -> None:
-    """Raises CheckpointError unless the start weights are those of the run: what is frozen is taken from them."""
+def check_start(checkpoint: Path, state: TrainingState, config: TrainConfig, start: ModelConfig) -> Namespace:
+    """What the reference log-probs of the start weights belong to.
+
+    Raises:
+        CheckpointError: these are not the weights of the run; what is frozen is taken from them.
+    """
     check_packages(start.lora)
     try:
         found = namespace_of(config.model_copy(update={"model": start}))
@@ -142,6 +160,7 @@ def check_start(checkpoint: Path, state: TrainingState, config: TrainConfig, sta
             f"{checkpoint} was trained from other weights than {start.name_or_path} holds: give --base the folder of "
             f"those that the run started from ({state.reference} there, {found.name} here)"
         )
+    return found
 
 
 def load_model(checkpoint: Path, state: TrainingState, config: TrainConfig, start: ModelConfig) -> HybridModel:

@@ -25,6 +25,7 @@ from hafrm_ds.engine.scoring import score_pairs
 from hafrm_ds.engine.shapes import full_shape
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
+from hafrm_ds.evaluation.combined import CombinedJudge
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.hardware.devices import published_peak
 from hafrm_ds.hardware.flops import ForwardCost
@@ -334,7 +335,8 @@ class Trainer:
     def evaluate(self, step: int) -> bool:
         """Score every evaluation set, log its metrics, remember the best step; False if a signal interrupts it."""
         objective = self.config.objective
-        for name, pair_set in self.eval_sets.items():
+        judge: CombinedJudge | None = None
+        for place, (name, pair_set) in enumerate(self.eval_sets.items()):
             with self.log.progress(f"evaluating {name}", len(pair_set.index), "pairs") as progress:
                 scores = score_pairs(
                     self.engine,
@@ -352,6 +354,10 @@ class Trainer:
             pair_scores = PairScores.of(
                 name, pair_set.pairs, pair_set.index, scores, reference, beta=objective.beta, step=step
             )
+            if place == 0:
+                judge = CombinedJudge.fitted_on(pair_scores)
+            if judge is not None:
+                judge.judge(pair_scores)
             margin = pair_set.pairs.margins(pair_set.index) if objective.use_margin else None
             metrics = set_metrics(pair_scores, objective, margin)
             if self.log.writes:
@@ -360,6 +366,7 @@ class Trainer:
             self.state.last_evaluation[name] = metrics
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")
+        self.state.judge = None if judge is None else judge.fit.to_json()
         self.state.note_best(step)
         return True
 
@@ -417,7 +424,8 @@ def describe(metrics: dict[str, float]) -> str:
             f"MFU {metrics['mfu']:.0%}, {metrics['memory_gib']:.2f} GiB"
         )
     for title, kind, form in (("losses", "loss", "{:.4f}"), ("accuracy", "accuracy", "{:.1%}")):
-        names = [name for name in ("reward", "policy", "implicit", "logprob") if f"{kind}/{name}" in metrics]
+        judged = ("reward", "policy", "implicit", "logprob", "combined")
+        names = [name for name in judged if f"{kind}/{name}" in metrics]
         values = " ".join(f"{name} {form.format(metrics[f'{kind}/{name}'])}" for name in names)
         parts += [f"{title}: {values}"] if values else []
     return "; ".join(parts)

@@ -5,6 +5,8 @@ import time
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from hafrm_ds.config import BatchConfig, TrainConfig, options_of
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, fingerprints_of, prepare_pairs
@@ -19,6 +21,8 @@ from hafrm_ds.engine.engine import (
 )
 from hafrm_ds.engine.shapes import trained_share
 from hafrm_ds.errors import ConfigError, DataError, UserError
+from hafrm_ds.evaluation.combined import FEWEST_PROMPTS
+from hafrm_ds.evaluation.pair_scores import fixed_choice
 from hafrm_ds.evaluation.report import writing as leaving
 from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
 from hafrm_ds.hardware.measurement import peak_memory_bytes
@@ -72,6 +76,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
     base_licence = base_license(local_folder(config.model))  # now: the folder may be gone after days of training
     check_training_pairs(train_pairs, config, processes)
+    check_combined_judge(eval_pairs, config, log)
     sets = named_sets(train_pairs, eval_pairs)
     start = shared_namespace(config, processes)
     data = agree_on_content(sets, start, resume_point, processes)
@@ -91,7 +96,10 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
 
     final_step = trainer.choose_final_weights()
     counts = {name: pairs.report.total for name, pairs in {"train": train_pairs, **eval_pairs}.items()}
-    metadata = run_metadata(config, base_licence, counts, final_step, saver.state.last_evaluation, saver.state.alpha)
+    state = saver.state
+    metadata = run_metadata(
+        config, base_licence, start, counts, final_step, state.last_evaluation, state.alpha, state.judge
+    )
     save_final(config, engine, formatter, metadata, processes, log)
     log.write_json(config.output_dir / SUMMARY_FILE, trainer.summary(final_step) | {"data": data})
     leave_report(config, log)
@@ -155,6 +163,27 @@ def check_training_pairs(pairs: PreparedPairs, config: TrainConfig, processes: P
             f"objective.use_margin is true, but none of the {len(pairs)} pairs of data.train has a margin: the rows "
             "need a field `margin`, or `score_chosen` and `score_rejected`; or set --objective.use_margin false"
         )
+
+
+def check_combined_judge(eval_pairs: dict[str, PreparedPairs], config: TrainConfig, log: RunLog) -> None:
+    """Say so where the first evaluation set has too few prompts to fit both heads as one judge.
+
+    Raises:
+        DataError: evaluation.best_metric asks for that judge.
+    """
+    if not (eval_pairs and config.objective.has_combined_judge):
+        return
+    name, pairs = next(iter(eval_pairs.items()))
+    index = fixed_choice(len(pairs), config.evaluation.max_pairs)
+    if (num_prompts := len(np.unique(pairs.prompt_keys[index]))) >= FEWEST_PROMPTS:
+        return
+    found = (
+        f"the first evaluation set, {name}, has {num_prompts} prompts, and the combined judge is fitted on "
+        f"{FEWEST_PROMPTS} or more"
+    )
+    if (best := config.evaluation.best_metric) and best.endswith("/combined"):
+        raise DataError(f"evaluation.best_metric is {best}, but {found}: give more pairs, or another best_metric")
+    log.print(f"no combined judge: {found}")
 
 
 def agree_on_content(

@@ -7,6 +7,7 @@ TrainingState for the rest. What follows from the step alone has no state: the b
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,7 @@ class RunState:
     last_evaluation: set -> its metrics at the last evaluation.
     evaluation_is_due: the evaluation after this step has not been made.
     alpha: the weight of the policy loss for objective.policy_share, once it is found.
+    judge: the combined judge as the last evaluation has fitted it (`JudgeFit.to_json`); None where it has not.
 
     The random numbers of each rank, which only the dropout of adapters draws, belong to it too.
     """
@@ -79,6 +81,7 @@ class RunState:
     last_evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluation_is_due: bool = False
     alpha: float | None = None
+    judge: dict[str, Any] | None = None
 
     def restore(self, checkpoint: Path, saved: TrainingState, config: TrainConfig, log: RunLog) -> None:
         """Put everything back as it was after a checkpoint. All ranks call this together."""
@@ -95,9 +98,9 @@ class RunState:
 
     def restore_weights(self, checkpoint: Path, saved: TrainingState) -> None:
         """Put back the weights and the optimizer, whatever stage and ranks saved them, with their
-        evaluation and alpha."""
+        evaluation, judge and alpha."""
         self.engine.load(checkpoint / DEEPSPEED_FOLDER, saved.zero_stage, saved.world_size)
-        self.last_evaluation, self.alpha = dict(saved.last_evaluation), saved.alpha
+        self.last_evaluation, self.judge, self.alpha = dict(saved.last_evaluation), saved.judge, saved.alpha
 
     def save(self, draft: Path) -> dict[str, FileFacts]:
         """Write this rank's part of a checkpoint: its share of weights and moments, and its random numbers.
@@ -134,6 +137,7 @@ class RunState:
             last_evaluation=self.last_evaluation,
             uses_stock_logits=self.engine.model.uses_stock_logits,
             alpha=self.alpha,
+            judge=self.judge,
         )
 
     def note_best(self, step: int) -> None:

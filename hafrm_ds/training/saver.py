@@ -127,7 +127,7 @@ class CheckpointSaver:
             return False
         saved = read_state(folder)
         self.state.restore_weights(folder, saved)
-        self.state.last_evaluation = saved.evaluation_of_step
+        self.state.last_evaluation, self.state.judge = saved.evaluation_of_step, saved.judge_of_step
         return True
 
     def save(self) -> None:

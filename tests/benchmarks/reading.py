@@ -1,19 +1,23 @@
 """Processor seconds to read generated rows to pairs, in every layout that is read from rows of its own.
 
     python tests/benchmarks/reading.py NUM_ROWS [LAYOUT ...]
+    python tests/benchmarks/reading.py NUM_ROWS --tokenise MODEL   reads rows of texts and tokenises them for a model
 
 With PYTHONPATH set to another checkout of hafrm_ds it times that one.
 """
 
 import json
+import os
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import datasets
+from transformers import AutoTokenizer
 
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.preparation import PreparationOptions, prepare_pairs
 from hafrm_ds.data.reading import read_pairs
 from hafrm_ds.data.sources import Source
 
@@ -46,21 +50,50 @@ def with_other_columns(rng: random.Random) -> dict:
 LAYOUTS = {each.__name__: each for each in (texts, messages, transcripts, with_other_columns)}
 
 
+def write_rows(file: Path, name: str, num_rows: int) -> None:
+    rng = random.Random(0)
+    with file.open("w") as lines:
+        for _ in range(num_rows):
+            lines.write(json.dumps(LAYOUTS[name](rng)) + "\n")
+
+
+def processor_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    return sum(os.times()[:4])
+
+
+def time_reading(num_rows: int, name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(file := Path(folder, "pairs.jsonl"), name, num_rows)
+        start = processor_seconds()
+        rows = read_pairs([Source(path=str(file))], role="train", seed=0, cache_dir=Path(folder, "cache"))
+        seconds = processor_seconds() - start
+        assert len(rows) == num_rows and not any(rows["dropped"][:])
+        print(f"{name}: {seconds:.2f} s for {num_rows:,} rows", flush=True)
+
+
+def time_preparation(num_rows: int, model: str) -> None:
+    formatter = ChatFormatter.create(AutoTokenizer.from_pretrained(model), None, "2026-01-01")
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(file := Path(folder, "pairs.jsonl"), "texts", num_rows)
+        options = PreparationOptions(
+            max_length=512, truncation="drop", max_dropped_share=0.0, cache_dir=Path(folder, "cache"), num_proc=1
+        )
+        start = processor_seconds()
+        pairs = prepare_pairs([Source(path=str(file))], formatter=formatter, options=options, role="train", seed=0)
+        seconds = processor_seconds() - start
+        assert len(pairs) == num_rows
+        print(f"read and tokenised: {seconds:.2f} s for {num_rows:,} rows", flush=True)
+
+
 def main() -> None:
     num_rows, names = int(sys.argv[1]), sys.argv[2:] or list(LAYOUTS)
     datasets.disable_progress_bars()
+    if names[0] == "--tokenise":
+        time_preparation(num_rows, names[1])
+        return
     for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            rng = random.Random(0)
-            file = Path(folder, "pairs.jsonl")
-            with file.open("w") as lines:
-                for _ in range(num_rows):
-                    lines.write(json.dumps(LAYOUTS[name](rng)) + "\n")
-            start = time.process_time()
-            rows = read_pairs([Source(path=str(file))], role="train", seed=0, cache_dir=Path(folder, "cache"))
-            seconds = time.process_time() - start
-            assert len(rows) == num_rows and not any(rows["dropped"][:])
-            print(f"{name}: {seconds:.2f} s for {num_rows:,} rows", flush=True)
+        time_reading(num_rows, name)
 
 
 if __name__ == "__main__":

@@ -179,6 +179,24 @@ def test_a_recipe_is_written_that_training_takes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocab_size": 50}, "train: token id "),
+        ({"max_position_embeddings": 16}, "the longest pair has "),
+    ],
+)
+def test_data_that_the_model_has_no_room_for_is_not_planned(tmp_path, monkeypatch, capsys, changes, said):
+    model, data = save_tiny_model(tmp_path / "model"), write_pairs(tmp_path / "pairs.jsonl", 8)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    status, _, error = run(
+        monkeypatch, capsys, "--model", model, "--data", data, "--gpus", 2, "--batch.global_batch_size", 8,
+        "--data.max_length", 120, "--data.cache_dir", tmp_path / "cache",
+    )  # fmt: skip
+    assert status == 1 and said in error
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--pairs", 10), "--pairs and --mean_tokens belong together"),

@@ -158,17 +158,6 @@ def test_unknown_roles_are_refused_by_name():
     assert "role of message 1 of field 'prompt' is the text 'narrator', expected one of system, user" in message
 
 
-@pytest.mark.parametrize("field", ["prompt", "chosen"])
-def test_messages_of_tools_are_dropped(field):
-    assert convert(PAIR | {field: [assistant("calling"), {"role": "tool", "content": "3"}]}) == Dropped(
-        "has tool calls, which are not supported"
-    )
-
-
-def test_tools_beside_texts_are_dropped():
-    assert convert(PAIR | {"tools": '[{"type": "function"}]'}) == Dropped("has tool calls, which are not supported")
-
-
 def test_messages_as_json_text():
     chosen, rejected = (
         f'[{{"role": "user", "content": "p"}}, {{"role": "assistant", "content": "{x}"}}]' for x in "ab"
@@ -333,13 +322,10 @@ def test_faults_of_what_a_source_says(options, fault):
         Source(path="x", **options)
 
 
-def test_ignored_tools_and_images_are_left_out():
-    for name, value, reason in (("tools", [{"name": "f"}], "has tool calls"), ("images", ["x.png"], "has images")):
-        (outcome,) = read_pairs_of(Row(PAIR | {name: value}, "x:1", ""), "explicit_prompt", Source(path="x"))
-        assert isinstance(outcome, Dropped) and outcome.reason.startswith(reason)
-        source = Source(path="x", ignore_columns=[name])
-        (outcome,) = read_pairs_of(Row(PAIR | {name: value}, "x:1", ""), "explicit_prompt", source)
-        assert outcome.chosen == [assistant("a")]
+def test_ignored_images_are_left_out():
+    fields = PAIR | {"images": ["x.png"]}
+    assert convert(fields) == Dropped("has images or other media, which are not supported")
+    assert convert(fields, Source(path="x", ignore_columns=["images"])).chosen == [assistant("a")]
 
 
 # ---- more of the layouts -------------------------------------------------------------------------------------------

@@ -111,27 +111,6 @@ def test_texts_stand_as_they_are():
     assert parts(pair) == ([user(" p\n")], [assistant("  a")], [assistant("b\n")])
 
 
-# ---- tool calls ----------------------------------------------------------------------------------------------------
-
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"chosen": [CALL | {"content": ""}]},
-        {"chosen": [CALL]},
-        {"prompt": [user("p"), CALL, {"role": "tool", "content": "4", "name": "f"}]},
-        {"rejected": [assistant("b") | {"function_call": {"name": "f"}}]},
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    ],
-)
-def test_a_row_with_tool_calls_is_dropped_by_name(changes):
-    """Without the calls the conversation would be another one, and the answer an empty message."""
-    fields = {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]} | changes
-    assert convert(fields) == Dropped("has tool calls, which are not supported")
-
-
 @pytest.mark.parametrize("tools", [None, [], "", "[]", "null", {}, "{}"])
 def test_columns_for_tools_that_a_row_does_not_use_are_nothing(tools):
     message = assistant("a") | {"tool_calls": None, "function_call": None}

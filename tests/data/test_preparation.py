@@ -209,8 +209,13 @@ def test_second_run_reads_the_cache(prepare, monkeypatch, tmp_path, make_tokeniz
     files = sorted((tmp_path / "cache").iterdir())
     assert len(files) == 1
     calls = []
-    original = preparation.tokenize_pair
-    monkeypatch.setattr(preparation, "tokenize_pair", lambda *args: calls.append(args) or original(*args))
+    original = preparation.tokenize_pairs
+
+    def tokenize_pairs(formatter, pairs, *limits):
+        calls.extend(pairs := list(pairs))
+        return original(formatter, pairs, *limits)
+
+    monkeypatch.setattr(preparation, "tokenize_pairs", tokenize_pairs)
 
     again = prepare(GOOD_ROWS)
     assert calls == [] and sorted((tmp_path / "cache").iterdir()) == files

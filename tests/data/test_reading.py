@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hafrm_ds.data import files as tables
@@ -117,6 +119,35 @@ def test_nothing_is_kept_of_a_file_with_an_error(read):
         assert "x.jsonl:3: field 'chosen' is missing (fields: prompt)" in error_of(read, "x.jsonl")
 
 
+# What looks like a pair but says it in other types: read as one it would be another, so it is refused by name.
+
+
+def test_texts_as_bytes_are_refused(read):
+    rows = [{"prompt": "Tell me about tea", "chosen": "tea are good", "rejected": "go away tea"}] * 3
+    types = pa.schema([(name, pa.binary()) for name in rows[0]])
+    pq.write_table(pa.Table.from_pylist([{k: v.encode() for k, v in row.items()} for row in rows], types), "x.parquet")
+    said = error_of(read, "x.parquet")
+    assert said.startswith("x.parquet:1: field 'prompt' is the bytes b'Tell me about tea', expected a ")
+
+
+def test_labels_that_are_texts_are_refused(read):
+    texts = {"prompt": "Tell tea", "response_0": "good tea", "response_1": "bad tea"}
+    labels = {"better_response_id": "0", "safer_response_id": "0", "is_response_0_safe": "True"}
+    write_lines("x.jsonl", [texts | labels | {"is_response_1_safe": "False"}] * 3)
+    said = "x.jsonl:1: field 'safer_response_id' is the text '0', expected a finite number"
+    assert error_of(read, "x.jsonl") == said
+    assert "field 'better_response_id' is the text '0'" in error_of(read, {"path": "x.jsonl", "label": "helpful"})
+    only_one_safe = {"path": "x.jsonl", "exactly_one_safe": True}
+    assert "field 'is_response_0_safe' is the text 'True', expected true or false" in error_of(read, only_one_safe)
+
+
+@pytest.mark.parametrize("rejected", ["bad tea", ["bad tea"]])
+def test_several_answers_on_a_side_are_refused(read, rejected):
+    write_lines("x.jsonl", [{"prompt": "tea", "chosen": ["good tea", "fine tea"], "rejected": rejected}] * 3)
+    said = "x.jsonl:1: message 1 of field 'chosen' is the text 'good tea', expected an object with role and content"
+    assert error_of(read, "x.jsonl") == said
+
+
 # ---- real data -----------------------------------------------------------------------------------------------------
 
 
@@ -140,31 +171,57 @@ def test_real_files(read, name, train, test, single_turn):
     assert outcomes(read({"path": path, "single_turn": True}))[""] == single_turn
 
 
+CORPUS: dict[str, dict[str, str]] = {name: {} for name in (
+    "hh_harmless", "hh_helpful", "hhh_alignment", "pandalm", "pku_saferlhf", "alpaca_eval_groups",
+)} | {"xstest_answers": {"chosen": "refusal", "rejected": "compliance"}}  # fmt: skip
+"""The sets by name, with the columns of their sources."""
+
+
+def answers_of(row: dict, columns: dict[str, str]) -> list[tuple[str, str]]:
+    """(chosen, rejected) texts of every pair that a row gives, found without the readers: of a group the best answer
+    against each worse one."""
+    if "responses" not in row:
+        return [(row[columns.get("chosen", "chosen")], row[columns.get("rejected", "rejected")])]
+    best = max(row["scores"])
+    chosen = row["responses"][row["scores"].index(best)]
+    worse = [(score, text) for score, text in zip(row["scores"], row["responses"]) if score < best]
+    return [(chosen, text) for _, text in sorted(worse, key=lambda each: -each[0])]
+
+
 @pytest.mark.skipif(REAL_DATA is None, reason="HAFRM_REAL_DATA=FOLDER")
-@pytest.mark.parametrize(
-    ("name", "columns"),
-    [
-        *((name, {}) for name in ("hh_harmless", "hh_helpful", "hhh_alignment", "pandalm", "pku_saferlhf")),
-        ("xstest_answers", {"chosen": "refusal", "rejected": "compliance"}),
-    ],
-)
-def test_the_texts_of_real_rows_are_found_again_in_what_is_tokenised(make_tokenizer, tmp_path, name, columns):
-    """Of 200 rows, with the prompt and both answers whole and in their places."""
-    file = tmp_path / f"{name}.jsonl"
+@pytest.mark.parametrize("name", CORPUS)
+def test_texts_of_the_corpus_are_found_again_in_what_is_tokenised(make_tokenizer, tmp_path, name):
+    """Of 200 rows of each set, with the prompt and both answers whole and in their places."""
+    file, columns = tmp_path / f"{name}.jsonl", CORPUS[name]
     with Path(f"{REAL_DATA}/{name}.jsonl").open() as lines:
         file.write_text("".join(line for line, _ in zip(lines, range(200))))
     source = Source(path=str(file), columns=columns)
     formatter = ChatFormatter.create(make_tokenizer(), "text", "2026-01-01")
     options = PreparationOptions(10**6, "drop", max_dropped_share=1, num_proc=1, cache_dir=tmp_path / "cache")
     prepared = prepare_pairs([source], formatter=formatter, options=options, role="train", seed=0)
-    rows = {f"{file}:{n}": json.loads(line) for n, line in enumerate(file.open(), start=1)}
-    decode = formatter.tokenizer.decode
-    for number in range(len(prepared)):
-        pair = prepared[number]
-        row = rows[pair.id]
+    wanted = []
+    for row in map(json.loads, file.open()):
         prompt = row["prompt"] if isinstance(row["prompt"], str) else "".join(each["content"] for each in row["prompt"])
-        for ids, column in ((pair.chosen_ids, "chosen"), (pair.rejected_ids, "rejected")):
-            text = decode([*pair.prompt_ids, *ids], clean_up_tokenization_spaces=False)
-            assert text == prompt + row[columns.get(column, column)] + "</s>"
-    assert len(prepared) == len(rows) - sum(prepared.report.total.dropped.values())
-    assert prepared.report.total.dropped.keys() <= {"identical answers"} and len(prepared) > 195
+        wanted += [
+            (prompt + chosen + "</s>", prompt + rejected + "</s>")
+            for chosen, rejected in answers_of(row, columns)
+            if chosen != rejected and chosen.strip() and rejected.strip()
+        ]
+    found = [
+        tuple(
+            formatter.tokenizer.decode([*pair.prompt_ids, *ids], clean_up_tokenization_spaces=False)
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        )
+        for pair in map(prepared.__getitem__, range(len(prepared)))
+    ]
+    total = prepared.report.total
+    print(f"{name}: {total.read} pairs of 200 rows, {total.kept} kept, {total.deselected} {total.dropped}")
+    assert found == wanted and len(found) > 195
+    assert total.dropped.keys() <= {"identical answers", "empty answer"} and total.deselected.keys() <= {"tie"}
+
+
+@pytest.mark.skipif(REAL_DATA is None, reason="HAFRM_REAL_DATA=FOLDER")
+def test_a_set_of_the_corpus_without_answers_is_refused_by_its_columns(read):
+    """And no file of the folder is forgotten."""
+    assert {path.stem for path in Path(REAL_DATA).glob("*.*")} - {"README"} == {*CORPUS, "xstest_prompts"}
+    assert "xstest_prompts.csv:2: the columns id, prompt, type" in error_of(read, f"{REAL_DATA}/xstest_prompts.csv")

@@ -86,3 +86,26 @@ def test_a_comparison_is_stopped_goes_on_and_is_not_done_twice(tmp_path):
     printed = changed.communicate(timeout=120)[0]
     assert changed.returncode == 1 and "baseline-seed0 holds a finished run with other options" in printed
     assert "optimizer.learning_rate: 0.001 there, 0.002 here" in printed
+
+
+def test_a_sweep_trains_every_cell_once_and_shares_what_it_has_computed(tmp_path):
+    save_tiny_model(tmp_path / "model")
+    for seed, (name, size) in enumerate((("train", 32), ("near", 30), ("far", 20))):
+        write_pairs(tmp_path / f"{name}.jsonl", size, seed)
+    sweep = "{objective.policy_share: [0, 0.5], data.train.portion: [':16', ':32']}"
+    changes = {"max_steps": 4, "sweep": sweep, "seeds": "4-5", "objective.alpha": "null", "objective.policy_share": 0.3}
+    process = start(tmp_path, **changes)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed[-4000:]
+    names = [f"{kind}-pairs{size}" for size in (16, 32) for kind in ("baseline", "haf-share0.5")]
+    runs = sorted(each.name for each in (tmp_path / "out" / "runs").iterdir() if each.is_dir())
+    assert runs == sorted(f"{name}-seed{seed}" for name in names for seed in (4, 5))
+    kept = {name: json.loads((tmp_path / f"out/runs/{name}-seed4/data_report.json").read_text()) for name in names}
+    assert [kept[name]["train"]["total"]["kept"] for name in names] == [16, 16, 32, 32]
+    results = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert list(results["differences"]) == [f"haf-share0.5-pairs{size} - baseline-pairs{size}" for size in (16, 32)]
+    assert [cell["labels"] for cell in results["cells"]] == [{"pairs": "16"}, {"pairs": "32"}]
+    assert "gain over Baseline by pairs" in (tmp_path / "out" / "report.html").read_text()
+    assert "8 trainings, which see 256 pairs in all" in printed and "0 trainings are left" in printed
+    # The reference log-probs of the larger set are computed beside those of the smaller, and none twice.
+    assert printed.count("reference log-probs found") == 2, printed

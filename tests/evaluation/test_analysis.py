@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.analysis import agreement, analyse
+from hafrm_ds.evaluation.analysis import agreement, analyse, coverage
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 SCORES = PairScores(
@@ -46,7 +46,32 @@ def test_a_set_by_hand():
     ]
     assert lengths == [(-25, -1, 1, 0.0, 0.0), (0, 0, 1, 0.5, 0.5), (1, 25, 1, 1.0, 1.0), (101, None, 1, 1.0, 1.0)]
     assert found["calibration"].keys() == {"reward", "implicit"}
+    # Right, wrong, a tie and right of the head; a tie, right, wrong and a tie of the implicit reward.
+    assert found["heads"].keys() == {"disagree"} and found["heads"]["disagree"]["pairs"] == 4
     json.dumps(found, allow_nan=False)
+
+
+def test_a_judge_that_may_leave_out_what_it_is_least_sure_of():
+    margins = {"reward": np.array([3.0, -0.1, 2.0, -1.0, 0.5]), "implicit": np.array([-3.0, 0.1, 0.0, 1.0, 2.0])}
+    found = {row["share"]: (row["pairs"], row["accuracy"]) for row in coverage(margins)}
+    assert found[0.1] == (1, {"reward": 1.0, "implicit": 0.0})
+    assert found[0.4] == (2, {"reward": 1.0, "implicit": 0.5})
+    assert found[0.6] == (3, {"reward": pytest.approx(2 / 3), "implicit": pytest.approx(2 / 3)})
+    assert found[1.0] == (5, {"reward": 0.6, "implicit": 0.7})
+    assert coverage({}) == []
+
+
+def test_pairs_are_parted_by_whether_both_heads_agree():
+    reward = np.array([[1, 0], [0, 1], [1, 0], [0, 0]], dtype=np.float32)
+    logprob = np.array([[1, 0], [0, 1], [0, 1], [1, 0]], dtype=np.float32)
+    scores = dataclasses.replace(SCORES, reward=reward, logprob=logprob, reference=np.zeros((4, 2), np.float32))
+    heads = analyse(scores)["heads"]
+    shares = {
+        name: (part["pairs"], part["accuracy"]["reward"]["value"], part["accuracy"]["implicit"]["value"])
+        for name, part in heads.items()
+    }
+    assert shares == {"agree": (2, 0.5, 0.5), "disagree": (2, 0.75, 0.5)}
+    assert analyse(dataclasses.replace(scores, reward=None))["heads"] == {}
 
 
 def test_the_interval_holds_the_value():

@@ -1,14 +1,17 @@
 """Methods against each other, from scores whose accuracies are known."""
 
 import io
+import time
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from hafrm_ds.errors import DataError
+from hafrm_ds.evaluation import comparison
 from hafrm_ds.evaluation.bootstrap import estimate, mean_of_sets
-from hafrm_ds.evaluation.comparison import OTHERS, Method, compare, points, render_comparison, seeds_in_words
+from hafrm_ds.evaluation.comparison import OTHERS, Judged, Method, compare, points, render_comparison, seeds_in_words
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 SIZES = {"in": 200, "far": 100, "farther": 50}
@@ -30,7 +33,7 @@ def method(name: str, shares: list[float], seed: int, implicit: bool = False) ->
         rights = {
             set_name: source.permutation(np.arange(size) < round(share * size)) for set_name, size in SIZES.items()
         }
-        trainings.append({set_name: scores(set_name, right, implicit) for set_name, right in rights.items()})
+        trainings.append({set_name: Judged.of(scores(set_name, right, implicit)) for set_name, right in rights.items()})
     return Method(name, "implicit" if implicit else "reward", trainings)
 
 
@@ -90,7 +93,7 @@ def test_every_set_counts_alike_and_is_resampled_by_itself():
 def test_a_single_prompt_has_a_difference_without_an_interval():
     one, other = method("one", [0.4], 0), method("other", [0.6], 1)
     for each in (one, other):
-        each.scores[0]["in"].prompts[:] = ["the same"] * SIZES["in"]
+        each.trainings[0]["in"].prompts[:] = ["the same"] * SIZES["in"]
     value = compare([one, other], ["in"], [0], [0])["differences"]["other - one"]["in"]
     assert value["low"] is None and points(value) == "+20.0"
 
@@ -102,17 +105,17 @@ def test_seeds_are_counted_in_words():
 
 def test_other_pairs_are_no_comparison():
     one, other = method("one", [0.5, 0.5], 0), method("other", [0.5, 0.5], 1)
-    other.scores[1]["far"].ids[3] = "another"
+    other.trainings[1]["far"].ids[3] = "another"
     with pytest.raises(
         DataError, match="other with seed 8 was not evaluated on the same pairs of far as one with seed 7"
     ):
         compare([one, other], list(SIZES), [7, 8], [7, 8])
-    one.scores[1]["far"].prompts[3] = "another"
+    one.trainings[1]["far"].prompts[3] = "another"
     with pytest.raises(
         DataError, match="one with seed 8 was not evaluated on the same pairs of far as one with seed 7"
     ):
         compare([one, other], list(SIZES), [7, 8], [7, 8])
-    del one.scores[0]["in"]
+    del one.trainings[0]["in"]
     with pytest.raises(DataError, match="one with seed 7 was not evaluated on in"):
         compare([one, other], list(SIZES), [7, 8], [7, 8])
 
@@ -123,3 +126,69 @@ def test_the_table_names_methods_judges_and_points(results):
     text = console.export_text()
     for piece in ("baseline", "implicit reward", "65.0%", "+20.0 [", OTHERS, "2 of 3 seeds"):
         assert piece in text
+
+
+def planted(name: str, shares: dict[str, float], cells: dict[str, dict[str, str]]) -> Method:
+    """Two trainings, whose judges are right in a share of 200 pairs: the same pairs first."""
+    names = [str(place) for place in range(200)]
+    trainings = []
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(200)
+        right = {judge: (order < 200 * share).astype(np.float32) for judge, share in shares.items()}
+        trainings.append({"in": Judged(names, names, right)})
+    return Method(name, next(iter(shares)), trainings, cells)
+
+
+def test_a_sweep_compares_with_the_baseline_of_the_cell_alone():
+    one, two = {"baseline-pairs1": {"pairs": "1"}}, {"baseline-pairs2": {"pairs": "2"}}
+    methods = [
+        planted("baseline-pairs1", {"reward": 0.6}, one),
+        planted("haf-pairs1", {"reward": 0.7, "implicit": 0.8}, {"baseline-pairs1": {"pairs": "1", "share": "0.5"}}),
+        planted("baseline-pairs2", {"reward": 0.7}, two),
+        planted("dpo", {"implicit": 0.75}, one | two),
+    ]
+    results = compare(methods, ["in"], [0, 1], [0, 1], {"pairs": {"option": "some.option"}})
+    assert list(results["differences"]) == [
+        "haf-pairs1 - baseline-pairs1",
+        "dpo - baseline-pairs1",
+        "dpo - baseline-pairs2",
+    ]
+    assert results["sweep"] == {"pairs": {"option": "some.option"}}
+    assert [cell["baseline"] for cell in results["cells"]] == ["baseline-pairs1", "baseline-pairs2"]
+    assert list(results["cells"][1]["methods"]) == ["baseline-pairs2", "dpo"]
+    assert results["cells"][0]["methods"]["haf-pairs1"] == {"pairs": "1", "share": "0.5"}
+
+    def gain(name: str, baseline: str, judge: str) -> float:
+        found = results["methods"][name]["gains"][baseline][judge]["in"]
+        assert found["low"] < found["value"] < found["high"] and len(found["by_seed"]) == 2
+        return found["value"]
+
+    assert gain("haf-pairs1", "baseline-pairs1", "reward") == pytest.approx(0.1)
+    assert gain("haf-pairs1", "baseline-pairs1", "implicit") == pytest.approx(0.2)
+    assert gain("dpo", "baseline-pairs1", "implicit") == pytest.approx(0.15)
+    assert gain("dpo", "baseline-pairs2", "implicit") == pytest.approx(0.05)
+    assert "gains" not in results["methods"]["baseline-pairs1"]
+
+
+def test_many_methods_at_once_are_estimated_as_each_alone(monkeypatch):
+    methods = [method(name, [0.6 + 0.1 * place, 0.7], place) for place, name in enumerate(("baseline", "dpo", "haf"))]
+    together = compare(methods, list(SIZES), [0, 1], [0, 1])
+    monkeypatch.setattr(comparison, "COLUMNS_AT_ONCE", 1)
+    apart = compare(methods, list(SIZES), [0, 1], [0, 1])
+    value, alone = (each["differences"]["haf - dpo"][OTHERS] for each in (together, apart))
+    assert value["low"] == pytest.approx(alone["low"], abs=1e-9) and value["by_seed"] == alone["by_seed"]
+    rights = [methods[2].right(name) - methods[1].right(name) for name in list(SIZES)[1:]]
+    prompts = [methods[0].trainings[0][name].prompts for name in list(SIZES)[1:]]
+    assert value["high"] == pytest.approx(mean_of_sets(rights, prompts).high, abs=1e-9)
+
+
+def test_twenty_seeds_of_fifty_methods_take_seconds():
+    source, names = np.random.default_rng(0), [str(place) for place in range(600)]
+
+    def drawn(name: str) -> Method:
+        right = [{judge: (source.random(600) < 0.8).astype(np.float32) for judge in JUDGES} for _ in range(20)]
+        return Method(name, "reward", [{"in": Judged(names, names, each)} for each in right], {"m0": {}})
+
+    started = time.process_time()
+    results = compare([drawn(f"m{place}") for place in range(50)], ["in"], range(20), range(20), {})
+    assert len(results["differences"]) == 49 and time.process_time() - started < 30

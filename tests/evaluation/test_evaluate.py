@@ -9,15 +9,21 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from hafrm_ds import load_judge
 from hafrm_ds.config import DataConfig
 from hafrm_ds.data.pairs import assistant, user
-from hafrm_ds.errors import DataError, ModelError
+from hafrm_ds.errors import ConfigError, DataError, ModelError
 from hafrm_ds.evaluation import scoring
+from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
+from hafrm_ds.evaluation.combined import combine
 from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.model.sizes import ModelSizes
+from hafrm_ds.objective import JudgeFit
+from hafrm_ds.options import read
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.export import export_model
+from hafrm_ds.scoring.files import ScoringOptions, score_file
 from tests.data.row_files import write_lines
 from tests.evaluation.benchmarks.rows import rewardbench_row
 from tests.tiny_models import save_tiny_final, save_tiny_model
@@ -219,6 +225,121 @@ def test_what_cannot_be_evaluated_is_refused(folder, tmp_path, model, changes, m
 def test_the_base_is_the_one_that_the_model_names(folder, tmp_path):
     with pytest.raises(ModelError, match="example/tiny"):
         run(options_for(folder, "final", tmp_path / "out", reference="base"))
+
+
+# ---- both heads as one judge ----
+
+
+@pytest.fixture(scope="module")
+def judged(folder, tmp_path_factory):
+    """(model that names its start weights, pairs for the fit, evaluation of the held-out pairs that has fitted them and
+    saved the fit in the model). The better answer is the one with more a's, but for one pair in four."""
+    place, source = tmp_path_factory.mktemp("judged"), random.Random(3)
+    save_tiny_final(place / "final", base=folder / "base", pad_token="</s>")
+    pairs = []
+    for row in rows(folder) * 3:
+        answers = sorted((row["chosen"], row["rejected"]), key=lambda text: text.count("a"), reverse=True)
+        chosen, rejected = answers[:: -1 if source.random() < 0.25 else 1]
+        pairs.append({"prompt": row["prompt"] + source.choice("xyz"), "chosen": chosen, "rejected": rejected})
+    write_lines(place / "judge.jsonl", pairs)
+    return (
+        place / "final",
+        place / "judge.jsonl",
+        run(fitting(folder, place / "final", place / "judge.jsonl", place / "out")),
+    )
+
+
+def fitting(folder, model, pairs, output, **changes) -> EvaluationOptions:
+    sources = DataConfig(train="unused", eval=str(pairs)).eval
+    return options_for(folder, str(model), output, fit_judge=sources, **{"save_judge": True} | changes)
+
+
+def test_the_combined_judge_is_fitted_on_pairs_that_are_not_tested(folder, judged):
+    model, _, results = judged
+    fit = JudgeFit.from_json(results["judge"])
+    assert (fit.set, fit.pairs) == ("judge", 3 * NUM_PAIRS) and results["reference"] == str(folder / "base")
+    scores = load_all(model.parent / "out" / "evaluation")["held out"]
+    expected = fit.score(stock_rewards(folder), stock_logprobs(folder, "policy"), stock_logprobs(folder, "base"))
+    np.testing.assert_allclose(scores.combined, expected, atol=1e-3)
+    right = (expected[:, 0] > expected[:, 1]).mean()
+    assert results["sets"]["held out"]["accuracy"]["combined"]["value"] == pytest.approx(right, abs=1e-12)
+    assert results["sets"]["held out"]["calibration"].keys() == {"reward", "implicit", "combined"}
+    assert json.loads((model / "hafrm.json").read_text())["judge"] == results["judge"]
+
+
+def test_a_fit_that_was_saved_judges_later_sets_and_benchmarks(folder, judged, tmp_path):
+    model, pairs, results = judged
+    again = run(fitting(folder, model, pairs, model.parent / "out"))  # it is finished, and the model has changed by it
+    assert again == results
+    write_lines(tmp_path / "rows.jsonl", [rewardbench_row("math-prm", **row) for row in map(sides, rows(folder))])
+    benchmarks = {"rewardbench": str(tmp_path / "rows.jsonl")}
+    later = run(options_for(folder, str(model), tmp_path / "out", reference="base", beta=7, benchmarks=benchmarks))
+    accuracy = results["sets"]["held out"]["accuracy"]["combined"]
+    assert later["sets"]["held out"]["accuracy"]["combined"] == accuracy and later["judge"] == results["judge"]
+    subset = later["benchmarks"]["rewardbench"]["judges"]["combined"]["categories"]["Reasoning"]["subsets"]["math-prm"]
+    assert subset["score"] == pytest.approx(accuracy["value"])
+    alone = run(options_for(folder, str(model), tmp_path / "alone"))
+    assert "judge" not in alone and alone["sets"]["held out"]["accuracy"].keys() == {"reward", "logprob"}
+
+
+def test_pairs_that_are_fitted_and_tested_are_judged_fold_by_fold(folder, judged, tmp_path):
+    model, pairs, _ = judged
+    data = DataConfig(train="unused", eval={"same": str(pairs)}).eval
+    run(fitting(folder, model, pairs, tmp_path / "fitted", data=data, save_judge=False))
+    run(options_for(folder, str(model), tmp_path / "saved", data=data, reference="base"))
+    fitted, saved = (load_all(tmp_path / name / "evaluation")["same"] for name in ("fitted", "saved"))
+    expected = combine(fitted.margins("reward"), fitted.margins("implicit"), fitted.prompts)
+    for scores in (fitted, saved):
+        np.testing.assert_allclose(scores.margins("combined"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluate_score_best_of_n_and_python_give_the_same_score(folder, judged, tmp_path):
+    model, _, _ = judged
+    expected = load_all(model.parent / "out" / "evaluation")["held out"].combined
+    given = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]} for row in rows(folder)]
+    write_lines(tmp_path / "in.jsonl", given)
+    alone = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
+    score_file(
+        ScoringOptions(model=model, input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl", judge="combined"),
+        alone.for_job("score"),
+    )
+    ranking = {"candidates": tmp_path / "in.jsonl", "output_dir": tmp_path / "ranked", "judge": "combined"}
+    rank(RankingOptions(model=[str(model)], **ranking), alone.for_job("rank"))
+    scorer = load_judge(model, "combined", device="cpu")
+    scored = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    ranked = [json.loads(line) for line in (tmp_path / "ranked" / "ranked.jsonl").read_text().splitlines()]
+    for values, row, by_file, by_rank in zip(expected.tolist(), given, scored, ranked, strict=True):
+        found = scorer.score([user(row["prompt"])], row["responses"])
+        ranks = {each["response"]: each["score"] for each in by_rank["candidates"]}
+        for other in (found, by_file["scores"], [ranks[text] for text in row["responses"]]):
+            assert other == pytest.approx(values, rel=1e-5, abs=1e-5)
+    assert json.loads((tmp_path / "ranked" / "best_of_n.json").read_text())["judge"] == "combined"
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("classifier", {}, "classifier has no combined judge, which takes two heads: it has no LM head"),
+        ("policy", {}, "policy has no combined judge, which takes two heads: it has no trained reward head"),
+        (
+            "final",
+            {"max_pairs": 40},
+            r"--fit_judge judge has \d+ prompts, and the combined judge is fitted on 50 or more",
+        ),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_before_a_model_is_loaded(folder, judged, tmp_path, model, changes, message):
+    with pytest.raises((DataError, ModelError), match=message):
+        reference = {} if model != "final" else {"reference": str(folder / "base")}
+        run(fitting(folder, folder / model, judged[1], tmp_path / "out", **reference | changes))
+
+
+def test_options_of_the_fit_that_contradict_themselves_are_refused(tmp_path):
+    given = ["--model", "org/name", "--output_dir", str(tmp_path), "--data", "a.jsonl"]
+    with pytest.raises(ConfigError, match="saves the fit of --fit_judge, which is not given"):
+        read(EvaluationOptions, [*given, "--save_judge", "true"], about="")
+    with pytest.raises(ConfigError, match=r"takes one set(?s:.*)org/name is none"):
+        read(EvaluationOptions, [*given, "--save_judge", "true", "--fit_judge", "a.jsonl", "b.jsonl"], about="")
 
 
 @pytest.mark.parametrize(("misfits", "left_out", "cut"), [("leave_out", 1, 0), ("cut", 0, 1)])

@@ -6,6 +6,7 @@ import pytest
 from hafrm_ds.data.report import Example
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.pair_scores import PairScores, load_all
+from tests.test_objective import FIT
 
 REWARD = np.array([[2.0, 1.0], [-1.0, 0.0], [0.5, 0.5], [-4.0, 3.0]], dtype=np.float32)
 LOGPROB = np.array([[-8.0, -9.0], [-7.0, -5.0], [-6.0, -6.0], [-1.0, -2.0]], dtype=np.float32)
@@ -38,7 +39,7 @@ def test_mistakes_are_the_wrong_pairs_the_most_confident_first_and_no_ties():
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
-    scores = scored("a/b: ä", reward=REWARD, logprob=LOGPROB, reference=LOGPROB)
+    scores = scored("a/b: ä", reward=REWARD, logprob=LOGPROB, reference=LOGPROB, combined=REWARD + 1, fit=FIT)
     scores.texts = {3: Example("file:3", "two", "Why?", "Because.", "\x00 <b>")}
     scores.save(tmp_path)
     only_reward = scored("other", reward=REWARD)
@@ -50,8 +51,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert (again.step, again.beta, again.ids, again.sources, again.prompts, again.texts) == (
         (3, 0.5, scores.ids, scores.sources, scores.prompts, scores.texts)
     )
-    for name in ("num_tokens", "reward", "logprob", "reference"):
+    for name in ("num_tokens", "reward", "logprob", "reference", "combined"):
         np.testing.assert_array_equal(getattr(again, name), getattr(scores, name))
+    assert again.fit == scores.fit and loaded["other"].fit is None
+    assert list(again.judges) == ["reward", "implicit", "logprob", "combined"]
 
 
 def test_another_file_is_refused_by_name(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hafrm_ds import HybridRewardModel
+from hafrm_ds import HybridRewardModel, load_judge
 from hafrm_ds.config import LoraOptions, ModelConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import lay_out
@@ -183,6 +183,20 @@ def test_the_saved_model_and_the_exported_adapter_score_as_the_live_model(tmp_pa
     names = {file.name for file in (tmp_path / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "reward_head.safetensors", "hafrm.json"} <= names
     assert "model.safetensors" not in names
+
+
+def test_an_adapter_is_measured_against_the_base_that_it_is_put_on(tmp_path):
+    """hafrm.json of this one does not name the base."""
+    live = trained(save_tiny_model(tmp_path / "base"), tmp_path / "final", torch.float32)
+    export_model(tmp_path / "final", "adapter", tmp_path / "adapter")
+    judge = load_judge(tmp_path / "adapter", "implicit", device="cpu")
+    model = HybridRewardModel(live, judge.formatter, max_tokens=1000)
+    policy = torch.tensor(model.log_probs(CONVERSATIONS))
+    with adapters_off(live.causal_lm):
+        reference = torch.tensor(model.log_probs(CONVERSATIONS))
+    expected = 0.1 * (policy - reference)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(torch.tensor(judge.score(CONVERSATIONS)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_peft_loads_the_exported_adapter(tmp_path):

@@ -34,3 +34,9 @@ def test_a_card_says_where_there_is_no_reward():
     metadata = {"hafrm_ds": "0.1.0", "format": "hybrid", "config": {"objective": {"rm_weight": 0.0}}}
     assert "trained without a reward loss" in model_card(metadata)
     assert "is read at the last token" in model_card(metadata | {"config": {"objective": {"rm_weight": 1.0}}})
+
+
+def test_a_card_names_the_judge_that_was_fitted():
+    metadata = {"hafrm_ds": "0.1.0", "format": "hybrid", "judge": {"pairs": 1200, "set": "hh"}}
+    assert "weighted by a fit on 1,200 pairs of hh" in model_card(metadata)
+    assert "load_judge" not in model_card(metadata | {"format": "sequence-classification"})

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hafrm_ds import HybridRewardModel
-from hafrm_ds.errors import ModelError
+from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.saved import export, tensor_files
 from hafrm_ds.saved.export import export_model
 from hafrm_ds.saved.pad_token import PadToken
@@ -117,6 +117,22 @@ def test_what_has_no_place_in_a_stock_class_is_refused(tmp_path):
     export_model(biased, "policy", tmp_path / "export")
     with pytest.raises(ModelError, match=r"is an export \(policy\).*give the final/ folder"):
         HybridRewardModel.from_pretrained(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 50}, r"token id [\d,]+ \('.*'\) is beyond the embedding of .*final, which has 50 rows"),
+        ({"max_position_embeddings": 20}, r"tokens, more than the positions that the model knows \(20\)"),
+    ],
+)
+def test_sizes_are_checked_before_weights_are_read(tmp_path, monkeypatch, changes, message):
+    final = save_tiny_final(tmp_path / "final")
+    config = json.loads((final / "config.json").read_text())
+    (final / "config.json").write_text(json.dumps(config | changes))
+    monkeypatch.setattr(export.SavedModel, "hybrid_model", None)
+    with pytest.raises(DataError, match=message):
+        export_model(final, "policy", tmp_path / "export")
 
 
 def test_the_card_says_where_the_model_comes_from(tmp_path):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hafrm_ds import HybridRewardModel
+from hafrm_ds import HybridRewardModel, load_judge
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ModelError
 from hafrm_ds.saved.export import export_model
-from hafrm_ds.saved.opening import load_scorer, open_model, open_reference, open_reward_model
+from hafrm_ds.saved.opening import identity_of_model, load_scorer, open_model, open_reference, open_reward_model
+from tests.test_objective import FIT
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 CONVERSATIONS = [
@@ -63,13 +64,19 @@ def test_a_head_that_no_reward_loss_has_trained_gives_no_reward(tmp_path):
         export_model(folder, "sequence-classification", tmp_path / "export")
 
 
-def test_without_a_reward_head_the_implicit_reward_scores(tmp_path):
-    base = save_tiny_model(tmp_path / "base")
+def start_weights(folder, **tokenizer_options):
+    """Other weights than those of `save_tiny_final`, for the same tokens."""
+    base = save_tiny_model(folder, **tokenizer_options)
     weights = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
         for parameter in weights.parameters():
             parameter.mul_(0.8)
     weights.save_pretrained(base)
+    return base
+
+
+def test_without_a_reward_head_the_implicit_reward_scores(tmp_path):
+    base = start_weights(tmp_path / "base")
     dpo = save_tiny_final(tmp_path / "dpo", base=base, objective=DPO)
     differences = np.subtract(values(dpo, "logprob"), values(base, "logprob"))
     for saved in (open_reward_model(dpo), open_reward_model(dpo, reference=str(base))):
@@ -83,6 +90,45 @@ def test_without_a_reward_head_the_implicit_reward_scores(tmp_path):
         open_reward_model(moved)
     with pytest.raises(ModelError, match=r"no reward head.*give --reference"):
         open_reward_model(base)
+
+
+def test_both_heads_score_as_one_judge_by_the_saved_fit(final, tmp_path):
+    base = start_weights(tmp_path / "base", pad_token="</s>")
+    model = save_tiny_final(tmp_path / "model", base=base, pad_token="</s>", objective={"alpha": 0.2, "beta": 0.3})
+    with pytest.raises(ModelError, match=r"no combined judge: \S+hafrm\.json holds no fit.*--fit_judge SOURCE"):
+        open_reward_model(model, judge="combined")
+    metadata = json.loads((model / "hafrm.json").read_text())
+    (model / "hafrm.json").write_text(json.dumps(metadata | {"judge": FIT.to_json()}))
+    differences = np.subtract(values(model, "logprob"), values(base, "logprob"))
+    assert np.ptp(differences) > 1
+    expected = {
+        "reward": values(model, "reward"),
+        "implicit": 0.3 * differences,
+        "combined": 2 * np.array(values(model, "reward")) + 3 * 0.2 * differences,  # by the weights and beta of the fit
+    }
+    for judge, scores in expected.items():
+        for reference in (None,) if judge == "reward" else (None, str(base)):
+            scorer = load_judge(model, judge, reference=reference, device="cpu")
+            assert scorer.score(CONVERSATIONS) == pytest.approx(list(scores), abs=1e-4)
+    assert identity_of_model(open_reward_model(model, judge="combined"))["judge"] == FIT.to_json()
+    (model / "hafrm.json").write_text(json.dumps(metadata | {"judge": {"weights": [1, 2]}}))
+    with pytest.raises(ModelError, match=r"the combined judge in \S+hafrm\.json cannot be read"):
+        open_reward_model(model, judge="combined")
+
+
+def test_a_judge_that_a_model_does_not_have_is_refused_with_what_to_do(final, tmp_path):
+    dpo = save_tiny_final(tmp_path / "dpo", objective=DPO)
+    with pytest.raises(ModelError, match="leave out --judge, or give --judge implicit"):
+        open_reward_model(dpo, judge="reward")
+    with pytest.raises(ModelError, match="no combined judge, which takes two heads: it has no trained reward head"):
+        open_reward_model(dpo, judge="combined")
+    export_model(final, "sequence-classification", tmp_path / "classifier")
+    with pytest.raises(ModelError, match="no combined judge, which takes two heads: it has no LM head"):
+        open_reward_model(tmp_path / "classifier", judge="combined")
+    with pytest.raises(ModelError, match="has no LM head, so no implicit reward"):
+        open_reward_model(tmp_path / "classifier", judge="implicit")
+    with pytest.raises(ModelError, match=r"(?s)the reference of \S+ cannot be used \(--reference\).*example/tiny"):
+        open_reward_model(final, judge="implicit")
 
 
 def test_a_reference_that_would_read_other_tokens_is_refused(final, tmp_path):

@@ -63,7 +63,7 @@ def test_the_forms_of_a_row(fields, field, conversations):
         ({"messages": None}, r"needs messages.*\(fields: messages\)"),
         ({"prompt": "a", "response": "b", "context": "c"}, "context: filled, but not read"),
         ({"messages": [user("a"), assistant("b")], "prompt": "other"}, "prompt: filled, but not read"),
-        ({"prompt": "a", "response": "b", "tools": [{"name": "f"}]}, "field 'tools': has tool calls"),
+        ({"prompt": "a", "response": "b", "tools": "search"}, "field 'tools' is the text 'search', expected a list of"),
         ({"prompt": "a", "response": "b", "images": ["x.png"]}, "images: has images or other media"),
         ({"messages": [{"role": "narrator", "content": "a"}]}, "is the text 'narrator', expected one of system"),
         ({"messages": "a"}, "field 'messages' is the text 'a', expected a list of messages"),
@@ -97,6 +97,20 @@ def test_a_bad_line_is_kept_with_its_reason(model, line, fields, message):
     result = json.loads(written)
     assert result.pop("score") is None and result.pop("score_error") == error
     assert fields is None or result == fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({"prompt": "a", "response": "b", "tools": [{"name": "f"}]}, "tools"),
+        ({"prompt": "a", "response": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "tool calls"),
+        ({"messages": [user("a"), {"role": "tool", "content": "3"}, assistant("b")]}, "tool messages"),
+    ],
+)
+def test_tools_that_the_template_does_not_write_cost_a_row_its_score(model, fields, lost):
+    written, error = ScoredRow.read(json.dumps(fields).encode(), "in.jsonl:7", model).written([], "in.jsonl:7")
+    assert error.startswith(f"in.jsonl:7: the tokenizer's own chat template leaves out {lost}: the model would not see")
+    assert json.loads(written) == fields | {"score": None, "score_error": error}
 
 
 def test_a_row_comes_out_as_it_came_in_and_a_score_that_is_no_number_is_an_error(model):

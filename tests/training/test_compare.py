@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from hafrm_ds.config import ObjectiveConfig, TrainConfig
+from hafrm_ds.config import TrainConfig
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.report import writing
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training import compare as comparison
-from hafrm_ds.training.compare import arms_of, options_file, train_and_compare
+from hafrm_ds.training.compare import options_file, train_and_compare
+from hafrm_ds.training.sweep import arms_of, axes_of
 from launch.compare import CompareOptions
 from tests.evaluation.report.folders import pair_scores, training_rows, write_rows
 
@@ -37,7 +38,7 @@ def played(monkeypatch):
     each."""
     seen = {}
 
-    def train(run, train_script, port, processes):
+    def train(run, start, port, processes):
         file, page = (run.output_dir.parents[1] / name for name in ("comparison.json", "report.html"))
         title = page.read_text().split("<h1>")[1].split("</h1>")[0] if page.exists() else None
         seen[run.output_dir.name] = json.loads(file.read_text())["seeds"] if file.exists() else None, title
@@ -52,12 +53,13 @@ def played(monkeypatch):
         (run.output_dir / "summary.json").write_text(json.dumps({"steps": 3, "data": data}))
 
     monkeypatch.setattr(comparison, "train_in_child", train)
+    monkeypatch.setattr(comparison, "pairs_seen", lambda arms: {arm.name: 640 for arm in arms})
     return seen
 
 
 def start(config: TrainConfig, seeds: range) -> dict:
     processes = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
-    train_and_compare(config, arms_of(config, [], []), seeds, "train.py", processes)
+    train_and_compare(config, arms_of(config, axes_of(config, [], [], {})), seeds, Path("train.py"), processes)
     return json.loads((config.output_dir / "comparison.json").read_text())
 
 
@@ -98,53 +100,6 @@ def test_a_page_that_cannot_be_drawn_costs_no_results(tmp_path, played, capsys, 
     assert not (tmp_path / "report.html").exists()
 
 
-def test_arms_are_named_by_what_differs(tmp_path):
-    arms = {arm.name: arm for arm in arms_of(config_of(tmp_path), [0.05, 1], [0.1])}
-    assert list(arms) == ["baseline", "dpo", "haf-alpha0.05", "haf-alpha1"]
-    weights = {name: (arm.objective.rm_weight, arm.objective.alpha) for name, arm in arms.items()}
-    assert weights == {"baseline": (1, 0), "dpo": (0, 0.2), "haf-alpha0.05": (1, 0.05), "haf-alpha1": (1, 1)}
-    assert [arm.judge for arm in arms.values()] == ["reward", "implicit", "reward", "reward"]
-    assert isinstance(arms["haf-alpha1"].objective.alpha, float)
-
-
-def test_a_share_is_that_of_the_joint_loss_alone_and_alphas_take_its_place(tmp_path):
-    share = ObjectiveConfig(policy_share=0.5, policy_share_every=10)
-    config = config_of(tmp_path).model_copy(update={"objective": share})
-
-    def weights(alphas: list[float]) -> dict[str, tuple]:
-        arms = {arm.name: arm.objective for arm in arms_of(config, alphas, [])}
-        return {
-            name: (each.rm_weight, each.alpha, each.policy_share, each.policy_share_every)
-            for name, each in arms.items()
-        }
-
-    alone = {"baseline": (1, 0, None, None), "dpo": (0, 0.2, None, None)}
-    assert weights([]) == alone | {"haf": (1, None, 0.5, 10)}
-    assert weights([3.0]) == alone | {"haf": (1, 3.0, None, None)}
-
-
-@pytest.mark.parametrize(
-    ("alphas", "betas", "message"),
-    [
-        ([0.2, 0.2], [], "--alphas has 2 values that are written 0.2 in the names"),
-        ([], [1, 1.0000001, 2], "--betas has 2 values that are written 1 in the names"),
-        ([float("nan")], [], "--alphas has a value of nan; each must be a number above 0"),
-        ([0.1], [float("inf"), 0.1], "--betas has a value of inf; each must be a number above 0"),
-        ([0], [-1], "2 problems"),
-    ],
-)
-def test_values_that_make_no_arms_are_refused_by_name(tmp_path, alphas, betas, message):
-    with pytest.raises(ConfigError, match=message):
-        arms_of(config_of(tmp_path), alphas, betas)
-
-
-def test_an_option_that_an_arm_cannot_have_is_named_before_any_training(tmp_path):
-    config = config_of(tmp_path, objective={"use_margin": True, "alternate_every": 5})
-    with pytest.raises(ConfigError, match=r"baseline: objective\.alternate_every is 5") as caught:
-        arms_of(config, [], [])
-    assert any(problem.startswith("dpo: objective.use_margin") for problem in caught.value.problems)
-
-
 def test_numbers_of_the_command_line():
     def read_numbers(*words: str) -> CompareOptions:
         required = ["--output_dir", "o", "--model.name_or_path", "m", "--data.train", "a.jsonl"]
@@ -154,6 +109,13 @@ def test_numbers_of_the_command_line():
     assert options.alphas == [0.1, 2.0] and options.betas == [0.01]
     assert read_numbers("--alphas", "0.1", "2").alphas == [0.1, 2.0]
     assert type(options.run) is TrainConfig and "seeds" not in options.to_yaml()
+    assert read_numbers("--seed", "5", "--seeds", "2").all_seeds == range(5, 7)
+    assert read_numbers("--seed", "5", "--seeds", "3-22").all_seeds == range(3, 23)
+    for text in ("22-3", "0", "3-", "-3", "1.5"):
+        with pytest.raises(ConfigError, match="seeds: must be a whole number above 0, or a range as 3-22"):
+            read_numbers("--seeds", text)
+    sweep = read_numbers("--sweep", "{epochs: [1, 2.5], objective.beta: 0.1}").sweep
+    assert sweep == {"epochs": [1, 2.5], "objective.beta": [0.1]}
     for text in ("[0.1, 0.2", "[a, b]", "", "{a: 1}", "[[1]]"):
         with pytest.raises(ConfigError, match="alphas"):
             read_numbers("--alphas", text)

@@ -47,6 +47,15 @@ def test_margins_that_cannot_be_read_stop_a_run_that_uses_margins_alone(tmp_path
             assert "margins.jsonl:7: field 'margin' is the text 'much', expected a finite number" in str(caught.value)
 
 
+def test_the_best_by_both_heads_needs_enough_prompts(tmp_path):
+    more = {"data.eval": f"{{held: {write_pairs(tmp_path / 'few.jsonl', 20)}}}"}
+    more["evaluation.best_metric"] = "held/accuracy/combined"
+    with pytest.raises(
+        DataError, match=r"best_metric is held/accuracy/combined, but .*, held, has \d+ prompts.* 50 or"
+    ):
+        train(load_config(options_of(tmp_path, **more)), Processes(0, 0, 1, dist.HashStore()))
+
+
 def test_data_is_ready_before_the_process_group_is_started(tmp_path, monkeypatch):
     """Tokenising may take an hour; ranks that wait for it inside a collective would time out."""
 

@@ -35,23 +35,24 @@ from hafrm_ds.data.pairs import (
     MEDIA_NAMES,
     NO_TOOLS,
     ROLES,
-    TOOL_CALLS,
     Dropped,
+    MediaError,
     Message,
     Outcome,
     PreferencePair,
     Row,
-    UnsupportedRowError,
+    ToolCallsError,
     has_turns,
     names_in_words,
     parsed_messages,
 )
+from hafrm_ds.data.tool_calls import ToolRow
 from hafrm_ds.errors import DataError
 
 if TYPE_CHECKING:
     from hafrm_ds.data.sources import Source
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Part of the cache key of read data: raise it whenever a format makes another outcome of the same row."""
 
 
@@ -224,24 +225,31 @@ def read_pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]
     """
     unread, ignored = unread_columns(format_name, tuple(row.fields)), source.ignore_columns
     if row.fields.get("tools") not in NO_TOOLS and "tools" not in ignored:
-        return [Dropped(TOOL_CALLS)]
+        row = ToolRow.of(row)
     if any(is_filled(row.fields[name]) and name not in ignored for name in unread.media):
         return [Dropped(MEDIA)]
+    make = FORMATS[format_name].make
     try:
-        made = FORMATS[format_name].make(row, source)
-    except UnsupportedRowError as error:
-        return [Dropped(error.reason)]
+        try:
+            made = make(row, source)
+        except ToolCallsError:
+            row = ToolRow.of(row, ignored)
+            made = make(row, source)
+    except MediaError:
+        return [Dropped(MEDIA)]
     outcomes = [finished(each, row, source) for each in (made if isinstance(made, list) else [made])]
     lost = [name for name in unread.of_conversation if name not in ignored and may_be_lost(name, row.fields[name])]
     pairs = [outcome for outcome in outcomes if isinstance(outcome, PreferencePair)]
     if lost and pairs:
         said = [message for pair in pairs for message in (*pair.prompt, *pair.chosen, *pair.rejected)]
+        if isinstance(row, ToolRow):  # calls are no contents of messages
+            said += [{"content": text} for name in row.fields.keys() - {*lost} for text in texts_in(row.fields[name])]
         if lost := [name for name in lost if not repeats(row.fields[name], said)]:
             raise DataError(
                 f"{row.id}: {names_in_words(lost)}: filled, but not read in rows of format {format_name}; if nothing "
                 f"of the conversation is lost without, name it in ignore_columns of the source"
             )
-    return outcomes
+    return list(map(row.opened_pair, outcomes)) if isinstance(row, ToolRow) else outcomes
 
 
 def refuse_lost(row: Row, read: Iterable[str], said: Iterable[Message]) -> None:

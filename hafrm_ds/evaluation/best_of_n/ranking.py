@@ -29,7 +29,7 @@ from hafrm_ds.options import as_list
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
 from hafrm_ds.processes.ranks import Processes
-from hafrm_ds.saved.opening import identity_of_model, open_model
+from hafrm_ds.saved.opening import Judge, identity_of_model, open_model
 from hafrm_ds.scoring.files import ScoringOptions, score_file
 from hafrm_ds.scoring.rows import conversations_of, json_line, prompt_of
 
@@ -48,9 +48,12 @@ class RankingOptions(ScoringSection):
     """A file with answers: .jsonl, .json or .parquet."""
     gold: str | None = None
     """Another reward model, by whose scores the picks are judged. Default: field gold of the rows."""
+    judge: Judge | None = None
+    """What ranks: reward (the reward head), implicit (the policy against its reference) or combined (both as one, by
+    the fit that is saved with a model). Default: the reward head, and of a model without one the implicit reward."""
     reference: str | None = None
-    """Of a model without a reward head, what its implicit reward is measured against: a folder, a hub id, or base: what
-    its training started from. Default: base."""
+    """Of the implicit reward and the combined judge, what the policy is measured against: a folder, a hub id, or base:
+    what its training started from. Default: base."""
     sampling: SamplingOptions | None = None
 
     def contradictions(self) -> list[str]:
@@ -112,9 +115,17 @@ def rank(options: RankingOptions, processes: Processes) -> int:
     scorers = {f"scores-{number}.jsonl": model for number, model in enumerate(options.model, start=1)}
     if options.gold is not None:
         scorers[GOLD_FILE] = options.gold
-    scorings = {file: scoring_of(name, folder / file, options) for file, name in scorers.items()}
+    scorings = {
+        file: scoring_of(name, folder / file, options, None if file == GOLD_FILE else options.judge)
+        for file, name in scorers.items()
+    }
     if options.reference is not None and all(each.reference is None for each in scorings.values()):
-        raise ConfigError(["--reference is for models without a reward head, and all of these have one"])
+        raise ConfigError(
+            [
+                "--reference is for models without a reward head, and all of these have one; with one it takes --judge "
+                "implicit or combined"
+            ]
+        )
     identity: dict[str, Any] = {
         "models": {file: {"name": name} | identity_of_model(scorings[file].open()) for file, name in scorers.items()},
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
@@ -135,14 +146,16 @@ def rank(options: RankingOptions, processes: Processes) -> int:
     return int(num_bad)
 
 
-def scoring_of(name: str, output: Path, options: RankingOptions) -> ScoringOptions:
-    """How a model scores the candidates: the reference is for models without a reward head."""
-    needs_reference = "reward" not in open_model(name, **options.loading).heads
+def scoring_of(name: str, output: Path, options: RankingOptions, judge: Judge | None) -> ScoringOptions:
+    """How a model scores the candidates: the reward head needs no reference."""
+    has_head = "reward" in open_model(name, **options.loading).heads
+    needs_reference = judge != "reward" if judge is not None else not has_head
     return ScoringOptions(
         model=Path(name),
         input=options.output_dir / CANDIDATES_FILE,
         output=output,
         max_tokens_per_micro_batch=options.max_tokens_per_micro_batch,
+        judge=judge,
         reference=options.reference if needs_reference else None,
         **options.loading,
     )
@@ -181,8 +194,9 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
             raise row.fault(
                 "field 'responses'", responses, "answers to a prompt, or to messages that end with the user"
             )
-        has_prompt = row.given("prompt") and not earlier_turns(row)
-        prompt = fields["prompt"] if has_prompt else prompt_of(row)
+        prompt = prompt_of(row)
+        if row.given("prompt") and not earlier_turns(row) and "tools" not in prompt[0]:
+            prompt = fields["prompt"]
         kept = {"id": fields.get("id", row.id), "prompt": prompt, "responses": responses}
         num_responses = len(kept["responses"])
         if num_responses < 2:
@@ -240,6 +254,8 @@ def write_results(options: RankingOptions, scorers: dict[str, str], log: Console
         "prompts_not_scored": num_bad,
         "candidates": {"fewest": min(sizes), "most": max(sizes)},
     }
+    if options.judge is not None:
+        results["judge"] = options.judge
     if options.sampling is not None:
         results["sampling"] = json.loads((folder / SAMPLING_FILE).read_text())
     if has_gold:

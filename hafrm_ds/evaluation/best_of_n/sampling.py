@@ -30,22 +30,23 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from hafrm_ds.config import Positive, PositiveInt
 from hafrm_ds.data.files import file_table
 from hafrm_ds.data.formats import refuse_lost
-from hafrm_ds.data.formats.answers import EARLIER, earlier_turns
+from hafrm_ds.data.formats.answers import earlier_turns
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.pairs import Row
+from hafrm_ds.data.pairs import Message, Row
+from hafrm_ds.data.rendering_check import is_serious
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.loading import load_model_config
-from hafrm_ds.model.sizes import known_positions
+from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.options import Section
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import stamp, work_through
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.classifier import SavedClassifier
 from hafrm_ds.saved.folder import SavedModel
-from hafrm_ds.saved.opening import Saved, identity_of_model, open_model
+from hafrm_ds.saved.opening import identity_of_model, open_model
 from hafrm_ds.saved.policy import SavedPolicy
-from hafrm_ds.scoring.rows import json_line, prompt_of
+from hafrm_ds.scoring.rows import BESIDE, json_line, prompt_of
 
 PART = 16
 SAMPLING_FILE = "sampling.json"
@@ -53,6 +54,7 @@ SAMPLING_FILE = "sampling.json"
 TOO_FEW = "too few different answers"
 TOO_LONG = "longer than the policy takes with max_new_tokens"
 REFUSED = "the policy's template refuses it"
+LEFT_OUT = "the policy's template leaves out a part of it"
 
 
 class SamplingOptions(Section):
@@ -106,7 +108,8 @@ class Sampler(Protocol):
 class SamplingJob:
     """What is to be sampled. Build it with `open`.
 
-    sampler: "transformers" or "vllm". formatter: of the policy. rows: of the prompts.
+    sampler: "transformers" or "vllm". formatter: of the policy. rows: of the prompts. encoded: ids of each prompt, or
+    why it is dropped.
     """
 
     options: SamplingOptions
@@ -114,6 +117,7 @@ class SamplingJob:
     policy: SavedModel | SavedPolicy
     formatter: ChatFormatter
     rows: list[Row]
+    encoded: list[list[int] | str]
 
     @classmethod
     def open(cls, options: SamplingOptions, **how: Any) -> "SamplingJob":
@@ -123,7 +127,8 @@ class SamplingJob:
             how: dtype, trust_remote_code and trust_pickle of `open_model`.
 
         Raises:
-            DataError: the prompts cannot be used. ModelError: the policy or the sampler cannot.
+            DataError: the prompts cannot be used, or the policy has no embedding for their tokens. ModelError: the
+                policy or the sampler cannot.
         """
         policy = open_model(options.policy, chat_template=options.policy_chat_template, **how)
         if isinstance(policy, SavedClassifier) or "logprob" not in policy.heads:
@@ -140,8 +145,14 @@ class SamplingJob:
         for row in rows:
             if not isinstance(row.fields, dict):
                 raise row.fault("the row", row.fields, "an object with a prompt")
-            refuse_lost(row, ("prompt", "messages", *EARLIER), prompt_of(row))
-        return cls(options, sampler, policy, formatter, rows)
+            refuse_lost(row, ("prompt", "messages", *BESIDE), prompt_of(row))
+        sizes = ModelSizes.of(options.policy, load_model_config(policy.config))
+        longest = sizes.positions - options.max_new_tokens
+        encoded = [encode_prompt(formatter, prompt_of(row), longest) for row in rows]
+        if all(isinstance(each, str) for each in encoded):
+            raise DataError(f"no prompt of {name} can be asked: {', '.join(dict.fromkeys(map(str, encoded)))}")
+        sizes.check_ids((ids for ids in encoded if isinstance(ids, list)), formatter.tokenizer)
+        return cls(options, sampler, policy, formatter, rows, encoded)
 
     def identity(self) -> dict[str, Any]:
         """What the candidates depend on."""
@@ -191,24 +202,20 @@ class SamplingJob:
 
     def sample_part(self, part: range, sampler: Sampler) -> bytes:
         """The lines of a part: of a prompt that is dropped, the reason in `dropped`."""
-        options, longest = self.options, longest_prompt(self.policy, self.options.max_new_tokens)
+        options = self.options
         written = [{"id": self.rows[k].fields.get("id", self.rows[k].id)} for k in part]
         prompts: dict[int, list[int]] = {}  # by place in the part
         for place, k in enumerate(part):
             # As it stood in the file, unless other columns belong to it.
             prompt = prompt_of(self.rows[k])
             as_written = self.rows[k].fields.get("prompt")
-            is_whole = as_written is not None and not earlier_turns(self.rows[k])
+            is_whole = as_written is not None and not earlier_turns(self.rows[k]) and "tools" not in prompt[0]
             written[place]["prompt"] = as_written if is_whole else prompt
-            try:
-                ids = self.formatter.encode_prompt(prompt)
-            except jinja2.TemplateError:
-                written[place]["dropped"] = REFUSED
-                continue
-            if len(ids) > longest:
-                written[place]["dropped"] = TOO_LONG
+            encoded = self.encoded[k]
+            if isinstance(encoded, str):
+                written[place]["dropped"] = encoded
             else:
-                prompts[place] = ids
+                prompts[place] = encoded
         found: dict[int, dict[str, bool]] = {place: {} for place in prompts}
         for attempt in range(2):
             short = [place for place in prompts if len(found[place]) < options.num_candidates]
@@ -253,8 +260,16 @@ def request_for(prompt_ids: list[int], number: int, attempt: int, options: Sampl
     return Request(prompt_ids, tuple(temperatures.tolist()), int(numbers.integers(2**31)))
 
 
-def longest_prompt(policy: Saved, max_new_tokens: int) -> float:
-    return known_positions(load_model_config(policy.config)) - max_new_tokens
+def encode_prompt(formatter: ChatFormatter, prompt: list[Message], longest: float) -> list[int] | str:
+    """Ids of a prompt of at most `longest` tokens, or why it is dropped."""
+    try:
+        text = formatter.render_prompt(prompt)
+    except jinja2.TemplateError:
+        return REFUSED
+    if is_serious(formatter.left_out(prompt, text)):
+        return LEFT_OUT
+    [ids] = formatter.encode_rendered([text])
+    return TOO_LONG if len(ids) > longest else ids
 
 
 def stop_ids(eos: int | list[int] | None, formatter: ChatFormatter) -> list[int]:

@@ -19,7 +19,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from hafrm_ds.data.tables import MINUS, EstimateJson, printable, short
 
@@ -38,6 +38,10 @@ ALIKE = 1e-6
 """Values whose range is below this share of the largest of them, or of 1, are drawn as one."""
 LOG_SCALE_RATIO = 50
 """A curve whose largest value is this many times its median is drawn on a logarithmic axis, where that is allowed."""
+LOG_AXIS_RATIO = 16
+"""A varied number whose largest value is so many times its smallest stands on a logarithmic axis."""
+LABEL_SHARE = 0.09
+"""Of the width of an axis, what the label of a number takes."""
 LABEL_LENGTH = 46
 TICK_STEPS = (1, 2, 2.5, 5, 10)
 
@@ -281,6 +285,28 @@ def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str
 
 
 @matplotlib.rc_context(STYLE)
+def coverage_chart(title: str, rows: list[dict], series: dict[str, int]) -> Chart:
+    """Accuracy of each judge on the share of the pairs that it is surest of, as `analyse` gives it."""
+    figure, axes = new_figure()
+    shares, judges = [each["share"] for each in rows], list(rows[0]["accuracy"])
+    for judge in judges:
+        values = [each["accuracy"][judge] for each in rows]
+        axes.plot(shares, values, color=series_colour(series[judge]), marker="o", markersize=4.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    axes.set_title("accuracy")
+    axes.set_xlabel("share of the pairs, the surest first")
+    described = "; ".join(
+        f"{each['share']:.0%} of the pairs: " + ", ".join(f"{judge} {each['accuracy'][judge]:.1%}" for judge in judges)
+        for each in rows
+    )
+    keys = tuple(Key(judge, series[judge]) for judge in judges)
+    note = "Each judge leaves out the pairs with its smallest margins."
+    return Chart(title, to_svg(figure, f"{title}: {described}"), keys, note)
+
+
+@matplotlib.rc_context(STYLE)
 def intervals_chart(
     title: str,
     groups: Mapping[str, Mapping[str, EstimateJson]],
@@ -372,6 +398,62 @@ def bin_label(each: dict) -> str:
     if high is None:
         return f"{low}\nor more"
     return f"{each['low']}\n" if low == high else f"{low}\nto {high}"
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Differences in accuracy by a number that was varied: (number, difference) from left to right."""
+
+    label: str
+    series: int
+    points: list[tuple[float, EstimateJson]]
+
+
+@matplotlib.rc_context(STYLE)
+def gains_chart(title: str, unit: str, curves: list[Gains]) -> Chart:
+    """Differences in accuracy, with their intervals as bands, over a number; the dashed line is no difference.
+
+    Args:
+        unit: what the number is. Its axis is logarithmic from LOG_AXIS_RATIO on.
+    """
+    figure, axes = new_figure()
+    axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    numbers = sorted({number for curve in curves for number, _ in curve.points})
+    described = []
+    for curve in curves:
+        colour, dash = series_colour(curve.series), DASHES[curve.series // NUM_COLOURS % len(DASHES)]
+        x, values = [number for number, _ in curve.points], [each["value"] for _, each in curve.points]
+        low = [each["value"] if each["low"] is None else each["low"] for _, each in curve.points]
+        high = [each["value"] if each["high"] is None else each["high"] for _, each in curve.points]
+        if len(x) > 1:
+            axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+        else:
+            axes.plot([*x, *x], [*low, *high], color=colour, linewidth=2.2)
+        axes.plot(x, values, color=colour, linestyle=dash, marker="o", markersize=4.5)
+        at = ", ".join(f"{share_text(value)} at {short(number)}" for number, value in zip(x, values, strict=True))
+        described.append(f"{curve.label}: {at}")
+    if numbers[0] > 0 and numbers[-1] >= LOG_AXIS_RATIO * numbers[0]:
+        axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(apart(numbers, logarithmic=axes.get_xscale() == "log")))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    axes.set_title("difference in accuracy")
+    axes.set_xlabel(unit)
+    keys = tuple(Key(curve.label, curve.series) for curve in curves)
+    return Chart(title, to_svg(figure, f"{title}: {'; '.join(described)}"), keys)
+
+
+def apart(numbers: list[float], logarithmic: bool) -> list[float]:
+    """Those of increasing numbers whose labels have room beside one another on an axis: first and last always."""
+    places = np.log(numbers) if logarithmic else np.array(numbers)
+    least = (places[-1] - places[0]) * LABEL_SHARE
+    chosen = [0]
+    for place in range(1, len(numbers) - 1):
+        if places[place] - places[chosen[-1]] >= least and places[-1] - places[place] >= least:
+            chosen.append(place)
+    return [numbers[place] for place in dict.fromkeys([*chosen, len(numbers) - 1])]
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------

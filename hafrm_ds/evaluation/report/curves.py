@@ -45,10 +45,18 @@ TRAINING_PANELS = (
     Panel("Peak memory", "GiB, of the fullest process", {"memory_gib": ("", 0)}),
     Panel("Efficiency", "share", EFFICIENCY, SHARE | NOISY),
 )
+GRADIENT_PANELS = (
+    Panel(
+        "Pull of the losses on the body",
+        "share of the policy loss, and the cosine of both",
+        {"policy_share": ("share", 1), "body_grad_cosine": ("cosine", 3)},
+    ),
+    Panel("Weight of the policy loss", "alpha", {"alpha": ("", 1)}, {"may_be_logarithmic": True}),
+)
 EVALUATION_PANELS = (
     Panel("Accuracy over the steps", "accuracy", of_judges("accuracy", *JUDGES), SHARE),
     Panel("Loss over the steps", "nats", LOSS_PARTS),
-    Panel("Margin over the steps", "chosen less rejected", of_judges("margin", "reward", "implicit")),
+    Panel("Margin over the steps", "chosen less rejected", of_judges("margin", "reward", "implicit", "combined")),
 )
 
 

@@ -107,6 +107,7 @@ class Results:
     training: pd.DataFrame = field(default_factory=lambda: by_step([]))
     checks: pd.DataFrame = field(default_factory=lambda: by_step([]))
     checkpoints: pd.DataFrame = field(default_factory=lambda: by_step([]))
+    gradients: pd.DataFrame = field(default_factory=lambda: by_step([]))
     sets: dict[str, SetResult] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     benchmarks: dict[str, Any] = field(default_factory=dict)
@@ -144,7 +145,7 @@ def read_comparison(folder: Path) -> tuple[dict[str, Any], list[Path]]:
 def read_run(folder: Path) -> Results:
     """A run in any state. Raises DataError as `read_results` does."""
     rows = read_rows(folder / METRICS_FILE)
-    kinds: dict[str, list] = {"train": [], "eval": [], "check": [], "checkpoint": []}
+    kinds: dict[str, list] = {"train": [], "eval": [], "check": [], "checkpoint": [], "gradients": []}
     for row in rows:
         kinds.setdefault(row["kind"], []).append(row)
     over_steps: dict[str, list] = {}
@@ -163,6 +164,7 @@ def read_run(folder: Path) -> Results:
         training=by_step(kinds["train"]),
         checks=by_step(kinds["check"]),
         checkpoints=by_step(kinds["checkpoint"]),
+        gradients=by_step(kinds["gradients"]),
         sets={
             name: result_of(scores.get(name), by_step(over_steps.get(name, [])))
             for name in dict.fromkeys([*over_steps, *scores])

@@ -19,10 +19,11 @@ from hafrm_ds.data.tables import (
     share_estimate,
 )
 from hafrm_ds.evaluation.calibration import sigmoid
-from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, by_size, set_tables, sets_table
+from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, by_size, fit_in_words, set_tables, sets_table
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
     Chart,
+    coverage_chart,
     histogram_chart,
     intervals_chart,
     length_chart,
@@ -31,14 +32,20 @@ from hafrm_ds.evaluation.report.charts import (
 )
 from hafrm_ds.evaluation.report.curves import (
     EVALUATION_PANELS,
+    GRADIENT_PANELS,
     JUDGE_SERIES,
     TRAINING_PANELS,
     how_rows_are_drawn,
     panel_charts,
 )
+from hafrm_ds.evaluation.report.findings import findings
 from hafrm_ds.evaluation.report.reading import Results, SetResult, known
 
-HISTOGRAMS = {"reward": "score of the reward head", "implicit": "beta * (log pi - log pi_ref)"}
+HISTOGRAMS = {
+    "reward": "score of the reward head",
+    "implicit": "beta * (log pi - log pi_ref)",
+    "combined": "weighted sum of reward and implicit reward",
+}
 MAX_LISTED_SOURCES = 40
 
 
@@ -56,12 +63,14 @@ def results_page(results: Results) -> dict[str, Any]:
         "title": f"{kind} {results.name}",
         "subtitle": " · ".join(subtitle),
         "tiles": list(tiles(results)),
+        "findings": findings(results),
         "accuracies": sets_table({name: each.overview for name, each in results.sets.items()})
         if results.sets
         else None,
         "sets": [set_section(name, result) for name, result in results.sets.items()],
         "benchmarks": [benchmark_table(found) for found in results.benchmarks.values()],
-        "training": panel_charts(TRAINING_PANELS, results.training),
+        "training": panel_charts(TRAINING_PANELS, results.training)
+        + panel_charts(GRADIENT_PANELS, results.gradients, is_dotted=True),
         "training_note": how_rows_are_drawn(results.training),
         "data": results.data,
         "appendix": dict(appendix(results)),
@@ -131,6 +140,8 @@ def set_section(name: str, result: SetResult) -> dict[str, Any]:
         ties = {judge: number for judge, number in analysis["ties"].items() if number}
         facts += [f"{number:,} ties of {judge}" for judge, number in ties.items()]
         charts += analysis_charts(scores, analysis)
+    if scores is not None and scores.fit is not None:
+        facts.append(fit_in_words(scores.fit))
     return {
         "name": name,
         "facts": " · ".join(facts),
@@ -151,6 +162,8 @@ def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iter
             )
     if analysis["calibration"]:
         yield reliability_chart("Reliability", analysis["calibration"], series)
+    if analysis.get("coverage"):  # older results do not say
+        yield coverage_chart("Accuracy of the surest pairs", analysis["coverage"], series)
     if analysis["by_length_difference"]:
         yield length_chart("Accuracy by length difference", analysis["by_length_difference"], series)
     sources = by_size(analysis["by_source"])

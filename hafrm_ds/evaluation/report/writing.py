@@ -34,6 +34,8 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
     file = file or folder / REPORT_FILE
     if (folder / COMPARISON_FILE).exists():
         comparison, runs = read_comparison(folder)
+        if "sweep" in comparison:  # there may be thousands of runs, which no page lays side by side
+            return write(file, "sweep.html", methods_page(comparison, []))
         return write(file, "methods.html", methods_page(comparison, named_results(runs)))
     return write(file, "results.html", results_page(read_results(folder)))
 

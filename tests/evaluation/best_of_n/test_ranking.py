@@ -262,6 +262,82 @@ def test_prompts_that_the_policy_cannot_take_are_dropped(folder, tmp_path, capsy
     assert "1 of 2 prompts are dropped: longer than the policy takes" in capsys.readouterr().out
 
 
+def sampling_of(folder, output, **changes) -> RankingOptions:
+    """As by_sampling, with the prompts or the policy of a test."""
+    options = by_sampling(folder, output)
+    return options.model_copy(update={"sampling": options.sampling.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 50}, "token id .* is beyond the embedding of .*, which has 50 rows"),
+        ({"max_position_embeddings": 8}, "no prompt of .* can be asked: longer than the policy takes"),
+    ],
+)
+def test_a_policy_without_room_for_the_prompts_is_refused_before_it_is_loaded(
+    folder, tmp_path, monkeypatch, changes, message
+):
+    policy = save_tiny_model(tmp_path / "policy")
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | changes))
+    monkeypatch.setattr(sampling, "TransformersSampler", None)
+    with pytest.raises(DataError, match=message):
+        rank(sampling_of(folder, tmp_path / "out", policy=str(policy)), alone())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_of_which_the_policy_sees_a_part_is_dropped(folder, tmp_path):
+    policy = save_tiny_model(
+        tmp_path / "policy",
+        chat_template="{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}",
+    )
+    prompts = write(tmp_path / "in.jsonl", [{"prompt": "a", "system": "Be brief."}, {"prompt": "b"}])
+    rank(sampling_of(folder, tmp_path / "out", policy=str(policy), prompts=prompts), alone())
+    assert [row["prompt"] for row in lines(tmp_path / "out" / "candidates.jsonl")] == ["b"]
+    results = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
+    assert results["sampling"]["dropped"] == {sampling.LEFT_OUT: 1}
+
+
+# ---- tools ---------------------------------------------------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "Finds."}}]
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for message in messages %}"
+    "{{ 'tool' if message.role == 'tool' else message.role }}:{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}</s>{% endfor %}"
+)
+
+
+def test_tools_belong_to_a_prompt(folder, tmp_path):
+    """They are rendered for the policy and for the reward models, or the prompt is dropped."""
+    model = save_tiny_final(tmp_path / "model", chat_template=WITH_TOOLS)
+    policy = save_tiny_model(tmp_path / "policy", chat_template=WITH_TOOLS)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 7}}}]}
+    rows = [
+        {"prompt": "a", "tools": TOOLS},
+        {"prompt": [user("b"), call, {"role": "tool", "content": "8"}], "tools": json.dumps(TOOLS)},
+    ]
+    prompts = write(tmp_path / "in.jsonl", rows)
+    options = sampling_of(folder, tmp_path / "out", policy=str(policy), prompts=prompts)
+    options = options.model_copy(update={"model": [str(model)], "gold": None})
+    assert rank(options, alone()) == 0
+    scorer = HybridRewardModel.from_pretrained(model)
+    ranked = lines(tmp_path / "out" / "ranked.jsonl")
+    assert [row["prompt"][0] for row in ranked] == [user("a") | {"tools": TOOLS}, user("b") | {"tools": TOOLS}]
+    assert '{"name": "f", "arguments": {"x": 7}}</s>tool:8</s>' in scorer.formatter.render(ranked[1]["prompt"])
+    for row in ranked:
+        scores = scorer.score(row["prompt"], [each["response"] for each in row["candidates"]])
+        assert [each["score"] for each in row["candidates"]] == pytest.approx(scores, abs=1e-5)
+    with pytest.raises(DataError, match=f"can be asked: {sampling.LEFT_OUT}"):
+        rank(sampling_of(folder, tmp_path / "other", prompts=prompts), alone())
+
+    given = write(tmp_path / "given.jsonl", [row | {"responses": ["x", [call | {"content": "y"}]]} for row in rows])
+    candidates = read_candidates(given)
+    assert [row["prompt"] for row in candidates] == [row["prompt"] for row in ranked]
+    assert candidates[0].keys() == {"id", "prompt", "responses"}
+
+
 @dataclasses.dataclass
 class SamplingParams:
     """Fields of vLLM's that are used here, with its defaults."""

@@ -1,7 +1,9 @@
 """Folders of runs and evaluations, written without a model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -9,9 +11,11 @@ import yaml
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.report import Counts, DataReport, Example, TemplateFacts
 from hafrm_ds.evaluation.analysis import analyse
-from hafrm_ds.evaluation.comparison import COMPARISON_FILE, Method, compare, run_folder
+from hafrm_ds.evaluation.comparison import COMPARISON_FILE, Judged, Method, compare, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
+from hafrm_ds.training.sweep import Arm, arms_of, axes_of
 from tests.evaluation.benchmarks.rows import rm_bench_row, summary
+from tests.test_objective import FIT
 
 EVIL = "</pre></details><script>alert('&amp;')</script>\x00\x1b[31m\u202e"
 EVIL_AS_SHOWN = (
@@ -112,6 +116,7 @@ def write_run(folder: Path, *, steps: int = 40, policy: bool = True) -> Path:
 
 def write_evaluation(folder: Path) -> Path:
     scores = pair_scores("arena")
+    scores.combined, scores.fit = FIT.score(scores.reward, scores.logprob, scores.reference), FIT
     scores.save(folder / SCORES_FOLDER)
     chat = summary("rm-bench", folder, [rm_bench_row("chat")] * 2, CHAT_REWARDS)
     content = {
@@ -144,11 +149,48 @@ def write_comparison(folder: Path, shares: dict[str, list[float]], planned_seeds
             for scores in trainings[-1].values():
                 scores.save(run / SCORES_FOLDER)
             write_rows(run, training_rows(5, policy=False))
-        methods.append(Method(name, "reward", trainings))
+        judged = [{each: Judged.of(scores) for each, scores in sets.items()} for sets in trainings]
+        methods.append(Method(name, "reward", judged))
     seeds = range(len(next(iter(shares.values()))))
     results = compare(methods, ["near", "far <b>"], seeds, planned_seeds)
     (folder / COMPARISON_FILE).write_text(json.dumps(results))
     return folder
+
+
+def write_sweep(
+    folder: Path, sweep: dict[str, list], share_right: Callable[[Arm, str], float], num_seeds: int = 3
+) -> dict[str, Any]:
+    """The results of a sweep, which are returned too.
+
+    Args:
+        sweep: option -> its values.
+        share_right: of 200 pairs of both sets, what a judge of an arm gets right: the same pairs first in all trainings
+            of a seed.
+    """
+    folder.mkdir(exist_ok=True)
+    config = TrainConfig.model_validate(
+        {
+            "output_dir": str(folder),
+            "model": {"name_or_path": "some/model"},
+            "data": {"train": "pairs.jsonl", "eval": {"near": "near.jsonl", "far": "far.jsonl"}},
+        }
+    )
+    axes = axes_of(config, [], [], sweep)
+    judges = {"baseline": ["reward"], "dpo": ["implicit", "logprob"], "haf": ["reward", "implicit", "logprob"]}
+    names, methods = [str(place) for place in range(200)], []
+    for arm in arms_of(config, axes):
+        trainings = []
+        for seed in range(num_seeds):
+            order = np.random.default_rng(seed).permutation(200)
+            right = {
+                judge: (order < round(200 * share_right(arm, judge))) * np.float32(1) for judge in judges[arm.kind]
+            }
+            trainings.append(dict.fromkeys(("near", "far"), Judged(names, names, right)))
+        methods.append(Method(arm.name, arm.judge, trainings, arm.cells))
+    seeds = range(num_seeds)
+    results = compare(methods, ["near", "far"], seeds, seeds, {axis.name: axis.to_json() for axis in axes})
+    (folder / COMPARISON_FILE).write_text(json.dumps(results))
+    return results
 
 
 def changed_config(folder: Path, section: str, **values) -> None:

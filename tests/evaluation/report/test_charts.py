@@ -11,8 +11,11 @@ from hafrm_ds.evaluation.report.charts import (
     MAX_POINTS,
     MIN_BINS,
     Curve,
+    Gains,
+    apart,
     condensed,
     curves_chart,
+    gains_chart,
     histogram_chart,
     histogram_edges,
     intervals_chart,
@@ -128,6 +131,32 @@ def test_differences_stand_around_zero_and_accuracies_end_at_all():
     accuracies = intervals_chart("A", groups, {"one": 0}).svg
     assert "difference in accuracy" in differences and ">100%<" not in differences
     assert "difference" not in accuracies and ">100%<" in accuracies
+
+
+def test_gains_stand_over_their_numbers_on_a_logarithmic_axis_where_these_are_far_apart():
+    def line(*numbers: float) -> Gains:
+        return Gains("a line", 0, [(number, {"value": 0.1, "low": 0.05, "high": None}) for number in numbers])
+
+    chart = gains_chart("A gain", "pairs", [line(80, 5120), line(320)])
+    assert "a line: 10% at 80, 10% at 5120; a line: 10% at 320" in chart.svg and len(chart.legend) == 2
+    places = {
+        numbers: [
+            float(x)
+            for x in re.findall(
+                r'<use href="#[^"]*" x="([\d.]+)" y="[\d.]+" style="fill: var\(--series-1',
+                gains_chart("", "", [line(*numbers)]).svg,
+            )
+        ]
+        for numbers in ((1, 4, 16), (0, 8, 16))
+    }
+    for numbers, (_, left, middle, right) in places.items():  # of the marker itself, and where it is used
+        assert middle - left == pytest.approx(right - middle, abs=0.2), numbers
+
+
+def test_labels_of_numbers_leave_room_for_one_another():
+    assert apart([0, 0.5, 0.9, 0.95, 1], logarithmic=False) == [0, 0.5, 0.9, 1]
+    assert apart([80, 320, 1280, 5120], logarithmic=True) == [80, 320, 1280, 5120]
+    assert apart([7], logarithmic=False) == [7]
 
 
 def test_length_bins_are_named_by_their_ends_and_pairs():

@@ -4,7 +4,8 @@ import pytest
 
 from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
 from tests.evaluation.report.chromium import DESKTOP, PHONE, PROGRAM, Chromium
-from tests.evaluation.report.folders import write_comparison, write_evaluation, write_run
+from tests.evaluation.report.folders import write_comparison, write_evaluation, write_run, write_sweep
+from tests.evaluation.report.test_sweep_page import SHARES_AND_SIZES, planted
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium is installed")
 
@@ -58,12 +59,15 @@ def pages(tmp_path_factory):
     runs = [write_run(folder / name) for name in ("a_run_with_quite_a_long_name_that_goes_on", "two")]
     evaluation, methods = folder / "evaluation", folder / "methods"
     evaluation.mkdir()
+    sweep = folder / "sweep"
+    write_sweep(sweep, SHARES_AND_SIZES | {"data.train.portion": [":80", ":320"]}, planted)
     write_comparison(methods, {"baseline": [0.6], "haf-alpha0.2-beta0.1": [0.8]}, range(2))
     return (
         write_report(runs[0]),
         write_comparison_report(runs, folder / "both.html"),
         write_report(write_evaluation(evaluation)),
         write_report(methods),
+        write_report(sweep),
     )
 
 

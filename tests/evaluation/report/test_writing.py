@@ -110,6 +110,7 @@ def test_all_charts_are_there(page):
         "Distribution of the reward head",
         "Distribution of the implicit reward",
         "Reliability",
+        "Accuracy of the surest pairs",
         "Accuracy by length difference",
         "Accuracy by source",
         "Loss",
@@ -197,6 +198,23 @@ def test_an_evaluation_has_its_accuracies_and_benchmarks(tmp_path):
     assert page.row("overall")[:2] == ["2", "-"]  # three of the four domains have no questions
     assert "RM-Bench (1 questions with a cut prompt)" in html
     assert "Reliability" in page.titles and "Why 0?" in html and page.row("python")[0] == "3.99"
+
+
+def test_both_heads_as_one_judge_have_their_column_weights_and_curve(tmp_path):
+    folder = write_evaluation(tmp_path)
+    html = write_report(folder).read_text()
+    page = Page(html)
+    assert page.row("accuracy")[:6] == ["pairs", "reward head", "implicit reward", "log-prob", "both heads", "longer"]
+    found = json.loads((folder / "evaluation.json").read_text())["sets"]["arena"]
+    assert f"{found['accuracy']['combined']['value']:.1%}" in page.row("arena")[4]
+    assert "weight 1.00 [0.50, 1.50] of the reward head, 0.75 [0.62, 0.88] of the implicit reward, fitted on 80" in html
+    half, everything = (each for each in found["coverage"] if each["share"] in (0.5, 1.0))
+    assert f"50% of the pairs: reward {half['accuracy']['reward']:.1%}" in html and half["pairs"] == 30
+    for judge, value in everything["accuracy"].items():
+        assert value == pytest.approx(found["accuracy"][judge]["value"])
+    heads = found["heads"]
+    assert heads["agree"]["pairs"] + heads["disagree"]["pairs"] == 60
+    assert page.row("accuracy where reward head and implicit reward")[6] == f"{heads['agree']['pairs']}"
 
 
 def test_several_runs_stand_side_by_side(tmp_path):

@@ -1,0 +1,165 @@
+"""Both heads of a model as one judge: what each of them counts, by logistic regression on pairs that are kept out of
+the test.
+
+A pair's logit is w_r * (margin of the reward head) + w_i * (margin of the implicit reward). Which of its answers stands
+first says nothing, so there is no intercept. Prompts are dealt into folds by a hash of their names: a pair is judged by
+weights that were fitted without its fold, so no pair is judged by a fit that has seen its label or that of another pair
+of its prompt.
+
+Legend: P pairs, F folds. The second axis of [P, 2] is (reward head, implicit reward), or any two judges. A margin is
+the score of the chosen answer less that of the rejected one; the label says that it should be above 0.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from hafrm_ds.evaluation.calibration import sigmoid
+from hafrm_ds.evaluation.pair_scores import PairScores
+from hafrm_ds.objective import JudgeFit
+
+FEWEST_PROMPTS = 50
+"""On fewer, two weights say more of the pairs than of the model."""
+NUM_FOLDS = 5
+RIDGE = 1.0
+"""Penalty on half the squared weights of margins over their deviations: what a single pair can pull. It bounds the
+weights where they judge every pair right."""
+MOST_STEPS = 100
+TOLERANCE = 1e-10
+NORMAL_QUANTILE = 1.959963984540054
+"""Of 97.5%."""
+
+
+class Weights(NamedTuple):
+    """A fit on margins [P, 2]: weights [2] of the margins as they are, standard errors [2] of these, and the root mean
+    squares [2] of the margins."""
+
+    values: np.ndarray
+    errors: np.ndarray
+    deviations: np.ndarray
+
+
+def fit_weights(margins: np.ndarray, prompts: Sequence[str]) -> Weights:
+    """Logistic regression of the label on margins [P, 2], without intercept, by Newton's method in fp64.
+
+    The standard errors are those of the sandwich estimator, clustered by prompt (Liang & Zeger 1986). Margins that are
+    not finite have weights that are not finite either.
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    deviations = np.sqrt(np.mean(margins**2, axis=0))
+    if not np.isfinite(deviations).all():
+        return Weights(np.full(2, np.nan), np.full(2, np.nan), deviations)
+    scale = np.where(deviations > 0, deviations, 1.0)  # a head that says nothing gets the weight 0
+    x = margins / scale
+
+    def loss(weights: np.ndarray) -> float:
+        return float(np.logaddexp(0, -x @ weights).sum() + RIDGE / 2 * weights @ weights)
+
+    weights = np.zeros(2)
+    for _ in range(MOST_STEPS):
+        wrong = sigmoid(-x @ weights)
+        gradients = -wrong[:, None] * x
+        hessian = (x * (wrong * (1 - wrong))[:, None]).T @ x + RIDGE * np.eye(2)
+        step = np.linalg.solve(hessian, gradients.sum(axis=0) + RIDGE * weights)
+        while np.abs(step).max() > TOLERANCE and loss(weights - step) > loss(weights):
+            step /= 2
+        weights = weights - step
+        if np.abs(step).max() <= TOLERANCE:
+            break
+    _, cluster = np.unique(np.asarray(prompts), return_inverse=True)
+    pulls = np.stack([np.bincount(cluster, weights=column) for column in gradients.T])  # [2, prompts]
+    inverse = np.linalg.inv(hessian)
+    errors = np.sqrt(np.diag(inverse @ pulls @ pulls.T @ inverse))
+    return Weights(weights / scale, errors / scale, deviations)
+
+
+def folds_of(prompts: Sequence[str]) -> np.ndarray:
+    """The fold of each prompt, [P], by its name alone: the same on every machine, in any order of the pairs."""
+    return np.array([hashlib.blake2b(prompt.encode()).digest()[0] for prompt in prompts], dtype=np.int64) % NUM_FOLDS
+
+
+def held_out_weights(margins: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """The weights that are fitted without each fold, [F, 2], on margins [P, 2]."""
+    folds, names = folds_of(prompts), np.asarray(prompts)
+    return np.stack([fit_weights(margins[folds != fold], names[folds != fold]).values for fold in range(NUM_FOLDS)])
+
+
+def combine(first: np.ndarray, second: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """Two judges as one: its margins, each by weights that were fitted without the fold of its prompt.
+
+    The judges may be the heads of one model, or of two that were trained apart.
+
+    Args:
+        first, second: [P] their margins on the same pairs.
+        prompts: [P] the prompt of each pair, by any name.
+
+    Returns:
+        [P] fp64, in logits.
+    """
+    margins = np.stack([first, second], axis=1).astype(np.float64)
+    return np.einsum("pj,pj->p", held_out_weights(margins, prompts)[folds_of(prompts)], margins)
+
+
+@dataclass(frozen=True)
+class CombinedJudge:
+    """A fit with the prompts that it has seen, so that it judges none of them by what it has learned from them.
+
+    prompts: the names of those prompts, where they are at hand. Of a fit that was saved only their hash is: a set of
+    just these prompts is then judged fold by fold, and any other by the whole fit.
+    """
+
+    fit: JudgeFit
+    prompts: frozenset[str] = frozenset()
+
+    @classmethod
+    def fitted_on(cls, scores: PairScores) -> "CombinedJudge | None":
+        """The judge of a set of pairs; None where they lack one of the heads, or have too few prompts for a fit."""
+        prompts = frozenset(scores.prompts)
+        if not {"reward", "implicit"} <= scores.judges.keys() or len(prompts) < FEWEST_PROMPTS:
+            return None
+        margins = np.stack([scores.margins(judge) for judge in ("reward", "implicit")], axis=1)
+        found = fit_weights(margins, scores.prompts)
+        reach = NORMAL_QUANTILE * found.errors
+        fit = JudgeFit(
+            weights=as_pair(found.values),
+            low=as_pair(found.values - reach),
+            high=as_pair(found.values + reach),
+            deviations=as_pair(found.deviations),
+            beta=scores.beta,
+            set=scores.set,
+            pairs=len(scores),
+            prompts=len(prompts),
+            prompts_sha256=hash_of(prompts),
+            folds=tuple(map(as_pair, held_out_weights(margins, scores.prompts))),
+        )
+        return cls(fit, prompts)
+
+    def judge(self, scores: PairScores) -> None:
+        """Add what it says to the scores of a set, where these have both heads."""
+        if scores.reward is None or scores.logprob is None or scores.reference is None:
+            return
+        combined = np.empty_like(scores.reward)
+        number = np.where(self.has_seen(scores.prompts), folds_of(scores.prompts), NUM_FOLDS)
+        for fold, weights in enumerate((*self.fit.folds, self.fit.weights)):
+            mine = number == fold
+            part = replace(self.fit, weights=weights)
+            combined[mine] = part.score(scores.reward[mine], scores.logprob[mine], scores.reference[mine])
+        scores.combined, scores.fit = combined, self.fit
+
+    def has_seen(self, prompts: Sequence[str]) -> np.ndarray:
+        """Which of the prompts of a set it was fitted on, [P] bool."""
+        if not self.prompts:
+            return np.full(len(prompts), hash_of(frozenset(prompts)) == self.fit.prompts_sha256)
+        return np.array([prompt in self.prompts for prompt in prompts], dtype=bool)
+
+
+def as_pair(values: np.ndarray) -> tuple[float, float]:
+    return float(values[0]), float(values[1])
+
+
+def hash_of(prompts: frozenset[str]) -> str:
+    """SHA-256 of the names of prompts."""
+    return hashlib.sha256("\n".join(sorted(prompts)).encode()).hexdigest()
