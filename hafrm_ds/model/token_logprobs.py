@@ -19,11 +19,11 @@ from torch import Tensor
 LOGPROB_VERSION = 1
 """Of what a log-prob means. Raised when values computed before must not be mixed with values computed after."""
 
-BLOCK_BYTES = 512 * 2**20
+BLOCK_BYTES = 256 * 2**20
 """The product of states and a block of the weight stays below this size, in the dtype of the weights."""
 COLUMNS = 256
 """Blocks are whole multiples of so many columns: the widest tile of a matrix product on GPUs."""
-TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
 """By kind of device, fp32 logits that are computed with at a time: what a CPU's caches hold, and what is worth starting
 threads or a kernel for."""
 
