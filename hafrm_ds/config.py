@@ -81,6 +81,12 @@ class ModelConfig(Section):
     """Kernel of the layouts without padding. auto: the first of these that runs here. fa3, fa2, fa4: the packages of
     FlashAttention 3, 2 and 4. varlen: the FlashAttention inside torch. segmented: torch's scaled_dot_product_attention,
     segment by segment, for CPU, float32 and soft caps."""
+    log_probs: Literal["torch", "triton"] = "torch"
+    """What turns blocks of the LM head's products into log-probs and their gradient. torch: its own operations. triton:
+    a kernel for each, which reads and writes a logit once, on NVIDIA GPUs."""
+    router_aux_loss: Literal["own"] | None = None
+    """own: of a mixture of experts, add the load-balancing loss of its routers by the weight in its own configuration
+    (router_aux_loss_coef). It is computed for each pair. Default: it is not trained."""
     gradient_checkpointing: bool = False
     """Recompute each layer in backward: activations of one layer in memory instead of all, for about a third more
     compute."""
@@ -473,6 +479,9 @@ def share_problems(config: TrainConfig) -> Iterator[str]:
     wrong = " and ".join(fault for fault, is_there in faults.items() if is_there)
     if wrong and (name := next((name for name, is_asked in asked.items() if is_asked), None)):
         yield f"{name} needs both losses in every step, but {wrong}"
+    measured = next((name for name, is_asked in asked.items() if is_asked), None)
+    if measured and config.model.router_aux_loss is not None:
+        yield f"{measured} measures two losses, but model.router_aux_loss adds a third: leave one of the two out"
     if objective.policy_share is not None and config.model.reward_head_init == "zero":
         yield (
             "objective.policy_share cannot begin with model.reward_head_init zero: through a head of zeros the reward "

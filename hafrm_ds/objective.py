@@ -4,7 +4,7 @@ Legend: P pairs, N = 2P responses ordered [chosen 0, rejected 0, chosen 1, rejec
 per pair ([P]); nothing here averages. The loop divides once, by the pairs of the global batch.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +17,17 @@ from hafrm_ds.config import ObjectiveConfig
 Values = TypeVar("Values", Tensor, np.ndarray)
 
 
+class RouterUse(NamedTuple):
+    """How a mixture of experts spread the tokens of P pairs over E experts in L layers.
+
+    loss: [P] fp32, smallest (k, for k experts a token) where all get as many. load: [P, L, E] fp32, tokens that each
+    expert got, without gradient.
+    """
+
+    loss: Tensor
+    load: Tensor
+
+
 class ResponseScores(NamedTuple):
     """What the model says about N responses. The one output of the model, for every use.
 
@@ -26,12 +37,14 @@ class ResponseScores(NamedTuple):
     logprob: [N] fp32, log pi(response | prompt) summed over its tokens; None when the LM head was not run.
     num_tokens: [N] int64, tokens of each response.
     token_logprobs: [M] fp32, log pi of each response token, response after response; None without logprob.
+    router: of pairs, where it was asked for.
     """
 
     reward: Tensor | None
     logprob: Tensor | None
     num_tokens: Tensor
     token_logprobs: Tensor | None = None
+    router: RouterUse | None = None
 
     def of(self, head: str) -> Tensor:
         """[N] (or [M]): what the model was asked for, by the name of its field."""
@@ -148,11 +161,17 @@ class JointLoss:
 
     The parts are `loss/reward` and `loss/policy` in the rows of training and evaluation alike: the losses that are
     trained, with the pairs' margins and label smoothing where the objective uses them. Centering is in the total alone.
+    router: that of the experts' routers, where it is trained.
     """
 
     total: Tensor
     reward: Tensor | None
     policy: Tensor | None
+    router: Tensor | None = None
+
+    def with_router(self, router: Tensor, coefficient: float) -> "JointLoss":
+        """The same with the loss of the routers, [P], in the total."""
+        return replace(self, total=self.total + coefficient * router, router=router)
 
 
 def joint_loss(

@@ -23,6 +23,7 @@ SHAPE = {
     "eos_token_id": 2,
 }
 GROUPED = {"num_key_value_heads": 2}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 # Family -> config class and what differs from SHAPE. Windows are shorter than the test sequences, so that they matter.
 FAMILIES = {
@@ -60,10 +61,23 @@ MASKED_WINDOW = {
 }
 """Not of the families: its window is in its attention mask alone."""
 
+TWO_OF_FOUR = {**GROUPED, "num_experts_per_tok": 2}
+EXPERTS = {
+    "qwen3-moe": ("Qwen3MoeConfig", {**TWO_OF_FOUR, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16}),
+    "mixtral": ("MixtralConfig", {**TWO_OF_FOUR, "num_local_experts": 4}),
+    "olmoe": ("OlmoeConfig", {**TWO_OF_FOUR, "num_experts": 4}),
+    # Its attention has sinks, which the layouts without padding do not know.
+    "gpt-oss": (
+        "GptOssConfig",
+        {**TWO_OF_FOUR, "head_dim": 8, "num_local_experts": 4, "sliding_window": 6, "rope_parameters": ROPE},
+    ),
+}
+"""Mixtures of experts."""
+
 
 def tiny_causal_lm(family: str, seed: int = 0, **shape) -> transformers.PreTrainedModel:
     """fp32, every parameter moved off its initial value, so that no bias is 0 and no norm is 1."""
-    class_name, changes = (FAMILIES | STATE_SPACE | MASKED_WINDOW)[family]
+    class_name, changes = (FAMILIES | STATE_SPACE | MASKED_WINDOW | EXPERTS)[family]
     config = getattr(transformers, class_name)(**{"tie_word_embeddings": False, **SHAPE, **changes, **shape})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

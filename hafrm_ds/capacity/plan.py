@@ -210,8 +210,9 @@ class Plan:
 
     @property
     def micro_batch_pass(self) -> Pass:
-        objective = self.config.objective
-        return Pass(self.workload.layout, self.machines.device_type, objective.uses_reward, objective.uses_policy)
+        objective, layout, device_type = self.config.objective, self.workload.layout, self.machines.device_type
+        log_probs = self.config.model.log_probs
+        return Pass(layout, device_type, objective.uses_reward, objective.uses_policy, log_probs=log_probs)
 
     @cached_property
     def working_memory(self) -> dict[bool, WorkingMemory]:
@@ -228,7 +229,7 @@ class Plan:
         return {}
 
     def working_bytes(self, checkpointing: bool, num_tokens: int) -> float:
-        """Bytes of one micro-batch, also of a small one whose logits do not fill a chunk."""
+        """Bytes of one micro-batch, also of a small one whose logits do not fill a block."""
         tokens_of_pair = len(self.usual_item.prompt) + sum(map(len, self.usual_item.responses))
         num_pairs = max(1, num_tokens // tokens_of_pair)
         if (checkpointing, num_pairs) not in self.traced:

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from hafrm_ds.capacity.zero import Parameters
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import ModelError
+from hafrm_ds.model.experts import expert_layers
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, freeze_unused_heads, make_reward_head
 from hafrm_ds.model.loading import DTYPES, first_line, load_model_config
 from hafrm_ds.model.lora import add_adapters, check_packages
@@ -60,4 +61,8 @@ def count_parameters(model: HybridModel, quantize: str) -> Parameters:
         frozen_bytes=sum(p.numel() * (QUANTIZED_BYTES[quantize] if p in packed else size) for p in frozen),
         sizes=tuple(p.numel() for p in model.parameters()),
         weight_bytes=size,
+        largest=max(
+            *(p.numel() for p in model.parameters()),
+            *(sum(p.numel() for p in layer.parameters()) for layer in expert_layers(model.causal_lm)),
+        ),
     )

@@ -1,4 +1,4 @@
-"""What a micro-batch takes beyond weights and optimizer: activations, temporaries, logits in chunks.
+"""What a micro-batch takes beyond weights and optimizer: activations, temporaries, logits in blocks.
 
 It is traced, not derived: the model runs forward and backward on torch's meta device, where tensors have shapes and no
 content, and the storages that are alive are added up. So it holds for every architecture and layout, for frozen weights
@@ -15,7 +15,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,13 @@ from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import Kernel, segment_attention
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import first_line, set_gradient_checkpointing
-from hafrm_ds.model.token_logprobs import CHUNK_BYTES
+from hafrm_ds.model.token_logprobs import BLOCK_BYTES, TiledSoftmax
 
 DEPTHS = (2, 4)
 """Layers of the two traced models. Families alternate two kinds of layers at most."""
+MOST_ANSWER_TOKENS = 2**16
+"""Of a traced micro-batch: where a vocabulary is so small that more are needed to fill a block, logits take little."""
 META = torch.device("meta")
-FP32 = 4
 
 
 class PeakOfStorages(TorchDispatchMode):
@@ -96,11 +97,12 @@ TRACED = {
     for device, run in (("cuda", run_traced), ("cpu", run_traced_on_cpu))
 }
 ANY_WINDOW = 2**31
-"""Shapes do not depend on the sliding window, and a model may have its window in the mask alone."""
+"""Shapes do not depend on the sliding window, nor on attention sinks (s_aux), and a model may have its window in the
+mask alone."""
 for kernel in TRACED.values():
     AttentionInterface.register(
         kernel.implementation,
-        lambda *arguments, kernel=kernel, **options: segment_attention(
+        lambda *arguments, kernel=kernel, s_aux=None, **options: segment_attention(
             kernel, *arguments, **options | {"sliding_window": options.get("sliding_window") or ANY_WINDOW}
         ),
     )
@@ -110,7 +112,7 @@ for kernel in TRACED.values():
 class Pass:
     """How micro-batches go through a model: the arguments of its forward, and whether backward follows.
 
-    device_type: "cuda", or "cpu", where attention computes in fp32.
+    device_type: "cuda", or "cpu", where attention computes in fp32. log_probs: as model.log_probs.
     """
 
     layout: str
@@ -118,6 +120,15 @@ class Pass:
     with_reward: bool
     with_logprob: bool
     with_gradients: bool = True
+    log_probs: str = "torch"
+
+    @property
+    def softmax(self) -> TiledSoftmax:
+        """What stands for that of the run. Triton's kernels take nothing beside a block, and a CPU next to nothing."""
+        on_cpu = TiledSoftmax.on("cpu")
+        if self.device_type == "cpu":
+            return on_cpu
+        return replace(on_cpu, whole_rows=False) if self.log_probs == "triton" else TiledSoftmax.on("cuda")
 
 
 @dataclass(frozen=True)
@@ -129,14 +140,15 @@ class WorkingMemory:
 
     @classmethod
     def of(cls, model: HybridModel, items: Sequence[PromptWithResponses], how: Pass) -> "WorkingMemory":
-        """From two micro-batches of such items, large enough for two chunks of logits, as many as live at a time.
+        """From two micro-batches of such items, whose logits fill a block: more of them make no larger one.
 
         Args:
             model, how: as `working_bytes` takes them.
         """
-        chunk = CHUNK_BYTES // (FP32 * model.lm_head.weight.shape[0])
+        head = model.lm_head.weight
+        block = min(MOST_ANSWER_TOKENS, BLOCK_BYTES // (head.element_size() * head.shape[0]))
         answers = sum(len(response) for item in items for response in item.responses)
-        times = math.ceil(2 * chunk / answers)
+        times = math.ceil(block / answers)
         sizes = [sum(len(item.prompt) + sum(map(len, item.responses)) for item in items) * times * k for k in (1, 2)]
         small, large = (working_bytes(model, [*items] * times * k, how) for k in (1, 2))
         per_token = (large - small) / (sizes[1] - sizes[0])
@@ -151,8 +163,8 @@ def working_bytes(model: HybridModel, items: Sequence[PromptWithResponses], how:
     """Bytes that a micro-batch takes at its highest, beyond weights and their gradients.
 
     Args:
-        model: on the meta device, gradient checkpointing and trained weights set as in the run. Its attention is
-            changed.
+        model: on the meta device, gradient checkpointing and trained weights set as in the run. Its attention and its
+            log-probs are changed.
 
     Raises:
         ModelError: the model's code asks for values, which the meta device does not have.
@@ -164,6 +176,7 @@ def working_bytes(model: HybridModel, items: Sequence[PromptWithResponses], how:
     depths = DEPTHS if depth > max(DEPTHS) else (depth,)
     try:
         causal_lm.set_attn_implementation(TRACED[how.device_type].implementation)
+        model.response_logprobs.softmax = how.softmax
         peaks = []
         for each in depths:
             with first_layers(causal_lm, each):

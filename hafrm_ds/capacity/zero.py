@@ -55,8 +55,9 @@ class ZeroSettings(BaseModel):
 class Parameters:
     """What a model's parameters amount to.
 
-    trained, frozen: numbers of them. frozen_bytes: of the frozen ones, quantised or not. largest: of one tensor.
-    sizes: of every tensor. weight_bytes: of a trained weight in forward.
+    trained, frozen: numbers of them. frozen_bytes: of the frozen ones, quantised or not. sizes: of every tensor.
+    weight_bytes: of a trained weight in forward. largest: of what ZeRO-3 gathers at a time, a tensor or a layer's
+    experts.
     """
 
     trained: int
@@ -64,10 +65,7 @@ class Parameters:
     frozen_bytes: float
     sizes: tuple[int, ...]
     weight_bytes: int
-
-    @property
-    def largest(self) -> int:
-        return max(self.sizes)
+    largest: int
 
     @property
     def all(self) -> int:

@@ -25,6 +25,7 @@ from hafrm_ds.engine.shapes import full_numel, full_shape
 from hafrm_ds.errors import UserError
 from hafrm_ds.hardware.devices import refuse_untried
 from hafrm_ds.hardware.measurement import synchronize
+from hafrm_ds.model.experts import expert_layers
 from hafrm_ds.model.hybrid import HybridModel, freeze_unused_heads
 from hafrm_ds.model.lora import add_adapters
 from hafrm_ds.objective import ResponseScores
@@ -97,7 +98,11 @@ class Engine:
 
     def __init__(self, model: HybridModel, deepspeed_config: dict, **training):
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
 
+        # Which experts run is another matter on each rank. Under stage 3 a layer of them is fetched and reduced as one.
+        for layer in expert_layers(model.causal_lm, full_shape):
+            set_z3_leaf_module(layer, True)
         buffers = buffer_dtypes(model)
         self.deepspeed, _, _, _ = deepspeed.initialize(model=model, config=deepspeed_config, **training)
         check_buffers(buffers, buffer_dtypes(model), deepspeed.__version__)

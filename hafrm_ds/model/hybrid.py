@@ -4,6 +4,7 @@ Legend: T tokens, N responses, M response tokens, H hidden, V vocabulary.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.packing import PackedBatch, lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.attention import set_attention, stock_attention
-from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
+from hafrm_ds.model.attention import import_problem, set_attention, stock_attention
+from hafrm_ds.model.experts import router_use
+from hafrm_ds.model.token_logprobs import HeadTransform, Softmax, token_logprobs
 from hafrm_ds.objective import ResponseScores
 
 
@@ -35,15 +38,19 @@ class ResponseLogprobs(nn.Module):
 
     A module of its own without parameters: under ZeRO-3 the head's weight is gathered when it is entered, once in
     forward and once in backward, and dropped behind it (`Engine` registers the weight with it).
+
+    Attributes:
+        softmax: what computes with a block of logits; None: torch, as suits the device.
     """
 
     def __init__(self, transform: HeadTransform):
         super().__init__()
         self.transform = transform
+        self.softmax: Softmax | None = None
 
     def forward(self, states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         """[M, H] states that predict `targets` [M] -> [M] fp32."""
-        return token_logprobs(states, head.weight, head.bias, targets, self.transform)
+        return token_logprobs(states, head.weight, head.bias, targets, self.transform, self.softmax)
 
 
 class HybridModel(nn.Module):
@@ -74,8 +81,29 @@ class HybridModel(nn.Module):
         """
         self.layout = set_attention(self.causal_lm, layout, attention, device)
 
+    def use_log_probs(self, kind: str, device: torch.device) -> None:
+        """Set what computes log-probs, by the names of model.log_probs.
+
+        Raises:
+            ModelError: it cannot run on `device`.
+        """
+        if kind == "torch":
+            self.response_logprobs.softmax = None
+            return
+        problem = import_problem("triton") or ("" if device.type == "cuda" else f"it runs on GPUs, not on {device}")
+        if problem and not os.environ.get("TRITON_INTERPRET"):
+            raise ModelError(f"model.log_probs triton cannot be used: {problem}. Leave it at torch")
+        from hafrm_ds.model.softmax_kernels import TritonSoftmax
+
+        self.response_logprobs.softmax = TritonSoftmax()
+
     def forward(
-        self, batch: PackedBatch, with_reward: bool = True, with_logprob: bool = True, idle_heads: bool = False
+        self,
+        batch: PackedBatch,
+        with_reward: bool = True,
+        with_logprob: bool = True,
+        idle_heads: bool = False,
+        with_router: bool = False,
     ) -> ResponseScores:
         """Score the N responses of a micro-batch.
 
@@ -85,12 +113,17 @@ class HybridModel(nn.Module):
             idle_heads: the head that is not asked is trained in other steps. It runs on no position, which costs
                 nothing and gives its weights the gradient 0: ZeRO-3 would else step them by their last gradient again,
                 and would meet another sequence of modules than the one that it fetches weights by.
+            with_router: of a mixture of experts that gives its routers' logits, for a batch of pairs, also the use of
+            its experts.
         """
         logprob = reward = per_token = None
+        asked = {"output_router_logits": True} if with_router else {}
         if with_logprob and self.uses_stock_logits:
-            states, per_token = self.states_and_stock_logprobs(batch)
+            output, per_token = self.output_and_stock_logprobs(batch, **asked)
+            states = output.last_hidden_state.flatten(0, 1)
         else:
-            states = self.causal_lm.get_decoder()(**model_inputs(batch)).last_hidden_state.flatten(0, 1)  # [T, H]
+            output = self.causal_lm.get_decoder()(**model_inputs(batch), **asked)
+            states = output.last_hidden_state.flatten(0, 1)  # [T, H]
             if with_logprob:
                 per_token = self.response_logprobs(states[batch.predict_index], self.lm_head, batch.target_ids)
         if per_token is not None:
@@ -105,7 +138,8 @@ class HybridModel(nn.Module):
             reward = reward + nothing
         elif idle_heads and reward is None:
             logprob = logprob + nothing
-        return ResponseScores(reward=reward, logprob=logprob, num_tokens=batch.num_tokens, token_logprobs=per_token)
+        router = router_use(output.router_logits, self.causal_lm, batch) if with_router else None
+        return ResponseScores(reward, logprob, batch.num_tokens, per_token, router)
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -117,18 +151,18 @@ class HybridModel(nn.Module):
         heads -= {*self.causal_lm.get_input_embeddings().parameters()}
         return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
 
-    def states_and_stock_logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """States [T, H] and log-probs [M] fp32 from the causal LM's own forward, which holds all tokens' logits."""
+    def output_and_stock_logprobs(self, batch: PackedBatch, **asked: bool) -> tuple[ModelOutput, Tensor]:
+        """The decoder's output, and log-probs [M] fp32 from the causal LM's own logits, held for all tokens."""
         captured = []
         hook = self.causal_lm.get_decoder().register_forward_hook(
-            lambda module, inputs, output: captured.append(output.last_hidden_state)
+            lambda module, inputs, output: captured.append(output)
         )
         try:
-            logits = self.causal_lm(**model_inputs(batch)).logits.flatten(0, 1)[batch.predict_index]
+            logits = self.causal_lm(**model_inputs(batch), **asked).logits.flatten(0, 1)[batch.predict_index]
         finally:
             hook.remove()
         logprobs = logits.float().log_softmax(-1).gather(1, batch.target_ids[:, None]).squeeze(1)
-        return captured[0].flatten(0, 1), logprobs
+        return captured[0], logprobs
 
 
 def model_inputs(batch: PackedBatch) -> dict:
@@ -200,7 +234,7 @@ def lm_head_difference(model: HybridModel, forward: Callable[..., ResponseScores
     with torch.no_grad():
         fused = forward(batch, with_reward=False).logprob
         assert fused is not None
-        _, per_token = model.states_and_stock_logprobs(batch)
+        _, per_token = model.output_and_stock_logprobs(batch)
     return ((fused - sum_by_response(per_token, batch)).abs() / batch.num_tokens).max().item()
 
 

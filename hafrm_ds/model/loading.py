@@ -116,6 +116,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
         set_gradient_checkpointing(causal_lm, True)
     model = HybridModel(causal_lm, head)
     model.use_layout(layout, config.attention, device)
+    model.use_log_probs(config.log_probs, device)
     return model
 
 

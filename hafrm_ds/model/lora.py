@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hafrm_ds.config import LoraOptions, ModelConfig
 from hafrm_ds.errors import ModelError
+from hafrm_ds.hardware.flops import holds_experts
 from hafrm_ds.model.attention import import_problem
 
 ADAPTER = "default"
@@ -72,7 +73,8 @@ def add_adapters(causal_lm: PreTrainedModel, model: ModelConfig, seed: int) -> N
         model: what the causal LM was loaded by.
 
     Raises:
-        ModelError: peft is missing, or a target names no linear layer of the body.
+        ModelError: peft is missing, or a target names no linear layer of the body, or all are asked for of a model that
+            has experts.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -101,16 +103,36 @@ def add_adapters(causal_lm: PreTrainedModel, model: ModelConfig, seed: int) -> N
 
 
 def check_targets(causal_lm: PreTrainedModel, targets: list[str] | str) -> None:
-    """Raise ModelError unless every target names linear layers of the body, and nothing else."""
-    if targets == "all-linear":
-        return
+    """Raise ModelError unless every target names linear layers of the body, and nothing else.
+
+    Experts are no linear layers but stacks of weights. All linear layers of a model that has them would be its
+    attention alone, a small part of what was asked for, so they must be named there.
+    """
     modules = dict(causal_lm.named_modules())
     head = causal_lm.get_output_embeddings()
     linear = {name for name, module in modules.items() if isinstance(module, LINEAR) and module is not head}
+    known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+    experts = {
+        name: parameter
+        for name, module in modules.items()
+        if holds_experts(module)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    if targets == "all-linear":
+        if experts:
+            raise ModelError(
+                f"model.lora.targets is all-linear, but the experts of {type(causal_lm).__name__} are no linear layers "
+                f"and cannot have adapters: name the layers that get some; it has {known}"
+            )
+        return
     for target in targets:
         named = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if target in experts and not named:
+            raise ModelError(
+                f"model.lora.targets: {target!r} names weights of the experts of {type(causal_lm).__name__}, which "
+                f"cannot have adapters; it has {known}"
+            )
         if not named or not linear.issuperset(named):
-            known = ", ".join(sorted({name.split(".")[-1] for name in linear}))
             found = f"names {named[0]}, which is no linear layer of the body" if named else "names no layer"
             raise ModelError(f"model.lora.targets: {target!r} {found} of {type(causal_lm).__name__}; it has {known}")
 

@@ -1,19 +1,31 @@
 """Log-probs of given tokens without ever holding the [tokens, vocabulary] logits.
 
-Legend: M tokens, H hidden, V vocabulary.
+They are computed in blocks. On GPUs a block holds some columns of the vocabulary for all tokens. So each row of the
+weight is read once in forward and twice in backward, however many tokens there are, and its gradient is one product,
+summed over the tokens inside of it; blocks of tokens would read the weight, and a sum of its gradients in fp32, again
+for each. The states' gradient is summed over the blocks in fp32, which the products of a CPU cannot give without
+rounding each: there a block holds whole rows, and few are needed.
+
+Legend: M tokens, H hidden, V vocabulary, R rows and B columns of a block.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LOGPROB_VERSION = 1
 """Of what a log-prob means. Raised when values computed before must not be mixed with values computed after."""
 
-CHUNK_BYTES = 128 * 2**20
-"""fp32 logits of one chunk stay below this size."""
+BLOCK_BYTES = 256 * 2**20
+"""The product of states and a block of the weight stays below this size, in the dtype of the weights."""
+COLUMNS = 256
+"""Blocks are whole multiples of so many columns: the widest tile of a matrix product on GPUs."""
+TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+"""By kind of device, fp32 logits that are computed with at a time: what a CPU's caches hold, and what is worth starting
+threads or a kernel for."""
 
 
 @dataclass(frozen=True)
@@ -27,71 +39,237 @@ class HeadTransform:
     softcap: float | None = None
 
 
-def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: HeadTransform) -> Tensor:
-    """[M, H] -> [M, V] fp32 logits; the product runs in the dtype of the weights, as in the stock model."""
-    logits = (hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())).float()
+class Softmax(Protocol):
+    """Both passes over a block of products [R, B], in the dtype of the weights; all else is fp32.
+
+    whole_rows: blocks hold whole rows of logits, of few tokens, instead of some columns for all tokens.
+
+    first: the token of the block's first column. targets: [R] tokens, of this block or of another.
+    """
+
+    @property
+    def whole_rows(self) -> bool: ...
+
+    def fold(self, block: Tensor, first: int, targets: Tensor, transform: HeadTransform, sums: "Sums") -> None:
+        """Take the logits of a block into the sums of its rows. The block may be overwritten."""
+
+    def differentiate(
+        self,
+        block: Tensor,
+        first: int,
+        targets: Tensor,
+        transform: HeadTransform,
+        log_partition: Tensor,
+        grad: Tensor,
+        grad_bias: Tensor | None,
+    ) -> None:
+        """Turn a block of products into the gradient of the log-probs by it, times `grad` [R], in place.
+
+        Args:
+            log_partition: [R] log of the sum of all exponentiated logits.
+            grad_bias: [B], to which the sum of that over the rows is added.
+        """
+
+
+@dataclass
+class Sums:
+    """A softmax over some columns: the largest logit, the sum of exp(logit - largest), and the targets' logits, if they
+    were among them; [M] fp32 each."""
+
+    largest: Tensor
+    total: Tensor
+    chosen: Tensor
+
+    @classmethod
+    def of_nothing(cls, targets: Tensor) -> "Sums":
+        def full(value: float) -> Tensor:
+            return torch.full(targets.shape, value, dtype=torch.float32, device=targets.device)
+
+        return cls(full(-torch.inf), full(0.0), full(0.0))
+
+    def of(self, rows: slice) -> "Sums":
+        """Views of the sums of some rows."""
+        return Sums(self.largest[rows], self.total[rows], self.chosen[rows])
+
+
+@dataclass(frozen=True)
+class TiledSoftmax:
+    """In torch's operations, a tile of rows after another.
+
+    tile_bytes: fp32 logits of a tile.
+    """
+
+    tile_bytes: int
+    whole_rows: bool
+
+    @classmethod
+    def on(cls, device_type: str) -> "TiledSoftmax":
+        """As a kind of device has it best. The meta device has shapes alone, and stands for a GPU."""
+        is_cpu = device_type == "cpu"
+        return cls(TILE_BYTES["cpu" if is_cpu else "cuda"], whole_rows=is_cpu)
+
+    def tiles(self, block: Tensor, first: int, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows of the tile, [rows, 1] column of each target, bounded by the block, [rows, 1] whether it is there)"""
+        count = max(1, self.tile_bytes // (4 * block.shape[1]))
+        for start in range(0, len(targets), count):
+            rows = slice(start, start + count)
+            column = targets[rows, None] - first
+            bounded = column.clamp(0, block.shape[1] - 1)
+            yield rows, bounded, column == bounded
+
+    def fold(self, block: Tensor, first: int, targets: Tensor, transform: HeadTransform, sums: Sums) -> None:
+        for rows, column, is_here in self.tiles(block, first, targets):
+            logits = logits_of(block[rows], transform)
+            chosen = torch.where(is_here, logits.gather(1, column), sums.chosen[rows, None])
+            before = sums.largest[rows]
+            largest = torch.maximum(before, logits.amax(1))
+            total = logits.sub_(largest[:, None]).exp_().sum(1)
+            sums.total[rows] = sums.total[rows] * (before - largest).exp() + total
+            sums.largest[rows], sums.chosen[rows] = largest, chosen.squeeze(1)
+
+    def differentiate(
+        self,
+        block: Tensor,
+        first: int,
+        targets: Tensor,
+        transform: HeadTransform,
+        log_partition: Tensor,
+        grad: Tensor,
+        grad_bias: Tensor | None,
+    ) -> None:
+        for rows, column, is_here in self.tiles(block, first, targets):
+            logits = logits_of(block[rows], transform)
+            # d logprob / d logits = onehot - softmax; in place where nothing else needs the logits.
+            slope = 1 - (logits / transform.softcap).square() if transform.softcap is not None else None
+            grad_logits = logits.sub_(log_partition[rows, None]).exp_()
+            grad_logits.scatter_add_(1, column, -is_here.to(grad_logits.dtype))
+            grad_logits *= -transform.scale * grad[rows, None]
+            if slope is not None:
+                grad_logits *= slope
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)  # the bias joins before the scale
+            block[rows] = grad_logits
+
+
+def logits_of(products: Tensor, transform: HeadTransform) -> Tensor:
+    """Products of states and weight, of any shape, to fp32 logits; products in fp32 may be overwritten."""
+    logits = products.float()
     if transform.scale != 1.0:
-        logits = logits * transform.scale
+        logits *= transform.scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     return logits
 
 
+def block_shape(num_tokens: int, vocabulary: int, element_size: int, whole_rows: bool) -> tuple[int, int]:
+    """(R, B) of the largest block whose products stay below BLOCK_BYTES."""
+    if whole_rows:
+        return max(1, BLOCK_BYTES // (element_size * vocabulary)), vocabulary
+    most = BLOCK_BYTES // (element_size * max(1, num_tokens))
+    return max(1, num_tokens), min(vocabulary, max(COLUMNS, most // COLUMNS * COLUMNS))
+
+
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[R, H], [B, H], [B] -> [R, B] in the dtype of the weights, as in the stock model."""
+    return hidden @ weight.t() if bias is None else torch.addmm(bias, hidden, weight.t())
+
+
+class ProductSum:
+    """A sum of products, in fp32 where it has several: a running sum in bf16 would lose what late ones add.
+
+    Args:
+        like: the tensor whose shape and, in the end, dtype it has.
+    """
+
+    def __init__(self, like: Tensor, has_several: bool):
+        self.dtype = like.dtype
+        self.has_several = has_several
+        self.total = torch.zeros_like(like, dtype=torch.float32) if has_several else torch.empty_like(like)
+
+    def add(self, rows: slice, left: Tensor, right: Tensor) -> None:
+        total = self.total[rows]
+        if not self.has_several:
+            torch.mm(left, right, out=total)
+        elif left.dtype == total.dtype:
+            total.addmm_(left, right)
+        elif left.device.type == "cpu":  # which has no product with a result in another dtype
+            total += left @ right
+        else:
+            total += torch.mm(left, right, out_dtype=total.dtype)
+
+    def result(self) -> Tensor:
+        return self.total.to(self.dtype)
+
+
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[target] for each token, fp32, in chunks that backward computes anew."""
+    """log softmax(logits)[target] for each token, fp32, in blocks of logits that backward computes anew."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: HeadTransform):
-        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        logprobs, log_partition = (
-            torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(2)
-        )
-        for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            logits = chunk_logits(hidden[part], weight, bias, transform)
-            # One fused pass; the partition function then follows from any one entry.
-            chosen = logits.gather(1, targets[part, None]).squeeze(1)
-            logprobs[part] = -F.cross_entropy(logits, targets[part], reduction="none")
-            log_partition[part] = chosen - logprobs[part]
-        ctx.save_for_backward(hidden, weight, bias, targets, log_partition)
-        ctx.transform, ctx.chunk = transform, chunk
-        return logprobs
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: HeadTransform,
+        softmax: Softmax,
+    ):
+        shape = block_shape(len(targets), len(weight), weight.element_size(), softmax.whole_rows)
+        sums = Sums.of_nothing(targets)
+        for rows, columns in blocks(len(targets), len(weight), shape):
+            block = product(hidden[rows], weight[columns], None if bias is None else bias[columns])
+            softmax.fold(block, columns.start, targets[rows], transform, sums.of(rows))
+            del block  # before the next is made
+        log_total = sums.total.log()
+        ctx.save_for_backward(hidden, weight, bias, targets, sums.largest + log_total)
+        ctx.transform, ctx.softmax, ctx.shape = transform, softmax, shape
+        return sums.chosen - sums.largest - log_total
 
     @staticmethod
     def backward(ctx, grad_logprobs: Tensor):
         hidden, weight, bias, targets, log_partition = ctx.saved_tensors
-        transform = ctx.transform
-        grad_hidden = torch.empty_like(hidden)
-        # Summed over chunks in fp32: a bf16 running sum would lose what late chunks add.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_hidden = ProductSum(hidden, has_several=ctx.shape[1] < len(weight))
+        grad_weight = ProductSum(weight, has_several=ctx.shape[0] < len(hidden)) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for start in range(0, len(targets), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits = chunk_logits(hidden[part], weight, bias, transform)
-            # d logprob / d logits = onehot - softmax; in place where nothing else needs the logits.
-            slope = 1 - (logits / transform.softcap).square() if transform.softcap is not None else None
-            grad_logits = logits.sub_(log_partition[part, None]).exp_()
-            grad_logits.scatter_add_(1, targets[part, None], grad_logits.new_full((len(grad_logits), 1), -1.0))
-            grad_logits *= -transform.scale * grad_logprobs[part, None]
-            if slope is not None:
-                grad_logits *= slope
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)  # the bias joins before the scale, as in chunk_logits
-            grad_product = grad_logits.to(hidden.dtype)
-            grad_hidden[part] = grad_product @ weight
+        for rows, columns in blocks(len(targets), len(weight), ctx.shape):
+            block = product(hidden[rows], weight[columns], None if bias is None else bias[columns])
+            ctx.softmax.differentiate(
+                block,
+                columns.start,
+                targets[rows],
+                ctx.transform,
+                log_partition[rows],
+                grad_logprobs[rows],
+                None if grad_bias is None else grad_bias[columns],
+            )
+            grad_hidden.add(rows, block, weight[columns])
             if grad_weight is not None:
-                grad_weight += grad_product.t() @ hidden[part]
+                grad_weight.add(columns, block.t(), hidden[rows])
+            del block
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            grad_hidden.result(),
+            None if grad_weight is None else grad_weight.result(),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
         )
 
 
+def blocks(num_tokens: int, vocabulary: int, shape: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of each block; of no token there is one, so that every gradient is written."""
+    for row in range(0, max(1, num_tokens), shape[0]):
+        for column in range(0, vocabulary, shape[1]):
+            yield slice(row, row + shape[0]), slice(column, column + shape[1])
+
+
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: HeadTransform
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: HeadTransform,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """log p(target) of each token.
 
@@ -99,8 +277,10 @@ def token_logprobs(
         hidden: [M, H] states that predict the targets.
         weight: [V, H], bias: [V] or None: the LM head.
         targets: [M] int64.
+        softmax: what computes with a block of logits; None: torch, in tiles that suit the device.
 
     Returns:
         [M] fp32.
     """
-    return TokenLogprobs.apply(hidden, weight, bias, targets, transform)
+    softmax = softmax or TiledSoftmax.on(hidden.device.type)
+    return TokenLogprobs.apply(hidden, weight, bias, targets, transform, softmax)

@@ -35,7 +35,7 @@ from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.pad_token import PadToken, choose_pad_token
 from hafrm_ds.saved.reward_model import HybridRewardModel
 from hafrm_ds.saved.scorer import DEFAULT_MAX_TOKENS, NO_REWARD, Conversation, encode_for
-from hafrm_ds.saved.tensor_files import TensorSource, tensors_of, write_sharded
+from hafrm_ds.saved.tensor_files import TensorSource, publisher, tensors_of, write_sharded
 from hafrm_ds.saved.writing import (
     ADAPTER_FOLDER,
     generation_config_of,
@@ -110,7 +110,7 @@ def export_policy(live: HybridRewardModel, saved: SavedModel, output_dir: Path) 
         if generation_config is not None:
             generation_config.pad_token_id = pad.id
     with whole_folder(output_dir) as draft:
-        write_sharded(tensors_of(causal_lm), draft)
+        write_sharded(tensors_of(causal_lm), draft, publish=publisher(causal_lm))
         metadata = saved.metadata | {"format": "policy"}
         write_beside_weights(draft, config, generation_config, padding_tokenizer(live, pad), metadata)
         expected = scores_in_fp32(live, lambda: cast(list[float], live.log_probs(CONVERSATIONS)))
@@ -161,7 +161,7 @@ def export_classifier(live: HybridRewardModel, saved: SavedModel, output_dir: Pa
     config.architectures = [stock_class.__name__]
     tensors = classifier_tensors(live.model, stock_class, config)
     with whole_folder(output_dir) as draft:
-        write_sharded(tensors, draft)
+        write_sharded(tensors, draft, publish=publisher(causal_lm))
         metadata = saved.metadata | {"format": "sequence-classification"}
         write_beside_weights(draft, config, None, padding_tokenizer(live, pad), metadata)
         expected = scores_in_fp32(live, lambda: values_of(live))

@@ -13,9 +13,12 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from hafrm_ds.engine.shapes import full_shape
 from hafrm_ds.errors import ModelError
+from hafrm_ds.model.experts import expert_layers
 
 MAX_SHARD_BYTES = 2 * 2**30
 """The writing rank holds so much of a model at once; a larger tensor has a file of its own."""
@@ -67,7 +70,25 @@ def tensors_of(
     }
 
 
-def write_sharded(tensors: dict[str, TensorSource], folder: Path, is_writer: bool = True) -> None:
+Publish = Callable[[str, Tensor], dict[str, Tensor]]
+"""What a file holds of a tensor, by name."""
+
+
+def as_it_is(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {name: tensor}
+
+
+def publisher(causal_lm: PreTrainedModel) -> Publish:
+    """How the tensors of a model are written: each expert of a mixture by itself, under the names that its family was
+    published with, as transformers 5 alone has them stacked in memory."""
+    if not expert_layers(causal_lm, full_shape):
+        return as_it_is
+    return lambda name, tensor: revert_weight_conversion(causal_lm, {name: tensor})
+
+
+def write_sharded(
+    tensors: dict[str, TensorSource], folder: Path, is_writer: bool = True, publish: Publish = as_it_is
+) -> None:
     """Write tensors into model.safetensors, or into numbered files with an index when they exceed MAX_SHARD_BYTES.
 
     Args:
@@ -82,15 +103,23 @@ def write_sharded(tensors: dict[str, TensorSource], folder: Path, is_writer: boo
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=MAX_SHARD_BYTES,
     )
+    weight_map: dict[str, str] = {}
     for file_name, members in plan.filename_to_tensors.items():
-        write_tensors({name: tensors[name] for name in members}, folder / file_name, is_writer)
+        written = write_tensors({name: tensors[name] for name in members}, folder / file_name, is_writer, publish)
+        weight_map |= dict.fromkeys(written, file_name)
     if is_writer and plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index = {"metadata": plan.metadata, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_tensors(tensors: dict[str, TensorSource], file: Path, is_writer: bool = True) -> None:
-    """Write one file and read it back; one tensor is open at a time. Arguments and errors as for `write_sharded`."""
+def write_tensors(
+    tensors: dict[str, TensorSource], file: Path, is_writer: bool = True, publish: Publish = as_it_is
+) -> list[str]:
+    """Write one file and read it back; one tensor is open at a time. Arguments and errors as for `write_sharded`.
+
+    Returns:
+        The names in the file, on the rank that writes.
+    """
     held: dict[str, Tensor] = {}
     for name, source in tensors.items():
         with source.open() as tensor:
@@ -102,7 +131,9 @@ def write_tensors(tensors: dict[str, TensorSource], file: Path, is_writer: bool 
                     f"{source.dtype}): not gathered"
                 )
             # A copy: what is gathered goes again, and parameters may be views of one buffer, which the format refuses.
-            held[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            copied = publish(name, tensor.detach().to("cpu", copy=True))
+            held |= {published: part.contiguous() for published, part in copied.items()}
+    names = list(held)
     if is_writer:
         try:
             file.touch()
@@ -114,6 +145,7 @@ def write_tensors(tensors: dict[str, TensorSource], file: Path, is_writer: bool 
         checksums = {name: checksum(tensor) for name, tensor in held.items()}
         held.clear()  # before the file is mapped: one of the two stands in memory at a time
         check_file(file, checksums)
+    return names
 
 
 def checksum(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, int]:

@@ -26,7 +26,7 @@ from hafrm_ds.model.lora import adapted_layers
 from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
 from hafrm_ds.saved.adapters import merged_tensors, save_adapter
 from hafrm_ds.saved.card import model_card
-from hafrm_ds.saved.tensor_files import Gather, tensors_of, write_sharded, write_tensors
+from hafrm_ds.saved.tensor_files import Gather, publisher, tensors_of, write_sharded, write_tensors
 
 METADATA_FILE = "hafrm.json"
 CARD_FILE = "README.md"
@@ -60,7 +60,7 @@ def save_hybrid_model(
         ModelError: what is read back from the disk is not what was written.
     """
     with whole_folder(folder) if is_writer else nullcontext(folder) as draft:
-        write_sharded(merged_tensors(model.causal_lm, gathered), draft, is_writer)
+        write_sharded(merged_tensors(model.causal_lm, gathered), draft, is_writer, publisher(model.causal_lm))
         write_tensors(tensors_of(model.reward_head, gathered), draft / REWARD_HEAD_FILE, is_writer)
         if adapted_layers(model.causal_lm):
             if is_writer:

@@ -102,8 +102,9 @@ def export_checkpoint(
     checkpoint = checkpoint.resolve()  # `latest` is a link
     state = read_whole(checkpoint)
     config = TrainConfig.model_validate(state.config)
-    # The kernel changes no weight, and that of the run may need a GPU.
-    start = config.model.model_copy(update={"attention": "auto", "trust_remote_code": trust_remote_code})
+    # Kernels change no weight, and those of the run may need a GPU.
+    kernels = {"attention": "auto", "log_probs": "torch"}
+    start = config.model.model_copy(update=kernels | {"trust_remote_code": trust_remote_code})
     if base is not None:
         start = start.model_copy(update={"name_or_path": base, "revision": None})
     namespace = check_start(checkpoint, state, config, start)

@@ -30,6 +30,7 @@ from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_cho
 from hafrm_ds.hardware.devices import published_peak
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
+from hafrm_ds.model.experts import expert_layers, gives_router_logits, router_loss_coefficient
 from hafrm_ds.objective import JointLoss, LossWeights, joint_loss, preference_metrics, weights_at
 from hafrm_ds.reference.offline_pass import PairSet
 from hafrm_ds.reference.provide import ReferenceSource, provide_reference
@@ -49,19 +50,26 @@ class StepTotals:
     tokens: int = 0
     padding: int = 0
     flops: float = 0.0
+    expert_load: Tensor | None = None
 
     def add(self, micro_batch: MicroBatch, weight: Tensor, loss: JointLoss, metrics: dict[str, Tensor]) -> None:
         """Count a micro-batch, which lies on the CPU; its weight, loss and metrics lie on the device."""
         batch = micro_batch.batch
         self.tokens += batch.num_positions - batch.num_padding
         self.padding += batch.num_padding
-        columns = {"loss/total": loss.total, "loss/reward": loss.reward, "loss/policy": loss.policy, **metrics}
+        losses = {"total": loss.total, "reward": loss.reward, "policy": loss.policy, "router": loss.router}
+        columns = {f"loss/{name}": values for name, values in losses.items()} | metrics
         for name, values in columns.items():
             if values is not None:
                 total = (values.detach() * weight).sum().double()
                 self.sums[name] = self.sums.get(name, 0) + total
         self.losses.append(loss.total.detach())
         self.index.append(micro_batch.index)
+
+    def add_load(self, weight: Tensor, load: Tensor) -> None:
+        """Count the tokens that each expert got, [P, L, E], of pairs with a weight, [P]."""
+        total = torch.einsum("p,ple->le", weight, load).double()
+        self.expert_load = total if self.expert_load is None else self.expert_load + total
 
 
 class Trainer:
@@ -98,7 +106,10 @@ class Trainer:
             for name, pairs in eval_pairs.items()
         }
         self.state = saver.state
-        self.cost = ForwardCost.of(engine.model.causal_lm, full_shape)
+        causal_lm = engine.model.causal_lm
+        self.cost = ForwardCost.of(causal_lm, full_shape)
+        self.router_coefficient = router_loss_coefficient(causal_lm, config.model.router_aux_loss, full_shape)
+        self.counts_experts = bool(expert_layers(causal_lm, full_shape)) and gives_router_logits(causal_lm)
         dtype = next(engine.model.parameters()).dtype
         self.measured_peak = measure_matmul_peak(engine.device, dtype)
         # Of the data sheet, as published figures are; where that is not known, a CPU among them, the measured one.
@@ -221,9 +232,14 @@ class Trainer:
             with_reward=weights.reward > 0,
             with_logprob=weights.policy > 0,
             idle_heads=objective.uses_reward and objective.uses_policy,
+            with_router=self.counts_experts,
         )
         weight, margin, reference = micro_batch.labels_on(self.engine.device)
         loss = joint_loss(objective, weights, scores, reference, margin)
+        if scores.router is not None:
+            totals.add_load(weight, scores.router.load)
+            if self.router_coefficient:
+                loss = loss.with_router(scores.router.loss, self.router_coefficient)
         totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
         totals.flops += self.cost.training_flops(micro_batch.batch, with_logprob=weights.policy > 0)
         return (loss.total * weight).sum() / self.plan.global_batch_size * self.world_size
@@ -233,17 +249,20 @@ class Trainer:
         names = sorted(totals.sums)
         device = self.engine.device
         work = torch.tensor([totals.tokens, totals.padding, totals.flops], dtype=torch.float64, device=device)
-        row = torch.cat([torch.stack([totals.sums[name] for name in names]), work])
+        load = torch.empty(0, device=device) if totals.expert_load is None else totals.expert_load
+        row = torch.cat([torch.stack([totals.sums[name] for name in names]), work, load.flatten()])
         largest = torch.tensor(
             [float(peak_memory_bytes(device)), *self.saver.votes()], dtype=torch.float64, device=device
         )
         dist.all_reduce(row)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        *sums, tokens, padding, flops = row.tolist()
+        sums, (tokens, padding, flops), counts = (part.tolist() for part in row.split([len(names), 3, load.numel()]))
         memory, *votes = largest.tolist()
         self.saver.hear(votes)
         means = {name: value / self.plan.global_batch_size for name, value in zip(names, sums, strict=True)}
-        return means | {"tokens": tokens, "padding": padding, "flops": flops, "memory_gib": memory / 2**30}
+        experts = expert_metrics(np.array(counts).reshape(load.shape)) if counts else {}
+        work_done = {"tokens": tokens, "padding": padding, "flops": flops}
+        return means | experts | work_done | {"memory_gib": memory / 2**30}
 
     def stop_on_non_finite_loss(self, step: int, totals: StepTotals) -> None:
         losses, index = torch.cat(totals.losses).cpu().numpy(), np.concatenate(totals.index)
@@ -377,6 +396,18 @@ class Trainer:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         if step % self.config.logging.every_steps == 0 or step == self.num_steps:
             self.log.metrics("train", step, metrics)
+
+
+def expert_metrics(load: np.ndarray) -> dict[str, float]:
+    """How even the experts' shares of a step are, from the tokens that each of them got: [layers, experts].
+
+    experts/largest_load: tokens of the busiest expert of a layer, as a multiple of an even share, on average over the
+    layers. experts/unused: share of the experts that got none.
+    """
+    return {
+        "experts/largest_load": float((load.max(1) / load.mean(1)).mean()),
+        "experts/unused": float((load == 0).mean()),
+    }
 
 
 def is_turn(step: int, every: int | None) -> bool:

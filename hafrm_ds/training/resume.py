@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "deterministic",
     "optimizer.reduce_in_fp32",
     "model.gradient_checkpointing",
+    "model.log_probs",
 )
 """Options, or sections that end in a dot, that change nothing of what a run computes."""
 

@@ -110,6 +110,32 @@ def test_operations_time_and_money_by_hand(tmp_path):
     assert plan.store_bytes == 1000 * 2 * 24
 
 
+def test_of_a_mixture_of_experts_all_are_held_and_sent_and_a_few_computed(tmp_path):
+    shape = {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 50304,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "tie_word_embeddings": False,
+    }
+    plan = planned(folder_of(tmp_path, shape))
+    layer = 64 * 2048 + 64 * 3 * 2048 * 1024
+    assert plan.parameters.all == 6_919_161_856 + 2048  # and the reward head
+    assert plan.parameters.largest == layer, "fetched as one under ZeRO-3"
+    assert plan.cost.per_token == 2 * 16 * (4 * 2048**2 + 64 * 2048 + 8 * 3 * 2048 * 1024)
+    option = plan.option(Path("ds_configs/zero3.json"), False, 8192)
+    sent = 2 * plan.parameters.all * 7 / 8 * option.partition.micro_batches
+    assert 2 * sent <= option.traffic.among_all <= 3 * sent
+    # Kept for each of the 8 experts: states in, out and weighted; gate, up, their product and its activation.
+    assert plan.working_memory[False].per_token == pytest.approx(16 * 8 * 2 * (3 * 2048 + 4 * 1024), rel=0.35)
+
+
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
 def test_counts_of_lengths_are_those_of_laid_out_batches(layout):
     items = random_items(1)

@@ -9,7 +9,9 @@ from hafrm_ds.capacity.zero import Parameters, ZeroSettings, state_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 BILLION = 10**9
-LLAMA_7B = Parameters(trained=7 * BILLION, frozen=0, frozen_bytes=0.0, sizes=(10**8,) * 70, weight_bytes=2)
+LLAMA_7B = Parameters(
+    trained=7 * BILLION, frozen=0, frozen_bytes=0.0, sizes=(10**8,) * 70, weight_bytes=2, largest=10**8
+)
 
 
 def states(stage: int, num_processes: int, parameters: Parameters = LLAMA_7B, accumulates: bool = True, **settings):
@@ -40,7 +42,7 @@ def test_what_each_stage_splits():
 def test_gathered_parameters_end_at_the_limit_of_live_ones():
     # A billion, what is fetched ahead, and the largest: 1.15 billion at a time.
     assert gigabytes(states(3, 8).gathered) == pytest.approx(2 * (1.05 + 0.1))
-    small = Parameters(trained=10**8, frozen=0, frozen_bytes=0.0, sizes=(10**7,) * 10, weight_bytes=2)
+    small = Parameters(trained=10**8, frozen=0, frozen_bytes=0.0, sizes=(10**7,) * 10, weight_bytes=2, largest=10**7)
     assert gigabytes(states(3, 4, small).gathered) == pytest.approx(2 * 0.1)
     assert states(3, 1, small).gathered == 0
 
@@ -60,7 +62,12 @@ def test_offload_moves_the_optimizer_and_the_weights_to_the_host():
 
 def test_frozen_weights_have_neither_gradients_nor_optimizer():
     adapters = Parameters(
-        trained=10**8, frozen=7 * BILLION, frozen_bytes=0.5625 * 7e9, sizes=(10**8,) * 71, weight_bytes=2
+        trained=10**8,
+        frozen=7 * BILLION,
+        frozen_bytes=0.5625 * 7e9,
+        sizes=(10**8,) * 71,
+        weight_bytes=2,
+        largest=10**8,
     )
     held = states(2, 8, adapters)
     assert gigabytes(held.weights) == pytest.approx(0.5625 * 7 + 0.2)
@@ -68,7 +75,7 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer():
 
 
 def test_fp32_weights_are_their_own_masters_under_stage_0():
-    fp32 = Parameters(trained=BILLION, frozen=0, frozen_bytes=0.0, sizes=(10**8,) * 10, weight_bytes=4)
+    fp32 = Parameters(trained=BILLION, frozen=0, frozen_bytes=0.0, sizes=(10**8,) * 10, weight_bytes=4, largest=10**8)
     held = states(0, 1, fp32)
     assert gigabytes(held.weights + held.gradients + held.optimizer) == pytest.approx(16)
     assert gigabytes(states(2, 4, fp32).optimizer) == pytest.approx(12 / 4)
@@ -148,7 +155,9 @@ def test_what_reducing_in_fp32_takes_beside_a_bucket():
     # Stage 1 has summed in fp32: nothing becomes bfloat16.
     steps = [gigabytes(states(1, 8, reduces_in_fp32=is_fp32).in_step) for is_fp32 in (True, False)]
     assert steps[0] - steps[1] == pytest.approx(-14)
-    fp32_model = Parameters(trained=BILLION, frozen=0, frozen_bytes=0.0, sizes=(10**8,) * 10, weight_bytes=4)
+    fp32_model = Parameters(
+        trained=BILLION, frozen=0, frozen_bytes=0.0, sizes=(10**8,) * 10, weight_bytes=4, largest=10**8
+    )
     assert states(3, 8, fp32_model, reduces_in_fp32=True) == states(3, 8, fp32_model)
 
 

@@ -7,8 +7,9 @@ DeepSpeed with ZeRO-3: forward, backward and AdamW. The 7B shape, whose optimize
 and backward with gradient checkpointing. MFU is over the matrix-product peak that is measured beside it, and counts
 what `hafrm_ds.capacity.ForwardCost` counts: nothing for padding, masked keys or recomputation.
 
-The fused log-probs are timed alone, beside Liger's where it is installed. Markdown tables are printed and, where the
-environment names a folder OUT, written to OUT/benchmark.md.
+The log-probs are timed alone before that, and their gradients compared with fp64: in torch's operations, as Triton
+kernels, and Liger's, where these are installed. The steps take the faster of the first two, by name in their table, if
+it is as exact. Markdown tables are printed and, where the environment names a folder OUT, written to OUT/benchmark.md.
 """
 
 import os
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from hafrm_ds.engine.engine import TrainingEngine
 from hafrm_ds.engine.shapes import full_shape
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_growth_bytes, peak_memory_bytes, synchronize
+from hafrm_ds.model.attention import import_problem
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
 from hafrm_ds.objective import ResponseScores, joint_loss, weights_at
@@ -46,6 +49,9 @@ from tests.gpu.liger import liger_logprobs
 MICRO_BATCH_TOKENS = 8192 if IS_GPU else 256
 PROMPT_TOKENS, ANSWER_TOKENS = (32, 384), (16, 256)
 """Lengths are drawn evenly between these, about those of chat data."""
+COMPARED_TOKENS = 256
+EXACT_ENOUGH = 1.1
+"""Times the error of torch's operations, by which what is chosen for its speed may be off."""
 WARM_UP, ROUNDS = (3, 10) if IS_GPU else (1, 2)
 DTYPE = torch.bfloat16
 
@@ -90,19 +96,26 @@ class StepTime:
 
 @dataclass(frozen=True)
 class LogprobTime:
-    """Forward and backward of the log-probs of MICRO_BATCH_TOKENS tokens; memory beyond inputs and gradients."""
+    """Forward and backward of the log-probs of MICRO_BATCH_TOKENS tokens; memory beyond inputs and gradients.
+
+    error: of the weight's gradient against fp64, relative to its norm, for COMPARED_TOKENS tokens.
+    """
 
     function: str
     seconds: float
     memory_bytes: int
+    error: float
 
 
 @dataclass(frozen=True)
 class Report:
+    """log_probs: what the steps ran with, as model.log_probs."""
+
     parameters: int
     peak_flops: float
     steps: list[StepTime]
     logprobs: list[LogprobTime]
+    log_probs: str
 
 
 def timed(name: str) -> str:
@@ -191,9 +204,10 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats(DEVICE)
 
 
-def time_steps(name: str, peak_flops: float) -> list[StepTime]:
+def time_steps(name: str, peak_flops: float, log_probs: str) -> list[StepTime]:
     """shared_prefix under every kernel, then packed under the best, and padded under the model's stock attention."""
     model, step = make_steps(name)
+    model.use_log_probs(log_probs, DEVICE)
     cost, pairs = ForwardCost.of(model.causal_lm, full_shape), random_pairs(SHAPES[name].vocab_size, MICRO_BATCH_TOKENS)
     runs = [("shared_prefix", kernel) for kernel in available_kernels()] + [("packed", "auto"), ("padded", "auto")]
     times = []
@@ -221,25 +235,54 @@ def time_logprobs(name: str) -> list[LogprobTime]:
     hidden = torch.randn(MICRO_BATCH_TOKENS, shape.hidden_size, device=DEVICE, dtype=DTYPE, requires_grad=True)
     weight = torch.randn(shape.vocab_size, shape.hidden_size, device=DEVICE, dtype=DTYPE, requires_grad=True)
     targets = torch.randint(shape.vocab_size, (MICRO_BATCH_TOKENS,), device=DEVICE)
-    functions = {"hafrm_ds": token_logprobs} | ({"Liger": liger_logprobs} if HAS_LIGER else {})
+    functions: dict[str, Callable[..., torch.Tensor]] = {"torch": token_logprobs}
+    if IS_GPU and import_problem("triton") is None:
+        from hafrm_ds.model.softmax_kernels import TritonSoftmax
+
+        functions["triton"] = partial(token_logprobs, softmax=TritonSoftmax())
+    if HAS_LIGER:
+        functions["Liger"] = liger_logprobs
+
+    def gradient(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        few = slice(COMPARED_TOKENS)
+        logprobs = function(inputs[0][few], inputs[1], None, targets[few], HeadTransform())
+        return torch.autograd.grad(logprobs.sum(), inputs[1])[0].double()
+
+    exact = gradient(all_logits, [each.detach().double().requires_grad_() for each in (hidden, weight)])
     times = []
     for function_name, function in functions.items():
 
         def work(function=function) -> None:
             function(hidden, weight, None, targets, HeadTransform()).sum().backward()
 
-        times.append(LogprobTime(function_name, median_seconds(work), peak_growth_bytes(DEVICE, work)))
+        error = ((gradient(function, [hidden, weight]) - exact).norm() / exact.norm()).item()
+        times.append(LogprobTime(function_name, median_seconds(work), peak_growth_bytes(DEVICE, work), error))
     return times
+
+
+def all_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: None, targets: torch.Tensor, transform
+) -> torch.Tensor:
+    return (hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def chosen_log_probs(times: Sequence[LogprobTime]) -> str:
+    """The fastest way that model.log_probs has, among those as exact as torch's operations."""
+    by_name = {each.function: each for each in times}
+    allowed = EXACT_ENOUGH * by_name["torch"].error
+    own = [by_name[name] for name in ("torch", "triton") if name in by_name and by_name[name].error <= allowed]
+    return min(own, key=lambda each: each.seconds).function
 
 
 def measure(name: str) -> Report:
     """One shape, in a process of its own: DeepSpeed keeps the memory of an engine as long as its process lives."""
     peak_flops = measure_matmul_peak(DEVICE, DTYPE, seconds=2.0)
     logprobs = time_logprobs(name)
-    steps = time_steps(name, peak_flops)
+    log_probs = chosen_log_probs(logprobs)
+    steps = time_steps(name, peak_flops, log_probs)
     if dist.is_initialized():
         dist.destroy_process_group()
-    return Report(num_parameters(name), peak_flops, steps, logprobs)
+    return Report(num_parameters(name), peak_flops, steps, logprobs, log_probs)
 
 
 def render(name: str, report: Report) -> str:
@@ -259,17 +302,20 @@ def render(name: str, report: Report) -> str:
         )
         for each in report.steps
     ]
-    logprobs = [(each.function, f"{each.seconds:.4f}", gib(each.memory_bytes)) for each in report.logprobs]
+    logprobs = [
+        (each.function, f"{each.seconds:.4f}", gib(each.memory_bytes), f"{each.error:.2e}") for each in report.logprobs
+    ]
     shape = SHAPES[name]
     return "\n\n".join(
         [
             f"### {name}: {report.parameters / 1e6:,.0f}M parameters, {timed(name)}",
             f"bfloat16, {'gradient checkpointing' if name in WITHOUT_OPTIMIZER else 'ZeRO-3'}; measured matrix-product "
-            f"peak {report.peak_flops / 1e12:,.1f} TFLOP/s; median of {ROUNDS} after {WARM_UP}",
+            f"peak {report.peak_flops / 1e12:,.1f} TFLOP/s; log-probs by {report.log_probs}; median of {ROUNDS} after "
+            f"{WARM_UP}",
             table(("layout", "attention", "s", "tokens", "tokens/s", "pairs/s", "peak GiB", "MFU"), steps),
             f"Log-probs of {MICRO_BATCH_TOKENS:,} tokens, hidden size {shape.hidden_size}, vocabulary "
             f"{shape.vocab_size:,}, forward and backward:",
-            table(("function", "s", "peak GiB"), logprobs),
+            table(("function", "s", "peak GiB", "error of the weight's gradient"), logprobs),
         ]
     )
 

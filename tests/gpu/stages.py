@@ -1,4 +1,4 @@
-"""A joint step of one shape under ZeRO 0, 2 and 3, a profile of it, and the log-probs by the size of a chunk.
+"""A joint step of one shape under ZeRO 0, 2 and 3, a profile of it, and the log-probs by the size of a block.
 
     python -m tests.gpu.stages [SHAPE]        default: 1B
 
@@ -33,7 +33,7 @@ from tests.gpu.benchmark import (
 from tests.gpu.environment import DEVICE, IS_GPU
 
 STAGES = (0, 2, 3)
-CHUNK_ROWS = (256, 1024, 2048) if IS_GPU else (16, 64)
+BLOCK_MIB = (128, 256, 1024, 2048) if IS_GPU else (1, 16)
 
 
 def step_under(name: str, stage: int) -> str:
@@ -69,8 +69,8 @@ def step_under(name: str, stage: int) -> str:
     return f"ZeRO {stage}: the host waited {waits} times in a step"
 
 
-def chunks_of(name: str) -> None:
-    """Forward and backward of the log-probs, by the rows of a chunk: as the project has it, then others."""
+def blocks_of(name: str) -> None:
+    """Forward and backward of the log-probs, by the bytes of a block: as the project has it, then others."""
     shape = SHAPES[name]
     hidden = torch.randn(MICRO_BATCH_TOKENS, shape.hidden_size, device=DEVICE, dtype=DTYPE, requires_grad=True)
     weight = torch.randn(shape.vocab_size, shape.hidden_size, device=DEVICE, dtype=DTYPE, requires_grad=True)
@@ -79,11 +79,10 @@ def chunks_of(name: str) -> None:
     def work() -> None:
         token_logprobs.token_logprobs(hidden, weight, None, targets, HeadTransform()).sum().backward()
 
-    own = token_logprobs.CHUNK_BYTES // (4 * shape.vocab_size)
-    for rows in (own, *CHUNK_ROWS):
-        token_logprobs.CHUNK_BYTES = rows * 4 * shape.vocab_size
+    for mebibytes in (token_logprobs.BLOCK_BYTES // 2**20, *BLOCK_MIB):
+        token_logprobs.BLOCK_BYTES = mebibytes * 2**20
         growth = peak_growth_bytes(DEVICE, work) / 2**30
-        print(f"log-probs, chunks of {rows} rows: {median_seconds(work):.4f} s, {growth:.2f} GiB", flush=True)
+        print(f"log-probs, blocks of {mebibytes} MiB: {median_seconds(work):.4f} s, {growth:.2f} GiB", flush=True)
 
 
 def main(name: str = "1B") -> None:
@@ -91,7 +90,7 @@ def main(name: str = "1B") -> None:
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for stage in STAGES:
             print(pool.submit(step_under, name, stage).result(), flush=True)
-    chunks_of(name)
+    blocks_of(name)
 
 
 if __name__ == "__main__":

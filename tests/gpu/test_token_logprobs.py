@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hafrm_ds.hardware.measurement import peak_growth_bytes
-from hafrm_ds.model.token_logprobs import CHUNK_BYTES, HeadTransform, token_logprobs
+from hafrm_ds.model.attention import import_problem
+from hafrm_ds.model.token_logprobs import BLOCK_BYTES, TILE_BYTES, HeadTransform, token_logprobs
 from tests.gpu.environment import DEVICE, IS_GPU
 from tests.gpu.liger import IS_AVAILABLE, liger_logprobs
 
@@ -19,7 +20,16 @@ TRANSFORMS = {
     "scale": HeadTransform(scale=0.25),
     "softcap": HeadTransform(softcap=3.0),
 }
-ERROR_FACTORS = {token_logprobs: 2, liger_logprobs: 4}
+
+
+def triton_logprobs(*arguments) -> Tensor:
+    """As `token_logprobs`, under model.log_probs triton."""
+    from hafrm_ds.model.softmax_kernels import TritonSoftmax
+
+    return token_logprobs(*arguments, softmax=TritonSoftmax())
+
+
+ERROR_FACTORS = {token_logprobs: 2, triton_logprobs: 2, liger_logprobs: 4}
 """Times the error with kept logits. Liger rounds the gradient of the logits twice."""
 
 
@@ -63,6 +73,8 @@ def kept_logits(
 def test_values_and_gradients_are_as_exact_as_with_kept_logits(function, transform, has_bias):
     if function is liger_logprobs and not (IS_AVAILABLE and transform != "scale"):
         pytest.skip("Liger needs a GPU and liger_kernel, and knows no scale")
+    if function is triton_logprobs and not (IS_GPU and import_problem("triton") is None):
+        pytest.skip("needs a GPU; tests/without_gpu/test_softmax_kernels.py has it on the CPU")
     hidden, weight, bias, targets = inputs(4_096 if IS_GPU else 80, 64, 32_768)
     tensors = [hidden, weight, bias] if has_bias else [hidden, weight]
     transform = TRANSFORMS[transform]
@@ -78,7 +90,7 @@ def test_values_and_gradients_are_as_exact_as_with_kept_logits(function, transfo
 
 
 @pytest.mark.slow  # on a CPU
-def test_memory_is_that_of_a_few_chunks():
+def test_memory_is_that_of_a_block_and_a_few_tiles():
     """16k tokens with the logits of a vocabulary of 128k would take 8 GiB in fp32, and their gradient as much."""
     num_tokens, vocabulary = 16_384 if IS_GPU else 4_096, 131_072
     hidden, weight, _, targets = inputs(num_tokens, 64, vocabulary)
@@ -89,6 +101,6 @@ def test_memory_is_that_of_a_few_chunks():
         token_logprobs(hidden, weight, None, targets, HeadTransform()).sum().backward()
 
     work()  # the gradients and the workspaces of matrix products stay
-    bound = 6 * CHUNK_BYTES
+    bound = BLOCK_BYTES + 3 * TILE_BYTES[DEVICE.type] + 2 * weight.nbytes
     assert 4 * num_tokens * vocabulary > 2 * bound
     assert peak_growth_bytes(DEVICE, work) < bound

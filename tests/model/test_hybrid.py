@@ -193,31 +193,31 @@ def saved_bytes(forward) -> int:
 
 def test_no_logits_are_held_for_backward(monkeypatch):
     """A chunked log-softmax that keeps each chunk for backward saves nothing."""
-    vocabulary, chunk_bytes = 50_000, 2**20
-    monkeypatch.setattr(token_logprobs, "CHUNK_BYTES", chunk_bytes)
+    vocabulary, block_bytes = 50_000, 2**20
+    monkeypatch.setattr(token_logprobs, "BLOCK_BYTES", block_bytes)
     causal_lm = tiny_causal_lm("llama", vocab_size=vocabulary)
     model = HybridModel(causal_lm, make_reward_head(32, bias=False, init="normal", dtype=torch.float32, seed=0))
     use_layout(model, "shared_prefix")
     batch = lay_out(random_items(seed=2, num_items=8), "shared_prefix")
     logits_bytes = 4 * len(batch.target_ids) * vocabulary
-    assert logits_bytes > 10 * chunk_bytes
+    assert logits_bytes > 10 * block_bytes
 
     largest = []
-    original = token_logprobs.chunk_logits
+    original = token_logprobs.product
     monkeypatch.setattr(
-        token_logprobs, "chunk_logits", lambda *given: largest.append((made := original(*given)).nbytes) or made
+        token_logprobs, "product", lambda *given: largest.append((made := original(*given)).nbytes) or made
     )
     with_head = saved_bytes(lambda: model(batch))
     body = saved_bytes(lambda: model(batch, with_logprob=False))
     assert with_head - body < 0.01 * logits_bytes
-    assert len(largest) > 10 and max(largest) <= chunk_bytes
+    assert len(largest) > 10 and max(largest) <= block_bytes
     model.uses_stock_logits = True  # which does hold them: what is measured here can be seen
     assert saved_bytes(lambda: model(batch)) - body > logits_bytes
 
 
-def test_the_lm_head_is_entered_once_in_forward_and_once_in_backward_whatever_the_chunks(monkeypatch):
+def test_the_lm_head_is_entered_once_in_forward_and_once_in_backward_whatever_the_blocks(monkeypatch):
     """Entering the module is what gathers the head's weight under ZeRO-3."""
-    monkeypatch.setattr(token_logprobs, "CHUNK_BYTES", 1)  # a token a chunk
+    monkeypatch.setattr(token_logprobs, "BLOCK_BYTES", 1)  # a token a block
     model, entered = tiny_hybrid("llama"), []
     use_layout(model, "shared_prefix")
     module = model.response_logprobs

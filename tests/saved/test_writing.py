@@ -7,14 +7,15 @@ from itertools import chain
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
-from hafrm_ds.saved import tensor_files
+from hafrm_ds.saved import tensor_files, writing
 from hafrm_ds.saved.writing import save_hybrid_model
-from tests.tiny_models import random_items, tiny_hybrid, use_layout
+from tests.tiny_models import EXPERTS, random_items, tiny_hybrid, use_layout
 from tests.tiny_tokenizers import byte_level_tokenizer
 
 
@@ -122,3 +123,27 @@ def test_an_earlier_folder_is_replaced_and_drafts_are_left_behind_by_nobody(tmp_
     save(tiny_hybrid("llama"), folder)
     assert not (folder / "old.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize("in_one_file", [True, False])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_written_as_transformers_publishes_them(family, in_one_file, tmp_path, monkeypatch):
+    """One by one, where the family was published so: other programs do not read the stacks that transformers 5 has."""
+    if not in_one_file:
+        monkeypatch.setattr(tensor_files, "MAX_SHARD_BYTES", 10_000)
+    model = tiny_hybrid(family)
+    save(model, tmp_path / "final")
+    model.causal_lm.save_pretrained(tmp_path / "stock")
+    expected = load_file(tmp_path / "stock/model.safetensors")
+    assert stored_shapes(tmp_path / "final") == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    assert all(torch.equal(reopened[name], tensor) for name, tensor in model.causal_lm.state_dict().items())
+
+
+def test_experts_that_were_written_as_stacks_are_still_read(tmp_path, monkeypatch):
+    model = tiny_hybrid("olmoe")
+    monkeypatch.setattr(writing, "publisher", lambda causal_lm: tensor_files.as_it_is)
+    save(model, tmp_path / "final")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in stored_shapes(tmp_path / "final")
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    assert all(torch.equal(reopened[name], tensor) for name, tensor in model.causal_lm.state_dict().items())

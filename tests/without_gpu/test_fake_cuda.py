@@ -100,6 +100,7 @@ def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", k
             plan=SimpleNamespace(global_batch_size=5),
             world_size=2,
             cost=SimpleNamespace(training_flops=lambda *batch, **how: 0.0),
+            counts_experts=False,
         )
         totals = StepTotals()
         with AsOnCuda():
