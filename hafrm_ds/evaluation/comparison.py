@@ -5,7 +5,7 @@ Legend: P pairs of a set, S seeds.
 
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ from hafrm_ds.data.tables import Cell, Table, share_estimate
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimates, exact_at_the_ends, means_of_sets
 from hafrm_ds.evaluation.calibration import correctness
+from hafrm_ds.evaluation.combined import CombinedJudge
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 COMPARISON_FILE = "comparison.json"
 """The results of a comparison, in its folder."""
 OTHERS = "mean of the others"
+TWO_MODELS = "two_models"
+"""A judge of DPO in a comparison: its implicit reward and the reward head of Baseline, combined."""
+JUDGE_NAMES = JUDGES | {TWO_MODELS: "implicit reward with Baseline's head"}
 COLUMNS_AT_ONCE = 256
 """Accuracies that are resampled together, which bounds the memory."""
 
@@ -51,6 +55,23 @@ class Judged:
         return cls(scores.ids, scores.prompts, right)
 
 
+def two_models(policy: Mapping[str, PairScores], reward: Mapping[str, PairScores], first: str) -> dict[str, np.ndarray]:
+    """What the combined judge of two models gets right: the implicit reward of the one, the reward head of the other.
+
+    The rival of one model with both heads, at twice its cost. Fitted on the set `first`, as `combined` is.
+
+    Returns:
+        Name of a set -> [P] as in `Judged`; empty where there is no fit.
+    """
+    joined = {name: replace(scores, reward=reward[name].reward, combined=None) for name, scores in policy.items()}
+    judge = CombinedJudge.fitted_on(joined[first])
+    if judge is None:
+        return {}
+    for scores in joined.values():
+        judge.judge(scores)
+    return {name: correctness(scores.margins("combined")).astype(np.float32) for name, scores in joined.items()}
+
+
 @dataclass(frozen=True)
 class Method:
     """Trainings that differ in their seed alone.
@@ -68,8 +89,9 @@ class Method:
 
     @property
     def judges(self) -> list[str]:
-        """Its own first."""
-        known = next(iter(self.trainings[0].values())).right
+        """Those that every training has, its own first."""
+        every = [judged.right.keys() for training in self.trainings for judged in training.values()]
+        known = [judge for judge in every[0] if all(judge in each for each in every)]
         return [self.judge, *(judge for judge in known if judge != self.judge)]
 
     def right(self, name: str, judge: str | None = None) -> np.ndarray:
@@ -246,7 +268,7 @@ def accuracy_table(methods: dict[str, Any], columns: list[str], title: str = "",
     for name, method in methods.items():
         judged = {method["judge"]: method["accuracy"], **method["other_judges"]}
         rows += [
-            (f"{name}, {JUDGES[judge]}", [share_estimate(values[column]) for column in columns])
+            (f"{name}, {JUDGE_NAMES[judge]}", [share_estimate(values[column]) for column in columns])
             for judge, values in judged.items()
         ]
     return Table(rows, (title, *columns), caption=caption)
@@ -277,7 +299,7 @@ def gain_table(results: dict[str, Any], columns: list[str], caption: str) -> Tab
                     for column, each in zip(columns, own, strict=True)
                     if baseline in gains
                 ]
-                rows.append((f"{name}, {JUDGES[judge]}{against}", gained or own))
+                rows.append((f"{name}, {JUDGE_NAMES[judge]}{against}", gained or own))
     return Table(rows, ("", *columns), caption=caption)
 
 

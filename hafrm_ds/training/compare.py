@@ -23,14 +23,16 @@ from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, UserError
 from hafrm_ds.evaluation.comparison import (
     COMPARISON_FILE,
+    TWO_MODELS,
     Judged,
     Method,
     compare,
     render_comparison,
     run_folder,
     seeds_in_words,
+    two_models,
 )
-from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, load_all
+from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, load_all
 from hafrm_ds.evaluation.report.reading import SUMMARY_FILE
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.processes.console import Console
@@ -108,9 +110,8 @@ def train_all(
             for runs in same_data(config, arms, seed):
                 check_same_data(runs)
             for method in methods:
-                scores = load_all(run_folder(config.output_dir, method.name, seed) / SCORES_FOLDER)
                 like = methods[0].trainings[0] if methods[0].trainings else {}
-                method.trainings.append({name: Judged.of(each, like.get(name)) for name, each in scores.items()})
+                method.trainings.append(judged(config, method, seed, like))
         if processes.is_first and (has_trained or is_last):
             results = compare(methods, list(config.data.eval), seeds[: place + 1], seeds, sweep)
             file = config.output_dir / COMPARISON_FILE
@@ -174,6 +175,25 @@ def seconds_of(run: TrainConfig) -> float | None:
     except OSError:
         return None
     return seconds if seconds > 0 else None
+
+
+def judged(config: TrainConfig, method: Method, seed: int, like: Mapping[str, Judged]) -> dict[str, Judged]:
+    """What a training got right, by name of the set; of DPO also together with the Baseline of its (first) cell.
+
+    Args:
+        like: of another training, as `Judged.of` takes it.
+    """
+
+    def scores_of(name: str) -> dict[str, PairScores]:
+        return load_all(run_folder(config.output_dir, name, seed) / SCORES_FOLDER)
+
+    scores = scores_of(method.name)
+    found = {name: Judged.of(each, like.get(name)) for name, each in scores.items()}
+    if method.judge == "implicit":
+        beside = two_models(scores, scores_of(next(iter(method.cells))), next(iter(config.data.eval)))
+        for name, right in beside.items():
+            found[name].right[TWO_MODELS] = right
+    return found
 
 
 def train_one(run: TrainConfig, start: Start, processes: Processes) -> None:

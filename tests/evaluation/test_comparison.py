@@ -10,7 +10,17 @@ from rich.console import Console
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation import comparison
 from hafrm_ds.evaluation.bootstrap import estimate, mean_of_sets
-from hafrm_ds.evaluation.comparison import OTHERS, Judged, Method, compare, points, render_comparison, seeds_in_words
+from hafrm_ds.evaluation.comparison import (
+    OTHERS,
+    TWO_MODELS,
+    Judged,
+    Method,
+    compare,
+    points,
+    render_comparison,
+    seeds_in_words,
+    two_models,
+)
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
 
@@ -192,3 +202,49 @@ def test_twenty_seeds_of_fifty_methods_take_seconds():
     started = time.process_time()
     results = compare([drawn(f"m{place}") for place in range(50)], ["in"], range(20), range(20), {})
     assert len(results["differences"]) == 49 and time.process_time() - started < 30
+
+
+def test_two_models_judge_together_better_than_either_and_have_a_name_in_the_tables():
+    """Two judges whose faults are independent."""
+    source = np.random.default_rng(0)
+
+    def margins(size: int) -> np.ndarray:
+        return np.stack([source.normal(0.6, 1, size), np.zeros(size)], axis=1).astype(np.float32)
+
+    sizes = {"in": 2000, "far": 1000}
+    names = {name: [str(place) for place in range(size)] for name, size in sizes.items()}
+    ones = {name: np.ones((size, 2), dtype=int) for name, size in sizes.items()}
+
+    def model(head: str) -> dict[str, PairScores]:
+        return {
+            name: PairScores(name, 1, 1.0, names[name], ["s"] * size, names[name], ones[name], **{head: margins(size)})
+            for name, size in sizes.items()
+        }
+
+    baseline, dpo = model("reward"), model("logprob")
+    for name, scores in dpo.items():
+        scores.reference = np.zeros((sizes[name], 2), dtype=np.float32)
+    together = two_models(dpo, baseline, "in")
+    for name, right in together.items():
+        alone = [Judged.of(each[name]).right[judge].mean() for each, judge in ((baseline, "reward"), (dpo, "implicit"))]
+        assert right.mean() > max(alone) + 0.03
+
+    trainings = [{name: Judged.of(scores) for name, scores in each.items()} for each in (baseline, dpo)]
+    for name, right in together.items():
+        trainings[1][name].right[TWO_MODELS] = right
+    methods = [Method("baseline", "reward", trainings[:1]), Method("dpo", "implicit", trainings[1:])]
+    results = compare(methods, list(sizes), seeds=[0], planned_seeds=[0])
+    found = results["methods"]["dpo"]["other_judges"][TWO_MODELS]
+    assert {name: found[name]["value"] for name in sizes} == {
+        name: pytest.approx(right.mean()) for name, right in together.items()
+    }
+    file = io.StringIO()
+    Console(file=file, width=200).print(render_comparison(results))
+    assert "dpo, implicit reward with Baseline's head" in file.getvalue()
+
+
+def test_a_judge_that_one_training_lacks_is_left_out():
+    both, alone = (scores("in", np.ones(10), implicit=True) for _ in range(2))
+    trainings = [{"in": Judged.of(each)} for each in (both, alone)]
+    trainings[0]["in"].right[TWO_MODELS] = np.ones(10, dtype=np.float32)
+    assert Method("dpo", "implicit", trainings).judges == ["implicit", "logprob"]
