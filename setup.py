@@ -47,6 +47,7 @@ setup(
     ],
     extras_require={
         "cuda": ["flash-attn-4>=4.0.0b22"],  # earlier ones lack the backward of sm_90, or windows, for many lengths
+        "triton": ["triton"],  # for model.log_probs triton; torch's own wheels for CUDA bring the right one
         "lora": ["peft>=0.18"],
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
         "wandb": ["wandb"],
