@@ -27,6 +27,8 @@ def launch(num_ranks: int, script: str, *arguments: str, timeout: float = 600) -
     """`deepspeed --num_gpus N script arguments`, with stdout and stderr captured together."""
     command = [*COMMAND, "--num_gpus", num_ranks, "--master_port", free_port(), script, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if script.startswith("tests/"):  # what it shares with other tests; an entry file must do without
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [str(word) for word in command],
         cwd=REPOSITORY,
