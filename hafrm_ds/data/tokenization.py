@@ -144,7 +144,7 @@ def tokenize_pair(
 def render_pair(
     formatter: ChatFormatter, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> RenderedPair | Tokenization:
-    """What the template writes of a pair, or the reason why the pair is dropped."""
+    """Let the template write a pair; returns the texts, or the reason why the pair is dropped."""
     if not prompt:
         return dropped(EMPTY_PROMPT)
     if is_blank(formatter.spoken(chosen)) or is_blank(formatter.spoken(rejected)):

@@ -30,7 +30,7 @@ AS_JSON = "json"
 
 
 def read_with_tools(row: Row, read: Callable[[Row], Made]) -> Made:
-    """What `read` makes of a row, which becomes a `ToolRow` if its column `tools` or its messages ask for that."""
+    """Read a row, as a `ToolRow` if its column `tools` or its messages ask for that."""
     if row.fields.get("tools") in NO_TOOLS:
         try:
             return read(row)
