@@ -167,8 +167,8 @@ class ChatFormatter:
         ]
 
     def left_out(self, messages: list[Message], text: str) -> list[str]:
-        """Name in words what the template has left out of the messages, though nobody asked it to. Results of tools count
-        as left out where the template does not know the role `tool`."""
+        """Name in words what the template has left out of the messages, though nobody asked it to. Results of tools
+        count as left out where the template does not know the role `tool`."""
         found = unwritten(self.spoken(messages), text)
         if "tools" in messages[0] and RESULTS not in found and not TOOL_ROLE.search(self.template):
             found += [RESULTS] * any(message["role"] == "tool" for message in messages)
