@@ -34,7 +34,8 @@ from hafrm_ds.model.token_logprobs import BLOCK_BYTES, TiledSoftmax
 DEPTHS = (2, 4)
 """Layers of the two traced models. Families alternate two kinds of layers at most."""
 MOST_ANSWER_TOKENS = 2**16
-"""Of a traced micro-batch: where a vocabulary is so small that more are needed to fill a block, logits take little."""
+"""Tokens of the answers in a micro-batch that is traced. Where a vocabulary is so small that more would be needed to fill a block,
+logits take little."""
 META = torch.device("meta")
 
 
@@ -124,7 +125,8 @@ class Pass:
 
     @property
     def softmax(self) -> TiledSoftmax:
-        """What stands for that of the run. Triton's kernels take nothing beside a block, and a CPU next to nothing."""
+        """The softmax whose memory is counted for that of the run. Triton's kernels take nothing beside a block, and
+        a CPU next to nothing."""
         on_cpu = TiledSoftmax.on("cpu")
         if self.device_type == "cpu":
             return on_cpu
