@@ -34,8 +34,8 @@ from hafrm_ds.model.token_logprobs import BLOCK_BYTES, TiledSoftmax
 DEPTHS = (2, 4)
 """Layers of the two traced models. Families alternate two kinds of layers at most."""
 MOST_ANSWER_TOKENS = 2**16
-"""Tokens of the answers in a micro-batch that is traced. Where a vocabulary is so small that more would be needed to fill a block,
-logits take little."""
+"""Tokens of the answers in a micro-batch that is traced. Where a vocabulary is so small that more would be
+needed to fill a block, logits take little."""
 META = torch.device("meta")
 
 
