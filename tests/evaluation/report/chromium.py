@@ -1,6 +1,7 @@
 """A headless Chromium, spoken to over two pipes by its DevTools protocol."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -21,10 +22,9 @@ class Chromium:
 
         def as_descriptors_3_and_4() -> None:
             # Out of the way first: 3 and 4 may be ends of these pipes.
-            ends = [os.dup(command_end), os.dup(answer_end)]
-            high = [os.dup2(end, 20 + place) for place, end in enumerate(ends)]
-            for place, end in enumerate(high):
-                os.dup2(end, 3 + place)
+            ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 5) for end in (command_end, answer_end)]
+            for descriptor, end in zip((3, 4), ends, strict=True):
+                os.dup2(end, descriptor)
 
         self.process = subprocess.Popen(
             [
