@@ -11,7 +11,7 @@ from hafrm_ds.model.lora import PEFT_PREFIX
 from hafrm_ds.saved.adapters import ADAPTER_WEIGHTS, merged
 from hafrm_ds.training.final import export_checkpoint
 from tests.distributed.launching import as_options, rows, write_pairs
-from tests.distributed.test_resume import compared_rows, run_cases
+from tests.distributed.test_resume import assert_same_run, run_cases
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
 
@@ -82,9 +82,7 @@ def losses(run: Path) -> torch.Tensor:
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, name):
     straight, resumed = runs / f"straight {name}", runs / name
     assert len(rows(straight, "train")) == STEPS
-    assert compared_rows(resumed) == compared_rows(straight)
-    expected, actual = final_weights(straight), final_weights(resumed)
-    assert all(torch.equal(actual[tensor], expected[tensor]) for tensor in expected)
+    assert_same_run(resumed, straight)
 
 
 @pytest.mark.parametrize(

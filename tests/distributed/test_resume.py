@@ -63,6 +63,13 @@ def compared_rows(run: Path) -> list[dict]:
     ]
 
 
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Rows of metrics and final weights, bit for bit."""
+    assert compared_rows(actual) == compared_rows(expected)
+    ours, theirs = final_weights(actual), final_weights(expected)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
@@ -179,9 +186,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, stage, dtype):
     straight, resumed = (folder / f"{kind}-{stage}-{dtype}" for kind in ("straight", "resumed"))
     assert len(rows(straight, "train")) == STEPS
     assert len(rows(resumed, "check")) == 1, "the reference is checked again, and logged once"
-    assert compared_rows(resumed) == compared_rows(straight)
-    expected, actual = final_weights(straight), final_weights(resumed)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert_same_run(resumed, straight)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
@@ -242,9 +247,7 @@ def test_a_run_ends_when_patience_is_lost_and_final_is_the_best_step(runs, tmp_p
 def test_patience_survives_a_stop(runs):
     folder, _ = runs
     straight, resumed = folder / "patient-3", folder / "patient, resumed"
-    assert compared_rows(resumed) == compared_rows(straight)
-    expected, actual = final_weights(straight), final_weights(resumed)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert_same_run(resumed, straight)
 
 
 @pytest.mark.parametrize("change", [*CHANGES, "gathered"])
