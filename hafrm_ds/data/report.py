@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import names_in_words
-from hafrm_ds.data.tables import Cell, Table, as_text, count, largest
+from hafrm_ds.data.tables import Cell, Table, as_text, count, listed_sources
 from hafrm_ds.data.tokenization import TokenizedPair
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -199,9 +199,7 @@ class DataReport:
     def tables(self) -> list[Table]:
         """Counts by source, why pairs are not used (if any are not), and token lengths."""
         rows = []
-        sources, rest = largest(self.by_source, lambda counts: counts.read)
-        if rest:
-            sources[f"{len(rest):,} other sources"] = sum_of(rest)
+        sources = listed_sources(self.by_source, lambda counts: counts.read, sum_of)
         for name, counts in [*sources.items(), ("total", self.total)]:
             deselected, dropped = sum(counts.deselected.values()), sum(counts.dropped.values())
             numbers = (counts.read, deselected, dropped, counts.kept, counts.cut)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hafrm_ds.data.tables import Estimate
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.bootstrap import Estimate, EstimateJson, estimates, exact_at_the_ends
+from hafrm_ds.evaluation.bootstrap import estimates
 from hafrm_ds.evaluation.calibration import calibrate, correctness
 from hafrm_ds.evaluation.pair_scores import PairScores
 
@@ -48,8 +49,8 @@ def analyse(scores: PairScores) -> dict[str, Any]:
         "prompts": len(set(scores.prompts)),
         "ties": {judge: int((margins[judge] == 0).sum()) for judge in judges},
         "accuracy": accuracies(scores, everything),
-        "margin": as_json(estimates(margins, scores.prompts)),
-        "yardsticks": as_json(estimates(yardsticks, scores.prompts)),
+        "margin": estimates(margins, scores.prompts),
+        "yardsticks": estimates(yardsticks, scores.prompts),
         "calibration": {judge: calibrate(margins[judge]) for judge in judges if judge in PROBABILISTIC},
         "by_source": {name: part(scores, inside) for name, inside in by_source(scores)},
         "by_length_difference": [
@@ -79,15 +80,10 @@ def part(scores: PairScores, inside: np.ndarray) -> dict[str, Any]:
     return {"pairs": int(inside.sum()), "accuracy": accuracies(scores, inside)}
 
 
-def accuracies(scores: PairScores, inside: np.ndarray) -> dict[str, EstimateJson]:
+def accuracies(scores: PairScores, inside: np.ndarray) -> dict[str, Estimate]:
     """Accuracy of each judge on the pairs `inside` [P] bool."""
     right = {judge: correctness(scores.margins(judge)[inside]) for judge in scores.judges}
-    prompts = np.asarray(scores.prompts)[inside]
-    return as_json({judge: exact_at_the_ends(each) for judge, each in estimates(right, prompts).items()})
-
-
-def as_json(values: dict[str, Estimate]) -> dict[str, EstimateJson]:
-    return {name: value.to_json() for name, value in values.items()}
+    return estimates(right, np.asarray(scores.prompts)[inside], are_shares=True)
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:

@@ -27,11 +27,10 @@ from hafrm_ds.evaluation.comparison import (
     Judged,
     Method,
     compare,
-    render_comparison,
     run_folder,
-    seeds_in_words,
     two_models,
 )
+from hafrm_ds.evaluation.comparison_tables import render_comparison, seeds_in_words
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, load_all
 from hafrm_ds.evaluation.report.reading import SUMMARY_FILE
 from hafrm_ds.evaluation.report.writing import leave_report

@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from hafrm_ds.data.tables import MAX_PARTS
+from hafrm_ds.data.tables import MAX_SOURCES
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.figures import benchmark_table, render_evaluation, set_tables
@@ -100,7 +100,7 @@ def test_the_smallest_of_many_sources_share_a_row():
     analysis = analyse(scores)
     assert len(analysis["by_source"]) == 41
     table = set_tables(analysis)[-2]
-    assert len(table.rows) == MAX_PARTS
+    assert len(table.rows) == MAX_SOURCES
     name, (pairs, reward, *_) = table.rows[-1]
     assert (name, pairs.text) == ("22 other sources", "22")
     right = correctness(scores.margins("reward"))

@@ -22,9 +22,9 @@ from hafrm_ds.data.formats.answers import earlier_turns
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
+from hafrm_ds.evaluation.best_of_n.figures import render_best_of_n
 from hafrm_ds.evaluation.best_of_n.sampling import SAMPLING_FILE, SamplingJob, SamplingOptions
 from hafrm_ds.evaluation.best_of_n.statistics import compare_with_gold
-from hafrm_ds.evaluation.figures import render_best_of_n
 from hafrm_ds.options import as_list
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
