@@ -143,10 +143,10 @@ def check_same_data(runs: Sequence[Path]) -> None:
 def finished_runs(runs: Sequence[TrainConfig], processes: Processes) -> set[str]:
     """Names of those that are finished. Raises UserError if one of them has other options."""
 
-    def look() -> str:
-        return json.dumps([run.output_dir.name for run in runs if is_finished(run)])
+    def look() -> list[str]:
+        return [run.output_dir.name for run in runs if is_finished(run)]
 
-    return set(json.loads(processes.from_first("finished", look)))
+    return set(processes.from_first("finished", look))
 
 
 def make_plan(
@@ -154,11 +154,11 @@ def make_plan(
 ) -> ComparisonPlan:
     """What there is to do, and what the trainings that are finished took."""
 
-    def count() -> str:
+    def count() -> dict[str, int]:
         is_over = len(finished) == len(arms) * len(seeds)  # then nothing need be there but the runs
-        return json.dumps(dict.fromkeys([arm.name for arm in arms], 0) if is_over else pairs_seen(arms))
+        return dict.fromkeys([arm.name for arm in arms], 0) if is_over else pairs_seen(arms)
 
-    plan = ComparisonPlan(json.loads(processes.from_first("pairs", count)), len(seeds))
+    plan = ComparisonPlan(processes.from_first("pairs", count), len(seeds))
     for arm in arms:
         for seed in seeds:
             run = run_config(config, arm, seed)

@@ -5,8 +5,6 @@ import time
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from hafrm_ds.config import BatchConfig, TrainConfig, options_of
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, fingerprints_of, prepare_pairs
@@ -130,7 +128,7 @@ def deepspeed_config_of(config: TrainConfig, processes: Processes) -> dict:
 def is_finished(config: TrainConfig, processes: Processes) -> bool:
     """Whether the run that is to be resumed has come to its end. The same on all ranks."""
     file = config.output_dir / SUMMARY_FILE
-    return config.resume == "auto" and processes.from_first("finished", lambda: str(file.exists())) == "True"
+    return config.resume == "auto" and processes.from_first("finished", file.exists)
 
 
 def settle_resume_point(
@@ -174,8 +172,7 @@ def check_combined_judge(eval_pairs: dict[str, PreparedPairs], config: TrainConf
     if not (eval_pairs and config.objective.has_combined_judge):
         return
     name, pairs = next(iter(eval_pairs.items()))
-    index = fixed_choice(len(pairs), config.evaluation.max_pairs)
-    problem = too_few(len(index), len(np.unique(pairs.prompt_keys[index])))
+    problem = too_few(pairs.prompt_keys[fixed_choice(len(pairs), config.evaluation.max_pairs)])
     if problem is None:
         return
     best = config.evaluation.best_metric

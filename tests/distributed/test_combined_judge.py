@@ -13,7 +13,8 @@ from hafrm_ds.engine.checkpoint import read_state
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation import scoring
 from hafrm_ds.evaluation.combined import combine
-from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
+from hafrm_ds.evaluation.evaluate import evaluate
+from hafrm_ds.evaluation.options import EvaluationOptions
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.objective import JudgeFit
 from hafrm_ds.processes.ranks import Processes

@@ -14,9 +14,11 @@ from hafrm_ds.config import DataConfig
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ConfigError, DataError, ModelError
 from hafrm_ds.evaluation import scoring
-from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
+from hafrm_ds.evaluation.best_of_n.options import RankingOptions
+from hafrm_ds.evaluation.best_of_n.ranking import rank
 from hafrm_ds.evaluation.combined import combine
-from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
+from hafrm_ds.evaluation.evaluate import evaluate
+from hafrm_ds.evaluation.options import EvaluationOptions
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.objective import JudgeFit
