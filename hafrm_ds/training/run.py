@@ -8,14 +8,13 @@ from typing import Any
 from hafrm_ds.config import BatchConfig, TrainConfig, options_of
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, fingerprints_of, prepare_pairs
-from hafrm_ds.engine.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
+from hafrm_ds.engine.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config, zero_stage
 from hafrm_ds.engine.engine import (
     Engine,
     TrainingEngine,
     check_build_tools,
     load_scoring_engine,
     load_training_engine,
-    zero_stage,
 )
 from hafrm_ds.engine.shapes import trained_share
 from hafrm_ds.errors import ConfigError, DataError, UserError
