@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hafrm_ds.model.lora import PEFT_PREFIX
-from hafrm_ds.saved.adapters import ADAPTER_WEIGHTS, merged
+from hafrm_ds.saved.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, merged
 from hafrm_ds.training.final import export_checkpoint
 from tests.distributed.launching import as_options, rows, write_pairs
 from tests.distributed.test_resume import assert_same_run, run_cases
