@@ -98,28 +98,6 @@ def too_few(prompts: Sequence[str] | np.ndarray) -> str | None:
     )
 
 
-def combine(first: np.ndarray, second: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """Two judges as one: its margins, each by weights that were fitted without the fold of its prompt.
-
-    The judges may be the heads of one model, or of two that were trained apart. (To judge other sets by a fit of two
-    models, give the PairScores of the one the rewards of the other, and fit a CombinedJudge on them.)
-
-    Args:
-        first, second: [P] their margins on the same pairs.
-        prompts: [P] the prompt of each pair, by any name.
-
-    Returns:
-        [P] fp64, in logits.
-
-    Raises:
-        ValueError: these are too few pairs or prompts.
-    """
-    if problem := too_few(prompts):
-        raise ValueError(problem)
-    margins = np.stack([first, second], axis=1).astype(np.float64)
-    return np.einsum("pj,pj->p", held_out_weights(margins, prompts)[folds_of(prompts)], margins)
-
-
 @dataclass(frozen=True)
 class CombinedJudge:
     """A fit with the prompts that it has seen, so that it judges none of them by what it has learned from them.

@@ -89,9 +89,8 @@ class PairScores:
             columns["source"],
             prompts,
             lengths,
-            reward=scores.get("reward"),
-            logprob=scores.get("logprob"),
             reference=reference,
+            **scores,
         )
 
     def __len__(self) -> int:
@@ -167,12 +166,9 @@ class PairScores:
             sources=sources,
             prompts=prompts,
             num_tokens=both_sides("tokens"),
-            reward=known.get("reward"),
-            logprob=known.get("logprob"),
-            reference=known.get("reference"),
-            combined=known.get("combined"),
             fit=None if fit is None else JudgeFit.from_json(fit),
             texts=texts,
+            **known,
         )
 
 
