@@ -129,18 +129,6 @@ def tokenize_pairs(
     ]
 
 
-def tokenize_pair(
-    formatter: ChatFormatter,
-    prompt: list[Message],
-    chosen: list[Message],
-    rejected: list[Message],
-    max_length: int,
-    truncation: Truncation,
-) -> Tokenization:
-    """Messages of one pair -> ids that fit max_length, or the reason why the pair is dropped."""
-    return tokenize_pairs(formatter, [(prompt, chosen, rejected)], max_length, truncation)[0]
-
-
 def render_pair(
     formatter: ChatFormatter, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> RenderedPair | Tokenization:
@@ -237,7 +225,7 @@ def common_prefix_length(*sequences: Sequence[int]) -> int:
 def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> PromptWithResponses:
     """One conversation -> ids of a group with one response, split where its last message begins.
 
-    The split is that of `tokenize_pair`: the common prefix of the whole rendering and of the prompt rendered alone, so
+    The split is that of `tokenize_pairs`: the common prefix of the whole rendering and of the prompt rendered alone, so
     a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each has
     at least one token.
 
