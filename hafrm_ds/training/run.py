@@ -290,9 +290,7 @@ def prepare_data(
     stock = load_model_config(config.model)
     if warning := check_start(config.model, local_folder(config.model), stock):
         log.warn(warning)
-    formatter = ChatFormatter.create(
-        tokenizer, config.data.chat_template, config.data.template_date, config.data.reasoning
-    )
+    formatter = config.data.formatter(tokenizer)
     prepared = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
 
     def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:
