@@ -259,16 +259,23 @@ def fit(
     """Truncate a pair so that both conversations have at most max_length tokens; None when the policy cannot do that.
 
     keep_prompt_end leaves the responses whole and truncates the start of the prompt to what the longer response
-    leaves. A leading BOS stays, and so must at least one token after it. cut_response leaves the prompt whole and
+    leaves (`truncate_prompt`). cut_response leaves the prompt whole and
     truncates the end of each response that does not fit beside it; at least one token of each must stay.
     """
     if ids.longest_conversation <= max_length:
         return ids
     if truncation == "keep_prompt_end":
-        bos = ids.prompt[:1] if ids.prompt[0] == bos_token_id else ids.prompt[:0]
-        tail = max_length - max(map(len, ids.responses)) - len(bos)
-        return ids._replace(prompt=[*bos, *ids.prompt[-tail:]]) if tail >= 1 else None
+        prompt = truncate_prompt(ids.prompt, ids.longest_conversation - max_length, bos_token_id)
+        return None if prompt is None else ids._replace(prompt=prompt)
     if truncation == "cut_response":
         room = max_length - len(ids.prompt)
         return ids._replace(responses=tuple(each[:room] for each in ids.responses)) if room >= 1 else None
     return None
+
+
+def truncate_prompt(prompt: Sequence[int], excess: int, bos_token_id: int | None) -> list[int] | None:
+    """A prompt without `excess` tokens of its start. A leading BOS stays, and so must at least one token after it: None
+    where there is none."""
+    bos = prompt[:1] if prompt[0] == bos_token_id else prompt[:0]
+    rest = prompt[len(bos) + excess :]
+    return [*bos, *rest] if len(rest) else None

@@ -9,7 +9,7 @@ from functools import partial
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
-from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
+from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation, truncate_prompt
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.benchmarks.benchmark import Benchmark, Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
@@ -104,19 +104,20 @@ def encode_question(
     excess = max(ids.longest_conversation for ids in conversations) - max_length
     if excess <= 0:
         return groups_of(conversations), False
-    has_bos = conversations[0].prompt[0] == formatter.tokenizer.bos_token_id
-    kept = conversations[0].prompt[:1] if has_bos else []
-    if excess > min(len(ids.prompt) for ids in conversations) - len(kept) - 1:
-        if cut_answers and max_length > len(kept) + 1:
-            room = max_length - len(kept) - 1
-            cut = [PromptWithResponses([*kept, *ids.prompt[-1:]], (ids.responses[0][:room],)) for ids in conversations]
-            return groups_of(cut), True
-        raise DataError(
-            f"{place}: an answer leaves no room for its prompt in {max_length:,} tokens, the least of --max_length, "
-            "--max_tokens_per_micro_batch and the positions that the model knows"
-        )
-    truncated = [ids._replace(prompt=[*kept, *ids.prompt[len(kept) + excess :]]) for ids in conversations]
-    return groups_of(truncated), True
+    bos = formatter.tokenizer.bos_token_id
+    prompts = [truncate_prompt(ids.prompt, excess, bos) for ids in conversations]
+    truncated = [ids._replace(prompt=prompt) for ids, prompt in zip(conversations, prompts) if prompt is not None]
+    if len(truncated) == len(conversations):
+        return groups_of(truncated), True
+    kept = conversations[0].prompt[:1] if conversations[0].prompt[0] == bos else []
+    room = max_length - len(kept) - 1
+    if cut_answers and room > 0:
+        cut = [PromptWithResponses([*kept, *ids.prompt[-1:]], (ids.responses[0][:room],)) for ids in conversations]
+        return groups_of(cut), True
+    raise DataError(
+        f"{place}: an answer leaves no room for its prompt in {max_length:,} tokens, the least of --max_length, "
+        "--max_tokens_per_micro_batch and the positions that the model knows"
+    )
 
 
 def groups_of(conversations: list[PromptWithResponses]) -> list[PromptWithResponses]:
