@@ -39,30 +39,39 @@ def analyse(scores: PairScores) -> dict[str, Any]:
         DataError: there is no pair, or a score is not finite.
     """
     check(scores)
-    judges = list(scores.judges)
-    margins = {judge: scores.margins(judge) for judge in judges}
-    everything = np.ones(len(scores), dtype=bool)
+    margins = {judge: scores.margins(judge) for judge in scores.judges}
+    prompts = np.asarray(scores.prompts)
+
+    def accuracies(inside: np.ndarray) -> dict[str, Estimate]:
+        """Of each judge on the pairs `inside` [P] bool."""
+        right = {judge: correctness(each[inside]) for judge, each in margins.items()}
+        return estimates(right, prompts[inside], are_shares=True)
+
+    def part(inside: np.ndarray) -> dict[str, Any]:
+        return {"pairs": int(inside.sum()), "accuracy": accuracies(inside)}
+
+    probabilistic = {judge: each for judge, each in margins.items() if judge in PROBABILISTIC}
     longer = correctness(length_difference(scores))
     yardsticks = {"longer": longer, "shorter": 1 - longer}
     return {
         "pairs": len(scores),
         "prompts": len(set(scores.prompts)),
-        "ties": {judge: int((margins[judge] == 0).sum()) for judge in judges},
-        "accuracy": accuracies(scores, everything),
+        "ties": {judge: int((each == 0).sum()) for judge, each in margins.items()},
+        "accuracy": accuracies(np.ones(len(scores), dtype=bool)),
         "margin": estimates(margins, scores.prompts),
         "yardsticks": estimates(yardsticks, scores.prompts),
-        "calibration": {judge: calibrate(margins[judge]) for judge in judges if judge in PROBABILISTIC},
-        "by_source": {name: part(scores, inside) for name, inside in by_source(scores)},
+        "calibration": {judge: calibrate(each) for judge, each in probabilistic.items()},
+        "by_source": {name: part(inside) for name, inside in by_source(scores)},
         "by_length_difference": [
-            {"low": low, "high": high} | part(scores, inside) | {"longer": float(longer[inside].mean())}
+            {"low": low, "high": high} | part(inside) | {"longer": float(longer[inside].mean())}
             for low, high, inside in by_length_difference(scores)
         ],
         "agreement": {
             f"{one}/{other}": agreement(margins[one], margins[other])
-            for one, other in itertools.combinations(judges, 2)
+            for one, other in itertools.combinations(margins, 2)
         },
-        "coverage": coverage({judge: margins[judge] for judge in judges if judge in PROBABILISTIC}),
-        "heads": {name: part(scores, inside) for name, inside in by_agreement(margins)},
+        "coverage": coverage(probabilistic),
+        "heads": {name: part(inside) for name, inside in by_agreement(margins)},
     }
 
 
@@ -74,16 +83,6 @@ def check(scores: PairScores) -> None:
         if not np.isfinite(values).all():
             worst = scores.ids[int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])]
             raise DataError(f"{scores.set}: the {judge} of pair {worst} is not finite; try --dtype float32")
-
-
-def part(scores: PairScores, inside: np.ndarray) -> dict[str, Any]:
-    return {"pairs": int(inside.sum()), "accuracy": accuracies(scores, inside)}
-
-
-def accuracies(scores: PairScores, inside: np.ndarray) -> dict[str, Estimate]:
-    """Accuracy of each judge on the pairs `inside` [P] bool."""
-    right = {judge: correctness(scores.margins(judge)[inside]) for judge in scores.judges}
-    return estimates(right, np.asarray(scores.prompts)[inside], are_shares=True)
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from hafrm_ds.engine.checkpoint import read_state
 from hafrm_ds.model.hybrid import make_reward_head
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import as_options, rows, write_pairs
+from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs
 from tests.distributed.test_resume import assert_same_run, run_cases
 from tests.tiny_models import save_tiny_model
 
@@ -80,22 +80,16 @@ def runs(tmp_path_factory) -> Path:
         (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
 
     def options(name: str, zero: str, changes: dict) -> list[str]:
-        chosen = {
+        chosen = TINY_RUN | {
             "output_dir": folder / name,
             "deepspeed": folder / f"{zero}.json",
             "max_steps": STEPS,
             "model.name_or_path": folder / "tied",
-            "model.dtype": "float32",
             "data.train": folder / "train.jsonl",
-            "data.max_length": 120,
             "batch.global_batch_size": BATCH,
-            "batch.max_tokens_per_micro_batch": 150,
             "optimizer.learning_rate": 3e-3,
             "optimizer.reward_head_learning_rate": 1e-2,
             "reference.store": folder / "store",
-            "logging.tensorboard": "false",
-            "logging.report": "false",
-            "resume": "auto",
         }
         return as_options(chosen | changes)
 
