@@ -89,8 +89,9 @@ class PairScores:
             columns["source"],
             prompts,
             lengths,
+            reward=scores.get("reward"),
+            logprob=scores.get("logprob"),
             reference=reference,
-            **scores,
         )
 
     def __len__(self) -> int:
