@@ -105,6 +105,29 @@ def test_a_null_prompt_is_not_given():
     assert parts(convert(fields)) == ([user("p")], [assistant("a")], [assistant("b")])
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]},
+        {"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"},
+    ],
+)
+def test_what_stands_before_a_null_prompt_stays(answers):
+    earlier = {"system": "s", "history": [["one", "two"]]}
+    expected = [SYSTEM, user("one"), assistant("two"), user("p")]
+    assert convert({"prompt": None, **earlier, **answers}).prompt == expected
+    assert convert({"instruction": None, **earlier, **answers}).prompt == expected
+    assert convert({"prompt": None, **answers}).prompt == [user("p")]
+    argilla = {f"{name}_response": answer for name, answer in answers.items()}
+    assert convert({"instruction": None, **earlier, **argilla}).prompt == expected
+    assert "'instruction' is null" in error_of({"instruction": None, "input": "i", **argilla})
+
+
+def test_a_system_message_that_conversations_begin_with_stands_once():
+    answers = {"chosen": [SYSTEM, user("p"), assistant("a")], "rejected": [SYSTEM, user("p"), assistant("b")]}
+    assert convert({"prompt": None, "system": "s", **answers}).prompt == [SYSTEM, user("p")]
+
+
 def test_other_text_beside_answers_without_a_prompt_is_refused():
     fields = {"chosen": "The shop.\nx", "rejected": "The shop.\ny", "task": "Where do I buy tea?"}
     assert "other text in task" in error_of(fields)

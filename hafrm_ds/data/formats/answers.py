@@ -38,10 +38,15 @@ def answers_to(
 
     Question and answers are each a text or messages. An answer is a text, a message, the messages after the prompt, or
     a whole conversation. Whole conversations (UltraFeedback binarized) are read as such, and the prompt must be part of
-    their common beginning. Answers that repeat a prompt of text lose it.
+    their common beginning; where there is no question, answers are nothing else. Answers that repeat a prompt of text
+    lose it.
     """
-    if not row.given(question):
-        return without_question(row, source, better, worse)
+    if not row.given(question) and not (question == "instruction" and row.given("input") and row.text("input")):
+        made = without_question(row, source, better, worse)
+        earlier = earlier_turns(row)
+        if not isinstance(made, Parts) or contains(made.prompt, earlier):
+            return made
+        return made._replace(prompt=earlier + made.prompt)
     prompt, from_transcript = prompt_of(row, question)
     answers = [
         answer_of(row, field, answer, strip=from_transcript)
