@@ -12,7 +12,7 @@ from torch import Tensor
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.model.attention import KERNELS
 from hafrm_ds.model.hybrid import HybridModel, layout_difference, tolerance_of
-from hafrm_ds.model.loading import set_gradient_checkpointing
+from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.gpu.environment import DEVICE, available_kernels
 from tests.tiny_models import FAMILIES, random_items, tiny_hybrid
