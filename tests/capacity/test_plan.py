@@ -110,6 +110,53 @@ def test_operations_time_and_money_by_hand(tmp_path):
     assert plan.store_bytes == 1000 * 2 * 24
 
 
+SMOLLM2_135M = LLAMA_405B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def test_under_stage_3_a_small_model_waits_for_the_host(tmp_path):
+    plan = planned(folder_of(tmp_path, SMOLLM2_135M), "--batch.global_batch_size", "64")
+    found = {stage: plan.option(Path(f"ds_configs/zero{stage}.json"), False, 8192) for stage in (0, 1, 2, 3)}
+    milliseconds = {
+        stage: 1e3 * option.launch_seconds / option.partition.micro_batches / 30 for stage, option in found.items()
+    }
+    assert milliseconds == pytest.approx({0: 1.5, 1: 1.5, 2: 2.0, 3: 6.5})
+    assert found[3].step_seconds >= found[3].launch_seconds > found[3].compute_seconds
+    assert found[3].step_seconds > 2 * found[1].step_seconds
+    assert plan.recommended.zero.stage in (1, 2)
+    again = plan.option(Path("ds_configs/zero3.json"), True, 8192)
+    assert again.launch_seconds == pytest.approx(found[3].launch_seconds * (6.5 + 3.7) / 6.5)
+    on_cpus = replace(plan, machines=replace(plan.machines, device_type="cpu"))
+    assert on_cpus.option(Path("ds_configs/zero3.json"), False, 8192).launch_seconds == 0.0
+
+
+def test_each_kind_of_recomputation_has_its_bytes_and_its_time(tmp_path):
+    plan = planned(folder_of(tmp_path, LLAMA_8B), "--model.gradient_checkpointing", "every_4")
+    zero3 = Path("ds_configs/zero3.json")
+    found = {kind: plan.option(zero3, kind, 8192) for kind in plan.kinds}
+    assert list(found) == [False, "selective", "every_4", True]
+    per_token = {kind: plan.working_memory[kind].per_token for kind in found}
+    assert per_token[False] > per_token["every_4"] > per_token["selective"] > per_token[True]
+    # In bfloat16: the input, query, key and value, the output of attention with a number a head, what is projected
+    # back, gate, up and down. What is larger in a micro-batch is less than a layer.
+    kept = 2 * (4096 + (2 * 4096 + 2 * 1024) + 4096 + 2 * 14336 + 4096) + 4 * 32
+    assert 32 * kept < per_token["selective"] < 34 * kept
+    work, more = plan.operations.training, plan.operations.recomputed
+    peak = plan.machines.flops * plan.workload.num_steps
+    assert plan.compute_seconds(True) == pytest.approx((work + more) / peak)
+    assert plan.compute_seconds("every_4") == pytest.approx((work + more / 4) / peak)
+    assert plan.compute_seconds(False) == pytest.approx(work / peak)
+    assert 1.02 < plan.compute_seconds("selective") / plan.compute_seconds(False) < 1.1
+    assert plan.recipe(found["selective"]).model.gradient_checkpointing == "selective"
+
+
 def test_of_a_mixture_of_experts_all_are_held_and_sent_and_a_few_computed(tmp_path):
     shape = {
         "model_type": "olmoe",
