@@ -6,6 +6,7 @@ FlashAttention it is the other way round). Norms, rotary embeddings, activations
 """
 
 import math
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -34,14 +35,28 @@ def is_kept(operation: Any, arguments: tuple) -> bool:
     Batched products are, unless the output is larger than both factors: such are the scores of attention, which a model
     without a kernel for it forms.
     """
-    if not isinstance(operation, OpOverload):
-        return False
-    name = operation._schema.name
-    if name in BATCHED_PRODUCTS:
-        first = BATCHED_PRODUCTS[name]
+    first = BATCHED_PRODUCTS.get(name_of(operation))
+    if first is not None:
         left, right = arguments[first : first + 2]
         return left.shape[0] * left.shape[1] * right.shape[2] <= left.numel() + right.numel()
+    return is_product_or_attention(operation)
+
+
+@cache  # this and what follows is asked of every operation that a layer starts
+def is_product_or_attention(operation: Any) -> bool:
+    name = name_of(operation)
     return name in PRODUCTS or name.startswith(ATTENTION + ATTENTION_PACKAGES)
+
+
+@cache
+def name_of(operation: Any) -> str:
+    """Its namespace and name; nothing for one of torch's higher order."""
+    return operation._schema.name if isinstance(operation, OpOverload) else ""
+
+
+@cache
+def changes_in_place(operation: Any) -> bool:
+    return isinstance(operation, OpOverload) and operation._schema.is_mutable
 
 
 class KeptOperations(TorchDispatchMode):
@@ -73,16 +88,16 @@ class Keeping(KeptOperations):
         self.kept: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_mutable = isinstance(func, OpOverload) and func._schema.is_mutable
-        if is_mutable and isinstance(args[0], Tensor) and memory_of(args[0]) in self.kept:
+        if is_kept(func, args):
+            result = self.mode.__torch_dispatch__(func, types, args, kwargs or {})
+            self.kept.update(map(memory_of, tree_leaves(result)))
+            return result
+        if changes_in_place(func) and isinstance(args[0], Tensor) and memory_of(args[0]) in self.kept:
             raise ModelError(
                 "model.gradient_checkpointing is selective, but a layer of this model changes a product in place "
-                f"({func._schema.name}), which would then be lost; set it to true, every_2 or false"
+                f"({name_of(func)}), which would then be lost; set it to true, every_2 or false"
             )
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if is_kept(func, args):
-            self.kept.update(map(memory_of, tree_leaves(result)))
-        return result
+        return func(*args, **(kwargs or {}))
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -27,7 +27,7 @@ from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.training.benchmark import trainer_for_measuring
 from hafrm_ds.training.logging import RunLog
 
-LAYERS, WARM_UP, STEPS = 30, 3, 20
+LAYERS, WARM_UP, STEPS = 30, 2, 8
 NO_ATTENTION = Kernel("none", lambda query, key, value, segments, rule: 1.0 * query, "torch", (), True)
 
 
@@ -50,12 +50,12 @@ def main(arguments: list[str], processes: Processes) -> None:
 
     def timed(name: str, work: Callable) -> Callable:
         def run(*arguments, **options):
-            started = time.perf_counter()
+            started = time.process_time()
             if name == "forward" and ended:
                 times["between"].append(started - ended[0])
             result = work(*arguments, **options)
-            ended[:] = [time.perf_counter()] if name == "backward" else []
-            times[name].append(time.perf_counter() - started)
+            ended[:] = [time.process_time()] if name == "backward" else []
+            times[name].append(time.process_time() - started)
             return result
 
         return run

@@ -131,8 +131,9 @@ def test_under_stage_3_a_small_model_waits_for_the_host(tmp_path):
     assert found[3].step_seconds >= found[3].launch_seconds > found[3].compute_seconds
     assert found[3].step_seconds > 2 * found[1].step_seconds
     assert plan.recommended.zero.stage in (1, 2)
-    again = plan.option(Path("ds_configs/zero3.json"), True, 8192)
-    assert again.launch_seconds == pytest.approx(found[3].launch_seconds * (6.5 + 3.7) / 6.5)
+    for kind, more in ((True, 3.7), ("selective", 3.7 + 2 * 1.1)):
+        again = plan.option(Path("ds_configs/zero3.json"), kind, 8192)
+        assert again.launch_seconds == pytest.approx(found[3].launch_seconds * (6.5 + more) / 6.5)
     on_cpus = replace(plan, machines=replace(plan.machines, device_type="cpu"))
     assert on_cpus.option(Path("ds_configs/zero3.json"), False, 8192).launch_seconds == 0.0
 
