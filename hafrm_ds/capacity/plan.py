@@ -31,8 +31,8 @@ ROUNDING = 64
 ABOUT_EQUAL = 1.02
 """Times of a step that differ by less than the plan can know."""
 LAUNCH_SECONDS = {0: (0.75e-3, 0.75e-3), 1: (0.75e-3, 0.75e-3), 2: (0.75e-3, 1.25e-3), 3: (3.7e-3, 2.8e-3)}
-"""ZeRO stage -> seconds in which the host starts the kernels of a layer for a micro-batch, in forward and in backward, on
-one core of a server's processor (tests/benchmarks/README.md)."""
+"""ZeRO stage -> seconds in which the host starts the kernels of a layer for a micro-batch, in forward and in backward,
+on one core of a server's processor (tests/benchmarks/README.md)."""
 SELECTIVE_SECONDS = 1.1e-3
 """What it takes more of them where each operation is looked at, whether its output is kept: in forward, and again in
 recomputation."""

@@ -97,6 +97,15 @@ def attention_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
     return output, query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
+@torch.library.custom_op("hafrm_ds::traced_attention", mutates_args=())
+def traced_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """As `attention_shapes`, by an operation: it is kept where those of kernels are (`model.recomputation`)."""
+    return attention_shapes(query, key, value)
+
+
+traced_attention.register_fake(attention_shapes)
+
+
 def keep_attention(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
     """What a FlashAttention call keeps for its backward."""
     ctx.save_for_backward(*inputs, *output)
@@ -106,9 +115,6 @@ def attention_gradients(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-# An operation, so that it can be kept as those of the kernels are (`hafrm_ds.model.recomputation`).
-traced_attention = torch.library.custom_op("hafrm_ds::traced_attention", attention_shapes, mutates_args=())
-traced_attention.register_fake(attention_shapes)
 traced_attention.register_autograd(attention_gradients, setup_context=keep_attention)
 
 
