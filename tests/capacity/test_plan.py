@@ -16,7 +16,7 @@ from hafrm_ds.capacity.shapes import count_parameters, model_of_shapes
 from hafrm_ds.capacity.workload import counts
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.engine.deepspeed_config import load_config
-from hafrm_ds.errors import ConfigError, run_alone
+from hafrm_ds.errors import ConfigError, ModelError, run_alone
 from hafrm_ds.hardware.devices import DEVICES, Device, find_device
 from hafrm_ds.hardware.flops import ForwardCost
 from tests.distributed.launching import write_pairs
@@ -156,6 +156,28 @@ def test_each_kind_of_recomputation_has_its_bytes_and_its_time(tmp_path):
     assert plan.compute_seconds(False) == pytest.approx(work / peak)
     assert 1.02 < plan.compute_seconds("selective") / plan.compute_seconds(False) < 1.1
     assert plan.recipe(found["selective"]).model.gradient_checkpointing == "selective"
+
+
+def test_a_kind_of_recomputation_that_a_model_cannot_is_left_out(tmp_path):
+    """transformers adds the bias of gpt-oss's experts to their products in place."""
+    shape = {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1000,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    plan = planned(folder_of(tmp_path, shape), "--batch.layout", "padded", pairs=640)
+    assert plan.kinds == [False, True]
+    asked = planned(tmp_path, "--batch.layout", "padded", "--model.gradient_checkpointing", "selective")
+    with pytest.raises(ModelError, match="gradient_checkpointing is selective, but a layer"):
+        list(asked.kinds)
 
 
 def test_of_a_mixture_of_experts_all_are_held_and_sent_and_a_few_computed(tmp_path):
