@@ -158,6 +158,20 @@ def test_each_kind_of_recomputation_has_its_bytes_and_its_time(tmp_path):
     assert plan.recipe(found["selective"]).model.gradient_checkpointing == "selective"
 
 
+def test_selective_recomputation_is_recommended_where_pairs_are_too_long_without(tmp_path):
+    folder = str(folder_of(tmp_path, LLAMA_8B))
+    config = load_config(
+        ["--output_dir", "o", "--model.name_or_path", folder, "--data.train", "none", "--data.max_length", "6000"]
+    )
+    model = model_of_shapes(config)
+    workload = workload_of(config, model, *uniform_sets(640, 3000, 3000))
+    plan = Plan(config, model, workload, Machines(DEVICES["h100"], 8, 1, mfu=0.35))
+    usual = [option for option in plan.options if not plan.is_last_resort(option)]
+    fits = {kind: max(o.largest_budget for o in usual if o.recomputation == kind) for kind in plan.kinds}
+    assert fits[False] == 0 < 9000 <= fits["selective"] < fits[True]
+    assert (plan.recommended.zero.stage, plan.recommended.recomputation) == (3, "selective")
+
+
 def test_a_kind_of_recomputation_that_a_model_cannot_is_left_out(tmp_path):
     """transformers adds the bias of gpt-oss's experts to their products in place."""
     shape = {
