@@ -170,7 +170,7 @@ class FusedLayers:
 
     def put(self) -> None:
         for module, forward in self.forwards:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
 
     def take_away(self) -> None:
         for module, _ in self.forwards:
@@ -278,22 +278,22 @@ def compile_layers(causal_lm: PreTrainedModel) -> FusedLayers:
 # ---- forwards of modules -------------------------------------------------------------------------------------------
 
 
-def run_rms_norm(module: nn.Module, function: Callable, epsilon: float, form: RMSForm, x: Tensor) -> Tensor:
+def run_rms_norm(module: Any, function: Callable, epsilon: float, form: RMSForm, x: Tensor) -> Tensor:
     return function(x, module.weight, epsilon, form)
 
 
-def run_layer_norm(module: nn.Module, x: Tensor) -> Tensor:
+def run_layer_norm(module: Any, x: Tensor) -> Tensor:
     weight, epsilon = module.weight, module.variance_epsilon
     if weight.dim() > 1:  # of each head its own
         return type(module).forward(module, x)
     return F.layer_norm(x, weight.shape, weight, None, epsilon)
 
 
-def run_mlp(module: nn.Module, gate: Gate, x: Tensor) -> Tensor:
+def run_mlp(module: Any, gate: Gate, x: Tensor) -> Tensor:
     return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
 
 
-def run_packed_mlp(module: nn.Module, gate: Gate, x: Tensor) -> Tensor:
+def run_packed_mlp(module: Any, gate: Gate, x: Tensor) -> Tensor:
     return module.down_proj(gate(*module.gate_up_proj(x).chunk(2, dim=-1)))
 
 

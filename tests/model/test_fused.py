@@ -6,6 +6,7 @@ from torch import nn
 
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.errors import ModelError
+from hafrm_ds.model import fused
 from hafrm_ds.model.fused import fuse, gated, rms_norm
 from hafrm_ds.model.hybrid import HybridModel, fused_difference
 from hafrm_ds.model.loading import set_gradient_checkpointing
@@ -127,11 +128,17 @@ def test_what_cannot_be_fused_is_refused_by_name():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["compile", "compile_layers"])
 @pytest.mark.parametrize("family", ["gemma2", "qwen3-tied"])
-def test_compiled_functions_and_layers_compute_the_same(family, kind):
+def test_compiled_functions_and_layers_compute_the_same(monkeypatch, family, kind):
+    """By what torch.compile traces, forward and backward; that it makes C++ of it here is torch's affair."""
+    usual = fused.for_any_length()
+    monkeypatch.setattr(fused, "for_any_length", lambda: usual | {"backend": "aot_eager"})
     torch._dynamo.reset()
     model = model_of(family)
     expected = run(model)
     model.use_fused(kind, CPU)
     for found, own in zip(run(model), expected):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5 * max(1.0, own.abs().max().item()))
-    assert 0 < fused_difference(model, model, ITEMS, with_logprob=True) < 1e-4
+    assert fused_difference(model, model, ITEMS, with_logprob=True) < 1e-4
+    set_gradient_checkpointing(model.causal_lm, True)
+    for found, own in zip(run(model), expected):
+        torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5 * max(1.0, own.abs().max().item()))
