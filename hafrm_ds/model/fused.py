@@ -124,7 +124,7 @@ class CompiledFunctions:
         return torch.compile(stock, **for_any_length())
 
     def gate(self, activation: nn.Module) -> Gate | None:
-        return torch.compile(partial(gated, activation), **for_any_length())
+        return torch.compile(partial(gated, activation.forward), **for_any_length())
 
 
 def for_any_length() -> dict[str, Any]:
@@ -140,7 +140,7 @@ def liger_functions() -> LigerFunctions:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, form: RMSForm) -> Tensor:
-    """As transformers' classes, step by step. A function of tensors alone: no part of it meets ZeRO-3's modules."""
+    """As transformers' classes, step by step. A function of tensors alone, so that no hook of ZeRO-3 is in a graph."""
     states = x.float()
     states = states * torch.rsqrt(states.square().mean(-1, keepdim=True) + epsilon)
     if form.in_fp32:
@@ -148,7 +148,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, form: RMSForm) -> Tensor
     return weight * states.to(x.dtype)
 
 
-def gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     return activation(gate) * up
 
 

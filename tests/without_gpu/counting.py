@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hafrm_ds.capacity.working_memory import META, TRACED_OPS
+from hafrm_ds.capacity.working_memory import META, TRACED_OPS, TracedRotation
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.model.attention import KERNELS
 from hafrm_ds.model.fused import LigerFunctions, fuse
@@ -94,14 +94,15 @@ def counted_ops(counts: list[Counts]) -> SimpleNamespace:
             def forward(ctx, *args):
                 outputs = function.forward(ctx, *args)
                 counts[-1].add(function.__name__, [*args, *tree_leaves(outputs)], forward_kernels)
+                # Read again in backward; of a rotation only the angles. What is kept can be asked for once.
+                ctx.kept_bytes = bytes_of(args[2:] if function is TracedRotation else args)
                 return outputs
 
             @staticmethod
             def backward(ctx, *grads):
                 outputs = function.backward(ctx, *grads)
-                counts[-1].add(
-                    f"{function.__name__}.backward", [*ctx.saved_tensors, *grads, *outputs], backward_kernels
-                )
+                counts[-1].add(f"{function.__name__}.backward", [*grads, *outputs], backward_kernels)
+                counts[-1].num_bytes += ctx.kept_bytes
                 return outputs
 
         return Counted
