@@ -98,7 +98,7 @@ class LigerFunctions:
     def rotation(self, stock: Callable) -> Rotation | None:
         known = (modeling_llama.apply_rotary_pos_emb, modeling_phi3.apply_rotary_pos_emb)
         is_known = any(same_code(stock, each) for each in (*known, modeling_gpt_neox.apply_rotary_pos_emb))
-        in_halves = same_code(stock.__globals__["rotate_half"], modeling_llama.rotate_half) if is_known else False
+        in_halves = is_known and same_code(stock.__globals__["rotate_half"], modeling_llama.rotate_half)
         return self.rotate if in_halves else None
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,8 @@ def has_small_operations(module: nn.Module) -> bool:
         return False
     is_norm, is_gated = type(module).__name__.endswith("Norm"), hasattr(module, "act_fn")
     is_gated |= is_like(module, modeling_phi3.Phi3MLP)
-    return is_norm or is_gated or ROTATE in inspect.unwrap(type(module).forward).__code__.co_names
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return is_norm or is_gated or (code is not None and ROTATE in code.co_names)
 
 
 def compile_layers(causal_lm: PreTrainedModel) -> FusedLayers:
