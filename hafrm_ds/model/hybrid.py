@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hafrm_ds.config import ObjectiveConfig
+from hafrm_ds.data.filler import with_filler
 from hafrm_ds.data.packing import PackedBatch, lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
@@ -135,16 +136,18 @@ class HybridModel(nn.Module):
             its experts.
         """
         logprob = reward = per_token = None
+        filled = self.with_filler(batch)
         asked = {"output_router_logits": True} if with_router else {}
         if with_logprob and self.uses_stock_logits:
-            output, per_token = self.output_and_stock_logprobs(batch, **asked)
+            output, per_token = self.output_and_stock_logprobs(filled, **asked)
             states = output.last_hidden_state.flatten(0, 1)
         else:
-            output = self.causal_lm.get_decoder()(**model_inputs(batch), **asked)
+            output = self.causal_lm.get_decoder()(**model_inputs(filled), **asked)
             states = output.last_hidden_state.flatten(0, 1)  # [T, H]
             if with_logprob:
-                per_token = self.response_logprobs(states[batch.predict_index], self.lm_head, batch.target_ids)
+                per_token = self.response_logprobs(states[filled.predict_index], self.lm_head, filled.target_ids)
         if per_token is not None:
+            per_token = per_token[: len(batch.target_ids)]
             logprob = sum_by_response(per_token, batch)
         elif idle_heads:
             nothing = self.response_logprobs(states[:0], self.lm_head, batch.target_ids[:0]).sum()
@@ -156,8 +159,17 @@ class HybridModel(nn.Module):
             reward = reward + nothing
         elif idle_heads and reward is None:
             logprob = logprob + nothing
-        router = router_use(output.router_logits, self.causal_lm, batch) if with_router else None
+        router = None
+        if with_router:
+            logits = [each[: batch.num_positions] for each in output.router_logits]
+            router = router_use(logits, self.causal_lm, batch)
         return ResponseScores(reward, logprob, batch.num_tokens, per_token, router)
+
+    def with_filler(self, batch: PackedBatch) -> PackedBatch:
+        """A micro-batch as the model computes it: where each shape is compiled anew, at one of few sizes."""
+        weight = self.reward_head.weight
+        compiles = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+        return with_filler(batch) if compiles and batch.segments is not None else batch
 
     @property
     def lm_head(self) -> nn.Linear:

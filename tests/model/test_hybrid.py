@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hafrm_ds.data import packing
+from hafrm_ds.data.filler import with_filler
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
@@ -59,6 +60,33 @@ def test_layouts_equal_padded_separate_sequences(family, layout):
     torch.testing.assert_close(packed_reward, reward, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(packed_logprob, logprob, rtol=1e-4, atol=1e-5)
     assert_gradients_close(packed_gradients, gradients, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_filler_changes_nothing(layout, monkeypatch):
+    model, items = tiny_hybrid("gemma2"), random_items(seed=3)
+    reward, logprob, gradients = run(model, items, layout)
+    monkeypatch.setattr(model, "with_filler", with_filler)
+    filled_reward, filled_logprob, filled_gradients = run(model, items, layout)
+    torch.testing.assert_close(filled_reward, reward, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(filled_logprob, logprob, rtol=1e-6, atol=1e-6)
+    assert_gradients_close(filled_gradients, gradients, 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_products_that_are_compiled_have_few_shapes(layout):
+    """oneDNN compiles one in bfloat16 for each number of rows."""
+    model, rows = tiny_hybrid("llama").to(torch.bfloat16), set()
+    use_layout(model, layout)
+    for module in model.causal_lm.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: rows.add(inputs[0].shape[-2]))
+    for seed in range(20):
+        batch = lay_out(random_items(seed=seed), layout)
+        scores = model(batch)
+        assert len(scores.token_logprobs) == len(batch.target_ids)
+        assert model.with_filler(batch).num_positions in rows
+    assert all(number % 16 == 0 for number in rows)
 
 
 def weighted_run(model: HybridModel, items: list[PromptWithResponses], layout: str):
