@@ -27,6 +27,12 @@ PositiveInt = Annotated[int, Field(ge=1)]
 # YAML reads an unquoted 2024-07-26 as a date.
 Day = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, datetime.date) else value)]
 
+# And an unquoted off as false.
+Fused = Annotated[
+    Literal["auto", "liger", "compile", "compile_layers", "off"],
+    BeforeValidator(lambda value: "off" if value is False else value),
+]
+
 
 def in_one_message(message: str) -> WrapValidator:
     """One message for all members of a union."""
@@ -88,6 +94,10 @@ class ModelConfig(Section):
     log_probs: Literal["torch", "triton"] = "torch"
     """What turns blocks of the LM head's products into log-probs and their gradient. torch: its own operations. triton:
     a kernel for each, which reads and writes a logit once, on NVIDIA GPUs."""
+    fused: Fused = "auto"
+    """What makes one kernel each of the norms, rotary embeddings and gated MLPs of a layer. liger: the package
+    liger-kernel, on NVIDIA GPUs. compile: torch.compile of each. compile_layers: torch.compile of whole layers, but
+    neither under ZeRO-3 nor for mixtures of experts. auto: liger on a GPU where it is installed, else off."""
     router_aux_loss: Literal["own"] | None = None
     """own: of a mixture of experts, add the load-balancing loss of its routers by the weight in its own configuration
     (router_aux_loss_coef). It is computed for each pair. Default: it is not trained."""

@@ -61,6 +61,13 @@ def test_the_last_override_wins():
     assert load("--objective.alpha", "0.5", "--objective.alpha=0.7").objective.alpha == 0.7
 
 
+def test_off_is_a_word_though_yaml_reads_it_as_false(tmp_path):
+    file = write(tmp_path / "config.yaml", "model: {fused: off}\n")
+    for config in (load("--config", file), load("--model.fused", "off"), load("--model.fused", "'off'")):
+        assert config.model.fused == "off"
+        assert yaml.safe_load(config.to_yaml())["model"]["fused"] == "off"
+
+
 def test_defaults_are_the_papers():
     objective = load().objective
     assert (objective.alpha, objective.rm_weight, objective.beta, objective.policy_loss) == (0.2, 1.0, 0.1, "dpo")

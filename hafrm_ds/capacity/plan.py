@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -213,7 +214,7 @@ class Plan:
 
     @cached_property
     def settings(self) -> dict[Path, ZeroSettings]:
-        """The DeepSpeed files, the simplest first. Stage 3 cannot split quantised weights."""
+        """The DeepSpeed files, the simplest first. Stage 3 has no quantised weights and no compiled layers."""
         files = {Path("ds_configs") / file.name for file in (REPOSITORY / "ds_configs").glob("*.json")}
         order = {name: place for place, name in enumerate(SIMPLEST_FIRST)}
         found = {}
@@ -221,21 +222,30 @@ class Plan:
             config = self.config.model_copy(update={"deepspeed": file})
             resolved = resolve_deepspeed_config(config, self.machines.num_processes, self.machines.gpus)
             zero = ZeroSettings.of(resolved)
-            if zero.stage < 3 or config.model.lora.quantize == "none":
+            if zero.stage < 3 or not (config.model.lora.quantize != "none" or config.model.fused == "compile_layers"):
                 found[file] = zero
         return found
 
     def micro_batch_pass(self, kind: bool | str) -> Pass:
         objective, layout, device_type = self.config.objective, self.workload.layout, self.machines.device_type
-        log_probs = self.config.model.log_probs
         return Pass(
             layout,
             device_type,
             objective.uses_reward,
             objective.uses_policy,
-            log_probs=log_probs,
+            log_probs=self.config.model.log_probs,
+            fused=self.is_fused,
             recomputation=kind,
         )
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the layers of the run have fused norms, rotary embeddings and gates. Of a GPU that is not here it is
+        supposed that liger-kernel is installed there if it is here."""
+        kind = self.config.model.fused
+        if kind == "auto":
+            return self.machines.device_type == "cuda" and find_spec("liger_kernel") is not None
+        return kind != "off"
 
     @cached_property
     def working_memory(self) -> dict[bool | str, WorkingMemory]:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from hafrm_ds.data.packing import PackedBatch, lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import Kernel, segment_attention
+from hafrm_ds.model.fused import LigerFunctions, fuse
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import first_line
 from hafrm_ds.model.recomputation import interval, set_gradient_checkpointing
@@ -118,6 +120,55 @@ def attention_gradients(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
 traced_attention.register_autograd(attention_gradients, setup_context=keep_attention)
 
 
+class TracedNorm(torch.autograd.Function):
+    """Shapes of a fused RMSNorm: kept for backward are its input and a number a row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, *how) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+class TracedRotation(torch.autograd.Function):
+    """Shapes of a fused rotary embedding: nothing is kept but the angles, which all layers share."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return query.clone(), key.clone()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return *(torch.empty_like(grad) for grad in grads), None, None
+
+
+class TracedGate(torch.autograd.Function):
+    """Shapes of a fused activation and product: kept for backward are its inputs."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate * up
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+
+
+TRACED_OPS = SimpleNamespace(
+    LigerRMSNormFunction=TracedNorm,
+    LigerRopeFunction=TracedRotation,
+    LigerSiLUMulFunction=TracedGate,
+    LigerGELUMulFunction=TracedGate,
+)
+"""In place of liger_kernel.ops. What torch.compile keeps is taken for the same."""
+
+
 def run_traced(query: Tensor, key: Tensor, value: Tensor, segments, rule) -> Tensor:
     """As the kernels for GPUs: in the dtype of the model."""
     return traced_attention(query, key, value)[0]
@@ -148,8 +199,8 @@ for kernel in TRACED.values():
 class Pass:
     """How micro-batches go through a model: the arguments of its forward, and whether backward follows.
 
-    device_type: "cuda", or "cpu", where attention computes in fp32. log_probs: as model.log_probs. recomputation: as
-        model.gradient_checkpointing.
+    device_type: "cuda", or "cpu", where attention computes in fp32. log_probs: as model.log_probs. fused: whether
+        norms, rotary embeddings and gates are (model.fused). recomputation: as model.gradient_checkpointing.
     """
 
     layout: str
@@ -158,6 +209,7 @@ class Pass:
     with_logprob: bool
     with_gradients: bool = True
     log_probs: str = "torch"
+    fused: bool = False
     recomputation: bool | str = False
 
     @property
@@ -282,10 +334,15 @@ def moved_by(model: HybridModel, batch: PackedBatch, how: Pass) -> int:
 
 
 def run_pass(model: HybridModel, batch: PackedBatch, how: Pass) -> None:
-    with torch.set_grad_enabled(how.with_gradients):
-        scores = model(batch, with_reward=how.with_reward, with_logprob=how.with_logprob)
-        if how.with_gradients:
-            sum(part.sum() for part in (scores.reward, scores.logprob) if part is not None).backward()
+    fused = fuse(model.causal_lm, LigerFunctions(TRACED_OPS)) if how.fused else None
+    try:
+        with torch.set_grad_enabled(how.with_gradients):
+            scores = model(batch, with_reward=how.with_reward, with_logprob=how.with_logprob)
+            if how.with_gradients:
+                sum(part.sum() for part in (scores.reward, scores.logprob) if part is not None).backward()
+    finally:
+        if fused is not None:
+            fused.take_away()
 
 
 @contextmanager

@@ -117,6 +117,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     model = HybridModel(causal_lm, head)
     model.use_layout(layout, config.attention, device)
     model.use_log_probs(config.log_probs, device)
+    model.use_fused(config.fused, device)
     return model
 
 

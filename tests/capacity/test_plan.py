@@ -262,6 +262,14 @@ def test_quantised_weights_take_fewer_bytes_and_no_stage_3(tmp_path):
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
+def test_fused_layers_keep_fewer_activations_and_compiled_ones_take_no_stage_3(tmp_path):
+    folder = folder_of(tmp_path, LLAMA_8B | {"num_hidden_layers": 4})
+    kept = {kind: planned(folder, "--model.fused", kind).working_memory[False].per_token for kind in ("off", "liger")}
+    assert 0.6 * kept["off"] < kept["liger"] < 0.75 * kept["off"]
+    plan = planned(folder, "--model.fused", "compile_layers", "--deepspeed", "ds_configs/zero2.json")
+    assert max(zero.stage for zero in plan.settings.values()) == 2
+
+
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
     monkeypatch.setenv("COLUMNS", "140")
