@@ -70,6 +70,11 @@ class KeptOperations(TorchDispatchMode):
         super().__init__()
         self.mode = mode
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Of torch.compile, which from torch 2.13 on runs no compiled function inside of other modes."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if is_kept(func, args):
             return self.mode.__torch_dispatch__(func, types, args, kwargs or {})
