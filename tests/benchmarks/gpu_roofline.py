@@ -74,7 +74,14 @@ def seconds(found: Iterable[Counts]) -> tuple[float, float, int]:
 
 def activation_bytes(model: HybridModel, name: str, variant: Variant) -> float:
     """Of a token."""
-    how = Pass("shared_prefix", "cuda", with_reward=True, with_logprob=False, fused=variant.fused)
+    how = Pass(
+        "shared_prefix",
+        "cuda",
+        with_reward=True,
+        with_logprob=False,
+        fused=variant.fused,
+        recomputation=variant.checkpointing,
+    )
     sizes, taken = [], []
     for num_tokens in (2048, 8192):
         items = random_pairs(SHAPES[name].vocab_size, num_tokens)
