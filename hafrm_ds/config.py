@@ -17,6 +17,9 @@ from hafrm_ds.data.sources import EvalSources, TrainSources
 from hafrm_ds.options import Section, option_names
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hafrm_ds.data.formatting import ChatFormatter
     from hafrm_ds.data.preparation import PreparationOptions
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -142,6 +145,12 @@ class DataConfig(Section):
 
         names = [field.name for field in fields(PreparationOptions)]
         return PreparationOptions(**{name: getattr(self, name) for name in names})
+
+    def formatter(self, tokenizer: "PreTrainedTokenizerBase") -> "ChatFormatter":
+        """How conversations are rendered and encoded."""
+        from hafrm_ds.data.formatting import ChatFormatter
+
+        return ChatFormatter.create(tokenizer, self.chat_template, self.template_date, self.reasoning)
 
 
 class ObjectiveConfig(Section):

@@ -14,8 +14,8 @@ be scored is left out, and the exit status is then 3. A job that was killed resu
 import sys
 
 from hafrm_ds.errors import in_own_names
-from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
-from hafrm_ds.evaluation.best_of_n.sampling import SamplingOptions
+from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOptions
+from hafrm_ds.evaluation.best_of_n.ranking import rank
 from hafrm_ds.options import read
 from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry

@@ -13,7 +13,8 @@ started again.
 """
 
 from hafrm_ds.errors import in_own_names
-from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
+from hafrm_ds.evaluation.evaluate import evaluate
+from hafrm_ds.evaluation.options import EvaluationOptions
 from hafrm_ds.options import read
 from hafrm_ds.processes.ownership import sole_owner
 from hafrm_ds.processes.ranks import Processes, run_entry

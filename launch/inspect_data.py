@@ -51,9 +51,7 @@ def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str
 
 
 def inspect(config: InspectOptions, console: Console) -> None:
-    formatter = ChatFormatter.create(
-        load_tokenizer(config.model), config.data.chat_template, config.data.template_date, config.data.reasoning
-    )
+    formatter = config.data.formatter(load_tokenizer(config.model))
     if config.health:
         # However much of it is unusable: that is when one looks.
         config = config.model_copy(update={"data": config.data.model_copy(update={"max_dropped_share": 1.0})})

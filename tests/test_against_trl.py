@@ -9,11 +9,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import lay_out
-from hafrm_ds.data.tokenization import tokenize_pair
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.objective import bradley_terry_loss, centering_penalty, dpo_loss, hinge_loss
 from tests.tiny_models import tiny_causal_lm, use_layout
-from tests.tiny_tokenizers import byte_level_tokenizer
+from tests.tiny_tokenizers import byte_level_tokenizer, tokenize_pair
 
 trl = pytest.importorskip("trl")
 

@@ -3,6 +3,10 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.tokenization import Tokenization, Truncation, tokenize_pairs
+
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 CHAT = (
@@ -10,6 +14,18 @@ CHAT = (
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 """Ends in eos."""
+
+
+def tokenize_pair(
+    formatter: ChatFormatter,
+    prompt: list[Message],
+    chosen: list[Message],
+    rejected: list[Message],
+    max_length: int,
+    truncation: Truncation,
+) -> Tokenization:
+    """A single pair, as `tokenize_pairs` tokenises many."""
+    return tokenize_pairs(formatter, [(prompt, chosen, rejected)], max_length, truncation)[0]
 
 
 def byte_level_tokenizer(

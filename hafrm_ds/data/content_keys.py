@@ -22,13 +22,17 @@ def content_key(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> bytes
 
 def keys_of_column(column: pa.ChunkedArray) -> np.ndarray:
     """A binary column whose values all have KEY_BYTES bytes -> [Q] KEY_DTYPE."""
-    chunks = [chunk.cast(pa.binary(KEY_BYTES)) for chunk in column.chunks]
+    return column_view(column.cast(pa.binary(KEY_BYTES)), KEY_DTYPE)
+
+
+def column_view(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
+    """A column of fixed-size values as numpy, without a copy where it is one chunk."""
     parts = [
-        np.frombuffer(chunk.buffers()[1], KEY_DTYPE, count=len(chunk), offset=chunk.offset * KEY_BYTES)
-        for chunk in chunks
+        np.frombuffer(chunk.buffers()[1], dtype=dtype, count=len(chunk), offset=chunk.offset * dtype.itemsize)
+        for chunk in column.chunks
         if len(chunk)
     ]
-    return np.concatenate([np.empty(0, KEY_DTYPE), *parts])
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
 
 
 def unique_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

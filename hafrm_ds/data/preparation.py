@@ -184,27 +184,20 @@ def count_pairs(
     """
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
-    lengths = {name: list_lengths(table[f"{name}_ids"])[kept] for name in LENGTHS}
     keys = np.empty((len(kept), 2), KEY_DTYPE)
     for side, name in enumerate(("chosen_key", "rejected_key")):
         keys[:, side] = keys_of_column(table[name])[kept]
     uncut = table["uncut_length"].to_numpy()
-    uncut = uncut[uncut > 0]
-    report = summarize(table, lengths, keys, uncut, formatter, options, role)
-    report.with_margin = len(kept) - table["margin"].take(kept).null_count
-    remarks, of_kept = counted_remarks(table["remarks"]), counted_remarks(table["remarks"].take(kept))
-    report.not_read, report.mapped_roles = list(remarks[NOT_READ]), remarks[ROLE]
-    report.margin_faults = sum(of_kept[MARGIN].values())
-    report.first_margin_fault = next(iter(of_kept[MARGIN]), "")
-    report.left_out, report.marks = (lines_of(table[name].take(kept)) for name in ("left_out", "marks"))
-    report.with_marks = len(kept) - pc.sum(pc.equal(table["marks"].take(kept), "")).as_py() if len(kept) else 0
-    check_enough_left(report, options)
-    check_written(report, table["left_out"].take(kept), formatter)
-    columns = lengths | {
+    columns = {
+        # Read from the offsets of the lists.
+        **{name: pc.list_value_length(table[f"{name}_ids"]).to_numpy().astype(np.int64)[kept] for name in LENGTHS},
         "keys": keys,
         "prompt_keys": keys_of_column(table["prompt_key"])[kept],
-        "uncut_lengths": uncut,
+        "uncut_lengths": uncut[uncut > 0],
     }
+    report = summarize(table, kept, columns, formatter, options, role)
+    check_enough_left(report, options)
+    check_written(report, table["left_out"].take(kept), formatter)
     save_pairs(folder, tokenized, kept, columns, report)
 
 
@@ -291,25 +284,26 @@ def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length:
 # ---- the report and its limits -------------------------------------------------------------------------------------
 
 
-def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    """Lengths [rows] int64 of the lists of a column, read from their offsets."""
-    return pc.list_value_length(column).to_numpy().astype(np.int64)
-
-
 def summarize(
     table: pa.Table,
-    lengths: dict[str, np.ndarray],
-    keys: np.ndarray,
-    uncut_lengths: np.ndarray,
+    kept: np.ndarray,
+    columns: Mapping[str, np.ndarray],
     formatter: ChatFormatter,
     options: PreparationOptions,
     role: str,
 ) -> DataReport:
-    """The report of a tokenised table, without examples. The arrays are those of `PreparedPairs`."""
+    """The report of a tokenised table, without examples.
+
+    Args:
+        kept: [P] places of the usable pairs. columns: what is counted of them, as `save_pairs` takes it.
+    """
     total, by_source = count_outcomes(table)
-    duplicates, both_orders = count_repeats(keys)
-    conversation = lengths["prompt"] + np.maximum(lengths["chosen"], lengths["rejected"])
-    tokens = lengths | {"conversation": conversation, "conversation_before_cut": uncut_lengths}
+    duplicates, both_orders = count_repeats(columns["keys"])
+    tokens = {name: columns[name] for name in LENGTHS}
+    tokens["conversation"] = tokens["prompt"] + np.maximum(tokens["chosen"], tokens["rejected"])
+    tokens["conversation_before_cut"] = columns["uncut_lengths"]
+    usable = table.select(["margin", "remarks", "left_out", "marks"]).take(kept)
+    remarks, margin_faults = counted_remarks(table["remarks"]), counted_remarks(usable["remarks"])[MARGIN]
     return DataReport(
         role=role,
         max_length=options.max_length,
@@ -322,6 +316,14 @@ def summarize(
         tokens={name: percentiles(values) for name, values in tokens.items()},
         template=TemplateFacts.of(formatter),
         examples=[],
+        with_margin=len(kept) - usable["margin"].null_count,
+        not_read=list(remarks[NOT_READ]),
+        mapped_roles=remarks[ROLE],
+        margin_faults=sum(margin_faults.values()),
+        first_margin_fault=next(iter(margin_faults), ""),
+        left_out=lines_of(usable["left_out"]),
+        marks=lines_of(usable["marks"]),
+        with_marks=len(kept) - (pc.sum(pc.equal(usable["marks"], "")).as_py() or 0),
     )
 
 

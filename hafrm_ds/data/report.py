@@ -1,7 +1,7 @@
 """What became of the data: counts, lengths and examples of one prepared set, for terminal and data_report.json."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import names_in_words
-from hafrm_ds.data.tables import Cell, Table, as_text, count, largest
+from hafrm_ds.data.tables import Cell, Table, as_text, count, listed_sources
 from hafrm_ds.data.tokenization import TokenizedPair
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -180,12 +180,10 @@ class DataReport:
         *tables, lengths = (table.to_rich() for table in self.tables())
         return Group(
             *tables,
-            Text(self.in_words),
-            *self._margins(),
-            *self._not_read(),
+            *map(as_text, self._remarks()),
             lengths,
             Text(f"Template: {self.template.in_words}"),
-            *self._rendering(),
+            *map(as_text, self._warnings()),
             *(render_example(example) for example in self.examples if with_examples),
         )
 
@@ -199,9 +197,7 @@ class DataReport:
     def tables(self) -> list[Table]:
         """Counts by source, why pairs are not used (if any are not), and token lengths."""
         rows = []
-        sources, rest = largest(self.by_source, lambda counts: counts.read)
-        if rest:
-            sources[f"{len(rest):,} other sources"] = sum_of(rest)
+        sources = listed_sources(self.by_source, lambda counts: counts.read, sum_of)
         for name, counts in [*sources.items(), ("total", self.total)]:
             deselected, dropped = sum(counts.deselected.values()), sum(counts.dropped.values())
             numbers = (counts.read, deselected, dropped, counts.kept, counts.cut)
@@ -222,41 +218,33 @@ class DataReport:
         ]
         return [*tables, Table(lengths, ("Tokens", *PERCENTILES))]
 
-    def _margins(self) -> list[Text]:
-        """A line if some pairs have a margin and others have none: in the loss the latter count with a margin of 0."""
-        if self.with_margin in (0, self.total.kept):
-            return []
-        share = self.with_margin / self.total.kept
-        return [
-            Text(f"{self.with_margin} of {self.total.kept} pairs ({share:.1%}) have a margin; the others count as 0")
-        ]
-
-    def _rendering(self) -> list[Text]:
-        """Lines on what the template leaves out, and on marks that texts hold."""
+    def _remarks(self) -> Iterator[str]:
+        """What is said below the counts."""
+        yield self.in_words
         kept = self.total.kept
-        lines = [
-            as_text(f"WARNING {pairs:,} of {kept:,} pairs hold text that the template does not write: {kind}")
-            for kind, pairs in self.left_out.items()
-        ]
+        if self.with_margin not in (0, kept):  # in the loss the others count with a margin of 0
+            share = self.with_margin / kept
+            yield f"{self.with_margin} of {kept} pairs ({share:.1%}) have a margin; the others count as 0"
+        if self.not_read:
+            yield f"not read: {names_in_words(self.not_read)}"
+        if self.mapped_roles:
+            roles = names_in_words(f"{role} ({rows:,} rows)" for role, rows in self.mapped_roles.items())
+            yield f"roles read as others: {roles}"
+        if self.margin_faults:
+            yield f"{self.margin_faults} margins could not be read (first: {self.first_margin_fault})"
+
+    def _warnings(self) -> Iterator[str]:
+        """What the template leaves out, and marks that texts hold."""
+        kept = self.total.kept
+        for kind, pairs in self.left_out.items():
+            yield f"WARNING {pairs:,} of {kept:,} pairs hold text that the template does not write: {kind}"
         if self.marks:
             most = sorted(self.marks.items(), key=lambda item: -item[1])
             names = names_in_words(f"{mark} ({pairs:,})" for mark, pairs in most)
-            lines.append(
-                as_text(
-                    f"WARNING {self.with_marks:,} of {kept:,} pairs hold special tokens or marks of a chat template in "
-                    f"their texts: {names}. If they were rendered before, they are rendered twice now"
-                )
+            yield (
+                f"WARNING {self.with_marks:,} of {kept:,} pairs hold special tokens or marks of a chat template in "
+                f"their texts: {names}. If they were rendered before, they are rendered twice now"
             )
-        return lines
-
-    def _not_read(self) -> list[Text]:
-        lines = [as_text(f"not read: {names_in_words(self.not_read)}")] if self.not_read else []
-        if self.mapped_roles:
-            roles = names_in_words(f"{role} ({rows:,} rows)" for role, rows in self.mapped_roles.items())
-            lines.append(as_text(f"roles read as others: {roles}"))
-        if self.margin_faults:
-            lines.append(as_text(f"{self.margin_faults} margins could not be read (first: {self.first_margin_fault})"))
-        return lines
 
 
 # ---- counting ------------------------------------------------------------------------------------------------------

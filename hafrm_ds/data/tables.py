@@ -13,15 +13,15 @@ from hafrm_ds.data.pairs import shortened
 
 LONGEST_NAME = 120
 """Characters of a row's name in a terminal. Names of sources come from the data."""
-MAX_PARTS = 20
-"""Parts of a set, as sources, that a table has a row for; the smaller ones share one."""
+MAX_SOURCES = 20
+"""Sources of a set that tables and charts list, the smaller ones together as one of them."""
 NOTHING = "-"
 MINUS = "\N{MINUS SIGN}"
 
 Part = TypeVar("Part")
 
 
-class EstimateJson(TypedDict):
+class Estimate(TypedDict):
     """An estimate as the result files hold it; without an interval where there are too few prompts for one."""
 
     value: float
@@ -91,17 +91,17 @@ def number(value: float | None) -> Cell:
     return Cell(NOTHING if value is None else short(value))
 
 
-def share_estimate(estimate: EstimateJson | None) -> Cell:
+def share_estimate(estimate: Estimate | None) -> Cell:
     """A share with its interval, where that is known."""
     return estimate_cell(estimate, "{:.1%}".format, lambda end: f"{100 * end:.0f}")
 
 
-def number_estimate(estimate: EstimateJson | None, form: Callable[[float], str] | None = None) -> Cell:
+def number_estimate(estimate: Estimate | None, form: Callable[[float], str] | None = None) -> Cell:
     """A number with its interval, where that is known. form: how it is written; default: `short`."""
     return estimate_cell(estimate, form or short, "{:.3g}".format)
 
 
-def estimate_cell(estimate: EstimateJson | None, form: Callable[[float], str], brief: Callable[[float], str]) -> Cell:
+def estimate_cell(estimate: Estimate | None, form: Callable[[float], str], brief: Callable[[float], str]) -> Cell:
     """An estimate and its interval. brief: how an end of the interval is written in a terminal."""
     if estimate is None or (value := estimate["value"]) is None:
         return Cell(NOTHING)
@@ -138,6 +138,11 @@ def short(value: float) -> str:
     return text.replace("-", MINUS)
 
 
+def rounded(value: float) -> float:
+    """To three significant digits."""
+    return float(f"{value:.3g}")
+
+
 def as_text(value: str) -> Text:
     """Text of the data for the terminal: no markup is read in it, and control characters are shown as escapes."""
     return Text(printable(value))
@@ -150,12 +155,13 @@ def printable(value: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
 
 
-def largest(parts: Mapping[str, Part], size: Callable[[Part], int]) -> tuple[dict[str, Part], list[Part]]:
-    """The parts of a set that a table has rows for, in the order given, and those that share one row, if any do."""
-    if len(parts) <= MAX_PARTS:
-        return dict(parts), []
-    named = set(sorted(parts, key=lambda name: -size(parts[name]))[: MAX_PARTS - 1])
-    return (
-        {name: part for name, part in parts.items() if name in named},
-        [part for name, part in parts.items() if name not in named],
-    )
+def listed_sources(
+    sources: Mapping[str, Part], size: Callable[[Part], int], together: Callable[[list[Part]], Part]
+) -> dict[str, Part]:
+    """The sources of a set that are listed, in the order given; of many the smallest stand together at the end."""
+    if len(sources) <= MAX_SOURCES:
+        return dict(sources)
+    named = set(sorted(sources, key=lambda name: -size(sources[name]))[: MAX_SOURCES - 1])
+    rest = [part for name, part in sources.items() if name not in named]
+    listed = {name: part for name, part in sources.items() if name in named}
+    return listed | {f"{len(rest):,} other sources": together(rest)}

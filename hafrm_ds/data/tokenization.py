@@ -129,18 +129,6 @@ def tokenize_pairs(
     ]
 
 
-def tokenize_pair(
-    formatter: ChatFormatter,
-    prompt: list[Message],
-    chosen: list[Message],
-    rejected: list[Message],
-    max_length: int,
-    truncation: Truncation,
-) -> Tokenization:
-    """Messages of one pair -> ids that fit max_length, or the reason why the pair is dropped."""
-    return tokenize_pairs(formatter, [(prompt, chosen, rejected)], max_length, truncation)[0]
-
-
 def render_pair(
     formatter: ChatFormatter, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ) -> RenderedPair | Tokenization:
@@ -237,7 +225,7 @@ def common_prefix_length(*sequences: Sequence[int]) -> int:
 def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> PromptWithResponses:
     """One conversation -> ids of a group with one response, split where its last message begins.
 
-    The split is that of `tokenize_pair`: the common prefix of the whole rendering and of the prompt rendered alone, so
+    The split is that of `tokenize_pairs`: the common prefix of the whole rendering and of the prompt rendered alone, so
     a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each has
     at least one token.
 
@@ -271,16 +259,23 @@ def fit(
     """Truncate a pair so that both conversations have at most max_length tokens; None when the policy cannot do that.
 
     keep_prompt_end leaves the responses whole and truncates the start of the prompt to what the longer response
-    leaves. A leading BOS stays, and so must at least one token after it. cut_response leaves the prompt whole and
+    leaves (`truncate_prompt`). cut_response leaves the prompt whole and
     truncates the end of each response that does not fit beside it; at least one token of each must stay.
     """
     if ids.longest_conversation <= max_length:
         return ids
     if truncation == "keep_prompt_end":
-        bos = ids.prompt[:1] if ids.prompt[0] == bos_token_id else ids.prompt[:0]
-        tail = max_length - max(map(len, ids.responses)) - len(bos)
-        return ids._replace(prompt=[*bos, *ids.prompt[-tail:]]) if tail >= 1 else None
+        prompt = truncate_prompt(ids.prompt, ids.longest_conversation - max_length, bos_token_id)
+        return None if prompt is None else ids._replace(prompt=prompt)
     if truncation == "cut_response":
         room = max_length - len(ids.prompt)
         return ids._replace(responses=tuple(each[:room] for each in ids.responses)) if room >= 1 else None
     return None
+
+
+def truncate_prompt(prompt: Sequence[int], excess: int, bos_token_id: int | None) -> list[int] | None:
+    """A prompt without `excess` tokens of its start. A leading BOS stays, and so must at least one token after it: None
+    where there is none."""
+    bos = prompt[:1] if prompt[0] == bos_token_id else prompt[:0]
+    rest = prompt[len(bos) + excess :]
+    return [*bos, *rest] if len(rest) else None

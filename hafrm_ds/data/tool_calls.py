@@ -29,14 +29,15 @@ AS_JSON = "json"
 # ---- from rows -----------------------------------------------------------------------------------------------------
 
 
-def read_with_tools(row: Row, read: Callable[[Row], Made]) -> Made:
-    """Read a row, as a `ToolRow` if its column `tools` or its messages ask for that."""
-    if row.fields.get("tools") in NO_TOOLS:
+def read_with_tools(row: Row, read: Callable[[Row], Made], ignored: Iterable[str] = ()) -> Made:
+    """Read a row, as a `ToolRow` if its column `tools` or its messages ask for that. `ignored` names columns that are
+    not to be read."""
+    if "tools" in ignored or row.fields.get("tools") in NO_TOOLS:
         try:
             return read(row)
         except ToolCallsError:
             pass
-    return read(ToolRow.of(row))
+    return read(ToolRow.of(row, ignored))
 
 
 class ToolRow(Row):

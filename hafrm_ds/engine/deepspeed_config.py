@@ -131,16 +131,14 @@ def deepspeed_contradictions(content: dict, config: TrainConfig) -> list[str]:
             f"deepspeed: {file} has a scheduler section, but optimizer.schedule and optimizer.warmup_share "
             "make the schedule of a run; remove it"
         )
-    if content.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2, 3):
-        problems.append(
-            f"deepspeed: {file} names ZeRO stage {content['zero_optimization']['stage']}; it is 0, 1, 2 or 3"
-        )
-    if content.get("zero_optimization", {}).get("stage", 0) == 3 and config.model.lora.quantize != "none":
+    stage = zero_stage(content)
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"deepspeed: {file} names ZeRO stage {stage}; it is 0, 1, 2 or 3")
+    if stage == 3 and config.model.lora.quantize != "none":
         problems.append(
             f"deepspeed: {file} names ZeRO stage 3, which cannot split quantised weights, but model.lora.quantize is "
             f"{config.model.lora.quantize}; take a file of stage 0, 1 or 2"
         )
-    stage = content.get("zero_optimization", {}).get("stage", 0)
     for section, lowest, what in (("offload_optimizer", 1, "the optimizer"), ("offload_param", 3, "parameters")):
         if is_offloaded(content, section) and stage in range(lowest):
             problems.append(
@@ -159,6 +157,10 @@ def deepspeed_contradictions(content: dict, config: TrainConfig) -> list[str]:
             '(batch.max_tokens_per_micro_batch); set it to "auto"'
         )
     return problems
+
+
+def zero_stage(deepspeed_config: dict) -> int:
+    return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
 def is_offloaded(deepspeed_config: dict, section: str) -> bool:
@@ -207,7 +209,7 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int, machine_size:
         resolved["communication_data_type"] = "fp32"
     # By default DeepSpeed sums the gradients of micro-batches in bfloat16, where late ones vanish beside the sum. Under
     # stage 0 it knows no other way.
-    if config.model.dtype == "bfloat16" and resolved.get("zero_optimization", {}).get("stage", 0) > 0:
+    if config.model.dtype == "bfloat16" and zero_stage(resolved) > 0:
         resolved.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     resolved.setdefault("steps_per_print", 10**9)
     return resolved

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hafrm_ds.config import OptimizerConfig, TrainConfig
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.engine.checkpoint import FileFacts
-from hafrm_ds.engine.deepspeed_config import is_offloaded, resolve_deepspeed_config
+from hafrm_ds.engine.deepspeed_config import is_offloaded, resolve_deepspeed_config, zero_stage
 from hafrm_ds.engine.gradients import discard, inner_products, own_parts
 from hafrm_ds.engine.resharding import Shards, deal_out
 from hafrm_ds.engine.shapes import full_numel, full_shape
@@ -68,10 +68,6 @@ def cuda_toolkit() -> str | None:
     from torch.utils.cpp_extension import CUDA_HOME
 
     return CUDA_HOME
-
-
-def zero_stage(deepspeed_config: dict) -> int:
-    return deepspeed_config.get("zero_optimization", {}).get("stage", 0)
 
 
 @contextmanager

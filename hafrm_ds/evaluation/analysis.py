@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hafrm_ds.data.tables import Estimate
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.bootstrap import Estimate, EstimateJson, estimates, exact_at_the_ends
+from hafrm_ds.evaluation.bootstrap import estimates
 from hafrm_ds.evaluation.calibration import calibrate, correctness
 from hafrm_ds.evaluation.pair_scores import PairScores
 
@@ -38,30 +39,39 @@ def analyse(scores: PairScores) -> dict[str, Any]:
         DataError: there is no pair, or a score is not finite.
     """
     check(scores)
-    judges = list(scores.judges)
-    margins = {judge: scores.margins(judge) for judge in judges}
-    everything = np.ones(len(scores), dtype=bool)
+    margins = {judge: scores.margins(judge) for judge in scores.judges}
+    prompts = np.asarray(scores.prompts)
+
+    def accuracies(inside: np.ndarray) -> dict[str, Estimate]:
+        """Of each judge on the pairs `inside` [P] bool."""
+        right = {judge: correctness(each[inside]) for judge, each in margins.items()}
+        return estimates(right, prompts[inside], are_shares=True)
+
+    def part(inside: np.ndarray) -> dict[str, Any]:
+        return {"pairs": int(inside.sum()), "accuracy": accuracies(inside)}
+
+    probabilistic = {judge: each for judge, each in margins.items() if judge in PROBABILISTIC}
     longer = correctness(length_difference(scores))
     yardsticks = {"longer": longer, "shorter": 1 - longer}
     return {
         "pairs": len(scores),
         "prompts": len(set(scores.prompts)),
-        "ties": {judge: int((margins[judge] == 0).sum()) for judge in judges},
-        "accuracy": accuracies(scores, everything),
-        "margin": as_json(estimates(margins, scores.prompts)),
-        "yardsticks": as_json(estimates(yardsticks, scores.prompts)),
-        "calibration": {judge: calibrate(margins[judge]) for judge in judges if judge in PROBABILISTIC},
-        "by_source": {name: part(scores, inside) for name, inside in by_source(scores)},
+        "ties": {judge: int((each == 0).sum()) for judge, each in margins.items()},
+        "accuracy": accuracies(np.ones(len(scores), dtype=bool)),
+        "margin": estimates(margins, scores.prompts),
+        "yardsticks": estimates(yardsticks, scores.prompts),
+        "calibration": {judge: calibrate(each) for judge, each in probabilistic.items()},
+        "by_source": {name: part(inside) for name, inside in by_source(scores)},
         "by_length_difference": [
-            {"low": low, "high": high} | part(scores, inside) | {"longer": float(longer[inside].mean())}
+            {"low": low, "high": high} | part(inside) | {"longer": float(longer[inside].mean())}
             for low, high, inside in by_length_difference(scores)
         ],
         "agreement": {
             f"{one}/{other}": agreement(margins[one], margins[other])
-            for one, other in itertools.combinations(judges, 2)
+            for one, other in itertools.combinations(margins, 2)
         },
-        "coverage": coverage({judge: margins[judge] for judge in judges if judge in PROBABILISTIC}),
-        "heads": {name: part(scores, inside) for name, inside in by_agreement(margins)},
+        "coverage": coverage(probabilistic),
+        "heads": {name: part(inside) for name, inside in by_agreement(margins)},
     }
 
 
@@ -73,21 +83,6 @@ def check(scores: PairScores) -> None:
         if not np.isfinite(values).all():
             worst = scores.ids[int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])]
             raise DataError(f"{scores.set}: the {judge} of pair {worst} is not finite; try --dtype float32")
-
-
-def part(scores: PairScores, inside: np.ndarray) -> dict[str, Any]:
-    return {"pairs": int(inside.sum()), "accuracy": accuracies(scores, inside)}
-
-
-def accuracies(scores: PairScores, inside: np.ndarray) -> dict[str, EstimateJson]:
-    """Accuracy of each judge on the pairs `inside` [P] bool."""
-    right = {judge: correctness(scores.margins(judge)[inside]) for judge in scores.judges}
-    prompts = np.asarray(scores.prompts)[inside]
-    return as_json({judge: exact_at_the_ends(each) for judge, each in estimates(right, prompts).items()})
-
-
-def as_json(values: dict[str, Estimate]) -> dict[str, EstimateJson]:
-    return {name: value.to_json() for name, value in values.items()}
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> float:

@@ -6,12 +6,11 @@ Legend: P pairs, C different prompts, S trainings, B resamples, K kinds of value
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
-from hafrm_ds.data.tables import EstimateJson
+from hafrm_ds.data.tables import Estimate
 
 K = TypeVar("K", bound=Hashable)
 
@@ -22,21 +21,7 @@ CHUNK = 2**24
 """Most numbers in a chunk of resamples, which bounds the memory."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the ends of its 95% interval, which are None for a single prompt. clusters: different prompts behind
-    it."""
-
-    value: float
-    low: float | None
-    high: float | None
-    clusters: int
-
-    def to_json(self) -> "EstimateJson":
-        return {"value": self.value, "low": self.low, "high": self.high}
-
-
-def estimate(values: np.ndarray, prompts: Sequence[str]) -> Estimate:
+def estimate(values: np.ndarray, prompts: Sequence[str], are_shares: bool = False) -> Estimate:
     """Mean of `values` with its 95% interval.
 
     The difference of two models on the same pairs is the estimate of their differences pair by pair: a paired
@@ -47,14 +32,15 @@ def estimate(values: np.ndarray, prompts: Sequence[str]) -> Estimate:
             independently of the prompts. Few of them say little of their spread: it is underestimated by about the
             factor sqrt((S - 1) / S).
         prompts: [P] the prompt of each pair, by any name.
+        are_shares: as for `with_interval`.
 
     Raises:
         ValueError: there is no pair.
     """
-    return estimates({"": values}, prompts)[""]
+    return estimates({"": values}, prompts, are_shares)[""]
 
 
-def estimates(columns: Mapping[K, np.ndarray], prompts: Sequence[str]) -> dict[K, Estimate]:
+def estimates(columns: Mapping[K, np.ndarray], prompts: Sequence[str], are_shares: bool = False) -> dict[K, Estimate]:
     """`estimate` of several values of the same pairs, of equal shapes, from the same resamples."""
     if not columns:
         return {}
@@ -62,37 +48,42 @@ def estimates(columns: Mapping[K, np.ndarray], prompts: Sequence[str]) -> dict[K
         raise ValueError("a mean over no pairs")
     values = np.stack([np.atleast_2d(np.asarray(column, dtype=np.float64)) for column in columns.values()])
     center, means = values.mean(axis=(1, 2)), resampled_means(values, prompts, seed=0)
-    clusters = len(set(prompts))
-    return {name: from_resamples(center[k], means[:, k], clusters) for k, name in enumerate(columns)}
-
-
-def mean_of_sets(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]]) -> Estimate:
-    """The mean over several sets, each of which counts alike, of the means of their pairs.
-
-    Args:
-        values: for each set [S, P]; the same S trainings, which are resampled alike in all of them.
-        prompts: for each set [P].
-    """
-    return means_of_sets({"": values}, prompts)[""]
+    num_prompts = len(set(prompts))
+    return {name: with_interval(center[k], means[:, k], num_prompts, are_shares) for k, name in enumerate(columns)}
 
 
 def means_of_sets(columns: Mapping[K, Sequence[np.ndarray]], prompts: Sequence[Sequence[str]]) -> dict[K, Estimate]:
-    """`mean_of_sets` of several values of the same pairs, from the same resamples."""
+    """Means over several sets, each of which counts alike, of the means of their pairs, from the same resamples.
+
+    Args:
+        columns: for each set [S, P]; the same S trainings, which are resampled alike in all of them.
+        prompts: for each set [P].
+    """
     if not columns:
         return {}
     of_sets = [np.stack(each) for each in zip(*columns.values(), strict=True)]
     center = np.mean([each.mean(axis=(1, 2)) for each in of_sets], axis=0)
     means = [resampled_means(each, names, seed) for seed, (each, names) in enumerate(zip(of_sets, prompts))]
-    mean, clusters = np.mean(means, axis=0), sum(len(set(names)) for names in prompts)
-    return {name: from_resamples(center[k], mean[:, k], clusters) for k, name in enumerate(columns)}
+    mean, num_prompts = np.mean(means, axis=0), sum(len(set(names)) for names in prompts)
+    return {name: with_interval(center[k], mean[:, k], num_prompts) for k, name in enumerate(columns)}
 
 
-def from_resamples(center: float, means: np.ndarray, clusters: int) -> Estimate:
-    """A mean with the percentiles of its resampled means [B]."""
-    if clusters == 1:
-        return Estimate(float(center), None, None, clusters)
+def with_interval(center: float, means: np.ndarray, num_prompts: int, are_shares: bool = False) -> Estimate:
+    """A mean with the percentiles of its resampled means [B]; without these for a single prompt.
+
+    Args:
+        are_shares: a mean of 0 or 1 has the exact interval of Clopper & Pearson (1934), as resampling equal values says
+            nothing. All pairs of a prompt being right, the prompts are the trials.
+    """
+    value = float(center)
+    if are_shares and value in (0, 1):
+        reach = 1 - ((1 - LEVEL) / 2) ** (1 / num_prompts)
+        low, high = (1 - reach, 1.0) if value else (0.0, reach)
+        return {"value": value, "low": low, "high": high}
+    if num_prompts == 1:
+        return {"value": value, "low": None, "high": None}
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(center), float(low), float(high), clusters)
+    return {"value": value, "low": float(low), "high": float(high)}
 
 
 def resampled_means(values: np.ndarray, prompts: Sequence[str], seed: int) -> np.ndarray:
@@ -110,19 +101,6 @@ def resampled_means(values: np.ndarray, prompts: Sequence[str], seed: int) -> np
     )
     means = means.reshape(NUM_RESAMPLES, num_columns, num_trainings)
     return np.einsum("bks,bs->bk", means, trainings) / num_trainings
-
-
-def exact_at_the_ends(share: Estimate) -> Estimate:
-    """A share of 0 or 1 with the exact interval of Clopper & Pearson (1934): resampling equal values says nothing.
-
-    All pairs of a prompt being right, the prompts are the trials.
-    """
-    reach = 1 - ((1 - LEVEL) / 2) ** (1 / share.clusters)
-    if share.value == 0:
-        return replace(share, low=0.0, high=reach)
-    if share.value == 1:
-        return replace(share, low=1 - reach, high=1.0)
-    return share
 
 
 def resampled_counts(num_clusters: int, generator: np.random.Generator) -> Iterator[np.ndarray]:

@@ -87,36 +87,15 @@ def held_out_weights(margins: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     return np.stack([fit_weights(margins[folds != fold], names[folds != fold]).values for fold in range(NUM_FOLDS)])
 
 
-def too_few(num_pairs: int, num_prompts: int) -> str | None:
-    """Why there is no fit on so many pairs of so many prompts; None where there is one."""
+def too_few(prompts: Sequence[str] | np.ndarray) -> str | None:
+    """Why there is no fit on pairs of these prompts [P], by any names; None where there is one."""
+    num_pairs, num_prompts = len(prompts), len(np.unique(prompts))
     if num_pairs >= FEWEST_PAIRS and num_prompts >= FEWEST_PROMPTS:
         return None
     return (
         f"{num_pairs:,} pairs of {num_prompts:,} prompts are too few for the combined judge, which is fitted on "
         f"{FEWEST_PAIRS} pairs of {FEWEST_PROMPTS} prompts or more"
     )
-
-
-def combine(first: np.ndarray, second: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """Two judges as one: its margins, each by weights that were fitted without the fold of its prompt.
-
-    The judges may be the heads of one model, or of two that were trained apart. (To judge other sets by a fit of two
-    models, give the PairScores of the one the rewards of the other, and fit a CombinedJudge on them.)
-
-    Args:
-        first, second: [P] their margins on the same pairs.
-        prompts: [P] the prompt of each pair, by any name.
-
-    Returns:
-        [P] fp64, in logits.
-
-    Raises:
-        ValueError: these are too few pairs or prompts.
-    """
-    if problem := too_few(len(prompts), len(set(prompts))):
-        raise ValueError(problem)
-    margins = np.stack([first, second], axis=1).astype(np.float64)
-    return np.einsum("pj,pj->p", held_out_weights(margins, prompts)[folds_of(prompts)], margins)
 
 
 @dataclass(frozen=True)
@@ -133,9 +112,9 @@ class CombinedJudge:
     @classmethod
     def fitted_on(cls, scores: PairScores) -> "CombinedJudge | None":
         """The judge of a set of pairs; None where they lack one of the heads, or are too few for a fit."""
-        prompts = frozenset(scores.prompts)
-        if not {"reward", "implicit"} <= scores.judges.keys() or too_few(len(scores), len(prompts)):
+        if not {"reward", "implicit"} <= scores.judges.keys() or too_few(scores.prompts):
             return None
+        prompts = frozenset(scores.prompts)
         margins = np.stack([scores.margins(judge) for judge in ("reward", "implicit")], axis=1)
         found = fit_weights(margins, scores.prompts)
         reach = NORMAL_QUANTILE * found.errors

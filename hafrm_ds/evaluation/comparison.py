@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
 
-from hafrm_ds.data.tables import Cell, Table, share_estimate
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.bootstrap import estimates, exact_at_the_ends, means_of_sets
+from hafrm_ds.evaluation.bootstrap import estimates, means_of_sets
 from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.combined import CombinedJudge
-from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 COMPARISON_FILE = "comparison.json"
@@ -25,7 +22,6 @@ COMPARISON_FILE = "comparison.json"
 OTHERS = "mean of the others"
 TWO_MODELS = "two_models"
 """A judge of DPO in a comparison: its implicit reward and the reward head of Baseline, combined."""
-JUDGE_NAMES = JUDGES | {TWO_MODELS: "implicit reward with Baseline's head"}
 COLUMNS_AT_ONCE = 256
 """Accuracies that are resampled together, which bounds the memory."""
 
@@ -196,18 +192,14 @@ def over_sets(
     for first in range(0, len(keys), COLUMNS_AT_ONCE):
         some = keys[first : first + COLUMNS_AT_ONCE]
         values = {name: {key: summed(columns[key], name) for key in some} for name in prompts}
-        of_set = {name: estimates(values[name], prompts[name]) for name in prompts}
-        if are_shares:
-            of_set = {name: {key: exact_at_the_ends(each[key]) for key in some} for name, each in of_set.items()}
+        of_set = {name: estimates(values[name], prompts[name], are_shares) for name in prompts}
         by_seed = {name: {key: values[name][key].mean(axis=1) for key in some} for name in prompts}
         if others:
             columns_of_others = {key: [values[name][key] for name in others] for key in some}
             of_set[OTHERS] = means_of_sets(columns_of_others, [prompts[name] for name in others])
             by_seed[OTHERS] = {key: np.mean([by_seed[name][key] for name in others], axis=0) for key in some}
         for key in some:
-            found[key] = {
-                name: each[key].to_json() | {"by_seed": by_seed[name][key].tolist()} for name, each in of_set.items()
-            }
+            found[key] = {name: each[key] | {"by_seed": by_seed[name][key].tolist()} for name, each in of_set.items()}
     return found
 
 
@@ -233,77 +225,3 @@ def check_same_pairs(methods: Sequence[Method], set_names: Sequence[str], seeds:
                     f"{training} was not evaluated on the same pairs of {name} as {first}: the data or options of "
                     "data.eval have changed between the two; remove the run that is out of date to train it anew"
                 )
-
-
-# ---- in words and as a table ---------------------------------------------------------------------------------------
-
-
-def shown_columns(results: dict[str, Any]) -> list[str]:
-    """The sets, and the mean of the others than the first where these are several."""
-    sets = results["sets"]
-    return [*sets, OTHERS] if len(sets) > 2 else list(sets)
-
-
-def seeds_in_words(results: dict[str, Any]) -> str:
-    """How many seeds of how many are in the results."""
-    number, planned = len(results["seeds"]), len(results["planned_seeds"])
-    if number < planned:
-        return f"{number} of {planned} seeds"
-    return "1 seed" if number == 1 else f"{number} seeds"
-
-
-def render_comparison(results: dict[str, Any]) -> RenderableType:
-    """Methods by sets, then their paired differences in points; of a sweep the gains over Baseline."""
-    columns, seeds = shown_columns(results), seeds_in_words(results)
-    if "sweep" in results:
-        return gain_table(results, columns, f"Gain over Baseline in points [95%], paired, {seeds}").to_rich()
-    accuracy = accuracy_table(results["methods"], columns, f"Accuracy [95%], {seeds}")
-    differences = differences_table(results["differences"], columns, f"Difference in points [95%], paired, {seeds}")
-    return Group(accuracy.to_rich(), differences.to_rich())
-
-
-def accuracy_table(methods: dict[str, Any], columns: list[str], title: str = "", caption: str = "") -> Table:
-    """A row for each method and judge, its own judge first."""
-    rows = []
-    for name, method in methods.items():
-        judged = {method["judge"]: method["accuracy"], **method["other_judges"]}
-        rows += [
-            (f"{name}, {JUDGE_NAMES[judge]}", [share_estimate(values[column]) for column in columns])
-            for judge, values in judged.items()
-        ]
-    return Table(rows, (title, *columns), caption=caption)
-
-
-def differences_table(differences: dict[str, Any], columns: list[str], title: str = "", caption: str = "") -> Table:
-    """Paired differences in points; on a page, those of each seed below them."""
-    rows = []
-    for name, values in differences.items():
-        seeds = [" · ".join(f"{100 * each:+.1f}" for each in values[column]["by_seed"]) for column in columns]
-        rows.append((name, [Cell(points(values[column]), each) for column, each in zip(columns, seeds, strict=True)]))
-    return Table(rows, (title, *columns), caption=caption)
-
-
-def gain_table(results: dict[str, Any], columns: list[str], caption: str) -> Table:
-    """Of a sweep, a row for each judge of each method in each cell: the gain over the Baseline of the cell and, on a
-    page, the accuracy; of Baseline the accuracy."""
-    rows = []
-    for cell in results["cells"]:
-        for name in cell["methods"]:
-            method, baseline = results["methods"][name], cell["baseline"]
-            gains = method.get("gains", {})
-            against = f" (against {baseline})" if len(gains) > 1 else ""
-            for judge, accuracy in {method["judge"]: method["accuracy"], **method["other_judges"]}.items():
-                own = [share_estimate(accuracy[column]) for column in columns]
-                gained = [
-                    Cell(points(gains[baseline][judge][column]), f"{each.text}, {each.detail}")
-                    for column, each in zip(columns, own, strict=True)
-                    if baseline in gains
-                ]
-                rows.append((f"{name}, {JUDGE_NAMES[judge]}{against}", gained or own))
-    return Table(rows, ("", *columns), caption=caption)
-
-
-def points(value: dict[str, Any]) -> str:
-    """A difference of shares in percentage points."""
-    ends = "" if value["low"] is None else f" [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
-    return f"{100 * value['value']:+.1f}{ends}"

@@ -8,11 +8,10 @@ from rich.console import Group, RenderableType
 
 from hafrm_ds.data.tables import (
     Cell,
-    EstimateJson,
     Table,
     as_text,
     count,
-    largest,
+    listed_sources,
     number,
     number_estimate,
     share,
@@ -98,18 +97,21 @@ def set_tables(analysis: dict[str, Any]) -> list[Table]:
     ]
     if heads := analysis.get("heads"):  # older results do not say
         tables.append(accuracy_table("accuracy where reward head and implicit reward", heads))
-    if len(sources := by_size(analysis["by_source"])) > 1:
-        named, rest = largest(sources, lambda part: part["pairs"])
-        if rest:
-            named[f"{len(rest):,} other sources"] = together(rest, judges)
-        tables.append(accuracy_table("accuracy by source", named))
+    if len(analysis["by_source"]) > 1:
+        tables.append(accuracy_table("accuracy by source", largest_sources(analysis)))
     yardsticks = [
         (f"the {kind} answer", [share_estimate(analysis["yardsticks"][kind])]) for kind in ("longer", "shorter")
     ]
     return [*tables, Table(yardsticks, ("whoever always takes", "accuracy"))]
 
 
-def together(parts: list[dict[str, Any]], judges: list[str]) -> dict[str, Any]:
+def largest_sources(analysis: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Pairs and accuracies of the sources of a set that are listed, the largest first."""
+    sources = dict(sorted(analysis["by_source"].items(), key=lambda item: -item[1]["pairs"]))
+    return listed_sources(sources, lambda part: part["pairs"], together)
+
+
+def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Accuracies of several parts of a set as one, without intervals."""
     pairs = [part["pairs"] for part in parts]
     accuracy = {
@@ -118,14 +120,9 @@ def together(parts: list[dict[str, Any]], judges: list[str]) -> dict[str, Any]:
             "low": None,
             "high": None,
         }
-        for judge in judges
+        for judge in parts[0]["accuracy"]
     }
     return {"pairs": sum(pairs), "accuracy": accuracy}
-
-
-def by_size(sources: dict[str, dict]) -> dict[str, dict]:
-    """Sources with the largest first."""
-    return dict(sorted(sources.items(), key=lambda item: -item[1]["pairs"]))
 
 
 def length_range(low: int | None, high: int | None) -> str:
@@ -171,62 +168,3 @@ def benchmark_table(found: dict[str, Any]) -> Table:
         names = [", ".join(part["missing"]) if part["questions"] else name for name, part in absent.items()]
         caption += f": no overall score without all of {', '.join(names)}"
     return Table(rows, ("", "questions", *(JUDGES[judge] for judge in results)), caption=caption)
-
-
-# ---- best of N -----------------------------------------------------------------------------------------------------
-
-
-def render_best_of_n(results: dict[str, Any]) -> RenderableType:
-    """Tables of what best_of_n.json holds."""
-    sizes = results["candidates"]
-    most = f" to {sizes['most']:,}" if sizes["most"] > sizes["fewest"] else ""
-    title = f"{results['prompts']:,} prompts, best of {sizes['fewest']:,}{most}"
-    if results["gold"] is None:
-        return as_text(f"{title}; without gold scores there is nothing to compare the rankings with")
-    found = results["results"]
-    tables = [pick_table(found), ranking_table(found), curve_table(found)]
-    if found["pairs"]:
-        tables.append(pair_table(found["pairs"]))
-    return Group(as_text(f"{title}, by the gold scores of {results['gold']}"), *(table.to_rich() for table in tables))
-
-
-def pick_table(found: dict[str, Any]) -> Table:
-    """What each model's picks are worth, beside the random choice and the ends."""
-    rows = [
-        (name, [gold_score(model["pick"]), gold_score(model["gain"]), share_estimate(model.get("win_rate"))])
-        for name, model in found["models"].items()
-    ]
-    for name, key in (("random choice", "mean"), ("best candidate", "best"), ("worst candidate", "worst")):
-        rows.append((f"({name})", [gold_score(found["gold"][key])]))
-    return Table(rows, ("Pick [95%]", "gold score", "over random", "win rate"))
-
-
-def ranking_table(found: dict[str, Any]) -> Table:
-    """How well each model ranks."""
-    ks = list(found["random"]["top_k_recall"])
-    rows = []
-    for name, model in found["models"].items():
-        recalls = [share_estimate(model["top_k_recall"][k]) for k in ks]
-        rows.append((name, [*recalls, gold_score(model["spearman"]), gold_score(model["kendall"])]))
-    rows.append(("(random choice)", [share(found["random"]["top_k_recall"][k]["value"]) for k in ks]))
-    return Table(rows, ("Ranking [95%]", *(f"top-{k} recall" for k in ks), "Spearman", "Kendall"))
-
-
-def curve_table(found: dict[str, Any]) -> Table:
-    """Expected gold score of the pick among n random candidates, for n = 1, 2, 4, ... and all."""
-    most = len(found["best_curve"])
-    ns = [n for n in (2**power for power in range(most.bit_length())) if n < most] + [most]
-    curves = {name: model["curve"] for name, model in found["models"].items()} | {"(gold scorer)": found["best_curve"]}
-    rows = [(name, [Cell(f"{curve[n - 1]['value']:.3g}") for n in ns]) for name, curve in curves.items()]
-    return Table(rows, ("Gold score of the best of", *map(str, ns)))
-
-
-def pair_table(pairs: list[dict[str, Any]]) -> Table:
-    """Whose pick has the higher gold score."""
-    keys = ("wins", "ties", "losses")
-    rows = [(" against ".join(pair["models"]), [share_estimate(pair[key]) for key in keys]) for pair in pairs]
-    return Table(rows, ("Pick against pick", *keys))
-
-
-def gold_score(estimate: EstimateJson | None) -> Cell:
-    return number_estimate(estimate, "{:.3g}".format)

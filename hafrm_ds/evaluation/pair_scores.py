@@ -167,12 +167,9 @@ class PairScores:
             sources=sources,
             prompts=prompts,
             num_tokens=both_sides("tokens"),
-            reward=known.get("reward"),
-            logprob=known.get("logprob"),
-            reference=known.get("reference"),
-            combined=known.get("combined"),
             fit=None if fit is None else JudgeFit.from_json(fit),
             texts=texts,
+            **known,
         )
 
 

@@ -4,7 +4,7 @@ AskedItems -> parts of SMALLEST_PART of them -> FOLDER/MODEL-NAME-NNNNNN.npy -> 
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -62,14 +62,8 @@ def score_parts(
         for each, items in asked.items()
         for number, first in enumerate(range(0, len(items), SMALLEST_PART))
     }
-    # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
-    missing = processes.from_first(
-        f"{name}: missing", lambda: "\n".join(str(file) for file in parts if not file.exists())
-    )
-    todo = {Path(file): len(parts[Path(file)][1]) for file in missing.splitlines()}
-    if todo:
-        if len(todo) < len(parts):
-            log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts of {name} are there already")
+
+    def load() -> Callable[[Path], bytes]:
         scorer = load_for_job(saved, deepspeed, max_tokens, processes.for_job(name))
 
         def make(file: Path) -> bytes:
@@ -78,7 +72,18 @@ def score_parts(
             np.save(content, scorer.values([group for place in part for group in asked[each][place]], heads))
             return content.getvalue()
 
-        work_through(name, todo, make, processes, log, unit="items", together=deepspeed is not None)
+        return make
+
+    work_through(
+        name,
+        {file: len(part) for file, (_, part) in parts.items()},
+        load,
+        processes,
+        log,
+        unit="items",
+        together=deepspeed is not None,
+        what=f"parts of {name}",
+    )
     if not processes.is_first:
         return {}
     results: dict[str, list[np.ndarray]] = {each: [] for each in asked}

@@ -35,11 +35,6 @@ LINEAR = (nn.Linear, Conv1D)
 """GPT-2's Conv1D is a linear layer whose weight lies transposed."""
 QUANTIZED = ("Params4bit", "Int8Params")
 """Classes of bitsandbytes' weights."""
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
-"""What names in ADAPTER_WEIGHTS begin with: peft's own wrapper around a causal LM."""
-
-
 INSTALL = "pip install -e '.[{}]' in the checkout of hafrm_ds"
 
 

@@ -8,13 +8,14 @@ Legend: R rows and B columns of a block.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hafrm_ds.model.token_logprobs import HeadTransform, Sums
+from hafrm_ds.model.token_logprobs import Block, Sums
 
 COLUMNS = 4096
 """Logits that a program has in its registers at a time."""
@@ -75,33 +76,23 @@ class TritonSoftmax:
 
     whole_rows: bool = False
 
-    def fold(self, block: Tensor, first: int, targets: Tensor, transform: HeadTransform, sums: Sums) -> None:
-        if not len(block):
-            return
-        fold_kernel[(len(block),)](
-            block, block.stride(0), block.shape[1], first, targets, sums.largest, sums.total, sums.chosen,
-            *arguments_of(transform), num_warps=WARPS,
-        )  # fmt: skip
+    def fold(self, block: Block, sums: Sums) -> None:
+        rows, _ = block.products.shape
+        if rows:
+            run(fold_kernel, (rows,), block, sums.largest, sums.total, sums.chosen)
 
-    def differentiate(
-        self,
-        block: Tensor,
-        first: int,
-        targets: Tensor,
-        transform: HeadTransform,
-        log_partition: Tensor,
-        grad: Tensor,
-        grad_bias: Tensor | None,
-    ) -> None:
-        if not len(block):
-            return
-        gradient_kernel[(len(block), triton.cdiv(block.shape[1], COLUMNS))](
-            block, block.stride(0), block.shape[1], first, targets, log_partition, grad.contiguous(),
-            *arguments_of(transform), num_warps=WARPS,
-        )  # fmt: skip
-        if grad_bias is not None:
-            grad_bias += block.sum(0, dtype=torch.float32)
+    def differentiate(self, block: Block, log_partition: Tensor, grad: Tensor, grad_bias: Tensor | None) -> None:
+        rows, width = block.products.shape
+        if rows:
+            run(gradient_kernel, (rows, triton.cdiv(width, COLUMNS)), block, log_partition, grad.contiguous())
+            if grad_bias is not None:
+                grad_bias += block.products.sum(0, dtype=torch.float32)
 
 
-def arguments_of(transform: HeadTransform) -> tuple[float, float, bool, int]:
-    return transform.scale, transform.softcap or 1.0, transform.softcap is not None, COLUMNS
+def run(kernel: Any, grid: tuple[int, ...], block: Block, *columns: Tensor) -> None:
+    """Run a kernel on a block with columns [R], in a grid of programs."""
+    products, transform = block.products, block.transform
+    kernel[grid](
+        products, products.stride(0), products.shape[1], block.first, block.targets, *columns,
+        transform.scale, transform.softcap or 1.0, transform.softcap is not None, COLUMNS, num_warps=WARPS,
+    )  # fmt: skip

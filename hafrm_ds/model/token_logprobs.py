@@ -39,30 +39,33 @@ class HeadTransform:
     softcap: float | None = None
 
 
+@dataclass(frozen=True)
+class Block:
+    """Products of some states with some rows of the weight.
+
+    products: [R, B] in the dtype of the weights. first: the token of the first column. targets: [R] tokens, of this
+    block or of another.
+    """
+
+    products: Tensor
+    first: int
+    targets: Tensor
+    transform: HeadTransform
+
+
 class Softmax(Protocol):
-    """Both passes over a block of products [R, B], in the dtype of the weights; all else is fp32.
+    """Both passes over a block; all but its products is fp32.
 
     whole_rows: blocks hold whole rows of logits, of few tokens, instead of some columns for all tokens.
-
-    first: the token of the block's first column. targets: [R] tokens, of this block or of another.
     """
 
     @property
     def whole_rows(self) -> bool: ...
 
-    def fold(self, block: Tensor, first: int, targets: Tensor, transform: HeadTransform, sums: "Sums") -> None:
-        """Take the logits of a block into the sums of its rows. The block may be overwritten."""
+    def fold(self, block: Block, sums: "Sums") -> None:
+        """Take the logits of a block into the sums of its rows. The products may be overwritten."""
 
-    def differentiate(
-        self,
-        block: Tensor,
-        first: int,
-        targets: Tensor,
-        transform: HeadTransform,
-        log_partition: Tensor,
-        grad: Tensor,
-        grad_bias: Tensor | None,
-    ) -> None:
+    def differentiate(self, block: Block, log_partition: Tensor, grad: Tensor, grad_bias: Tensor | None) -> None:
         """Turn a block of products into the gradient of the log-probs by it, times `grad` [R], in place.
 
         Args:
@@ -108,18 +111,19 @@ class TiledSoftmax:
         is_cpu = device_type == "cpu"
         return cls(TILE_BYTES["cpu" if is_cpu else "cuda"], whole_rows=is_cpu)
 
-    def tiles(self, block: Tensor, first: int, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows of the tile, [rows, 1] column of each target, bounded by the block, [rows, 1] whether it is there)"""
-        count = max(1, self.tile_bytes // (4 * block.shape[1]))
-        for start in range(0, len(targets), count):
+    def tiles(self, block: Block) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(rows of the tile, its logits, [rows, 1] column of each target, bounded by the block, [rows, 1] whether it is
+        there)"""
+        width = block.products.shape[1]
+        count = max(1, self.tile_bytes // (4 * width))
+        for start in range(0, len(block.targets), count):
             rows = slice(start, start + count)
-            column = targets[rows, None] - first
-            bounded = column.clamp(0, block.shape[1] - 1)
-            yield rows, bounded, column == bounded
+            column = block.targets[rows, None] - block.first
+            bounded = column.clamp(0, width - 1)
+            yield rows, logits_of(block.products[rows], block.transform), bounded, column == bounded
 
-    def fold(self, block: Tensor, first: int, targets: Tensor, transform: HeadTransform, sums: Sums) -> None:
-        for rows, column, is_here in self.tiles(block, first, targets):
-            logits = logits_of(block[rows], transform)
+    def fold(self, block: Block, sums: Sums) -> None:
+        for rows, logits, column, is_here in self.tiles(block):
             chosen = torch.where(is_here, logits.gather(1, column), sums.chosen[rows, None])
             before = sums.largest[rows]
             largest = torch.maximum(before, logits.amax(1))
@@ -127,18 +131,9 @@ class TiledSoftmax:
             sums.total[rows] = sums.total[rows] * (before - largest).exp() + total
             sums.largest[rows], sums.chosen[rows] = largest, chosen.squeeze(1)
 
-    def differentiate(
-        self,
-        block: Tensor,
-        first: int,
-        targets: Tensor,
-        transform: HeadTransform,
-        log_partition: Tensor,
-        grad: Tensor,
-        grad_bias: Tensor | None,
-    ) -> None:
-        for rows, column, is_here in self.tiles(block, first, targets):
-            logits = logits_of(block[rows], transform)
+    def differentiate(self, block: Block, log_partition: Tensor, grad: Tensor, grad_bias: Tensor | None) -> None:
+        transform = block.transform
+        for rows, logits, column, is_here in self.tiles(block):
             # d logprob / d logits = onehot - softmax; in place where nothing else needs the logits.
             slope = 1 - (logits / transform.softcap).square() if transform.softcap is not None else None
             grad_logits = logits.sub_(log_partition[rows, None]).exp_()
@@ -148,7 +143,7 @@ class TiledSoftmax:
                 grad_logits *= slope
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)  # the bias joins before the scale
-            block[rows] = grad_logits
+            block.products[rows] = grad_logits
 
 
 def logits_of(products: Tensor, transform: HeadTransform) -> Tensor:
@@ -217,8 +212,9 @@ class TokenLogprobs(torch.autograd.Function):
         shape = block_shape(len(targets), len(weight), weight.element_size(), softmax.whole_rows)
         sums = Sums.of_nothing(targets)
         for rows, columns in blocks(len(targets), len(weight), shape):
-            block = product(hidden[rows], weight[columns], None if bias is None else bias[columns])
-            softmax.fold(block, columns.start, targets[rows], transform, sums.of(rows))
+            part = hidden[rows], weight[columns], None if bias is None else bias[columns]
+            block = Block(product(*part), columns.start, targets[rows], transform)
+            softmax.fold(block, sums.of(rows))
             del block  # before the next is made
         log_total = sums.total.log()
         ctx.save_for_backward(hidden, weight, bias, targets, sums.largest + log_total)
@@ -232,19 +228,13 @@ class TokenLogprobs(torch.autograd.Function):
         grad_weight = ProductSum(weight, has_several=ctx.shape[0] < len(hidden)) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for rows, columns in blocks(len(targets), len(weight), ctx.shape):
-            block = product(hidden[rows], weight[columns], None if bias is None else bias[columns])
-            ctx.softmax.differentiate(
-                block,
-                columns.start,
-                targets[rows],
-                ctx.transform,
-                log_partition[rows],
-                grad_logprobs[rows],
-                None if grad_bias is None else grad_bias[columns],
-            )
-            grad_hidden.add(rows, block, weight[columns])
+            part = hidden[rows], weight[columns], None if bias is None else bias[columns]
+            block = Block(product(*part), columns.start, targets[rows], ctx.transform)
+            of_bias = None if grad_bias is None else grad_bias[columns]
+            ctx.softmax.differentiate(block, log_partition[rows], grad_logprobs[rows], of_bias)
+            grad_hidden.add(rows, block.products, weight[columns])
             if grad_weight is not None:
-                grad_weight.add(columns, block.t(), hidden[rows])
+                grad_weight.add(columns, block.products.t(), hidden[rows])
             del block
         return (
             grad_hidden.result(),

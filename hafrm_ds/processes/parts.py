@@ -46,24 +46,34 @@ def stamp(file: Path) -> list[Any]:
 
 def work_through(
     name: str,
-    todo: dict[Path, int],
-    make: Callable[[Path], bytes],
+    parts: dict[Path, int],
+    start: Callable[[], Callable[[Path], bytes]],
     processes: Processes,
     log: Console,
     *,
     unit: str,
     together: bool,
+    what: str = "parts",
 ) -> None:
-    """Make every file of `todo`, all processes at once; returns when all are there.
+    """Make those of the parts that are not there yet, all processes at once; returns when all are there.
 
     Args:
         name: of the work, for the progress and for what the processes tell each other; each only once in a job.
-        todo: file -> the units of work in it, the same on all processes.
-        make: the content of a file.
+        parts: file -> the units of work in it, the same on all processes.
+        start: called once by each process, and only where a part is missing (as when it has to load a model for it);
+            returns what makes the content of a file.
         together: all processes make every file together, as a sharded model needs; else each takes the next that no
             other has taken.
+        what: parts of what these are, for the message that says how many are there: "parts of the candidates".
     """
-    files, total = list(todo), sum(todo.values())
+    # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
+    missing = processes.from_first(f"{name}: missing", lambda: [str(file) for file in parts if not file.exists()])
+    files = list(map(Path, missing))
+    if len(files) < len(parts):
+        log.print(f"{len(parts) - len(files):,} of {len(parts):,} {what} are there already")
+    if not files:
+        return
+    make, total = start(), sum(parts[file] for file in files)
     mine = iter(files) if together else claimed(files, f"{name}: taken", processes)
     with log.progress(name, total, unit) as progress:
 
@@ -77,7 +87,7 @@ def work_through(
             content = make(file)
             if processes.is_first or not together:
                 write_whole(file, content)
-                done(todo[file])
+                done(parts[file])
         if processes.is_first:
             processes.wait(lambda: done(0) == total)
 

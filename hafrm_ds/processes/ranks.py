@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -160,18 +160,19 @@ class Processes:
             self.store.set(node, "done")
         return result
 
-    def from_first(self, name: str, work: Callable[[], str]) -> str:
-        """The text that `work` gives on rank 0, on every rank; the others wait for it as long as it takes.
+    def from_first(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` gives on rank 0, on every rank, as it comes through JSON; the others wait for it as long as it
+        takes.
 
         Raises:
             FailedElsewhere: an error has stopped another rank meanwhile.
         """
         key = f"text/{name}"
         if self.is_first:
-            self.store.set(key, work())
+            self.store.set(key, json.dumps(work()))
         else:
             self.wait(lambda: self.store.check([key]))
-        return self.store.get(key).decode()
+        return json.loads(self.store.get(key))
 
     def texts_of_all(self, name: str, text: str) -> list[str]:
         """What each rank gives, on rank 0, which waits for all; an empty list elsewhere.
@@ -199,7 +200,7 @@ class Processes:
         """
         if self.world_size == 1:
             return
-        expected = json.loads(self.from_first(f"{subject} of rank 0", lambda: json.dumps(facts)))
+        expected = self.from_first(f"{subject} of rank 0", lambda: facts)
         found = self.texts_of_all(f"differences in {subject}", json.dumps([self.host, differences(expected, facts)]))
         if message := disagreement(subject, self.host, [json.loads(text) for text in found]):
             raise UserError(message)
@@ -260,9 +261,7 @@ class Processes:
             return
         address = os.environ["MASTER_ADDR"]
         own = interface_towards(address)
-        first_host, is_loopback = json.loads(
-            self.from_first("interface", lambda: json.dumps([self.host, own.is_loopback]))
-        )
+        first_host, is_loopback = self.from_first("interface", lambda: [self.host, own.is_loopback])
         if is_loopback and first_host != self.host:
             raise UserError(
                 f"{address} is a loopback address on {first_host} itself, where rank 0 runs (see /etc/hosts there), "

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def verify_store(root: Path) -> list[NamespaceReport]:
     return reports
 
 
-def merge_stores(source: Path, target: Path, warn: Callable[[str], None] = print) -> None:
+def merge_stores(source: Path, target: Path) -> None:
     """Copy every good shard of `source` that `target` does not have. The source is only read.
 
     A shard's name is its checksum, so one that is there already is the same one.
@@ -70,13 +69,13 @@ def merge_stores(source: Path, target: Path, warn: Callable[[str], None] = print
             try:
                 shard = open_shard(path, name)
             except ValueError as error:
-                warn(f"{path} {error}; it was not merged")
+                print(f"{path} {error}; it was not merged")
                 continue
             if not (folder / path.name).exists():
                 write_shard(folder, shard.table)
 
 
-def prune_store(root: Path, warn: Callable[[str], None] = print) -> None:
+def prune_store(root: Path) -> None:
     """Make a store small: one shard for each namespace, without doubles.
 
     Drafts of killed writers and files that were set aside are deleted. Run it when nothing else writes.
@@ -88,7 +87,7 @@ def prune_store(root: Path, warn: Callable[[str], None] = print) -> None:
                 draft.unlink()
         if (folder / SET_ASIDE).exists():
             shutil.rmtree(folder / SET_ASIDE)
-        shards = list(good_shards(folder, name, warn))
+        shards = list(good_shards(folder, name, warn=print))
         places = first_places(shards)
         if len(shards) <= 1 and len(places) == sum(len(shard.table) for shard in shards):
             continue

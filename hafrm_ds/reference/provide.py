@@ -1,6 +1,5 @@
 """Getting the reference log-probs of a run: look up, compute what is missing, check a sample."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -111,7 +110,7 @@ def shared_namespace(config: TrainConfig, processes: Processes) -> Namespace:
     """
     reads = processes.local_rank == 0
     own = processes.in_turns("weights", lambda: asdict(namespace_of(config)) if reads else None)
-    first = json.loads(processes.from_first("namespace", lambda: json.dumps(own)))
+    first = processes.from_first("namespace", lambda: own)
     processes.must_agree(f"the model {config.model.name_or_path}", {"weights": (own or first)["weights"]})
     return Namespace(**first)
 

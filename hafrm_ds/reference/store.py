@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from hafrm_ds.data.content_keys import KEY_BYTES, KEY_DTYPE
+from hafrm_ds.data.content_keys import KEY_BYTES, KEY_DTYPE, column_view
 from hafrm_ds.durability import publish, write_whole
 from hafrm_ds.errors import UserError
 
@@ -172,15 +172,6 @@ class Shard:
     @property
     def num_tokens(self) -> np.ndarray:
         return column_view(self.table["num_tokens"], np.dtype(np.int32))
-
-
-def column_view(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
-    """A column of fixed-size values as numpy, without a copy where it is one chunk."""
-    parts = [
-        np.frombuffer(chunk.buffers()[1], dtype=dtype, count=len(chunk), offset=chunk.offset * dtype.itemsize)
-        for chunk in column.chunks
-    ]
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
 
 
 def open_shard(path: Path, namespace: str) -> Shard:

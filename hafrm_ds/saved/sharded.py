@@ -5,7 +5,7 @@ from pathlib import Path
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.engine.deepspeed_config import deepspeed_problems
-from hafrm_ds.engine.engine import Engine, load_scoring_engine
+from hafrm_ds.engine.engine import Engine, check_build_tools, load_scoring_engine
 from hafrm_ds.errors import ConfigError, ModelError
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.processes.ranks import Processes
@@ -64,9 +64,6 @@ def load_for_job(saved: SavedScorer, deepspeed: Path | None, max_tokens: int, pr
         raise ModelError(
             f"{saved.folder}: --deepspeed shards models of a training with hafrm_ds alone, and one of them at a time"
         )
-    from hafrm_ds.engine.engine import check_build_tools
-    from hafrm_ds.saved.sharded import ShardedModel
-
     check_build_tools(processes.device)
     processes.start_group()
     return ShardedModel.load(saved, deepspeed, max_tokens, processes)

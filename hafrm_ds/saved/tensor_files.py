@@ -44,9 +44,7 @@ class TensorSource:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
-def tensors_of(
-    module: nn.Module, gathered: Gather = lambda parameters: nullcontext(), prefix: str = ""
-) -> dict[str, TensorSource]:
+def tensors_of(module: nn.Module, gathered: Gather = lambda parameters: nullcontext()) -> dict[str, TensorSource]:
     """What a folder holds of a module: its parameters, each gathered when it is opened, and its persistent buffers.
 
     named_parameters leaves out the second name of tied weights, as the format wants it.
@@ -61,13 +59,11 @@ def tensors_of(
         return opened
 
     tensors = {
-        prefix + name: TensorSource(full_shape(parameter), parameter.dtype, whole(parameter))
+        name: TensorSource(full_shape(parameter), parameter.dtype, whole(parameter))
         for name, parameter in module.named_parameters()
     }
     saved = module.state_dict(keep_vars=True).keys()
-    return tensors | {
-        prefix + name: TensorSource.of(buffer) for name, buffer in module.named_buffers() if name in saved
-    }
+    return tensors | {name: TensorSource.of(buffer) for name, buffer in module.named_buffers() if name in saved}
 
 
 Publish = Callable[[str, Tensor], dict[str, Tensor]]

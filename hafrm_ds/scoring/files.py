@@ -5,9 +5,9 @@ IN.jsonl -> parts of equally many lines -> OUT.jsonl.parts/part-NNNNNN.jsonl -> 
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hafrm_ds.config import ScoringSection
 from hafrm_ds.durability import whole_file
@@ -51,17 +51,12 @@ class ScoringOptions(ScoringSection):
         return open_reward_model(self.model, judge=self.judge, reference=self.reference, **self.loading)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Lines of the input: `num_lines` from byte `start` on, the first of which is line `first_line` (from 1)."""
 
-    number: int
     start: int
     first_line: int
     num_lines: int
-
-    def file(self, folder: Path) -> Path:
-        return folder / f"part-{self.number:06}.jsonl"
 
 
 def score_file(options: ScoringOptions, processes: Processes) -> int:
@@ -75,23 +70,22 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
     if isinstance(saved, SavedImplicitReward):
         log.print(how_it_scores(options, saved))
     folder = options.output.with_name(f"{options.output.name}.parts")
-    # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
-    plan = json.loads(processes.from_first("plan", lambda: json.dumps(plan_job(options, saved, folder))))
-    parts = [Part(**part) for part in plan["parts"]]
-    todo = {parts[number].file(folder): parts[number] for number in plan["missing"]}
-    if len(todo) < len(parts):
-        log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts are there already")
-    if todo:
+    plan = processes.from_first("plan", lambda: plan_job(options, saved, folder))
+    parts = {folder / f"part-{number:06}.jsonl": Part(*part) for number, part in enumerate(plan)}
+
+    def load() -> Callable[[Path], bytes]:
         model = load_for_job(saved, options.deepspeed, options.max_tokens_per_micro_batch, processes)
-        work_through(
-            "scoring",
-            {file: part.num_lines for file, part in todo.items()},
-            lambda file: score_part(todo[file], options.input, model),
-            processes,
-            log,
-            unit="rows",
-            together=options.deepspeed is not None,
-        )
+        return lambda file: score_part(parts[file], options.input, model)
+
+    work_through(
+        "scoring",
+        {file: part.num_lines for file, part in parts.items()},
+        load,
+        processes,
+        log,
+        unit="rows",
+        together=options.deepspeed is not None,
+    )
     num_bad = 0
     if processes.is_first:
         num_bad = join_parts(options.output, folder, parts, log)
@@ -114,8 +108,8 @@ def how_it_scores(options: ScoringOptions, saved: SavedImplicitReward) -> str:
 # ---- what is to be done --------------------------------------------------------------------------------------------
 
 
-def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> dict[str, Any]:
-    """{"parts": all parts, "missing": numbers of those that are not there}; makes the folder of the parts.
+def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> list[Part]:
+    """All parts of the job, in order; makes the folder for them.
 
     Raises:
         DataError: the output is there already, or its parts belong to another job.
@@ -124,8 +118,7 @@ def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> dict[
         raise DataError(f"--output {options.output} is already there; choose another file")
     parts = split_into_parts(options.input)
     claim_folder(folder, identity_of(options, saved))
-    missing = [part.number for part in parts if not part.file(folder).exists()]
-    return {"parts": [asdict(part) for part in parts], "missing": missing}
+    return parts
 
 
 def split_into_parts(input: Path) -> list[Part]:
@@ -142,7 +135,7 @@ def split_into_parts(input: Path) -> list[Part]:
         raise DataError(f"--input {input} is empty")
     length = max(SMALLEST_PART, -(-num_lines // MOST_PARTS))
     firsts = range(0, num_lines, length)
-    return [Part(k, starts[line], line + 1, min(length, num_lines - line)) for k, line in enumerate(firsts)]
+    return [Part(starts[line], line + 1, min(length, num_lines - line)) for line in firsts]
 
 
 def identity_of(options: ScoringOptions, saved: SavedScorer) -> dict[str, Any]:
@@ -176,13 +169,13 @@ def score_part(part: Part, input: Path, model: Scorer) -> bytes:
     return json.dumps(errors).encode() + b"\n" + b"".join(written)
 
 
-def join_parts(output: Path, folder: Path, parts: list[Part], log: Console) -> int:
+def join_parts(output: Path, folder: Path, parts: Iterable[Path], log: Console) -> int:
     """Put the parts together, remove them, and report the rows that could not be scored; returns how many."""
     errors: list[str] = []
     try:
         with whole_file(output) as joined:
             for part in parts:
-                with part.file(folder).open("rb") as file:
+                with part.open("rb") as file:
                     errors += json.loads(file.readline())
                     shutil.copyfileobj(file, joined)
         shutil.rmtree(folder)

@@ -140,6 +140,13 @@ def prompt_of(row: Row) -> list[Message]:
     return read_with_tools(row, lambda row: opened(row, read_prompt(row)))
 
 
+def prompt_as_written(row: Row) -> Any:
+    """Its prompt as it stands in the file; as `prompt_of` reads it where other columns belong to it."""
+    prompt = prompt_of(row)
+    is_whole = row.given("prompt") and not earlier_turns(row) and "tools" not in prompt[0]
+    return row.fields["prompt"] if is_whole else prompt
+
+
 def read_prompt(row: Row) -> list[Message]:
     """As `prompt_of`; raises ToolCallsError for messages that only a `ToolRow` reads."""
     field = "prompt" if row.given("prompt") or not row.given("messages") else "messages"

@@ -21,17 +21,8 @@ import yaml
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, UserError
-from hafrm_ds.evaluation.comparison import (
-    COMPARISON_FILE,
-    TWO_MODELS,
-    Judged,
-    Method,
-    compare,
-    render_comparison,
-    run_folder,
-    seeds_in_words,
-    two_models,
-)
+from hafrm_ds.evaluation.comparison import COMPARISON_FILE, TWO_MODELS, Judged, Method, compare, run_folder, two_models
+from hafrm_ds.evaluation.comparison_tables import render_comparison, seeds_in_words
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, load_all
 from hafrm_ds.evaluation.report.reading import SUMMARY_FILE
 from hafrm_ds.evaluation.report.writing import leave_report
@@ -73,98 +64,83 @@ def train_and_compare(
         DataError: a training has seen other pairs than the rest.
     """
     log = Console(processes)
+    runs = {seed: {arm.name: run_config(config, arm, seed) for arm in arms} for seed in seeds}
+    finished = finished_runs(runs, processes)
+    plan = make_plan(arms, runs, finished, processes)
+    log.print(f"[bold]{plan.in_words}[/bold]")
+    methods = [Method(arm.name, arm.judge, [], arm.cells) for arm in arms]
+    number, sets = 0, list(config.data.eval)
     with starter(train_script, processes) as start:
-        train_all(config, arms, seeds, start, processes, log, sweep)
+        # Seed by seed, so that what there is after a while compares all arms.
+        for place, of_seed in enumerate(runs.values()):
+            is_last, has_trained = place == len(seeds) - 1, False
+            for name, run in of_seed.items():
+                number += 1
+                title = f"training {number} of {len(seeds) * len(arms)}: {run.output_dir}"
+                if run.output_dir in finished:
+                    log.print(f"{title} is finished")
+                    continue
+                log.print(f"\n[bold]{title}[/bold]")
+                train_one(run, start, processes)
+                has_trained = True
+                plan.note(name, seconds_of(run))
+                log.print(f"{sum(plan.left.values()):,} trainings are left{plan.time_left}")
+            if not processes.is_first:
+                continue
+            check_same_data(arms, of_seed)
+            add_trainings(methods, of_seed, sets[0])
+            if has_trained or is_last:
+                results = compare(methods, sets, seeds[: place + 1], seeds, sweep)
+                file = config.output_dir / COMPARISON_FILE
+                write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
+                if is_last:
+                    log.print(render_comparison(results))
+                log.print(f"\nthe results of {seeds_in_words(results)} are in {file}")
+                leave_report(config.output_dir, log)
     leave_together(processes)
 
 
-def train_all(
-    config: TrainConfig,
-    arms: Sequence[Arm],
-    seeds: Sequence[int],
-    start: Start,
-    processes: Processes,
-    log: Console,
-    sweep: Mapping[str, Any] | None,
-) -> None:
-    """`train_and_compare`, with a way to start trainings."""
-    methods = [Method(arm.name, arm.judge, [], arm.cells) for arm in arms]
-    finished = finished_runs([run_config(config, arm, seed) for seed in seeds for arm in arms], processes)
-    plan = make_plan(config, arms, seeds, finished, processes)
-    log.print(f"[bold]{plan.in_words}[/bold]")
-    # Seed by seed, so that what there is after a while compares all arms.
-    for place, seed in enumerate(seeds):
-        is_last, has_trained = place == len(seeds) - 1, False
-        for number, arm in enumerate(arms, start=place * len(arms) + 1):
-            run = run_config(config, arm, seed)
-            title = f"training {number} of {len(seeds) * len(arms)}: {run.output_dir}"
-            if run.output_dir.name in finished:
-                log.print(f"{title} is finished")
-                continue
-            log.print(f"\n[bold]{title}[/bold]")
-            train_one(run, start, processes)
-            has_trained = True
-            plan.note(arm.name, seconds_of(run))
-            log.print(f"{sum(plan.left.values()):,} trainings are left{plan.time_left}")
-        if processes.is_first:
-            for runs in same_data(config, arms, seed):
-                check_same_data(runs)
-            for method in methods:
-                like = methods[0].trainings[0] if methods[0].trainings else {}
-                method.trainings.append(judged(config, method, seed, like))
-        if processes.is_first and (has_trained or is_last):
-            results = compare(methods, list(config.data.eval), seeds[: place + 1], seeds, sweep)
-            file = config.output_dir / COMPARISON_FILE
-            write_whole(file, json.dumps(results, indent=2, allow_nan=False).encode())
-            if is_last:
-                log.print(render_comparison(results))
-            log.print(f"\nthe results of {seeds_in_words(results)} are in {file}")
-            leave_report(config.output_dir, log)
+Runs = Mapping[int, Mapping[str, TrainConfig]]
+"""Seed -> name of an arm -> the configuration of its training."""
 
 
-def same_data(config: TrainConfig, arms: Sequence[Arm], seed: int) -> list[list[Path]]:
-    """Folders of the trainings with a seed, those together that are to see the same pairs."""
-    groups: dict[str, list[Path]] = {}
+def check_same_data(arms: Sequence[Arm], runs: Mapping[str, TrainConfig]) -> None:
+    """Raises DataError if trainings of a seed that are to see the same pairs have not: a file was changed between
+    them."""
+    first: dict[str, tuple[Path, dict[str, str]]] = {}
     for arm in arms:
-        groups.setdefault(arm.data_key, []).append(run_folder(config.output_dir, arm.name, seed))
-    return list(groups.values())
-
-
-def check_same_data(runs: Sequence[Path]) -> None:
-    """Raises DataError if the trainings of a seed have not seen the same pairs: a file was changed between them."""
-    first, *others = [json.loads((run / SUMMARY_FILE).read_text()).get("data", {}) for run in runs]
-    for run, data in zip(runs[1:], others):
-        if differing := [name for name in first if data.get(name) != first[name]]:
+        folder = runs[arm.name].output_dir
+        data = json.loads((folder / SUMMARY_FILE).read_text()).get("data", {})
+        other, expected = first.setdefault(arm.data_key, (folder, data))
+        if differing := [name for name in expected if data.get(name) != expected[name]]:
             raise DataError(
-                f"{run} has seen other pairs of {differing[0]} than {runs[0]}: the data was changed between the two "
+                f"{folder} has seen other pairs of {differing[0]} than {other}: the data was changed between the two "
                 "trainings. Remove the runs with the old data to train them anew"
             )
 
 
-def finished_runs(runs: Sequence[TrainConfig], processes: Processes) -> set[str]:
-    """Names of those that are finished. Raises UserError if one of them has other options."""
+def finished_runs(runs: Runs, processes: Processes) -> set[Path]:
+    """Folders of those that are finished. Raises UserError if one of them has other options."""
 
-    def look() -> str:
-        return json.dumps([run.output_dir.name for run in runs if is_finished(run)])
+    def look() -> list[str]:
+        every = (run for of_seed in runs.values() for run in of_seed.values())
+        return [str(run.output_dir) for run in every if is_finished(run)]
 
-    return set(json.loads(processes.from_first("finished", look)))
+    return set(map(Path, processes.from_first("finished", look)))
 
 
-def make_plan(
-    config: TrainConfig, arms: Sequence[Arm], seeds: Sequence[int], finished: set[str], processes: Processes
-) -> ComparisonPlan:
+def make_plan(arms: Sequence[Arm], runs: Runs, finished: set[Path], processes: Processes) -> ComparisonPlan:
     """What there is to do, and what the trainings that are finished took."""
 
-    def count() -> str:
-        is_over = len(finished) == len(arms) * len(seeds)  # then nothing need be there but the runs
-        return json.dumps(dict.fromkeys([arm.name for arm in arms], 0) if is_over else pairs_seen(arms))
+    def count() -> dict[str, int]:
+        is_over = len(finished) == len(arms) * len(runs)  # then nothing need be there but the runs
+        return dict.fromkeys([arm.name for arm in arms], 0) if is_over else pairs_seen(arms)
 
-    plan = ComparisonPlan(json.loads(processes.from_first("pairs", count)), len(seeds))
-    for arm in arms:
-        for seed in seeds:
-            run = run_config(config, arm, seed)
-            if run.output_dir.name in finished:
-                plan.note(arm.name, seconds_of(run))
+    plan = ComparisonPlan(processes.from_first("pairs", count), len(runs))
+    for of_seed in runs.values():
+        for name, run in of_seed.items():
+            if run.output_dir in finished:
+                plan.note(name, seconds_of(run))
     return plan
 
 
@@ -177,23 +153,20 @@ def seconds_of(run: TrainConfig) -> float | None:
     return seconds if seconds > 0 else None
 
 
-def judged(config: TrainConfig, method: Method, seed: int, like: Mapping[str, Judged]) -> dict[str, Judged]:
-    """What a training got right, by name of the set; of DPO also together with the Baseline of its (first) cell.
-
-    Args:
-        like: of another training, as `Judged.of` takes it.
-    """
-
-    def scores_of(name: str) -> dict[str, PairScores]:
-        return load_all(run_folder(config.output_dir, name, seed) / SCORES_FOLDER)
-
-    scores = scores_of(method.name)
-    found = {name: Judged.of(each, like.get(name)) for name, each in scores.items()}
-    if method.judge == "implicit":
-        beside = two_models(scores, scores_of(next(iter(method.cells))), next(iter(config.data.eval)))
-        for name, right in beside.items():
-            found[name].right[TWO_MODELS] = right
-    return found
+def add_trainings(methods: Sequence[Method], runs: Mapping[str, TrainConfig], first_set: str) -> None:
+    """Add to each method what its training of a seed got right; of DPO also together with the Baseline of its first
+    cell. The methods stand cell by cell, each Baseline before the others of its cell."""
+    baseline: dict[str, PairScores] = {}
+    for method in methods:
+        scores = load_all(runs[method.name].output_dir / SCORES_FOLDER)
+        like = methods[0].trainings[0] if methods[0].trainings else {}
+        found = {name: Judged.of(each, like.get(name)) for name, each in scores.items()}
+        if method.name in method.cells:
+            baseline = scores
+        elif method.judge == "implicit":
+            for name, right in two_models(scores, baseline, first_set).items():
+                found[name].right[TWO_MODELS] = right
+        method.trainings.append(found)
 
 
 def train_one(run: TrainConfig, start: Start, processes: Processes) -> None:

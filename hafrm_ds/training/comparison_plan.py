@@ -8,7 +8,6 @@ from statistics import fmean
 import numpy as np
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import prepare_pairs
 from hafrm_ds.model.loading import fetch_model
 from hafrm_ds.processes.console import clock
@@ -102,6 +101,5 @@ def pairs_seen(arms: Sequence[Arm]) -> dict[str, int]:
 def num_pairs(config: TrainConfig) -> int:
     """Usable training pairs."""
     data = config.data
-    formatter = ChatFormatter.create(fetch_model(config.model), data.chat_template, data.template_date, data.reasoning)
-    prepared = prepare_pairs(data.train, role="train", formatter=formatter, options=data.preparation, seed=config.seed)
-    return len(prepared)
+    formatter = data.formatter(fetch_model(config.model))
+    return len(prepare_pairs(data.train, role="train", formatter=formatter, options=data.preparation, seed=config.seed))

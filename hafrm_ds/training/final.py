@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from hafrm_ds.config import ModelConfig, TrainConfig
-from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.report import Counts, DataReport
 from hafrm_ds.engine.checkpoint import (
     DEEPSPEED_FOLDER,
@@ -109,9 +108,7 @@ def export_checkpoint(
         start = start.model_copy(update={"name_or_path": base, "revision": None})
     namespace = check_start(checkpoint, state, config, start)
     model = load_model(checkpoint, state, config, start)
-    formatter = ChatFormatter.create(
-        load_tokenizer(start), config.data.chat_template, config.data.template_date, config.data.reasoning
-    )
+    formatter = config.data.formatter(load_tokenizer(start))
     report = checkpoint.parents[1] / DATA_REPORT_FILE
     save_hybrid_model(
         model,

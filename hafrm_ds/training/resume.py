@@ -122,7 +122,7 @@ def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) ->
     is_auto = config.resume == "auto"
     root = config.output_dir / "checkpoints"
     found = [str(path) for path in saved_steps(root).values()] if is_auto else [str(Path(config.resume).resolve())]
-    candidates = json.loads(processes.from_first("checkpoints", lambda: json.dumps(found)))
+    candidates = processes.from_first("checkpoints", lambda: found)
     for candidate in map(Path, candidates):
         reason = why_not_whole(candidate, processes)
         if reason is None:
@@ -143,4 +143,4 @@ def why_not_whole(folder: Path, processes: Processes) -> str | None:
     except CheckpointError as error:
         own = str(error)
     found = processes.texts_of_all(f"check {folder}", own or "")
-    return processes.from_first(f"verdict on {folder}", lambda: next(filter(None, found), "")) or None
+    return processes.from_first(f"verdict on {folder}", lambda: next(filter(None, found), None))

@@ -5,19 +5,16 @@ import time
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from hafrm_ds.config import BatchConfig, TrainConfig, options_of
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.preparation import PreparedPairs, fingerprints_of, prepare_pairs
-from hafrm_ds.engine.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config
+from hafrm_ds.engine.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config, zero_stage
 from hafrm_ds.engine.engine import (
     Engine,
     TrainingEngine,
     check_build_tools,
     load_scoring_engine,
     load_training_engine,
-    zero_stage,
 )
 from hafrm_ds.engine.shapes import trained_share
 from hafrm_ds.errors import ConfigError, DataError, UserError
@@ -130,7 +127,7 @@ def deepspeed_config_of(config: TrainConfig, processes: Processes) -> dict:
 def is_finished(config: TrainConfig, processes: Processes) -> bool:
     """Whether the run that is to be resumed has come to its end. The same on all ranks."""
     file = config.output_dir / SUMMARY_FILE
-    return config.resume == "auto" and processes.from_first("finished", lambda: str(file.exists())) == "True"
+    return config.resume == "auto" and processes.from_first("finished", file.exists)
 
 
 def settle_resume_point(
@@ -174,8 +171,7 @@ def check_combined_judge(eval_pairs: dict[str, PreparedPairs], config: TrainConf
     if not (eval_pairs and config.objective.has_combined_judge):
         return
     name, pairs = next(iter(eval_pairs.items()))
-    index = fixed_choice(len(pairs), config.evaluation.max_pairs)
-    problem = too_few(len(index), len(np.unique(pairs.prompt_keys[index])))
+    problem = too_few(pairs.prompt_keys[fixed_choice(len(pairs), config.evaluation.max_pairs)])
     if problem is None:
         return
     best = config.evaluation.best_metric
@@ -294,9 +290,7 @@ def prepare_data(
     stock = load_model_config(config.model)
     if warning := check_start(config.model, local_folder(config.model), stock):
         log.warn(warning)
-    formatter = ChatFormatter.create(
-        tokenizer, config.data.chat_template, config.data.template_date, config.data.reasoning
-    )
+    formatter = config.data.formatter(tokenizer)
     prepared = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
 
     def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:

@@ -131,15 +131,15 @@ def axes_of(
         for option in sweep
         if option in given
     ]
-    shown = {option: list(values) for option, values in sweep.items()}
-    for option, values in shown.items():
-        problems += unsound(config, option, values)
+    shown: dict[str, list[Any]] = {}
+    for option, values in sweep.items():
+        shown[option], faults = typed_values(config, option, values)
+        problems += faults
     if problems:
         raise ConfigError(problems)
-    every = given | shown
-    if ALPHA in every and SHARE in every:
+    typed = {option: typed_values(config, option, values)[0] for option, values in given.items()} | shown
+    if ALPHA in typed and SHARE in typed:
         raise ConfigError([f"{ALPHA} and {SHARE} cannot both be swept: the share finds its own alpha"])
-    typed = {option: [typed_value(config, option, value) for value in values] for option, values in every.items()}
     names = axis_names(typed)
     axes = [
         Axis(option, names[option], tuple(values), tuple(labels_of(values)), option in shown)
@@ -283,34 +283,30 @@ def positive(option: str, values: Sequence[float]) -> Iterator[str]:
     )
 
 
-def unsound(config: TrainConfig, option: str, values: Sequence[Any]) -> Iterator[str]:
-    """What is wrong with an option of --sweep or with its values, in words."""
+def typed_values(config: TrainConfig, option: str, values: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The values of an option as the configuration holds them (YAML takes 5e-5 for a text); and what is wrong with
+    these, or with the option in --sweep, in words."""
     known = {*option_names(TrainConfig), *(SOURCE_FIELD + name for name in Source.model_fields)}
     if option in FIXED:
-        yield f"--sweep cannot have {option}: {FIXED[option]}"
-    elif option not in known:
-        yield f"--sweep has the unknown option {option}; {CommandLine(TrainConfig, (), {}).nearest(option)}"
-    elif not values:
-        yield f"--sweep has no value of {option}"
-    elif option == SHARE:
-        yield from (
-            f"--sweep has a value of {SHARE} of {value!r}; each must be a number from 0 to 1"
+        return [], [f"--sweep cannot have {option}: {FIXED[option]}"]
+    if option not in known:
+        near = CommandLine(TrainConfig, (), {}).nearest(option)
+        return [], [f"--sweep has the unknown option {option}; {near}"]
+    if not values:
+        return [], [f"--sweep has no value of {option}"]
+    if option == SHARE:
+        wrong = [
+            value
             for value in values
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1
-        )
-    else:
-        for value in values:
-            _, problems = with_values(config, {option: value}, "haf")
-            yield from (f"--sweep: {problem}" for problem in problems)
-
-
-def typed_value(config: TrainConfig, option: str, value: Any) -> Any:
-    """A sound value as the configuration holds it: YAML takes 5e-5 for a text."""
-    if option == SHARE:
-        return float(value)
-    options, _ = with_values(config, {option: value}, "haf")
-    assert options is not None
-    return value_in(options.model_dump(mode="json"), option)
+        ]
+        problems = [
+            f"--sweep has a value of {SHARE} of {value!r}; each must be a number from 0 to 1" for value in wrong
+        ]
+        return [] if wrong else list(map(float, values)), problems
+    found = [with_values(config, {option: value}, "haf") for value in values]
+    typed = [value_in(options.model_dump(mode="json"), option) for options, _ in found if options is not None]
+    return typed, [f"--sweep: {problem}" for _, problems in found for problem in problems]
 
 
 def as_number(value: Any) -> float | None:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hafrm_ds.hardware.measurement import peak_growth_bytes, synchronize
-from hafrm_ds.model.token_logprobs import HeadTransform, token_logprobs
+from hafrm_ds.model.token_logprobs import Block, HeadTransform, token_logprobs
 
 
 def full_logits(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -70,11 +70,11 @@ class CountedKernels:
     traffic: Traffic
     whole_rows: bool = False
 
-    def fold(self, block: torch.Tensor, *rest) -> None:
-        self.traffic.num_bytes += block.nbytes
+    def fold(self, block: Block, *rest) -> None:
+        self.traffic.num_bytes += block.products.nbytes
 
-    def differentiate(self, block: torch.Tensor, *rest) -> None:
-        self.traffic.num_bytes += 2 * block.nbytes
+    def differentiate(self, block: Block, *rest) -> None:
+        self.traffic.num_bytes += 2 * block.products.nbytes
 
 
 def count() -> None:

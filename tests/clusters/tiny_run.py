@@ -34,8 +34,8 @@ def options(folder: Path, max_steps: int, **changes) -> list[str]:
         "optimizer.learning_rate": 1e-3,
         "reference.store": folder / "store",
         "logging.tensorboard": "false",
-    } | {key.replace("__", "."): value for key, value in changes.items()}
-    return as_options(values)
+    }
+    return as_options(values, **changes)
 
 
 def steps(run: Path) -> int:

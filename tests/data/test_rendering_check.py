@@ -18,8 +18,9 @@ from hafrm_ds.data.rendering_check import (
 )
 from hafrm_ds.data.report import DataReport
 from hafrm_ds.data.sources import Source
-from hafrm_ds.data.tokenization import IDENTICAL_ANSWERS, LEFT_OUT, tokenize_conversation, tokenize_pair
+from hafrm_ds.data.tokenization import IDENTICAL_ANSWERS, LEFT_OUT, tokenize_conversation
 from hafrm_ds.errors import DataError
+from tests.tiny_tokenizers import tokenize_pair
 
 DATE = "2024-07-26"
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from hafrm_ds.data.tables import MAX_PARTS, NOTHING, Cell, Table, largest, number_estimate, share_estimate
+from hafrm_ds.data.tables import MAX_SOURCES, NOTHING, Cell, Table, listed_sources, number_estimate, share_estimate
 
 
 def test_an_estimate_is_brief_in_a_terminal_and_whole_on_a_page():
@@ -31,9 +31,9 @@ def test_a_terminal_reads_no_markup_and_shows_control_characters_as_escapes():
     assert "left out" not in file.getvalue() and "\x1b" not in file.getvalue()
 
 
-def test_the_smallest_of_many_parts_share_a_row():
-    sizes = {f"source {number}": number for number in range(MAX_PARTS)}
-    assert largest(sizes, lambda size: size) == (sizes, [])
-    named, rest = largest(sizes | {"more": 7, "most": 100}, lambda size: size)
-    assert len(named) + 1 == MAX_PARTS and list(named) == [*list(sizes)[3:], "more", "most"]
-    assert sum(rest) + sum(named.values()) == sum(sizes.values()) + 107 and max(rest) <= min(named.values())
+def test_the_smallest_of_many_sources_stand_together():
+    sizes = {f"source {number}": number for number in range(MAX_SOURCES)}
+    assert listed_sources(sizes, lambda size: size, sum) == sizes
+    listed = listed_sources(sizes | {"more": 7, "most": 100}, lambda size: size, sum)
+    assert list(listed) == [*list(sizes)[3:], "more", "most", "3 other sources"] and len(listed) == MAX_SOURCES
+    assert listed["3 other sources"] == 0 + 1 + 2 and listed["source 3"] == 3

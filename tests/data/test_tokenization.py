@@ -12,8 +12,8 @@ from hafrm_ds.data.tokenization import (
     TokenizedPair,
     fit,
     split_at_prompt,
-    tokenize_pair,
 )
+from tests.tiny_tokenizers import tokenize_pair
 
 DATE = "2024-07-26"
 BOS = 1

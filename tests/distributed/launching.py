@@ -82,8 +82,22 @@ def run_jobs(num_ranks: int, jobs: list[tuple[str, list[str]]], timeout: float =
     return result.stdout
 
 
-def as_options(values: dict) -> list[str]:
-    """{"section.key": value} -> command-line words."""
+TINY_RUN = {
+    "model.dtype": "float32",
+    "data.max_length": 120,
+    "batch.global_batch_size": 8,
+    "batch.max_tokens_per_micro_batch": 150,
+    "logging.tensorboard": "false",
+    "logging.report": "false",
+    "resume": "auto",
+}
+"""Options of runs of a tiny model on `write_pairs` that are resumed, beside those that name files."""
+
+
+def as_options(values: dict, **changes: object) -> list[str]:
+    """{"section.key": value} -> command-line words. Of changes, whose names have __ for the dot, each replaces or adds
+    one."""
+    values = values | {key.replace("__", "."): value for key, value in changes.items()}
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch.distributed as dist
 
-from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
-from hafrm_ds.evaluation.best_of_n.sampling import PART, SamplingOptions
+from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOptions
+from hafrm_ds.evaluation.best_of_n.ranking import rank
+from hafrm_ds.evaluation.best_of_n.sampling import PART
 from hafrm_ds.processes.ranks import Processes
 from tests.distributed.launching import end_ranks, start_ranks
 from tests.tiny_models import save_tiny_final, save_tiny_model

@@ -12,14 +12,15 @@ from hafrm_ds.config import DataConfig
 from hafrm_ds.engine.checkpoint import read_state
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation import scoring
-from hafrm_ds.evaluation.combined import combine
-from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
+from hafrm_ds.evaluation.evaluate import evaluate
+from hafrm_ds.evaluation.options import EvaluationOptions
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.objective import JudgeFit
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.sharded import load_for_job
 from hafrm_ds.training.final import export_checkpoint
 from tests.distributed.launching import as_options, rows, run_jobs, write_pairs
+from tests.evaluation.test_combined import combine
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed

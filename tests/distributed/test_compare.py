@@ -35,9 +35,9 @@ def start(folder, **changes) -> subprocess.Popen:
         "logging.tensorboard": "false",
         "logging.report": "false",
         "seeds": 1,
-    } | {key.replace("__", "."): value for key, value in changes.items()}
+    }
     return subprocess.Popen(
-        [sys.executable, "launch/compare.py", *as_options(options)],
+        [sys.executable, "launch/compare.py", *as_options(options, **changes)],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"},
         stdout=subprocess.PIPE,

@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hafrm_ds.saved.export import export_model
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import as_options, launch, rows, write_pairs
-from tests.distributed.test_resume import assert_same_files, compared_rows, run_cases
+from tests.distributed.launching import TINY_RUN, as_options, launch, rows, write_pairs
+from tests.distributed.test_resume import assert_same_files, assert_same_run, run_cases
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import EXPERTS, save_tiny_model
 
@@ -53,26 +53,20 @@ def runs(tmp_path_factory) -> tuple[Path, str]:
         (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
 
     def options(name: str, family: str, layout: str, stage: int, **changes) -> list[str]:
-        chosen = {
+        chosen = TINY_RUN | {
             "output_dir": folder / name,
             "deepspeed": folder / f"zero{stage}.json",
             "max_steps": STEPS,
             "model.name_or_path": folder / family,
-            "model.dtype": "float32",
             "model.router_aux_loss": "own",
             "data.train": train_file,
             "data.eval": f"{{held_out: {test_file}}}",
-            "data.max_length": 120,
-            "batch.global_batch_size": 8,
             "batch.max_tokens_per_micro_batch": 200,
             "batch.layout": layout,
             "optimizer.learning_rate": 3e-3,
             "reference.store": folder / "store",
-            "logging.tensorboard": "false",
-            "logging.report": "false",
-            "resume": "auto",
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        return as_options(chosen)
+        }
+        return as_options(chosen, **changes)
 
     whole = [[options(f"{family} on one", family, "padded", 0), None] for family in EXPERTS]
     run_cases(1, [*whole, [options("without", "olmoe", "shared_prefix", 0, model__router_aux_loss="null"), None]])
@@ -120,9 +114,7 @@ def test_a_resumed_run_is_the_straight_run(runs, before, after):
     folder, _ = runs
     straight, resumed = folder / f"olmoe shared_prefix {before}", folder / f"resumed {before} {after}"
     if before == after:
-        assert compared_rows(resumed) == compared_rows(straight)
-        expected, actual = final_weights(straight), final_weights(resumed)
-        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        assert_same_run(resumed, straight)
     else:
         assert largest_difference(final_weights(resumed), final_weights(straight)) < 1e-4
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hafrm_ds.model.lora import PEFT_PREFIX
-from hafrm_ds.saved.adapters import ADAPTER_WEIGHTS, merged
+from hafrm_ds.saved.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, merged
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import as_options, rows, write_pairs
-from tests.distributed.test_resume import compared_rows, run_cases
+from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs
+from tests.distributed.test_resume import assert_same_run, run_cases
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
 
@@ -40,23 +39,16 @@ def runs(tmp_path_factory) -> Path:
         (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
 
     def options(name: str, stage: int, changes: dict) -> list[str]:
-        chosen = {
+        chosen = TINY_RUN | {
             "output_dir": folder / name,
             "deepspeed": folder / f"zero{stage}.json",
             "max_steps": STEPS,
             "model.name_or_path": model,
-            "model.dtype": "float32",
             "data.train": train_file,
             "data.eval": f"{{held_out: {test_file}}}",
-            "data.max_length": 120,
-            "batch.global_batch_size": 8,
-            "batch.max_tokens_per_micro_batch": 150,
             "optimizer.learning_rate": 1e-2,
             "evaluation.every_steps": 3,
             "reference.store": folder / "store",
-            "logging.tensorboard": "false",
-            "logging.report": "false",
-            "resume": "auto",
         }
         return as_options(chosen | changes)
 
@@ -84,9 +76,7 @@ def losses(run: Path) -> torch.Tensor:
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, name):
     straight, resumed = runs / f"straight {name}", runs / name
     assert len(rows(straight, "train")) == STEPS
-    assert compared_rows(resumed) == compared_rows(straight)
-    expected, actual = final_weights(straight), final_weights(resumed)
-    assert all(torch.equal(actual[tensor], expected[tensor]) for tensor in expected)
+    assert_same_run(resumed, straight)
 
 
 @pytest.mark.parametrize(

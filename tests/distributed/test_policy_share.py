@@ -24,9 +24,8 @@ from hafrm_ds.engine.checkpoint import read_state
 from hafrm_ds.model.hybrid import make_reward_head
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import as_options, rows, write_pairs
-from tests.distributed.test_resume import compared_rows, run_cases
-from tests.distributed.test_training import final_weights
+from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs
+from tests.distributed.test_resume import assert_same_run, run_cases
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -81,22 +80,16 @@ def runs(tmp_path_factory) -> Path:
         (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
 
     def options(name: str, zero: str, changes: dict) -> list[str]:
-        chosen = {
+        chosen = TINY_RUN | {
             "output_dir": folder / name,
             "deepspeed": folder / f"{zero}.json",
             "max_steps": STEPS,
             "model.name_or_path": folder / "tied",
-            "model.dtype": "float32",
             "data.train": folder / "train.jsonl",
-            "data.max_length": 120,
             "batch.global_batch_size": BATCH,
-            "batch.max_tokens_per_micro_batch": 150,
             "optimizer.learning_rate": 3e-3,
             "optimizer.reward_head_learning_rate": 1e-2,
             "reference.store": folder / "store",
-            "logging.tensorboard": "false",
-            "logging.report": "false",
-            "resume": "auto",
         }
         return as_options(chosen | changes)
 
@@ -195,9 +188,7 @@ def test_every_stage_and_number_of_ranks_finds_the_same_alpha(runs, run):
 @pytest.mark.parametrize("name", MEASURED)
 def test_measuring_changes_no_bit_of_what_is_trained(runs, name):
     plain, measured = runs / f"plain, {name}", runs / f"measured, {name}"
-    assert compared_rows(measured) == compared_rows(plain)
-    expected, actual = final_weights(plain), final_weights(measured)
-    assert all(torch.equal(actual[tensor], expected[tensor]) for tensor in expected)
+    assert_same_run(measured, plain)
     assert not rows(plain, "gradients")
     assert [row["step"] for row in rows(measured, "gradients")] == [1, 2, 3]
 
@@ -220,9 +211,7 @@ def test_a_resumed_run_with_a_kept_share_is_the_straight_run_bit_for_bit(runs, t
     assert [row["step"] for row in measured] == [0, 2, 4, 6]
     assert len({row["alpha"] for row in measured}) == 3, "found, then moved after steps 2 and 4"
     assert rows(resumed, "gradients") == rows(straight, "gradients")
-    assert compared_rows(resumed) == compared_rows(straight)
-    expected, actual = final_weights(straight), final_weights(resumed)
-    assert all(torch.equal(actual[tensor], expected[tensor]) for tensor in expected)
+    assert_same_run(resumed, straight)
     assert torch.equal(*(load_file(run / "final/reward_head.safetensors")["weight"] for run in (straight, resumed)))
     export_checkpoint(straight / "checkpoints/latest", tmp_path / "export")
     folders = (straight / "final", resumed / "final", tmp_path / "export")

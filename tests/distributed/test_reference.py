@@ -57,8 +57,8 @@ def setting(tmp_path_factory):
             "batch.max_tokens_per_micro_batch": 150,
             "optimizer.learning_rate": 3e-3,
             "reference.store": folder / store,
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        return kind, as_options(chosen)
+        }
+        return kind, as_options(chosen, **changes)
 
     return folder, job
 

@@ -40,8 +40,8 @@ def run_pass(folder: Path, store: Path, num_ranks: int = 2, **changes) -> subpro
         "batch.max_tokens_per_micro_batch": 150,
         "reference.store": store,
         "reference.flush_seconds": 0.05,
-    } | {key.replace("__", "."): value for key, value in changes.items()}
-    return launch(num_ranks, "launch/precompute_reference.py", *as_options(options), timeout=240)
+    }
+    return launch(num_ranks, "launch/precompute_reference.py", *as_options(options, **changes), timeout=240)
 
 
 def test_two_jobs_fill_one_store_at_once(folder):

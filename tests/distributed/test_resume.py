@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from hafrm_ds.engine.checkpoint import CheckpointError
 from hafrm_ds.errors import ModelError
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import as_options, launch, rows, write_pairs
+from tests.distributed.launching import TINY_RUN, as_options, launch, rows, write_pairs
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
 
@@ -63,6 +63,13 @@ def compared_rows(run: Path) -> list[dict]:
     ]
 
 
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Rows of metrics and final weights, bit for bit."""
+    assert compared_rows(actual) == compared_rows(expected)
+    ours, theirs = final_weights(actual), final_weights(expected)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
@@ -72,7 +79,7 @@ def setting(tmp_path_factory):
     train_file, test_file = write_pairs(folder / "train.jsonl", 60), write_pairs(folder / "test.jsonl", 10, seed=1)
 
     def options(name: str, stage: int, dtype: str = "float32", **changes) -> list[str]:
-        chosen = {
+        chosen = TINY_RUN | {
             "output_dir": folder / name,
             "deepspeed": f"ds_configs/zero{stage}.json",
             "max_steps": STEPS,
@@ -80,19 +87,13 @@ def setting(tmp_path_factory):
             "model.dtype": dtype,
             "data.train": train_file,
             "data.eval": f"{{held_out: {test_file}}}",
-            "data.max_length": 120,
-            "batch.global_batch_size": 8,
-            "batch.max_tokens_per_micro_batch": 150,
             "optimizer.learning_rate": 3e-3,
             "optimizer.reward_head_learning_rate": 1e-2,
             "optimizer.weight_decay": 0.01,
             "evaluation.every_steps": 4,
             "reference.store": folder / "store",
-            "logging.tensorboard": "false",
-            "logging.report": "false",
-            "resume": "auto",
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        return as_options(chosen)
+        }
+        return as_options(chosen, **changes)
 
     return folder, options
 
@@ -179,9 +180,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, stage, dtype):
     straight, resumed = (folder / f"{kind}-{stage}-{dtype}" for kind in ("straight", "resumed"))
     assert len(rows(straight, "train")) == STEPS
     assert len(rows(resumed, "check")) == 1, "the reference is checked again, and logged once"
-    assert compared_rows(resumed) == compared_rows(straight)
-    expected, actual = final_weights(straight), final_weights(resumed)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert_same_run(resumed, straight)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), COMBINATIONS)
@@ -242,9 +241,7 @@ def test_a_run_ends_when_patience_is_lost_and_final_is_the_best_step(runs, tmp_p
 def test_patience_survives_a_stop(runs):
     folder, _ = runs
     straight, resumed = folder / "patient-3", folder / "patient, resumed"
-    assert compared_rows(resumed) == compared_rows(straight)
-    expected, actual = final_weights(straight), final_weights(resumed)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert_same_run(resumed, straight)
 
 
 @pytest.mark.parametrize("change", [*CHANGES, "gathered"])

@@ -20,8 +20,7 @@ from hafrm_ds.engine.checkpoint import damaged_file, read_manifest, saved_steps
 from tests.distributed.forked_ranks import Ranks
 from tests.distributed.launching import as_options, rows, write_pairs
 from tests.distributed.test_reference_faults import mounted
-from tests.distributed.test_resume import COMBINATIONS, compared_rows
-from tests.distributed.test_training import final_weights
+from tests.distributed.test_resume import COMBINATIONS, assert_same_run
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -67,12 +66,6 @@ def wait_for_steps(ranks: Ranks, run: Path, number: int) -> None:
 
     before = file_number()
     ranks.wait(120, until=lambda: file_number() not in (0, before) and steps_logged(run) >= number)
-
-
-def assert_equal(run: Path, straight: Path) -> None:
-    assert compared_rows(run) == compared_rows(straight)
-    expected, actual = final_weights(straight), final_weights(run)
-    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def optimizer_state(run: Path) -> list[torch.Tensor]:
@@ -132,7 +125,7 @@ def test_killed_at_random_moments_and_resumed_is_the_straight_run(folder, stage,
     resumed_from.append(next(iter(saved_steps(run / "checkpoints")), 0))
     start(folder, run.name, stage, dtype, every_steps=SAVED_EVERY).finish()
     print(f"ZeRO {stage}, {dtype}: {KILLS} kills, the starts resumed from the steps {resumed_from}")
-    assert_equal(run, straight)
+    assert_same_run(run, straight)
     pairs = list(zip(optimizer_state(run), optimizer_state(straight), strict=True))
     assert pairs and all(torch.equal(*pair) for pair in pairs)
 

@@ -50,13 +50,13 @@ class Run:
             "reference.store": folder / "store",
             "logging.tensorboard": "false",
             "resume": "auto",
-        } | {key.replace("__", "."): value for key, value in changes.items()}
+        }
         output = folder / f"{name}.log"
         process = subprocess.Popen(
             [
                 str(word)
                 for word in (LAUNCHER, "--num_gpus", 2, "--master_port", free_port(), "launch/train.py")
-                + tuple(as_options(options))
+                + tuple(as_options(options, **changes))
             ],
             cwd=REPOSITORY,
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},

@@ -68,8 +68,8 @@ def setting(tmp_path_factory):
             "optimizer.reward_head_learning_rate": 1e-2,
             "optimizer.weight_decay": 0.01,
             "logging.report": "false",
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        return "train", as_options(chosen)
+        }
+        return "train", as_options(chosen, **changes)
 
     return folder, job
 

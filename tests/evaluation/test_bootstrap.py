@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm_ds.evaluation.bootstrap import estimate, estimates, exact_at_the_ends
+from hafrm_ds.evaluation.bootstrap import estimate, estimates
 
 
 def naive(values: np.ndarray, prompts: list[str], resamples: int = 4000) -> tuple[float, float]:
@@ -25,30 +25,30 @@ def test_the_interval_is_that_of_a_naive_cluster_bootstrap():
     values = source.normal(size=150)
     found = estimate(values, prompts)
     low, high = naive(values, prompts)
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(low, abs=0.02) and found.high == pytest.approx(high, abs=0.02)
+    assert found["value"] == pytest.approx(values.mean())
+    assert found["low"] == pytest.approx(low, abs=0.02) and found["high"] == pytest.approx(high, abs=0.02)
 
 
 def test_independent_pairs_have_the_interval_of_a_proportion():
     right = np.repeat([1.0, 0.0], [700, 300])
     found = estimate(right, [str(k) for k in range(1000)])
     half = 1.96 * math.sqrt(0.7 * 0.3 / 1000)
-    assert found.low == pytest.approx(0.7 - half, abs=0.004) and found.high == pytest.approx(0.7 + half, abs=0.004)
+    assert (found["low"], found["high"]) == pytest.approx((0.7 - half, 0.7 + half), abs=0.004)
 
 
 def test_repeating_every_pair_under_its_prompt_adds_no_certainty():
     source = np.random.default_rng(2)
     values, prompts = source.normal(size=60), [str(k) for k in range(60)]
     once, often = estimate(values, prompts), estimate(np.tile(values, 5), prompts * 5)
-    assert (often.low, often.high) == pytest.approx((once.low, once.high))
+    assert (often["low"], often["high"]) == pytest.approx((once["low"], once["high"]))
 
 
 def test_seeds_that_differ_widen_the_interval():
     prompts = [str(k) for k in range(100)]
     row = np.random.default_rng(3).normal(size=100)
     same, apart = estimate(np.stack([row, row]), prompts), estimate(np.stack([row - 1, row + 1]), prompts)
-    assert same.value == pytest.approx(apart.value)
-    assert apart.high - apart.low > 2 * (same.high - same.low)
+    assert same["value"] == pytest.approx(apart["value"])
+    assert apart["high"] - apart["low"] > 2 * (same["high"] - same["low"])
 
 
 def test_several_values_are_estimated_as_each_alone():
@@ -57,22 +57,24 @@ def test_several_values_are_estimated_as_each_alone():
     columns = {"one": source.normal(size=80), "two": source.normal(size=80)}
     for name, found in estimates(columns, prompts).items():
         alone = estimate(columns[name], prompts)
-        assert (found.value, found.low, found.high) == pytest.approx((alone.value, alone.low, alone.high))
+        assert found == pytest.approx(alone)
 
 
 def test_a_share_that_never_fails_has_an_exact_interval():
-    found = exact_at_the_ends(estimate(np.ones(30), [str(k // 2) for k in range(30)]))
-    assert (found.value, found.high, found.clusters) == (1, 1, 15)
-    assert found.low**15 == pytest.approx(0.025)  # so many right in a row have this probability at the lower end
-    assert exact_at_the_ends(estimate(np.zeros(15), [str(k) for k in range(15)])).high == pytest.approx(1 - found.low)
-    mixed = estimate(np.array([1.0, 0.0]), ["a", "b"])
-    assert exact_at_the_ends(mixed) == mixed
+    found = estimate(np.ones(30), [str(k // 2) for k in range(30)], are_shares=True)
+    assert (found["value"], found["high"]) == (1, 1)
+    # So many right in a row, of 15 prompts, have this probability at the lower end.
+    assert found["low"] ** 15 == pytest.approx(0.025)
+    never = estimate(np.zeros(15), [str(k) for k in range(15)], are_shares=True)
+    assert never["high"] == pytest.approx(1 - found["low"])
+    mixed = np.array([1.0, 0.0]), ["a", "b"]
+    assert estimate(*mixed, are_shares=True) == estimate(*mixed)
 
 
 def test_a_single_prompt_tells_of_no_interval():
     found = estimate(np.array([1.0, 0.0, 1.0]), ["only"] * 3)
-    assert (found.value, found.low, found.high) == (pytest.approx(2 / 3), None, None)
-    assert exact_at_the_ends(estimate(np.ones(3), ["only"] * 3)).low == pytest.approx(0.025)
+    assert found == {"value": pytest.approx(2 / 3), "low": None, "high": None}
+    assert estimate(np.ones(3), ["only"] * 3, are_shares=True)["low"] == pytest.approx(0.025)
 
 
 def test_no_pairs_have_no_mean():

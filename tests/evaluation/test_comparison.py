@@ -9,18 +9,9 @@ from rich.console import Console
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation import comparison
-from hafrm_ds.evaluation.bootstrap import estimate, mean_of_sets
-from hafrm_ds.evaluation.comparison import (
-    OTHERS,
-    TWO_MODELS,
-    Judged,
-    Method,
-    compare,
-    points,
-    render_comparison,
-    seeds_in_words,
-    two_models,
-)
+from hafrm_ds.evaluation.bootstrap import estimate, means_of_sets
+from hafrm_ds.evaluation.comparison import OTHERS, TWO_MODELS, Judged, Method, compare, two_models
+from hafrm_ds.evaluation.comparison_tables import points, render_comparison, seeds_in_words
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
 
@@ -80,7 +71,8 @@ def test_a_paired_difference_is_surer_than_two_accuracies():
     prompts = [str(k) for k in range(400)]
     paired = estimate(better.astype(float) - right, prompts)
     alone = estimate(right.astype(float), prompts)
-    assert paired.value == pytest.approx(0.05) and paired.high - paired.low < 0.6 * (alone.high - alone.low)
+    assert paired["value"] == pytest.approx(0.05)
+    assert paired["high"] - paired["low"] < 0.6 * (alone["high"] - alone["low"])
 
 
 def test_every_set_counts_alike_and_is_resampled_by_itself():
@@ -88,8 +80,8 @@ def test_every_set_counts_alike_and_is_resampled_by_itself():
     source = np.random.default_rng(0)
     values = [source.normal(size=(3, size)) + source.normal(size=(3, 1)) for size in (20, 300)]
     prompts = [[str(k) for k in source.integers(size, size=size)] for size in (20, 300)]
-    found = mean_of_sets(values, prompts)
-    assert found.value == pytest.approx((values[0].mean() + values[1].mean()) / 2)
+    found = means_of_sets({"": values}, prompts)[""]
+    assert found["value"] == pytest.approx((values[0].mean() + values[1].mean()) / 2)
     groups = [[np.flatnonzero(np.array(names) == name) for name in set(names)] for names in prompts]
     means = []
     for _ in range(4000):
@@ -97,7 +89,7 @@ def test_every_set_counts_alike_and_is_resampled_by_itself():
         drawn = [np.concatenate([each[k] for k in source.integers(len(each), size=len(each))]) for each in groups]
         means.append(np.mean([rows[trainings][:, places].mean() for rows, places in zip(values, drawn)]))
     spread = np.std(means)
-    assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.1 * spread)
+    assert (found["low"], found["high"]) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.1 * spread)
 
 
 def test_a_single_prompt_has_a_difference_without_an_interval():
@@ -189,7 +181,7 @@ def test_many_methods_at_once_are_estimated_as_each_alone(monkeypatch):
     assert value["low"] == pytest.approx(alone["low"], abs=1e-9) and value["by_seed"] == alone["by_seed"]
     rights = [methods[2].right(name) - methods[1].right(name) for name in list(SIZES)[1:]]
     prompts = [methods[0].trainings[0][name].prompts for name in list(SIZES)[1:]]
-    assert value["high"] == pytest.approx(mean_of_sets(rights, prompts).high, abs=1e-9)
+    assert value["high"] == pytest.approx(means_of_sets({"": rights}, prompts)[""]["high"], abs=1e-9)
 
 
 def test_twenty_seeds_of_fifty_methods_take_seconds():

@@ -14,9 +14,10 @@ from hafrm_ds.config import DataConfig
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ConfigError, DataError, ModelError
 from hafrm_ds.evaluation import scoring
-from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank
-from hafrm_ds.evaluation.combined import combine
-from hafrm_ds.evaluation.evaluate import EvaluationOptions, evaluate
+from hafrm_ds.evaluation.best_of_n.options import RankingOptions
+from hafrm_ds.evaluation.best_of_n.ranking import rank
+from hafrm_ds.evaluation.evaluate import evaluate
+from hafrm_ds.evaluation.options import EvaluationOptions
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.objective import JudgeFit
@@ -26,6 +27,7 @@ from hafrm_ds.saved.export import export_model
 from hafrm_ds.scoring.files import ScoringOptions, score_file
 from tests.data.row_files import write_lines
 from tests.evaluation.benchmarks.rows import rewardbench_row
+from tests.evaluation.test_combined import combine
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 NUM_PAIRS = 50

@@ -6,10 +6,11 @@ import json
 import pytest
 from rich.console import Console
 
-from hafrm_ds.data.tables import MAX_PARTS
+from hafrm_ds.data.tables import MAX_SOURCES
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.figures import benchmark_table, render_evaluation, set_tables
+from hafrm_ds.evaluation.report.results_page import analysis_charts
 from tests.evaluation.benchmarks.rows import judgebench_row, rm_bench_row, summary
 from tests.evaluation.report.folders import pair_scores
 
@@ -100,12 +101,14 @@ def test_the_smallest_of_many_sources_share_a_row():
     analysis = analyse(scores)
     assert len(analysis["by_source"]) == 41
     table = set_tables(analysis)[-2]
-    assert len(table.rows) == MAX_PARTS
+    assert len(table.rows) == MAX_SOURCES
     name, (pairs, reward, *_) = table.rows[-1]
     assert (name, pairs.text) == ("22 other sources", "22")
     right = correctness(scores.margins("reward"))
     rest = [source not in dict(table.rows) for source in scores.sources]
     assert reward.text == f"{right[rest].mean():.1%}" and not reward.detail
+    *_, chart = analysis_charts(scores, analysis)
+    assert chart.title == "Accuracy by source" and "22 other sources (22)" in chart.svg and "large (20)" in chart.svg
 
 
 def test_a_table_of_a_whole_benchmark(tmp_path):

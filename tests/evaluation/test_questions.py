@@ -4,10 +4,10 @@ import pytest
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import assistant, user
-from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_pair
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.evaluate import encode_question, groups_of
-from tests.tiny_tokenizers import byte_level_tokenizer
+from hafrm_ds.evaluation.questions import encode_question, groups_of
+from tests.tiny_tokenizers import byte_level_tokenizer, tokenize_pair
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,13 @@ def test_the_first_rank_of_another_node_works_before_its_neighbours():
     assert 0 in before[1] and 0 in before[2] and 2 in before[3]
 
 
+def test_what_the_first_rank_finds_every_rank_knows(ranks):
+    found = at_once(
+        ranks, lambda processes: processes.from_first("work", lambda: [processes.rank, None, True, {"a": 1}])
+    )
+    assert found == [[0, None, True, {"a": 1}]] * WORLD_SIZE
+
+
 def test_the_first_rank_hears_what_every_rank_says(ranks):
     said = at_once(ranks, lambda processes: processes.texts_of_all("state", f"of {processes.rank}"))
     assert said == [["of 0", "of 1", "of 2", "of 3"], [], [], []]

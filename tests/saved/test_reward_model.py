@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hafrm_ds import HybridRewardModel
 from hafrm_ds.data.packing import lay_out, share_prompts, split_groups
-from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_pair
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError, ModelError, UserError
 from tests.tiny_models import save_tiny_final
+from tests.tiny_tokenizers import tokenize_pair
 
 QUESTIONS = [[{"role": "user", "content": text}] for text in ("Why?", "What is it, and since when?")]
 ANSWERS = ["Because.", " It rains, and nobody knows why.", "", "Since May."]

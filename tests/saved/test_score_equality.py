@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import lay_out
-from hafrm_ds.data.tokenization import tokenize_pair
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
 from tests.tiny_models import tiny_causal_lm, use_layout
-from tests.tiny_tokenizers import byte_level_tokenizer
+from tests.tiny_tokenizers import byte_level_tokenizer, tokenize_pair
 
 ENDS_IN_EOS = (
     "{% for message in messages %}{{ message['role'] + ':' + message['content'] + eos_token }}{% endfor %}"

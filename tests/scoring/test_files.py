@@ -64,7 +64,7 @@ def test_a_job_that_was_stopped_goes_on_with_what_is_missing(options, monkeypatc
     whole, scored = job.score_part, []
 
     def stops_at_the_third(part, *rest):
-        scored.append(part.number)
+        scored.append(part.first_line // 7)
         if len(scored) == 3:
             raise KeyboardInterrupt
         return whole(part, *rest)

@@ -33,7 +33,6 @@ from hafrm_ds.data.formats.ranked import of_lists, of_nectar, of_stack_exchange,
 from hafrm_ds.data.pairs import (
     MEDIA,
     MEDIA_NAMES,
-    NO_TOOLS,
     ROLES,
     Dropped,
     MediaError,
@@ -41,12 +40,11 @@ from hafrm_ds.data.pairs import (
     Outcome,
     PreferencePair,
     Row,
-    ToolCallsError,
     has_turns,
     names_in_words,
     parsed_messages,
 )
-from hafrm_ds.data.tool_calls import ToolRow
+from hafrm_ds.data.tool_calls import ToolRow, read_with_tools
 from hafrm_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -229,18 +227,16 @@ def read_pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]
         DataError: for a field that is missing, null or of the wrong type, and for a column that speaks of the
             conversation but is not read.
     """
+    return read_with_tools(row, partial(pairs_of, format_name=format_name, source=source), source.ignore_columns)
+
+
+def pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
+    """As `read_pairs_of`; raises ToolCallsError for messages that only a `ToolRow` reads."""
     unread, ignored = unread_columns(format_name, tuple(row.fields)), source.ignore_columns
-    if row.fields.get("tools") not in NO_TOOLS and "tools" not in ignored:
-        row = ToolRow.of(row)
     if any(is_filled(row.fields[name]) and name not in ignored for name in unread.media):
         return [Dropped(MEDIA)]
-    make = FORMATS[format_name].make
     try:
-        try:
-            made = make(row, source)
-        except ToolCallsError:
-            row = ToolRow.of(row, ignored)
-            made = make(row, source)
+        made = FORMATS[format_name].make(row, source)
     except MediaError:
         return [Dropped(MEDIA)]
     outcomes = [finished(each, row, source) for each in (made if isinstance(made, list) else [made])]

@@ -10,65 +10,28 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BeforeValidator, Field
 from rich.markup import escape
 
-from hafrm_ds.config import ScoringSection
 from hafrm_ds.data.files import file_table
-from hafrm_ds.data.formats.answers import earlier_turns
 from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, DataError
-from hafrm_ds.evaluation.best_of_n.sampling import SAMPLING_FILE, SamplingJob, SamplingOptions
+from hafrm_ds.evaluation.best_of_n.figures import render_best_of_n
+from hafrm_ds.evaluation.best_of_n.options import RankingOptions
+from hafrm_ds.evaluation.best_of_n.sampling import SAMPLING_FILE, SamplingJob
 from hafrm_ds.evaluation.best_of_n.statistics import compare_with_gold
-from hafrm_ds.evaluation.figures import render_best_of_n
-from hafrm_ds.options import as_list
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import Judge, identity_of_model, open_model
 from hafrm_ds.scoring.files import ScoringOptions, score_file
-from hafrm_ds.scoring.rows import conversations_of, json_line, prompt_of
+from hafrm_ds.scoring.rows import conversations_of, json_line, prompt_as_written
 
 CANDIDATES_FILE, GOLD_FILE, RANKED_FILE = "candidates.jsonl", "gold.jsonl", "ranked.jsonl"
 RESULTS_FILE = "best_of_n.json"
-
-
-class RankingOptions(ScoringSection):
-    """The options of launch/best_of_n.py: either candidates or sampling."""
-
-    model: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)]
-    """One or more: final/ folders of trainings, or other reward models."""
-    output_dir: Path
-    """Where the results go."""
-    candidates: Path | None = None
-    """A file with answers: .jsonl, .json or .parquet."""
-    gold: str | None = None
-    """Another reward model, by whose scores the picks are judged. Default: field gold of the rows."""
-    judge: Judge | None = None
-    """What ranks: reward (the reward head), implicit (the policy against its reference) or combined (both as one, by
-    the fit that is saved with a model). Default: the reward head, and of a model without one the implicit reward."""
-    reference: str | None = None
-    """Of the implicit reward and the combined judge, what the policy is measured against: a folder, a hub id, or base:
-    what its training started from. Default: base."""
-    sampling: SamplingOptions | None = None
-
-    def contradictions(self) -> list[str]:
-        problems = []
-        if self.sampling is None and self.candidates is None:
-            problems.append("give --candidates FILE, or --prompts FILE with --policy MODEL")
-        if self.sampling is not None:
-            problems += self.sampling.contradictions()
-            if self.candidates is not None:
-                given = ", ".join(f"--{name}" for name in SamplingOptions.model_fields
-                                  if name in self.sampling.model_fields_set)  # fmt: skip
-                problems.append(f"--candidates brings the answers, so nothing is sampled: leave out {given}")
-        if len(set(self.model)) < len(self.model):
-            problems.append(f"--model {' '.join(self.model)}: a model stands there twice")
-        return problems
 
 
 @dataclass(frozen=True)
@@ -136,14 +99,14 @@ def rank(options: RankingOptions, processes: Processes) -> int:
     elif options.sampling is not None:
         job = SamplingJob.open(options.sampling, **options.loading)
         identity["sampling"] = job.identity()
-        if processes.from_first("claim", lambda: claim(candidates, identity)) == "open":
+        if not processes.from_first("claim", lambda: claim(candidates, identity)):
             job.sample(candidates, processes.for_job("sampling"), log)
     for file, name in scorers.items():
         score(name, scorings[file], processes, log)
 
-    num_bad = processes.from_first("results", lambda: str(write_results(options, scorers, log)))
+    num_bad = processes.from_first("results", lambda: write_results(options, scorers, log))
     leave_together(processes)
-    return int(num_bad)
+    return num_bad
 
 
 def scoring_of(name: str, output: Path, options: RankingOptions, judge: Judge | None) -> ScoringOptions:
@@ -161,21 +124,20 @@ def scoring_of(name: str, output: Path, options: RankingOptions, judge: Judge | 
     )
 
 
-def claim(candidates: Path, identity: dict[str, Any]) -> str:
-    """Make the output folder, or resume it: "done" if the candidates are there, else "open"."""
+def claim(candidates: Path, identity: dict[str, Any]) -> bool:
+    """Make the output folder, or resume it; whether the candidates are there already."""
     claim_folder(candidates.parent, identity)
-    return "done" if candidates.exists() else "open"
+    return candidates.exists()
 
 
 # ---- stages --------------------------------------------------------------------------------------------------------
 
 
-def take_over(file: Path, candidates: Path, identity: dict[str, Any]) -> str:
+def take_over(file: Path, candidates: Path, identity: dict[str, Any]) -> None:
     """Given candidates -> candidates.jsonl. A file with a fault in it leaves nothing behind."""
     rows = read_candidates(file)
-    if claim(candidates, identity | {"candidates": stamp(file)}) == "open":
+    if not claim(candidates, identity | {"candidates": stamp(file)}):
         write_whole(candidates, b"".join(map(json_line, rows)))
-    return "done"
 
 
 def read_candidates(file: Path) -> list[dict[str, Any]]:
@@ -194,10 +156,7 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
             raise row.fault(
                 "field 'responses'", responses, "answers to a prompt, or to messages that end with the user"
             )
-        prompt = prompt_of(row)
-        if row.given("prompt") and not earlier_turns(row) and "tools" not in prompt[0]:
-            prompt = fields["prompt"]
-        kept = {"id": fields.get("id", row.id), "prompt": prompt, "responses": responses}
+        kept = {"id": fields.get("id", row.id), "prompt": prompt_as_written(row), "responses": responses}
         num_responses = len(kept["responses"])
         if num_responses < 2:
             raise DataError(f"{row.id}: field 'responses' has 1 answer; a best of N needs 2 at least")
@@ -218,11 +177,8 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
 def score(name: str, scoring: ScoringOptions, processes: Processes, log: Console) -> None:
     """Score the candidates with one model, unless it has been done."""
     output = scoring.output
-
-    def state() -> str:
-        return "done" if output.exists() and not output.with_name(f"{output.name}.parts").exists() else "open"
-
-    if processes.from_first(f"state of {output.name}", state) == "done":
+    parts = output.with_name(f"{output.name}.parts")
+    if processes.from_first(f"state of {output.name}", lambda: output.exists() and not parts.exists()):
         return
     log.print(f"scoring with {escape(name)}")
     score_file(scoring, processes.for_job(output.name))

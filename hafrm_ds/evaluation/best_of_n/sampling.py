@@ -10,35 +10,29 @@ place of the prompt in its file alone.
 """
 
 import gc
-import importlib.util
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import jinja2
 import numpy as np
 import torch
-from pydantic import Field
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from hafrm_ds.config import Positive, PositiveInt
 from hafrm_ds.data.files import file_table
 from hafrm_ds.data.formats import refuse_lost
-from hafrm_ds.data.formats.answers import earlier_turns
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message, Row
 from hafrm_ds.data.rendering_check import is_serious
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
+from hafrm_ds.evaluation.best_of_n.options import SamplingOptions
+from hafrm_ds.evaluation.best_of_n.samplers import Request, Sampler, TransformersSampler, VllmSampler, choose_sampler
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
-from hafrm_ds.options import Section
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import stamp, work_through
 from hafrm_ds.processes.ranks import Processes
@@ -46,7 +40,7 @@ from hafrm_ds.saved.classifier import SavedClassifier
 from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.opening import identity_of_model, open_model
 from hafrm_ds.saved.policy import SavedPolicy
-from hafrm_ds.scoring.rows import BESIDE, json_line, prompt_of
+from hafrm_ds.scoring.rows import BESIDE, json_line, prompt_as_written, prompt_of
 
 PART = 16
 SAMPLING_FILE = "sampling.json"
@@ -55,53 +49,6 @@ TOO_FEW = "too few different answers"
 TOO_LONG = "longer than the policy takes with max_new_tokens"
 REFUSED = "the policy's template refuses it"
 LEFT_OUT = "the policy's template leaves out a part of it"
-
-
-class SamplingOptions(Section):
-    """How candidates are sampled, in place of --candidates."""
-
-    prompts: Path
-    """A file with prompts."""
-    policy: str
-    """Who answers: a folder or hub id with a causal LM."""
-    num_candidates: Annotated[int, Field(ge=2)] = 8
-    """Different answers to each prompt; at most twice as many are drawn."""
-    temperature: tuple[Positive, Positive] = (0.5, 1.2)
-    """LOW HIGH: uniform between these, anew for each answer."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Draw from the most probable tokens that together have this probability."""
-    max_new_tokens: PositiveInt = 512
-    """Longest answer in tokens; longer ones are truncated."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the draws."""
-    sampler: Literal["auto", "transformers", "vllm"] = "auto"
-    """auto: vLLM on a GPU where it is installed."""
-    policy_chat_template: str | None = None
-    """Name or file of a template, for a policy without one."""
-
-    def contradictions(self) -> list[str]:
-        low, high = self.temperature
-        return [] if low <= high else [f"--temperature {low} {high}: the lower of the two comes first"]
-
-
-class Request(NamedTuple):
-    """Draws from one prompt: one for each temperature."""
-
-    prompt_ids: list[int]
-    temperatures: tuple[float, ...]
-    seed: int
-
-
-class Answer(NamedTuple):
-    """ended: by the policy itself, not by max_new_tokens."""
-
-    text: str
-    ended: bool
-
-
-class Sampler(Protocol):
-    def answers(self, requests: list[Request]) -> list[list[Answer]]:
-        """The answers to each request, one for each of its temperatures."""
 
 
 @dataclass(frozen=True)
@@ -171,34 +118,28 @@ class SamplingJob:
             folder / f"part-{number:06}.jsonl": range(first, min(first + PART, len(self.rows)))
             for number, first in enumerate(range(0, len(self.rows), PART))
         }
-
-        def list_missing() -> str:
+        if processes.is_first:
             folder.mkdir(exist_ok=True)
-            return "\n".join(str(file) for file in parts if not file.exists())
 
-        # Told by the first: a part that it has seen may be there for the others, or not, on a slow shared disk.
-        todo = [Path(file) for file in processes.from_first("missing", list_missing).splitlines()]
-        if len(todo) < len(parts):
-            log.print(f"{len(parts) - len(todo):,} of {len(parts):,} parts of the candidates are there already")
-        if todo:
-            self.sample_parts({file: parts[file] for file in todo}, processes, log)
-            gc.collect()  # the memory of the policy is for the reward models now
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        processes.from_first("joined", lambda: self.join(list(parts), output, log))
+        def load() -> Callable[[Path], bytes]:
+            kind = VllmSampler if self.sampler == "vllm" else TransformersSampler
+            sampler = kind(self.policy, self.formatter, self.options, processes)
+            return lambda file: self.sample_part(parts[file], sampler)
 
-    def sample_parts(self, todo: dict[Path, range], processes: Processes, log: Console) -> None:
-        kind = VllmSampler if self.sampler == "vllm" else TransformersSampler
-        sampler = kind(self.policy, self.formatter, self.options, processes)
         work_through(
             "sampling",
-            {file: len(part) for file, part in todo.items()},
-            lambda file: self.sample_part(todo[file], sampler),
+            {file: len(part) for file, part in parts.items()},
+            load,
             processes,
             log,
             unit="prompts",
             together=False,
+            what="parts of the candidates",
         )
+        gc.collect()  # the memory of the policy is for the reward models now
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        processes.from_first("joined", lambda: self.join(parts, output, log))
 
     def sample_part(self, part: range, sampler: Sampler) -> bytes:
         """The lines of a part: of a prompt that is dropped, the reason in `dropped`."""
@@ -206,11 +147,7 @@ class SamplingJob:
         written = [{"id": self.rows[k].fields.get("id", self.rows[k].id)} for k in part]
         prompts: dict[int, list[int]] = {}  # by place in the part
         for place, k in enumerate(part):
-            # As it stood in the file, unless other columns belong to it.
-            prompt = prompt_of(self.rows[k])
-            as_written = self.rows[k].fields.get("prompt")
-            is_whole = as_written is not None and not earlier_turns(self.rows[k]) and "tools" not in prompt[0]
-            written[place]["prompt"] = as_written if is_whole else prompt
+            written[place]["prompt"] = prompt_as_written(self.rows[k])
             encoded = self.encoded[k]
             if isinstance(encoded, str):
                 written[place]["dropped"] = encoded
@@ -231,7 +168,7 @@ class SamplingJob:
                 written[place] |= {"responses": list(chosen), "ended": list(chosen.values())}
         return b"".join(map(json_line, written))
 
-    def join(self, parts: list[Path], output: Path, log: Console) -> str:
+    def join(self, parts: Iterable[Path], output: Path, log: Console) -> None:
         rows = [json.loads(line) for part in parts for line in part.read_bytes().splitlines()]
         kept = [row for row in rows if "dropped" not in row]
         dropped = Counter(row["dropped"] for row in rows if "dropped" in row)
@@ -250,7 +187,6 @@ class SamplingJob:
         write_whole(output.with_name(SAMPLING_FILE), json.dumps(summary, indent=2).encode())
         write_whole(output, b"".join(map(json_line, kept)))
         shutil.rmtree(output.with_suffix(".parts"))
-        return "yes"
 
 
 def request_for(prompt_ids: list[int], number: int, attempt: int, options: SamplingOptions) -> Request:
@@ -270,138 +206,3 @@ def encode_prompt(formatter: ChatFormatter, prompt: list[Message], longest: floa
         return LEFT_OUT
     [ids] = formatter.encode_rendered([text])
     return TOO_LONG if len(ids) > longest else ids
-
-
-def stop_ids(eos: int | list[int] | None, formatter: ChatFormatter) -> list[int]:
-    """Tokens that end an answer: those of the generation config, and the tokenizer's eos."""
-    ids = [eos] if isinstance(eos, int) else list(eos or [])
-    return sorted({*ids, formatter.tokenizer.eos_token_id} - {None})
-
-
-# ---- samplers ------------------------------------------------------------------------------------------------------
-
-
-def choose_sampler(asked: str, policy: SavedModel | SavedPolicy) -> str:
-    """Raises ModelError if vLLM was asked for and cannot be used."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if asked == "auto":
-        asked = "vllm" if installed and torch.cuda.is_available() else "transformers"
-    if asked == "vllm":
-        if not installed:
-            raise ModelError("--sampler vllm needs vLLM: pip install vllm; or take --sampler transformers")
-        if isinstance(policy, SavedModel):  # vLLM reads every safetensors file of a folder, the reward head too
-            raise ModelError(
-                f"vLLM cannot load {policy.folder}, which has a reward head beside the policy; give the folder that "
-                "launch/export.py --format policy makes of it, or take --sampler transformers"
-            )
-    return asked
-
-
-class TemperatureOfEachRow(LogitsProcessor):
-    """Divides the logits [rows, V] by a temperature for each row."""
-
-    def __init__(self, temperatures: torch.Tensor):
-        self.temperatures = temperatures
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores / self.temperatures[:, None]
-
-
-class TransformersSampler:
-    """Draws the answers to one prompt at a time, all at once: what a prompt gets does not depend on any other."""
-
-    def __init__(
-        self, policy: SavedModel | SavedPolicy, formatter: ChatFormatter, options: SamplingOptions, processes: Processes
-    ):
-        processes.use_device()
-        # The padded layout runs under the model's own attention, which can keep a cache.
-        policy = replace(policy, metadata=policy.metadata | {"layout": "padded"})
-        self.model = policy.hybrid_model(processes.device).causal_lm.to(processes.device)
-        self.tokenizer = formatter.tokenizer
-        self.stop_ids = stop_ids(self.model.generation_config.eos_token_id, formatter)
-        # Instead of the model's own, which may bring penalties and a top_k.
-        self.model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=options.top_p,
-            max_new_tokens=options.max_new_tokens,
-            eos_token_id=self.stop_ids or None,
-            pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
-        )
-
-    def answers(self, requests: list[Request]) -> list[list[Answer]]:
-        return [self.answers_to(request) for request in requests]
-
-    @torch.no_grad()
-    def answers_to(self, request: Request) -> list[Answer]:
-        torch.manual_seed(request.seed)
-        device = self.model.device
-        ids = torch.tensor([request.prompt_ids], device=device)
-        drawn = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            num_return_sequences=len(request.temperatures),
-            logits_processor=LogitsProcessorList([TemperatureOfEachRow(torch.tensor(request.temperatures).to(device))]),
-        )
-        return [self.read(row) for row in drawn[:, ids.shape[1] :].tolist()]
-
-    def read(self, ids: list[int]) -> Answer:
-        end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
-        return Answer(self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip(), end is not None)
-
-
-class VllmSampler:
-    """Hands all draws to vLLM, each with a seed of its own; of several processes, each has an engine on its own GPU.
-
-    vLLM ends answers as the policy's generation config and tokenizer say. It promises the same answer to the same seed
-    only as far as its kernels do not depend on what else they compute.
-    """
-
-    def __init__(
-        self, policy: SavedModel | SavedPolicy, formatter: ChatFormatter, options: SamplingOptions, processes: Processes
-    ):
-        import vllm
-
-        self.options, self.params = options, vllm.SamplingParams
-        with only_own_gpu(processes):
-            self.engine = vllm.LLM(
-                model=str(policy.folder), dtype=policy.config.dtype, trust_remote_code=policy.config.trust_remote_code
-            )
-
-    def answers(self, requests: list[Request]) -> list[list[Answer]]:
-        prompts, params = [], []
-        for request in requests:
-            for draw, temperature in enumerate(request.temperatures):
-                prompts.append({"prompt_token_ids": request.prompt_ids})
-                params.append(
-                    self.params(
-                        temperature=temperature,
-                        top_p=self.options.top_p,
-                        max_tokens=self.options.max_new_tokens,
-                        seed=request.seed + draw,
-                    )
-                )
-        drawn = iter([result.outputs[0] for result in self.engine.generate(prompts, params, use_tqdm=False)])
-        return [[self.read(next(drawn)) for _ in request.temperatures] for request in requests]
-
-    @staticmethod
-    def read(drawn: Any) -> Answer:
-        return Answer(drawn.text.strip(), drawn.finish_reason == "stop")
-
-
-@contextmanager
-def only_own_gpu(processes: Processes) -> Iterator[None]:
-    """What is started meanwhile sees this process's GPU alone. vLLM's engine is a process of its own."""
-    if processes.world_size == 1:
-        yield
-        return
-    name, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ[name] = before.split(",")[processes.local_rank] if before else str(processes.local_rank)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

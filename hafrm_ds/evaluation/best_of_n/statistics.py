@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from hafrm_ds.evaluation.bootstrap import Estimate, EstimateJson, estimate, estimates, exact_at_the_ends
+from hafrm_ds.data.tables import Estimate
+from hafrm_ds.evaluation.bootstrap import estimate, estimates
 
 TOP_KS = (1, 2)
 
@@ -136,13 +137,12 @@ def compare_with_gold(
     def each(function, *columns, **options) -> np.ndarray:
         return np.array([function(*row, **options) for row in zip(*columns)])
 
-    def recall(own: list[np.ndarray]) -> dict[str, Any]:
-        found = estimates({str(k): each(top_k_recall, own, gold, k=k) for k in ks}, prompts)
-        return {k: exact_at_the_ends(value).to_json() for k, value in found.items()}
+    def recall(own: list[np.ndarray]) -> dict[str, Estimate]:
+        return estimates({str(k): each(top_k_recall, own, gold, k=k) for k in ks}, prompts, are_shares=True)
 
-    def curve(own: list[np.ndarray]) -> list[EstimateJson]:
-        columns = {str(n): each(gold_of_pick, own, gold, n=n) for n in range(1, fewest + 1)}
-        return [value.to_json() for value in estimates(columns, prompts).values()]
+    def curve(own: list[np.ndarray]) -> list[Estimate]:
+        columns = {n: each(gold_of_pick, own, gold, n=n) for n in range(1, fewest + 1)}
+        return list(estimates(columns, prompts).values())
 
     constant = [np.zeros(len(each_gold)) for each_gold in gold]
     mean, best, worst = (each(function, gold) for function in (np.mean, np.max, np.min))
@@ -150,21 +150,17 @@ def compare_with_gold(
     models = {}
     for number, (name, own) in enumerate(scores.items()):
         pick = np.array([gold_of_pick(*row, n=len(row[0])) for row in zip(own, gold)])
-        found = estimates({"pick": pick, "gain": pick - mean}, prompts)
         models[name] = {
-            **{key: value.to_json() for key, value in found.items()},
+            **estimates({"pick": pick, "gain": pick - mean}, prompts),
             "top_k_recall": recall(own),
             "spearman": mean_where_defined(each(spearman, own, gold), prompts),
             "kendall": mean_where_defined(each(kendall, own, gold), prompts),
             "curve": curve(own),
         }
         if len(scores) > 1:
-            models[name]["win_rate"] = share(wins[:, number], prompts).to_json()
+            models[name]["win_rate"] = estimate(wins[:, number], prompts, are_shares=True)
     return {
-        "gold": {
-            name: value.to_json()
-            for name, value in estimates({"mean": mean, "best": best, "worst": worst}, prompts).items()
-        },
+        "gold": estimates({"mean": mean, "best": best, "worst": worst}, prompts),
         "random": {"top_k_recall": recall(constant)},
         "models": models,
         "best_curve": curve(gold),
@@ -179,11 +175,7 @@ def compare_two(
     outcomes = np.array([pick_against_pick(*row) for row in zip(scores[a], scores[b], gold)])  # [P, 2]
     wins, ties = outcomes.T
     values = {"wins": wins, "ties": ties, "losses": 1 - wins - ties}
-    return {"models": [a, b]} | {name: share(value, prompts).to_json() for name, value in values.items()}
-
-
-def share(values: np.ndarray, prompts: Sequence[str]) -> Estimate:
-    return exact_at_the_ends(estimate(values, prompts))
+    return {"models": [a, b]} | {name: estimate(value, prompts, are_shares=True) for name, value in values.items()}
 
 
 def mean_where_defined(values: np.ndarray, prompts: Sequence[str]) -> dict[str, Any] | None:
@@ -191,5 +183,4 @@ def mean_where_defined(values: np.ndarray, prompts: Sequence[str]) -> dict[str, 
     defined = ~np.isnan(values)
     if not defined.any():
         return None
-    found = estimate(values[defined], np.asarray(prompts)[defined])
-    return {**found.to_json(), "prompts": int(defined.sum())}
+    return {**estimate(values[defined], np.asarray(prompts)[defined]), "prompts": int(defined.sum())}

@@ -1,33 +1,31 @@
-"""Charts as inline SVG, by matplotlib.
+"""The kinds of charts that pages show."""
 
-Colours are CSS variables of the page, so that one drawing serves light and dark; texts are left as texts and take the
-font of the page; legends are written by the page, where they wrap. A chart is drawn WIDTH units wide, about what a
-column of the page and a phone have, so that its texts are as large as those around it.
-"""
-
-import hashlib
-import io
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from hafrm_ds.data.tables import MINUS, EstimateJson, printable, short
+from hafrm_ds.data.tables import MINUS, Estimate, printable, rounded, short
+from hafrm_ds.evaluation.report.drawing import (
+    CARD,
+    NEUTRAL,
+    STYLE,
+    TICK_STEPS,
+    Chart,
+    Key,
+    finish,
+    in_one_line,
+    line_of,
+    new_figure,
+    series_colour,
+    share_text,
+    write_axis,
+)
 
-WIDTH, HEIGHT = 380, 230
-RIGHT_MARGIN = 10
-POINTS_PER_INCH = 72
-NUM_COLOURS = 8
-DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MAX_POINTS = 300
 """Most points of a curve. One of more rows is drawn as the means of groups of consecutive rows."""
 SMOOTHING_SHARE = 1 / 15
@@ -43,82 +41,6 @@ LOG_AXIS_RATIO = 16
 LABEL_SHARE = 0.09
 """Of the width of an axis, what the label of a number takes."""
 LABEL_LENGTH = 46
-TICK_STEPS = (1, 2, 2.5, 5, 10)
-
-# Colours that stand for the page's variables; they occur nowhere else.
-TEXT, MUTED, GRID, CARD = "#5e51ea", "#5e51eb", "#5e51ec", "#5e51ed"
-VARIABLES = {TEXT: "currentColor", MUTED: "var(--muted)", GRID: "var(--grid)", CARD: "var(--card)"}
-SERIES = re.compile(r"#5e51e([0-9])\b")
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "text.color": TEXT,
-    "text.parse_math": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": MUTED,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 11,
-    "ytick.labelsize": 11,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "path.simplify_threshold": 0.3,
-}
-
-
-CLEANING = (
-    # What is the same in all charts is in the page's style sheet, or is of no use inside a page.
-    (re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.DOTALL), ""),
-    (re.compile(r"font-family: [^;]*; "), ""),
-    (re.compile(r' transform="rotate\(-0 [^"]*"'), ""),
-    # Nothing refers to the names of groups, and they repeat from chart to chart.
-    (re.compile(r'<g id="[^"]*"'), "<g"),
-    (re.compile(r"xlink:href"), "href"),
-    (re.compile(r"\s*\n\s*"), " "),
-    # A tenth of a unit is less than a pixel.
-    (re.compile(r'(?<= )(d|x|y|width|height)="[^"]*"'), lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0])),
-)
-
-
-@dataclass(frozen=True)
-class Key:
-    """An entry of a legend. shape: line, band (a filled area) or dot."""
-
-    label: str
-    series: int
-    shape: str = "line"
-
-    @property
-    def colour(self) -> int:
-        """Number of the page's variable --series-N."""
-        return self.series % NUM_COLOURS + 1
-
-    @property
-    def dash(self) -> str:
-        """The dashes of its line, as a stroke-dasharray of SVG; "" for a whole line."""
-        dash = DASHES[self.series // NUM_COLOURS % len(DASHES)]
-        return "" if dash == "-" else " ".join(str(2 * length) for length in dash[1])
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawing with its title, the entries of its legend, and a sentence on how to read it."""
-
-    title: str
-    svg: Markup
-    legend: tuple[Key, ...] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,40 +101,34 @@ def curves_chart(
     show_rows = noisy and not overlaid
     for curve in curves:
         points, (group, window) = condensed(curve.values), smoothing(len(curve.values))
-        colour, dash = series_colour(curve.series), DASHES[curve.series // NUM_COLOURS % len(DASHES)]
+        colour = series_colour(curve.series)
         if show_rows and group > 1:
             axes.fill_between(points.index, points["min"], points["max"], color=colour, alpha=0.18, linewidth=0.7)
         elif show_rows and window > 1:
             axes.plot(points.index, points["mean"], color=colour, alpha=0.3, linewidth=1)
-        axes.plot(
-            points.index,
-            points["smooth" if noisy else "mean"],
-            color=colour,
-            linestyle=dash,
-            marker="o" if marks or len(points) == 1 else "",
-            markersize=4.5,
-        )
+        values, marker = points["smooth" if noisy else "mean"], "o" if marks or len(points) == 1 else ""
+        axes.plot(points.index, values, marker=marker, markersize=4.5, **line_of(curve.series))
     everything = np.concatenate([curve.values for curve in curves])
     form = share_text if is_share else short
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    write_axis(axes.yaxis, form, ticks=5)
     axes.set_title(unit)
     if is_share and everything.min() >= 0:
         low, high = axes.get_ylim()
         axes.set_ylim(max(0, low), high if everything.any() else 0.05)
     if may_be_logarithmic and everything.min() > 0 and everything.max() > LOG_SCALE_RATIO * np.median(everything):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        write_axis(axes.yaxis, short)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{unit} (logarithmic)")
-    over_steps(axes)
-    described = "; ".join(
+    write_axis(axes.xaxis, short, ticks=6, are_whole=True)
+    axes.set_xlabel("step")
+    described = [
         f"{curve.label} from {form(curve.values.iloc[0])} at step {curve.values.index[0]:,} "
         f"to {form(curve.values.iloc[-1])} at step {curve.values.index[-1]:,}".strip()
         for curve in curves
-    )
-    keys = tuple(Key(curve.label, curve.series) for curve in curves if curve.label and not overlaid)
-    return Chart(title, to_svg(figure, f"{title}: {described}"), keys)
+    ]
+    keys = [Key(curve.label, curve.series) for curve in curves if curve.label and not overlaid]
+    return finish(figure, title, described, keys)
 
 
 @matplotlib.rc_context(STYLE)
@@ -230,14 +146,11 @@ def histogram_chart(title: str, unit: str, values: dict[str, np.ndarray]) -> Cha
     axes.set_title("responses")
     axes.set_xlabel(unit)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICK_STEPS))
-    keys = tuple(
-        Key(f"{name}, mean {short(float(f'{each.mean():.3g}'))}", n, "band")
-        for n, (name, each) in enumerate(values.items())
-    )
-    described = "; ".join(
-        f"{name}: mean {each.mean():.3g}, deviation {each.std():.3g}" for name, each in values.items()
-    )
-    return Chart(title, to_svg(figure, f"{title}: {described}"), keys, "Dashed: the means.")
+    keys = [
+        Key(f"{name}, mean {short(rounded(each.mean()))}", n, "band") for n, (name, each) in enumerate(values.items())
+    ]
+    described = [f"{name}: mean {each.mean():.3g}, deviation {each.std():.3g}" for name, each in values.items()]
+    return finish(figure, title, described, keys, "Dashed: the means.")
 
 
 def histogram_edges(values: np.ndarray) -> np.ndarray:
@@ -261,7 +174,7 @@ def histogram_edges(values: np.ndarray) -> np.ndarray:
 def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str, int]) -> Chart:
     """Confidence against accuracy of each judge, as `calibrate` gives them."""
     figure, axes = new_figure()
-    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.plot([0.5, 1], [0.5, 1], **NEUTRAL)
     described, lowest = [], 0.5
     for judge, facts in calibration.items():
         bins = [each for each in facts["bins"] if each["pairs"]]
@@ -274,14 +187,13 @@ def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str
         described.append(f"{judge}: expected calibration error {facts['ece']:.1%} in {len(bins)} bins")
     axes.set_xlim(0.49, 1.01)
     axes.set_ylim(lowest - 0.04, 1.04)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    write_axis(axes.xaxis, share_text)
+    write_axis(axes.yaxis, share_text, ticks=5)
     axes.set_title("accuracy")
     axes.set_xlabel("confidence")
-    keys = tuple(Key(f"{judge}, ECE {facts['ece']:.1%}", series[judge]) for judge, facts in calibration.items())
+    keys = [Key(f"{judge}, ECE {facts['ece']:.1%}", series[judge]) for judge, facts in calibration.items()]
     note = "Dashed: perfectly calibrated. Larger dots stand for more pairs."
-    return Chart(title, to_svg(figure, f"{title}: {'; '.join(described)}"), keys, note)
+    return finish(figure, title, described, keys, note)
 
 
 @matplotlib.rc_context(STYLE)
@@ -292,24 +204,22 @@ def coverage_chart(title: str, rows: list[dict], series: dict[str, int]) -> Char
     for judge in judges:
         values = [each["accuracy"][judge] for each in rows]
         axes.plot(shares, values, color=series_colour(series[judge]), marker="o", markersize=4.5)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    write_axis(axes.xaxis, share_text)
+    write_axis(axes.yaxis, share_text, ticks=5)
     axes.set_title("accuracy")
     axes.set_xlabel("share of the pairs, the surest first")
-    described = "; ".join(
+    described = [
         f"{each['share']:.0%} of the pairs: " + ", ".join(f"{judge} {each['accuracy'][judge]:.1%}" for judge in judges)
         for each in rows
-    )
-    keys = tuple(Key(judge, series[judge]) for judge in judges)
-    note = "Each judge leaves out the pairs with its smallest margins."
-    return Chart(title, to_svg(figure, f"{title}: {described}"), keys, note)
+    ]
+    keys = [Key(judge, series[judge]) for judge in judges]
+    return finish(figure, title, described, keys, "Each judge leaves out the pairs with its smallest margins.")
 
 
 @matplotlib.rc_context(STYLE)
 def intervals_chart(
     title: str,
-    groups: Mapping[str, Mapping[str, EstimateJson]],
+    groups: Mapping[str, Mapping[str, Estimate]],
     series: dict[str, int],
     *,
     legend: bool = True,
@@ -330,28 +240,32 @@ def intervals_chart(
         y += 1
         for name, each in intervals.items():
             colour = series_colour(series[name])
-            value = each["value"]
-            low, high = (value if end is None else end for end in (each["low"], each["high"]))
+            low, high = ends_of(each)
             axes.plot([low, high], [y, y], color=colour, linewidth=2.2)
-            axes.plot([value], [y], color=colour, marker="o", markersize=6, clip_on=False)
+            axes.plot([each["value"]], [y], color=colour, marker="o", markersize=6, clip_on=False)
             ends += [low, high]
             y += 1
         values = ", ".join(f"{name} {each['value']:.1%}" for name, each in intervals.items())
         described.append(f"{label}: {values}")
         y += 0.3
-    axes.axvline(neutral, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axvline(neutral, **NEUTRAL)
     axes.set_ylim(y - 0.5, -0.6)
     if are_differences:
         axes.set_xlim(min(ends) - 0.03, max(ends) + 0.03)
     else:
         axes.set_xlim(max(0, min(ends) - 0.03), 1.0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
+    write_axis(axes.xaxis, share_text, ticks=6)
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("difference in accuracy" if are_differences else "accuracy")
-    keys = tuple(Key(name, number, "dot") for name, number in series.items()) if legend else ()
-    return Chart(title, to_svg(figure, f"{title}: {'; '.join(described)}"), keys, "Bars: 95% intervals.")
+    keys = [Key(name, number, "dot") for name, number in series.items()] if legend else []
+    return finish(figure, title, described, keys, "Bars: 95% intervals.")
+
+
+def ends_of(estimate: Estimate) -> tuple[float, float]:
+    """The ends of its interval; without one the value itself."""
+    low, high = (estimate["value"] if end is None else end for end in (estimate["low"], estimate["high"]))
+    return low, high
 
 
 @matplotlib.rc_context(STYLE)
@@ -368,26 +282,22 @@ def length_chart(title: str, bins: list[dict], series: dict[str, int]) -> Chart:
         colour = series_colour(series[judge])
         axes.vlines(places + shift, low, high, color=colour, linewidth=2.2)
         axes.plot(places + shift, value, color=colour, marker="o", markersize=5.5, linestyle="none")
-    axes.axhline(0.5, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(0.5, **NEUTRAL)
     axes.set_xticks(places, [f"{bin_label(each)}\n{each['pairs']}" for each in bins], fontsize=10)
     axes.set_xlim(-0.6, len(bins) - 0.4)
     axes.grid(axis="x", visible=False)
     axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
+    write_axis(axes.yaxis, share_text)
     axes.set_title("accuracy")
     axes.set_xlabel("tokens of chosen less rejected; number of pairs")
-    described = "; ".join(
+    described = [
         f"{in_one_line(bin_label(each))} tokens: "
         + ", ".join(f"{judge} {each['accuracy'][judge]['value']:.1%}" for judge in judges)
         for each in bins
-    )
-    keys = tuple(Key(judge, series[judge], "dot") for judge in judges)
-    return Chart(
-        title,
-        to_svg(figure, f"{title}: {described}"),
-        keys,
-        "Bars: 95% intervals. On the left the chosen answer is the shorter one.",
-    )
+    ]
+    keys = [Key(judge, series[judge], "dot") for judge in judges]
+    note = "Bars: 95% intervals. On the left the chosen answer is the shorter one."
+    return finish(figure, title, described, keys, note)
 
 
 def bin_label(each: dict) -> str:
@@ -406,7 +316,7 @@ class Gains:
 
     label: str
     series: int
-    points: list[tuple[float, EstimateJson]]
+    points: list[tuple[float, Estimate]]
 
 
 @matplotlib.rc_context(STYLE)
@@ -417,32 +327,29 @@ def gains_chart(title: str, unit: str, curves: list[Gains]) -> Chart:
         unit: what the number is. Its axis is logarithmic from LOG_AXIS_RATIO on.
     """
     figure, axes = new_figure()
-    axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(0, **NEUTRAL)
     numbers = sorted({number for curve in curves for number, _ in curve.points})
     described = []
     for curve in curves:
-        colour, dash = series_colour(curve.series), DASHES[curve.series // NUM_COLOURS % len(DASHES)]
+        colour = series_colour(curve.series)
         x, values = [number for number, _ in curve.points], [each["value"] for _, each in curve.points]
-        low = [each["value"] if each["low"] is None else each["low"] for _, each in curve.points]
-        high = [each["value"] if each["high"] is None else each["high"] for _, each in curve.points]
+        low, high = zip(*(ends_of(each) for _, each in curve.points))
         if len(x) > 1:
             axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
         else:
             axes.plot([*x, *x], [*low, *high], color=colour, linewidth=2.2)
-        axes.plot(x, values, color=colour, linestyle=dash, marker="o", markersize=4.5)
+        axes.plot(x, values, marker="o", markersize=4.5, **line_of(curve.series))
         at = ", ".join(f"{share_text(value)} at {short(number)}" for number, value in zip(x, values, strict=True))
         described.append(f"{curve.label}: {at}")
     if numbers[0] > 0 and numbers[-1] >= LOG_AXIS_RATIO * numbers[0]:
         axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(apart(numbers, logarithmic=axes.get_xscale() == "log")))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: share_text(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
+    write_axis(axes.xaxis, short)
+    write_axis(axes.yaxis, share_text, ticks=5)
     axes.set_title("difference in accuracy")
     axes.set_xlabel(unit)
-    keys = tuple(Key(curve.label, curve.series) for curve in curves)
-    return Chart(title, to_svg(figure, f"{title}: {'; '.join(described)}"), keys)
+    return finish(figure, title, described, [Key(curve.label, curve.series) for curve in curves])
 
 
 def apart(numbers: list[float], logarithmic: bool) -> list[float]:
@@ -454,52 +361,3 @@ def apart(numbers: list[float], logarithmic: bool) -> list[float]:
         if places[place] - places[chosen[-1]] >= least and places[-1] - places[place] >= least:
             chosen.append(place)
     return [numbers[place] for place in dict.fromkeys([*chosen, len(numbers) - 1])]
-
-
-# ---- drawing --------------------------------------------------------------------------------------------------------
-
-
-def new_figure(height: int = HEIGHT, left: int = 46, top: int = 20, bottom: int = 38) -> tuple[Figure, Axes]:
-    """A figure with fixed margins: the charts of a page begin at the same place, and no layout has to be searched for,
-    which would take half of the time."""
-    figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH))
-    width = WIDTH - left - RIGHT_MARGIN
-    place = (left / WIDTH, bottom / height, width / WIDTH, (height - top - bottom) / height)
-    return figure, figure.add_axes(place)
-
-
-def series_colour(series: int) -> str:
-    """The placeholder of the page's variable --series-N."""
-    return f"#5e51e{series % NUM_COLOURS + 1}"
-
-
-def over_steps(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=TICK_STEPS))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-
-
-def in_one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def share_text(value: float) -> str:
-    return f"{100 * value:.3g}%".replace("-", MINUS)
-
-
-def to_svg(figure: Figure, label: str) -> Markup:
-    """The figure as one <svg> element that scales with the page and says `label` to those who cannot see it."""
-    file = io.StringIO()
-    salt = hashlib.sha256(label.encode(errors="backslashreplace")).hexdigest()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for pattern, replacement in CLEANING:
-        svg = pattern.sub(replacement, svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    svg = SERIES.sub(r"var(--series-\1)", svg)
-    box = f'viewBox="0 0 {figure.get_figwidth() * POINTS_PER_INCH:g} {figure.get_figheight() * POINTS_PER_INCH:g}"'
-    head = Markup('<svg class="chart" role="img" aria-label="{}" {}>').format(printable(label), Markup(box))
-    return head + Markup(svg[svg.index(">") + 1 :])

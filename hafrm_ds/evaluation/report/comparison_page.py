@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from hafrm_ds.data.tables import Cell, Table, count, number, share_estimate, value_of_option
-from hafrm_ds.evaluation.bootstrap import EstimateJson
+from hafrm_ds.data.tables import Cell, Estimate, Table, count, number, rounded, share_estimate, value_of_option
 from hafrm_ds.evaluation.figures import JUDGES
-from hafrm_ds.evaluation.report.charts import Chart, Key, intervals_chart
+from hafrm_ds.evaluation.report.charts import intervals_chart
 from hafrm_ds.evaluation.report.curves import comparison_charts
+from hafrm_ds.evaluation.report.drawing import Chart, Key
 from hafrm_ds.evaluation.report.reading import Results, differences, known
 from hafrm_ds.evaluation.report.results_page import objective_in_words
 
@@ -48,9 +48,9 @@ def overview(results: list[Results]) -> Table:
                 [
                     Cell(objective_in_words(each)),
                     count(int(each.training.index[-1]) if len(each.training) else None),
-                    number(float(f"{np.median(seconds):.3g}") if len(seconds) else None),
+                    number(rounded(np.median(seconds)) if len(seconds) else None),
                     count(float(np.median(speed)) if len(speed) else None),
-                    number(float(f"{memory.max():.3g}") if len(memory) else None),
+                    number(rounded(memory.max()) if len(memory) else None),
                     Cell(each.state, words=True),
                 ],
             )
@@ -89,7 +89,7 @@ def accuracy_table(caption: str, results: list[Results], columns: dict[str, tupl
     return Table(rows, ("", *columns), caption=caption)
 
 
-def longer_answer(results: list[Results], name: str) -> EstimateJson | None:
+def longer_answer(results: list[Results], name: str) -> Estimate | None:
     """Accuracy of always taking the longer answer; the first run that knows it."""
     analyses = [each.sets[name].analysis for each in results if name in each.sets]
     return next((analysis["yardsticks"]["longer"] for analysis in analyses if analysis), None)
@@ -111,7 +111,7 @@ def all_sets(results: list[Results]) -> list[str]:
     return list(dict.fromkeys(name for each in results for name in each.sets))
 
 
-def accuracy_of(results: Results, name: str) -> dict[str, EstimateJson]:
+def accuracy_of(results: Results, name: str) -> dict[str, Estimate]:
     return results.sets[name].accuracy if name in results.sets else {}
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from hafrm_ds.evaluation.figures import JUDGES
-from hafrm_ds.evaluation.report.charts import Chart, Curve, curves_chart, smoothing
+from hafrm_ds.evaluation.report.charts import Curve, curves_chart, smoothing
+from hafrm_ds.evaluation.report.drawing import Chart
 from hafrm_ds.evaluation.report.reading import Results
 
 JUDGE_SERIES = {judge: series for series, judge in enumerate(JUDGES)}

@@ -150,12 +150,12 @@ def of_training(results: Results) -> Iterator[Finding]:
             )
     losses = known(rows, "loss/reward")
     if len(losses) >= 10:
-        fall = losses[: len(losses) // 5].mean() - losses[-(len(losses) // 5) :].mean()
-        if fall < LEAST_FALL:
+        first, last = losses[: len(losses) // 5].mean(), losses[-(len(losses) // 5) :].mean()
+        if first - last < LEAST_FALL:
             yield Finding(
                 "Learning rate and steps",
-                f"the reward loss went from {losses[: len(losses) // 5].mean():.3f} to "
-                f"{losses[-(len(losses) // 5) :].mean():.3f} between the first fifth of the steps and the last",
+                f"the reward loss went from {first:.3f} to {last:.3f} between the first fifth of the steps and the "
+                "last",
             )
     if len(rows) and rows.index[-1] < FEW_STEPS:
         yield Finding("Learning rate and steps", f"the run has made {rows.index[-1]:,} steps")

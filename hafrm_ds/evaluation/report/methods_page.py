@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hafrm_ds.evaluation.comparison import (
+from hafrm_ds.evaluation.comparison_tables import (
     accuracy_table,
     differences_table,
     gain_table,

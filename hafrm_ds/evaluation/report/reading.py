@@ -17,9 +17,9 @@ import yaml
 
 from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport
+from hafrm_ds.data.tables import Estimate
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
-from hafrm_ds.evaluation.bootstrap import EstimateJson
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, run_folder
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores, load_all
@@ -86,7 +86,7 @@ class SetResult:
         }
 
     @property
-    def accuracy(self) -> dict[str, EstimateJson]:
+    def accuracy(self) -> dict[str, Estimate]:
         """Judge -> value, and low and high where there are scores to resample."""
         return self.overview["accuracy"]
 

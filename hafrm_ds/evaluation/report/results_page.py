@@ -10,25 +10,16 @@ import yaml
 
 from hafrm_ds.config import options_of
 from hafrm_ds.data.report import Example
-from hafrm_ds.data.tables import (
-    Cell,
-    Table,
-    count,
-    facts_table,
-    number,
-    share_estimate,
-)
+from hafrm_ds.data.tables import Cell, Table, count, facts_table, number, rounded, share_estimate, short
 from hafrm_ds.evaluation.calibration import sigmoid
-from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, by_size, fit_in_words, set_tables, sets_table
+from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, fit_in_words, largest_sources, set_tables, sets_table
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
-    Chart,
     coverage_chart,
     histogram_chart,
     intervals_chart,
     length_chart,
     reliability_chart,
-    short,
 )
 from hafrm_ds.evaluation.report.curves import (
     EVALUATION_PANELS,
@@ -38,6 +29,7 @@ from hafrm_ds.evaluation.report.curves import (
     how_rows_are_drawn,
     panel_charts,
 )
+from hafrm_ds.evaluation.report.drawing import Chart
 from hafrm_ds.evaluation.report.findings import findings
 from hafrm_ds.evaluation.report.reading import Results, SetResult, known
 
@@ -46,7 +38,6 @@ HISTOGRAMS = {
     "implicit": "beta * (log pi - log pi_ref)",
     "combined": "weighted sum of reward and implicit reward",
 }
-MAX_LISTED_SOURCES = 40
 
 
 def results_page(results: Results) -> dict[str, Any]:
@@ -96,7 +87,7 @@ def tiles(results: Results) -> Iterator[tuple[str, str, str]]:
         yield ("objective", objective_in_words(results), rates)
     if len(training):
         seconds = known(training, "seconds")
-        each = f"{short(float(f'{np.median(seconds):.3g}'))} s each" if len(seconds) else ""
+        each = f"{short(rounded(np.median(seconds)))} s each" if len(seconds) else ""
         pairs = options.get("batch.global_batch_size")
         yield ("steps", f"{training.index[-1]:,}", ", ".join(filter(None, [pairs and f"{pairs:,} pairs", each])))
     if len(speeds := known(training, "tokens_per_second")):
@@ -105,7 +96,7 @@ def tiles(results: Results) -> Iterator[tuple[str, str, str]]:
         detail = "median" + (f"; MFU {mfu}" if mfu else "")
         if measured not in ("", mfu):
             detail += f", {measured} of the measured peak"
-        yield ("tokens a second", short(float(f"{np.median(speeds):.3g}")), detail)
+        yield ("tokens a second", short(rounded(np.median(speeds))), detail)
     if len(memory := known(training, "memory_gib")):
         processes = results.environment.get("world_size")
         detail = f"fullest of {processes} process{'es' if processes != 1 else ''}" if processes else ""
@@ -166,16 +157,10 @@ def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iter
         yield coverage_chart("Accuracy of the surest pairs", analysis["coverage"], series)
     if analysis["by_length_difference"]:
         yield length_chart("Accuracy by length difference", analysis["by_length_difference"], series)
-    sources = by_size(analysis["by_source"])
-    if len(sources) > 1:
-        groups = {
-            f"{source} ({part['pairs']:,})": part["accuracy"]
-            for source, part in list(sources.items())[:MAX_LISTED_SOURCES]
-        }
-        title = "Accuracy by source"
-        if len(sources) > MAX_LISTED_SOURCES:
-            title += f": the largest {MAX_LISTED_SOURCES} of {len(sources)}"
-        yield intervals_chart(title, groups, series)
+    if len(analysis["by_source"]) > 1:
+        sources = largest_sources(analysis)
+        groups = {f"{source} ({part['pairs']:,})": part["accuracy"] for source, part in sources.items()}
+        yield intervals_chart("Accuracy by source", groups, series)
 
 
 def mistakes(scores: PairScores) -> Iterator[tuple[str, Example, Table]]:
@@ -191,7 +176,7 @@ def mistakes(scores: PairScores) -> Iterator[tuple[str, Example, Table]]:
             for judge, values in judges.items()
         ]
         rows.append(("tokens", [*map(count, scores.num_tokens[place]), Cell("")]))
-        title = f"margin {short(float(f'{margin:.3g}'))} of {JUDGES[first]}{sure}"
+        title = f"margin {short(rounded(margin))} of {JUDGES[first]}{sure}"
         yield title, scores.texts[place], Table(rows, ("", *SIDES, "margin"))
 
 

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hafrm_ds.data.tables import EstimateJson
+from hafrm_ds.data.tables import Estimate
 from hafrm_ds.evaluation.figures import JUDGES
-from hafrm_ds.evaluation.report.charts import Chart, Gains, gains_chart
+from hafrm_ds.evaluation.report.charts import Gains, gains_chart
+from hafrm_ds.evaluation.report.drawing import Chart
 
-NONE: EstimateJson = {"value": 0.0, "low": 0.0, "high": 0.0}
+NONE: Estimate = {"value": 0.0, "low": 0.0, "high": 0.0}
 """The gain of Baseline over itself."""
 AT_THE_ENDS = {"objective.policy_share": {"baseline": 0.0, "dpo": 1.0}, "objective.alpha": {"baseline": 0.0}}
 """Options whose ends are other methods: where these stand on their axis."""
@@ -39,7 +40,7 @@ def entries_of(comparison: dict[str, Any]) -> list[Entry]:
     ]
 
 
-def gain(comparison: dict[str, Any], entry: Entry, judge: str, set_name: str) -> EstimateJson | None:
+def gain(comparison: dict[str, Any], entry: Entry, judge: str, set_name: str) -> Estimate | None:
     """Gain of a method over the Baseline of its cell by one of its judges; None if it has no such judge. DPO is judged
     by its own."""
     if entry.kind == "baseline":

@@ -17,8 +17,10 @@ from hafrm_ds import HybridRewardModel
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ConfigError, DataError, ModelError, UserError
 from hafrm_ds.evaluation.best_of_n import ranking, sampling
-from hafrm_ds.evaluation.best_of_n.ranking import RankingOptions, rank, read_candidates
-from hafrm_ds.evaluation.best_of_n.sampling import Answer, Request, SamplingJob, SamplingOptions, TransformersSampler
+from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOptions
+from hafrm_ds.evaluation.best_of_n.ranking import rank, read_candidates
+from hafrm_ds.evaluation.best_of_n.samplers import Answer, Request, TransformersSampler
+from hafrm_ds.evaluation.best_of_n.sampling import SamplingJob
 from hafrm_ds.options import read
 from hafrm_ds.processes import parts
 from hafrm_ds.processes.ranks import Processes

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hafrm_ds.data.tables import short
 from hafrm_ds.evaluation.report.charts import (
     MAX_BINS,
     MAX_POINTS,
@@ -20,7 +21,6 @@ from hafrm_ds.evaluation.report.charts import (
     histogram_edges,
     intervals_chart,
     length_chart,
-    short,
     smoothing,
 )
 

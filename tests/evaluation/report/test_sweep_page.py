@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from hafrm_ds.evaluation.comparison import gain_table
+from hafrm_ds.evaluation.comparison_tables import gain_table
 from hafrm_ds.evaluation.report.sweep_page import entries_of, gain, gain_charts, panels_over
 from hafrm_ds.evaluation.report.writing import write_report
 from hafrm_ds.training.sweep import Arm
