@@ -47,11 +47,12 @@ setup(
     ],
     extras_require={
         "cuda": ["flash-attn-4>=4.0.0b22"],  # earlier ones lack the backward of sm_90, or windows, for many lengths
+        "liger": ["liger-kernel>=0.8.5"],  # for model.fused; earlier ones rotate whole heads alone
         "triton": ["triton"],  # for model.log_probs triton; torch's own wheels for CUDA bring the right one
         "lora": ["peft>=0.18"],
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
         "wandb": ["wandb"],
-        "gpu-test": ["liger-kernel>=0.8"],  # tests/gpu compares with it
+        "gpu-test": ["liger-kernel>=0.8.5"],  # tests/gpu compares with it
         "test": [
             "pytest",
             "pytest-xdist",

@@ -30,6 +30,12 @@ PositiveInt = Annotated[int, Field(ge=1)]
 # YAML reads an unquoted 2024-07-26 as a date.
 Day = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, datetime.date) else value)]
 
+# And an unquoted off as false.
+Fused = Annotated[
+    Literal["auto", "liger", "compile", "compile_layers", "off"],
+    BeforeValidator(lambda value: "off" if value is False else value),
+]
+
 
 def in_one_message(message: str) -> WrapValidator:
     """One message for all members of a union."""
@@ -44,6 +50,10 @@ def in_one_message(message: str) -> WrapValidator:
 
 
 TokenBudget = Annotated[PositiveInt | Literal["auto"], in_one_message("must be a whole number above 0, or auto")]
+Recomputation = Annotated[
+    bool | Literal["selective"] | Annotated[str, Field(pattern=r"^every_([2-9]|[1-9][0-9]+)$")],
+    in_one_message("must be true, false, selective, or every_N with N above 1, as every_2"),
+]
 LayerNames = Annotated[
     Annotated[list[str], Field(min_length=1)] | Literal["all-linear"],
     in_one_message("must be a list of layer names as [q_proj, v_proj], or all-linear"),
@@ -87,12 +97,17 @@ class ModelConfig(Section):
     log_probs: Literal["torch", "triton"] = "torch"
     """What turns blocks of the LM head's products into log-probs and their gradient. torch: its own operations. triton:
     a kernel for each, which reads and writes a logit once, on NVIDIA GPUs."""
+    fused: Fused = "auto"
+    """What makes one kernel each of the norms, rotary embeddings and gated MLPs of a layer. liger: the package
+    liger-kernel, on NVIDIA GPUs. compile: torch.compile of each. compile_layers: torch.compile of whole layers, but
+    neither under ZeRO-3 nor for mixtures of experts. auto: liger on a GPU where it is installed, else off."""
     router_aux_loss: Literal["own"] | None = None
     """own: of a mixture of experts, add the load-balancing loss of its routers by the weight in its own configuration
     (router_aux_loss_coef). It is computed for each pair. Default: it is not trained."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in backward: activations of one layer in memory instead of all, for about a third more
-    compute."""
+    gradient_checkpointing: Recomputation = False
+    """What backward recomputes of a layer, to save memory. selective: all but its matrix products and attention; half
+    of the activations stay, for about a twentieth more time. true: all of it; its input alone stays, for about a third
+    more compute. every_N (every_2, every_3): all of every N-th layer, and nothing of the others."""
     reward_head_bias: bool = False
     """Give the reward head a bias. It cancels in every pair, so it only moves the zero of the score."""
     reward_head_init: Literal["normal", "zero", "from_model"] = "normal"

@@ -112,7 +112,7 @@ class CommandLine(Generic[S]):
                 most = len(words)
             given = [inline] if equals else words[:most]
             alone += words[most:]
-            if not given and field is not None and field.annotation is bool:
+            if not given and field is not None and bool in members(field.annotation):
                 given = ["true"]
             if name == "print_config":
                 print_only = True

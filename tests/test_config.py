@@ -61,6 +61,13 @@ def test_the_last_override_wins():
     assert load("--objective.alpha", "0.5", "--objective.alpha=0.7").objective.alpha == 0.7
 
 
+def test_off_is_a_word_though_yaml_reads_it_as_false(tmp_path):
+    file = write(tmp_path / "config.yaml", "model: {fused: off}\n")
+    for config in (load("--config", file), load("--model.fused", "off"), load("--model.fused", "'off'")):
+        assert config.model.fused == "off"
+        assert yaml.safe_load(config.to_yaml())["model"]["fused"] == "off"
+
+
 def test_defaults_are_the_papers():
     objective = load().objective
     assert (objective.alpha, objective.rm_weight, objective.beta, objective.policy_loss) == (0.2, 1.0, 0.1, "dpo")
@@ -344,10 +351,31 @@ def test_help_names_every_option_with_its_text(capsys, flag):
         "  --objective.alpha  float  (default: 0.2)",
         "  --optimizer.schedule  linear | cosine | constant  (default: linear)",
         "  --batch.max_tokens_per_micro_batch  int | auto  (default: 8192)",
+        "  --model.gradient_checkpointing  true | false | selective | text  (default: false)",
         "  --max_steps  int  (default: none)",
         "  max_pairs  int  (default: none)",
     ):
         assert line in lines
+
+
+def test_what_is_recomputed_is_a_switch_or_a_word(tmp_path):
+    name = "--model.gradient_checkpointing"
+    for words, value in (
+        ([name], True),
+        ([name, "true"], True),
+        ([name, "false"], False),
+        ([name, "selective"], "selective"),
+        ([name, "every_3"], "every_3"),
+    ):
+        config = load(*words)
+        assert config.model.gradient_checkpointing == value
+        written = write(tmp_path / "config.yaml", config.to_yaml())
+        assert load_config(["--config", written]).model.gradient_checkpointing == value
+    for word in ("some", "every_1", "every_0", "every_two", "3"):
+        assert problems(name, word) == [
+            "model.gradient_checkpointing: must be true, false, selective, or every_N with N above 1, as every_2 "
+            f"(given: {yaml.safe_load(word)!r})"
+        ]
 
 
 class WithOwn(TrainConfig):

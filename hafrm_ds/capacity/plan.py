@@ -2,21 +2,24 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from hafrm_ds.capacity.shapes import count_parameters
 from hafrm_ds.capacity.traffic import Traffic, step_traffic
-from hafrm_ds.capacity.working_memory import Pass, WorkingMemory, recomputing, working_bytes
+from hafrm_ds.capacity.working_memory import Pass, WorkingMemory, recomputed_bytes, working_bytes
 from hafrm_ds.capacity.workload import Operations, Partition, Workload
 from hafrm_ds.capacity.zero import FP32, Parameters, StateBytes, ZeroSettings, state_bytes
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.content_keys import KEY_BYTES
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.deepspeed_config import REPOSITORY, resolve_deepspeed_config
+from hafrm_ds.errors import ModelError
 from hafrm_ds.hardware.devices import Device
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.model.hybrid import HybridModel
+from hafrm_ds.model.recomputation import recomputed_layers
 
 USABLE_SHARE = 0.9
 """Share of a device's memory that is planned with. The rest is left to its driver, the libraries of communication, and
@@ -28,6 +31,12 @@ STORE_ROW_BYTES = KEY_BYTES + 4 + 4
 ROUNDING = 64
 ABOUT_EQUAL = 1.02
 """Times of a step that differ by less than the plan can know."""
+LAUNCH_SECONDS = {0: (0.75e-3, 0.75e-3), 1: (0.75e-3, 0.75e-3), 2: (0.75e-3, 1.25e-3), 3: (3.7e-3, 2.8e-3)}
+"""ZeRO stage -> seconds in which the host starts the kernels of a layer for a micro-batch, in forward and in backward,
+on one core of a server's processor (tests/benchmarks/README.md)."""
+SELECTIVE_SECONDS = 1.1e-3
+"""What it takes more of them where each operation is looked at, whether its output is kept: in forward, and again in
+recomputation."""
 SIMPLEST_FIRST = ("zero1", "zero2", "zero3", "zero3_hpz", "zero0", "zero3_offload_optimizer", "zero3_offload")
 
 
@@ -62,17 +71,18 @@ class Machines:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run: a DeepSpeed file, with or without gradient checkpointing.
+    """One way to run: a DeepSpeed file, and what backward recomputes, as model.gradient_checkpointing.
 
     budget: tokens of a micro-batch that it is planned with; largest_budget: that fit; 0: not even the longest pair.
     usable_bytes: of a device. states, working_bytes: of a process. kept_bytes: of what forward and backward have
     freed that the allocator has not given back when the optimizer steps. partition: of a step under `budget`. traffic,
-    compute_seconds, optimizer_seconds, traffic_seconds: of a step. overlaps: whether it sends while it computes.
+    compute_seconds, launch_seconds, optimizer_seconds, traffic_seconds: of a step; the second is the host's, who starts
+    kernels while a GPU computes. overlaps: whether it sends while it computes.
     """
 
     deepspeed: Path
     zero: ZeroSettings
-    checkpointing: bool
+    recomputation: bool | str
     budget: int
     largest_budget: int
     usable_bytes: float
@@ -82,6 +92,7 @@ class Option:
     partition: Partition
     traffic: Traffic
     compute_seconds: float
+    launch_seconds: float
     optimizer_seconds: float
     traffic_seconds: float
     overlaps: bool
@@ -99,9 +110,10 @@ class Option:
     def step_seconds(self) -> float:
         """On GPUs stage 3, and stage 2 with overlap_comm, send while they compute; the others, and all on CPUs, when
         that is done. The weights that stage 2 gathers after its step are counted as if it computed meanwhile."""
+        busy = max(self.compute_seconds, self.launch_seconds)
         if self.overlaps:
-            return max(self.compute_seconds, self.traffic_seconds) + self.optimizer_seconds
-        return self.compute_seconds + self.traffic_seconds + self.optimizer_seconds
+            return max(busy, self.traffic_seconds) + self.optimizer_seconds
+        return busy + self.traffic_seconds + self.optimizer_seconds
 
 
 @dataclass(frozen=True)
@@ -159,10 +171,16 @@ class Plan:
 
     @cached_property
     def options(self) -> list[Option]:
-        """Every DeepSpeed file that comes along, and the run's own, each without and with gradient checkpointing, under
-        the run's token budget; under the largest that fits if that is to be found."""
+        """Every DeepSpeed file that comes along, and the run's own, each with every kind of recomputation, under the
+        run's token budget; under the largest that fits if that is to be found."""
         own = self.config.batch.max_tokens_per_micro_batch
-        return [self.option(file, ways, own) for ways in (False, True) for file in self.settings]
+        return [self.option(file, kind, own) for kind in self.kinds for file in self.settings]
+
+    @property
+    def kinds(self) -> list[bool | str]:
+        """What backward may recompute, from little to much. Not all of every N-th layer, unless the run is to do so:
+        products that are kept save as much in less time."""
+        return list(self.working_memory)
 
     @cached_property
     def configured(self) -> Option:
@@ -180,7 +198,7 @@ class Plan:
         """
         fitting = [option for option in self.options if option.largest_budget]
         preferred = [option for option in fitting if not self.is_last_resort(option)] or fitting
-        best = [self.option(option.deepspeed, option.checkpointing, "auto") for option in preferred]
+        best = [self.option(option.deepspeed, option.recomputation, "auto") for option in preferred]
         fastest = min((option.step_seconds for option in best), default=0.0)
         return next((option for option in best if option.step_seconds <= ABOUT_EQUAL * fastest), None)
 
@@ -190,13 +208,13 @@ class Plan:
 
     def recipe(self, option: Option) -> TrainConfig:
         """The configuration of the run with the choices of an option."""
-        model = self.config.model.model_copy(update={"gradient_checkpointing": option.checkpointing})
+        model = self.config.model.model_copy(update={"gradient_checkpointing": option.recomputation})
         batch = self.config.batch.model_copy(update={"max_tokens_per_micro_batch": option.budget})
         return self.config.model_copy(update={"deepspeed": option.deepspeed, "model": model, "batch": batch})
 
     @cached_property
     def settings(self) -> dict[Path, ZeroSettings]:
-        """The DeepSpeed files, the simplest first. Stage 3 cannot split quantised weights."""
+        """The DeepSpeed files, the simplest first. Stage 3 has no quantised weights and no compiled layers."""
         files = {Path("ds_configs") / file.name for file in (REPOSITORY / "ds_configs").glob("*.json")}
         order = {name: place for place, name in enumerate(SIMPLEST_FIRST)}
         found = {}
@@ -204,40 +222,86 @@ class Plan:
             config = self.config.model_copy(update={"deepspeed": file})
             resolved = resolve_deepspeed_config(config, self.machines.num_processes, self.machines.gpus)
             zero = ZeroSettings.of(resolved)
-            if zero.stage < 3 or config.model.lora.quantize == "none":
+            if zero.stage < 3 or not (config.model.lora.quantize != "none" or config.model.fused == "compile_layers"):
                 found[file] = zero
         return found
 
-    @property
-    def micro_batch_pass(self) -> Pass:
+    def micro_batch_pass(self, kind: bool | str) -> Pass:
         objective, layout, device_type = self.config.objective, self.workload.layout, self.machines.device_type
-        log_probs = self.config.model.log_probs
-        return Pass(layout, device_type, objective.uses_reward, objective.uses_policy, log_probs=log_probs)
+        return Pass(
+            layout,
+            device_type,
+            objective.uses_reward,
+            objective.uses_policy,
+            log_probs=self.config.model.log_probs,
+            fused=self.is_fused,
+            recomputation=kind,
+        )
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the layers of the run have fused norms, rotary embeddings and gates. Of a GPU that is not here it is
+        supposed that liger-kernel is installed there if it is here."""
+        kind = self.config.model.fused
+        if kind == "auto":
+            return self.machines.device_type == "cuda" and find_spec("liger_kernel") is not None
+        return kind != "off"
 
     @cached_property
-    def working_memory(self) -> dict[bool, WorkingMemory]:
-        """Without and with gradient checkpointing: what any large number of tokens takes."""
-        found = {}
-        for checkpointing in (False, True):
-            with recomputing(self.model, checkpointing):
-                found[checkpointing] = WorkingMemory.of(self.model, [self.usual_item], self.micro_batch_pass)
+    def working_memory(self) -> dict[bool | str, WorkingMemory]:
+        """By kind of recomputation: what any large number of tokens takes. Without one that the model cannot."""
+        found, own = {}, self.config.model.gradient_checkpointing
+        for kind in dict.fromkeys([False, "selective", own, True]):
+            try:
+                found[kind] = WorkingMemory.of(self.model, [self.usual_item], self.micro_batch_pass(kind))
+            except ModelError:
+                if kind != "selective" or own == kind:
+                    raise
         return found
 
     @cached_property
-    def traced(self) -> dict[tuple[bool, int], float]:
-        """What has been traced so far: (gradient checkpointing, number of usual pairs) -> bytes."""
+    def traced(self) -> dict[tuple[bool | str, int], float]:
+        """What has been traced so far: (kind of recomputation, number of usual pairs) -> bytes."""
         return {}
 
-    def working_bytes(self, checkpointing: bool, num_tokens: int) -> float:
+    def working_bytes(self, kind: bool | str, num_tokens: int) -> float:
         """Bytes of one micro-batch, also of a small one whose logits do not fill a block."""
         tokens_of_pair = len(self.usual_item.prompt) + sum(map(len, self.usual_item.responses))
         num_pairs = max(1, num_tokens // tokens_of_pair)
-        if (checkpointing, num_pairs) not in self.traced:
-            with recomputing(self.model, checkpointing):
-                items = [self.usual_item] * num_pairs
-                self.traced[checkpointing, num_pairs] = working_bytes(self.model, items, self.micro_batch_pass)
+        if (kind, num_pairs) not in self.traced:
+            items = [self.usual_item] * num_pairs
+            self.traced[kind, num_pairs] = working_bytes(self.model, items, self.micro_batch_pass(kind))
         rest = num_tokens - num_pairs * tokens_of_pair
-        return self.traced[checkpointing, num_pairs] + rest * self.working_memory[checkpointing].per_token
+        return self.traced[kind, num_pairs] + rest * self.working_memory[kind].per_token
+
+    @cached_property
+    def recomputed_bytes(self) -> float:
+        """Bytes that selective recomputation reads and writes besides, for each token."""
+        return recomputed_bytes(self.model, [self.usual_item], self.micro_batch_pass("selective"))
+
+    def compute_seconds(self, kind: bool | str) -> float:
+        """Of a step, were the processes never to wait for one another."""
+        workload, device, n = self.workload, self.machines.device, self.machines.num_processes
+        share = recomputed_layers(kind, self.num_layers) / self.num_layers
+        # The padded layout computes its padding, too, though it is not among the operations that are needed.
+        needed = workload.separate_tokens if workload.layout == "padded" else workload.tokens
+        work = (self.operations.training + share * self.operations.recomputed) * workload.tokens / needed
+        moved = self.recomputed_bytes * workload.tokens / n if kind == "selective" else 0.0
+        return (work / self.machines.flops + moved / device.memory_bandwidth) / workload.num_steps
+
+    def launch_seconds(self, stage: int, kind: bool | str, micro_batches: float) -> float:
+        """Of a step, what the host needs to start its kernels. On CPUs it is part of what was measured as MFU."""
+        if self.machines.device_type == "cpu":
+            return 0.0
+        forward, backward = LAUNCH_SECONDS[stage]
+        again = recomputed_layers(kind, self.num_layers) / self.num_layers * forward
+        if kind == "selective":
+            again = forward + 2 * SELECTIVE_SECONDS
+        return micro_batches * self.num_layers * (forward + backward + again)
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.causal_lm.config.get_text_config().num_hidden_layers
 
     @property
     def usual_item(self) -> PromptWithResponses:
@@ -247,10 +311,10 @@ class Plan:
         )
         return PromptWithResponses([0] * prompt, tuple([0] * length for length in answers))
 
-    def option(self, file: Path, checkpointing: bool, budget: int | Literal["auto"]) -> Option:
+    def option(self, file: Path, kind: bool | str, budget: int | Literal["auto"]) -> Option:
         """One way to run, under a token budget or with "auto" the largest that fits."""
         machines, workload, parameters = self.machines, self.workload, self.parameters
-        n, zero, line = machines.num_processes, self.settings[file], self.working_memory[checkpointing]
+        n, zero, line = machines.num_processes, self.settings[file], self.working_memory[kind]
 
         def states_of(micro_batches: float) -> StateBytes:
             return state_bytes(
@@ -266,26 +330,23 @@ class Plan:
         partition = workload.partition(n, max(tokens, workload.longest))
         held = states_of(partition.micro_batches)
         traffic = step_traffic(parameters, zero, n, machines.gpus, partition.micro_batches)
-        work = self.operations.training + (self.operations.recomputed if checkpointing else 0.0)
-        # The padded layout computes its padding, too, though it is not among the operations that are needed.
-        needed = workload.separate_tokens if workload.layout == "padded" else workload.tokens
-        work *= workload.tokens / needed
         adam = ADAM_BYTES * parameters.trained / (n if zero.stage else 1) / machines.device.memory_bandwidth
         return Option(
             deepspeed=file,
             zero=zero,
-            checkpointing=checkpointing,
+            recomputation=kind,
             budget=tokens,
             largest_budget=largest,
             usable_bytes=machines.usable_bytes,
             states=held,
-            working_bytes=self.working_bytes(checkpointing, partition.heaviest),
+            working_bytes=self.working_bytes(kind, partition.heaviest),
             # malloc unmaps blocks of 32 MiB and more, as logits, and holds on to smaller ones; torch uses the freed
             # memory of a GPU again.
             kept_bytes=line.per_token * partition.heaviest + held.gathered if machines.device_type == "cpu" else 0.0,
             partition=partition,
             traffic=traffic,
-            compute_seconds=work / workload.num_steps / machines.flops / (1 - partition.waiting),
+            compute_seconds=self.compute_seconds(kind) / (1 - partition.waiting),
+            launch_seconds=self.launch_seconds(zero.stage, kind, partition.micro_batches),
             optimizer_seconds=0.0 if zero.offloads_optimizer else adam,
             traffic_seconds=traffic.seconds(machines.device, machines.gpus, machines.nodes),
             # Stage 1 in bfloat16 knows no overlap_comm.

@@ -11,10 +11,14 @@ from hafrm_ds.data.tables import Cell, Table
 
 GIB = 2**30
 MEMORY = (
-    "GiB of a GPU (* as configured; GC: gradient checkpointing; buffers: gathered weights and buckets; budget: "
-    "tokens of the largest micro-batch)"
+    "GiB of a GPU (* as configured; GC: gradient checkpointing, some: selective; buffers: gathered weights and "
+    "buckets; budget: tokens of the largest micro-batch)"
 )
-TIME = "Seconds of a step (batches: micro-batches; GB sent: by a GPU; host: Adam on the CPUs, which is not counted)"
+TIME = (
+    "Seconds of a step (batches: micro-batches; launch: the host starts the kernels; GB sent: by a GPU; host: Adam on "
+    "the CPUs, which is not counted)"
+)
+SHORT = {False: "", "selective": "some", True: "yes"}
 
 
 def render(plan: Plan) -> Group:
@@ -55,8 +59,8 @@ def options_table(title: str, plan: Plan, cells: Callable[[Option], dict[str, st
     own = (plan.config.deepspeed, plan.config.model.gradient_checkpointing)
     rows = []
     for option in plan.options:
-        mark = " *" if (option.deepspeed, option.checkpointing) == own else ""
-        figures = {"GC": "yes" if option.checkpointing else ""} | cells(option)
+        mark = " *" if (option.deepspeed, option.recomputation) == own else ""
+        figures = {"GC": SHORT.get(option.recomputation, str(option.recomputation))} | cells(option)
         rows.append((option.deepspeed.stem + mark, [*map(Cell, figures.values())]))
     table = Table(rows, ("ds_configs/", *figures), title, is_dense=True).to_rich()
     for row, option in zip(table.rows, plan.options, strict=True):
@@ -87,6 +91,7 @@ def time(plan: Plan, option: Option) -> dict[str, str]:
     return {
         "batches": f"{option.partition.micro_batches:.1f}",
         "compute": seconds(option.compute_seconds),
+        "launch": seconds(option.launch_seconds),
         "Adam": "host" if option.states.host else seconds(option.optimizer_seconds),
         "GB sent": f"{option.traffic.total / 1e9:,.1f}",
         "sending": seconds(option.traffic_seconds),
@@ -105,7 +110,7 @@ def conclusion(plan: Plan) -> list[str]:
     training = plan.training_seconds(best)
     return [
         f"Recommended: --deepspeed {best.deepspeed} --model.gradient_checkpointing "
-        f"{str(best.checkpointing).lower()} --batch.max_tokens_per_micro_batch {best.budget}",
+        f"{str(best.recomputation).lower()} --batch.max_tokens_per_micro_batch {best.budget}",
         f"{best.peak_bytes / GIB:.1f} GiB of a GPU, {best.step_seconds:.3g} s a step, training {duration(training)}, "
         f"with the reference pass {priced(plan, training + plan.reference_seconds)}",
     ]

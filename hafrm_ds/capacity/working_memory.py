@@ -13,9 +13,10 @@ Legend: T tokens, Q and G query and key-value heads, D head dimension, K keys.
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,14 @@ from hafrm_ds.data.packing import PackedBatch, lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import Kernel, segment_attention
+from hafrm_ds.model.fused import LigerFunctions, fuse
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.loading import first_line, set_gradient_checkpointing
+from hafrm_ds.model.loading import first_line
+from hafrm_ds.model.recomputation import interval, set_gradient_checkpointing
 from hafrm_ds.model.token_logprobs import BLOCK_BYTES, TiledSoftmax
 
-DEPTHS = (2, 4)
-"""Layers of the two traced models. Families alternate two kinds of layers at most."""
+KINDS_OF_LAYERS = 2
+"""That families alternate at most. The two traced models differ by so many layers."""
 MOST_ANSWER_TOKENS = 2**16
 """Tokens of the answers in a micro-batch that is traced. Where a vocabulary is so small that more would be
 needed to fill a block, logits take little."""
@@ -68,29 +71,112 @@ class PeakOfStorages(TorchDispatchMode):
         self.live -= num_bytes
 
 
-class TracedAttention(torch.autograd.Function):
-    """Shapes of a FlashAttention call: kept for backward are its inputs, its output and a number a query and head."""
+class BytesMoved(TorchDispatchMode):
+    """Inside, adds up what operations read and write, each in a kernel of its own.
+
+    Attributes:
+        total: bytes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        schema = func._schema
+        is_view = not schema.is_mutable and any(each.alias_info is not None for each in schema.returns)
+        if not is_view and "empty" not in schema.name:
+            tensors = (each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor))
+            self.total += sum(tensor.nbytes for tensor in tensors)
+        return result
+
+
+def attention_shapes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """query [T, Q, D], key and value [K, G, D] -> output [T, Q, D] and a number [T, Q] of each query and head: what a
+    FlashAttention call gives."""
+    output = query.new_empty(*query.shape[:2], value.shape[-1])
+    return output, query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("hafrm_ds::traced_attention", mutates_args=())
+def traced_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """As `attention_shapes`, by an operation: it is kept where those of kernels are (`model.recomputation`)."""
+    return attention_shapes(query, key, value)
+
+
+traced_attention.register_fake(attention_shapes)
+
+
+def keep_attention(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    """What a FlashAttention call keeps for its backward."""
+    ctx.save_for_backward(*inputs, *output)
+
+
+def attention_gradients(ctx, *gradients: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+traced_attention.register_autograd(attention_gradients, setup_context=keep_attention)
+
+
+class TracedNorm(torch.autograd.Function):
+    """Shapes of a fused RMSNorm: kept for backward are its input and a number a row."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [T, Q, D], key and value [K, G, D] -> [T, Q, D]"""
-        output = query.new_empty(*query.shape[:2], value.shape[-1])
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:2], dtype=torch.float32))
-        return output
+    def forward(ctx, x: Tensor, weight: Tensor, *how) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x.clone()
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+class TracedRotation(torch.autograd.Function):
+    """Shapes of a fused rotary embedding: nothing is kept but the angles, which all layers share."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return query.clone(), key.clone()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return *(torch.empty_like(grad) for grad in grads), None, None
+
+
+class TracedGate(torch.autograd.Function):
+    """Shapes of a fused activation and product: kept for backward are its inputs."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate * up
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+
+
+TRACED_OPS = SimpleNamespace(
+    LigerRMSNormFunction=TracedNorm,
+    LigerRopeFunction=TracedRotation,
+    LigerSiLUMulFunction=TracedGate,
+    LigerGELUMulFunction=TracedGate,
+)
+"""In place of liger_kernel.ops. What torch.compile keeps is taken for the same."""
 
 
 def run_traced(query: Tensor, key: Tensor, value: Tensor, segments, rule) -> Tensor:
     """As the kernels for GPUs: in the dtype of the model."""
-    return TracedAttention.apply(query, key, value)
+    return traced_attention(query, key, value)[0]
 
 
 def run_traced_on_cpu(query: Tensor, key: Tensor, value: Tensor, segments, rule) -> Tensor:
     """As `segmented` on the CPU, which computes in fp32."""
-    return TracedAttention.apply(query.float(), key.float(), value.float()).to(query.dtype)
+    return traced_attention(query.float(), key.float(), value.float())[0].to(query.dtype)
 
 
 TRACED = {
@@ -113,7 +199,8 @@ for kernel in TRACED.values():
 class Pass:
     """How micro-batches go through a model: the arguments of its forward, and whether backward follows.
 
-    device_type: "cuda", or "cpu", where attention computes in fp32. log_probs: as model.log_probs.
+    device_type: "cuda", or "cpu", where attention computes in fp32. log_probs: as model.log_probs. fused: whether
+        norms, rotary embeddings and gates are (model.fused). recomputation: as model.gradient_checkpointing.
     """
 
     layout: str
@@ -122,6 +209,8 @@ class Pass:
     with_logprob: bool
     with_gradients: bool = True
     log_probs: str = "torch"
+    fused: bool = False
+    recomputation: bool | str = False
 
     @property
     def softmax(self) -> TiledSoftmax:
@@ -165,30 +254,55 @@ def working_bytes(model: HybridModel, items: Sequence[PromptWithResponses], how:
     """Bytes that a micro-batch takes at its highest, beyond weights and their gradients.
 
     Args:
-        model: on the meta device, gradient checkpointing and trained weights set as in the run. Its attention and its
-            log-probs are changed.
+        model: on the meta device, trained weights set as in the run. Its attention and its log-probs are changed.
 
     Raises:
         ModelError: the model's code asks for values, which the meta device does not have.
     """
+    return of_all_layers(model, items, how, peak_of)
+
+
+def recomputed_bytes(model: HybridModel, items: Sequence[PromptWithResponses], how: Pass) -> float:
+    """Bytes that recomputation reads and writes besides, for each token of such items.
+
+    Args:
+        model, how: as `working_bytes` takes them.
+    """
+    with_it, without = (of_all_layers(model, items, way, moved_by) for way in (how, replace(how, recomputation=False)))
+    return (with_it - without) / sum(len(item.prompt) + sum(map(len, item.responses)) for item in items)
+
+
+def of_all_layers(
+    model: HybridModel,
+    items: Sequence[PromptWithResponses],
+    how: Pass,
+    measure: Callable[[HybridModel, PackedBatch, Pass], int],
+) -> float:
+    """What a measure gives for a micro-batch: of the model with its first layers alone at two depths, continued to its
+    own depth."""
     causal_lm = model.causal_lm
     # Padding is computed like any token, and the stock attention of padded rows keeps what a kernel keeps.
     batch = lay_out(items, "packed" if how.layout == "padded" else how.layout).to(META)
     depth = causal_lm.config.get_text_config().num_hidden_layers
-    depths = DEPTHS if depth > max(DEPTHS) else (depth,)
+    period = math.lcm(KINDS_OF_LAYERS, interval(how.recomputation))
+    rest = depth % period
+    depths = (rest + period, rest + 2 * period) if depth > rest + 2 * period else (depth,)
+    set_gradient_checkpointing(causal_lm, how.recomputation)
     try:
         causal_lm.set_attn_implementation(TRACED[how.device_type].implementation)
         model.response_logprobs.softmax = how.softmax
-        peaks = []
+        found = []
         for each in depths:
             with first_layers(causal_lm, each):
-                peaks.append(peak_of(model, batch, how))
+                found.append(measure(model, batch, how))
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{type(causal_lm).__name__} cannot be planned, as its code asks for more than shapes: {first_line(error)}"
         ) from error
-    slope = (peaks[-1] - peaks[0]) / max(1, depths[-1] - depths[0])
-    return peaks[0] + slope * (depth - depths[0])
+    finally:
+        set_gradient_checkpointing(causal_lm, False)
+    slope = (found[-1] - found[0]) / max(1, depths[-1] - depths[0])
+    return found[0] + slope * (depth - depths[0])
 
 
 def peak_of(model: HybridModel, batch: PackedBatch, how: Pass) -> int:
@@ -201,25 +315,34 @@ def peak_of(model: HybridModel, batch: PackedBatch, how: Pass) -> int:
         if parameter.requires_grad
     ]
     try:
-        with PeakOfStorages(known) as storages, torch.set_grad_enabled(how.with_gradients):
-            scores = model(batch, with_reward=how.with_reward, with_logprob=how.with_logprob)
-            if how.with_gradients:
-                sum(part.sum() for part in (scores.reward, scores.logprob) if part is not None).backward()
+        with PeakOfStorages(known) as storages:
+            run_pass(model, batch, how)
         return storages.peak
     finally:
         for hook in hooks:
             hook.remove()
 
 
-@contextmanager
-def recomputing(model: HybridModel, checkpointing: bool) -> Iterator[None]:
-    """Inside, a model has gradient checkpointing on or off."""
-    if checkpointing:
-        set_gradient_checkpointing(model.causal_lm, True)
+def moved_by(model: HybridModel, batch: PackedBatch, how: Pass) -> int:
+    """Bytes that forward and backward read and write."""
     try:
-        yield
+        with BytesMoved() as moved:
+            run_pass(model, batch, how)
+        return moved.total
     finally:
-        set_gradient_checkpointing(model.causal_lm, False)
+        model.zero_grad()
+
+
+def run_pass(model: HybridModel, batch: PackedBatch, how: Pass) -> None:
+    fused = fuse(model.causal_lm, LigerFunctions(TRACED_OPS)) if how.fused else None
+    try:
+        with torch.set_grad_enabled(how.with_gradients):
+            scores = model(batch, with_reward=how.with_reward, with_logprob=how.with_logprob)
+            if how.with_gradients:
+                sum(part.sum() for part in (scores.reward, scores.logprob) if part is not None).backward()
+    finally:
+        if fused is not None:
+            fused.take_away()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hafrm_ds.data.packing import PackedBatch, lay_out, move_tensor
+from hafrm_ds.data.packing import PackedBatch, lay_out, move
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.tokenization import Pairs, TokenizedPair
 
@@ -28,10 +28,8 @@ class MicroBatch:
     margin: Tensor
     reference: Tensor | None = None
 
-    def labels_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """weight, margin and reference on a device. The engine moves the batch itself."""
-        reference = None if self.reference is None else move_tensor(self.reference, device)
-        return move_tensor(self.weight, device), move_tensor(self.margin, device), reference
+    def to(self, device: torch.device) -> "MicroBatch":
+        return move(self, device)
 
 
 DUMMY_PAIR = TokenizedPair([0], [0], [0], margin=None, source="", id="dummy")

@@ -10,8 +10,9 @@ packed: [P C] [P R], each its own segment. padded: rows [P C] and [P R] with pad
 stock attention: works with every model and is the yardstick of the other two.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +20,13 @@ from torch import Tensor
 
 from hafrm_ds.data.tokenization import PromptWithResponses
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 IGNORED_PADDING_ID = 0
 """Fills padded rows. Which id it is never matters: positions come from lengths, and padding is masked."""
+ALIGNMENT = 16
+"""Bytes that each tensor in a buffer begins at a multiple of: kernels read so many at once."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class PackedBatch:
     input_ids, position_ids: [1, T] int64, or [B, L] in the padded layout.
     attention_mask: [B, L] int64 in the padded layout, else None.
     segments: how tokens attend; None in the padded layout.
+    row_lengths: tokens of each row in the padded layout, as Python numbers, else None.
     readout_index: [N] int64, flat position of each response's last token, where its reward is read.
     predict_index: [M] int64, flat position whose hidden state predicts each response token.
     target_ids: [M] int64, the response tokens.
@@ -63,6 +70,7 @@ class PackedBatch:
     position_ids: Tensor
     attention_mask: Tensor | None
     segments: AttentionSegments | None
+    row_lengths: tuple[int, ...] | None
     readout_index: Tensor
     predict_index: Tensor
     target_ids: Tensor
@@ -79,30 +87,60 @@ class PackedBatch:
 
     @property
     def num_padding(self) -> int:
-        return 0 if self.attention_mask is None else int((self.attention_mask == 0).sum())
+        return 0 if self.row_lengths is None else self.num_positions - sum(self.row_lengths)
 
     def to(self, device: torch.device) -> "PackedBatch":
         return move(self, device)
 
 
-def move(batch, device: torch.device):
-    """A copy of a dataclass with its tensors, and those of dataclasses in it, on `device`."""
-    changed = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if is_dataclass(value):
-            changed[field.name] = move(value, device)
-        elif isinstance(value, Tensor):
-            changed[field.name] = move_tensor(value, device)
-    return replace(batch, **changed)
+B = TypeVar("B", bound="DataclassInstance")
 
 
-def move_tensor(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor on `device`.
+def move(batch: B, device: torch.device) -> B:
+    """A copy of a dataclass with its tensors, and those of dataclasses in it, on `device`: by one copy of them all.
 
     A GPU fetches it from pinned memory when it comes to that. For a copy from any other memory the host would wait
     until the GPU has done all that it was given before.
     """
+    tensors = list(tensors_of(batch))
+    if all(tensor.device == device for tensor in tensors):
+        return batch
+    places, size = [], 0
+    for tensor in tensors:
+        places.append(slice(size, size + tensor.nbytes))
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    buffer = torch.empty(size, dtype=torch.uint8)
+    for tensor, place in zip(tensors, places, strict=True):
+        buffer[place].view(tensor.dtype).copy_(tensor.reshape(-1))
+    moved = move_tensor(buffer, device)
+    views = (moved[place].view(tensor.dtype).view(tensor.shape) for tensor, place in zip(tensors, places, strict=True))
+    return with_tensors(batch, views)
+
+
+def tensors_of(batch: "DataclassInstance") -> Iterator[Tensor]:
+    """The tensors of a dataclass and of dataclasses in it, in the order of the fields."""
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value) and not isinstance(value, type):
+            yield from tensors_of(value)
+
+
+def with_tensors(batch: B, tensors: Iterator[Tensor]) -> B:
+    """A copy of a dataclass with other tensors, given in the order of `tensors_of`."""
+    changed: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = next(tensors)
+        elif is_dataclass(value) and not isinstance(value, type):
+            changed[field.name] = with_tensors(value, tensors)
+    return replace(batch, **changed)
+
+
+def move_tensor(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`, for a GPU by way of pinned memory."""
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
@@ -228,6 +266,7 @@ def lay_out_segments(items: Sequence[PromptWithResponses], shared_prefix: bool) 
         position_ids=tensor(np.concatenate(positions))[None],
         attention_mask=None,
         segments=segments,
+        row_lengths=None,
         **response_tensors(responses, readout, predict, num_tokens),
     )
 
@@ -256,6 +295,7 @@ def lay_out_padded(items: Sequence[PromptWithResponses]) -> PackedBatch:
         position_ids=tensor(np.tile(np.arange(width), (len(rows), 1))),
         attention_mask=tensor(mask),
         segments=None,
+        row_lengths=tuple(len(row) for _, row in rows),
         **response_tensors(responses, readout, predict, num_tokens),
     )
 

@@ -139,6 +139,11 @@ def deepspeed_contradictions(content: dict, config: TrainConfig) -> list[str]:
             f"deepspeed: {file} names ZeRO stage 3, which cannot split quantised weights, but model.lora.quantize is "
             f"{config.model.lora.quantize}; take a file of stage 0, 1 or 2"
         )
+    if stage == 3 and config.model.fused == "compile_layers":
+        problems.append(
+            f"deepspeed: {file} names ZeRO stage 3, which fetches weights inside of each layer, but model.fused is "
+            "compile_layers, which compiles layers whole; set model.fused to compile, or take a file of stage 0, 1 or 2"
+        )
     for section, lowest, what in (("offload_optimizer", 1, "the optimizer"), ("offload_param", 3, "parameters")):
         if is_offloaded(content, section) and stage in range(lowest):
             problems.append(

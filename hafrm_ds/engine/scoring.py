@@ -52,7 +52,7 @@ def score_items(
 ) -> np.ndarray | None:
     """Score items without gradients, each on one rank: the one way from prompts and responses to values.
 
-    Values stay on the device until the end: fetching them would make a GPU wait for the next micro-batch.
+    The values of a micro-batch come to the host while a GPU computes the next one.
 
     Args:
         forward: the model, or the engine around it; takes a PackedBatch on the CPU.
@@ -60,8 +60,8 @@ def score_items(
         read: what is kept of the scores of a micro-batch, one flat fp32 tensor, item after item. Default: the heads'
             values, [responses, heads].
         sizes: [I] how many numbers `read` gives for each item. Default: responses times heads.
-        on_values: told the positions of a micro-batch and what `read` gave, on the rank that computed it, once the next
-            micro-batch has been launched: a caller that fetches the values leaves no GPU idle.
+        on_values: told the positions of a micro-batch and what `read` gave, on the CPU of the rank that computed it,
+            once the next micro-batch has been launched.
         ranks_on: the device of the process group if all its ranks score together; None if this process scores alone.
         must_stop: asked before each micro-batch, by all ranks together.
 
@@ -78,7 +78,12 @@ def score_items(
     rank, num_ranks = (0, 1) if ranks_on is None else (dist.get_rank(), dist.get_world_size())
     rows = padded_rows(layout, len(items), items.num_responses)
     scored: list[tuple[list[int], torch.Tensor]] = []
-    pending = None
+    pending: tuple[list[int], ToHost] | None = None
+
+    def take(positions: list[int], values: ToHost) -> None:
+        scored.append((positions, values.arrived()))
+        on_values(*scored[-1])
+
     with torch.no_grad():
         for positions in partition_by_length(items.costs, num_ranks, max_tokens, rows)[rank]:
             if must_stop():
@@ -92,14 +97,34 @@ def score_items(
                     f"there is no room for a micro-batch of {batch.num_positions:,} tokens; lower "
                     f"max_tokens_per_micro_batch (now {max_tokens:,}): {error}"
                 ) from error
+            launched = None if is_dummy else (positions, ToHost(read(scores)))
             if pending is not None:
-                on_values(*pending)
-            pending = None if is_dummy else (positions, read(scores))
-            if pending is not None:
-                scored.append(pending)
+                take(*pending)
+            pending = launched
         if pending is not None:
-            on_values(*pending)
+            take(*pending)
     return in_order(scored, sizes, ranks_on)
+
+
+class ToHost:
+    """Values on their way from a device to the CPU.
+
+    The copy stands behind what computes them, before anything that is launched later. Copied at the time when they are
+    wanted, they would come after all that the GPU has been given by then.
+    """
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values.to("cpu", non_blocking=True)  # of a GPU into pinned memory
+        self.copied = torch.cuda.Event() if values.is_cuda else None
+        if self.copied is not None:
+            self.copied.record(torch.cuda.current_stream(values.device))
+
+    def arrived(self) -> torch.Tensor:
+        """The values, once they are there."""
+        if self.copied is None:
+            return self.values
+        self.copied.synchronize()
+        return self.values.clone()  # the pinned memory is for the next
 
 
 def in_order(
@@ -119,7 +144,7 @@ def in_order(
         first = np.cumsum(sizes) - sizes
         behind = np.cumsum(sizes[order]) - sizes[order]
         places = np.repeat(first[order] - behind, sizes[order]) + np.arange(sizes[order].sum())
-        table[torch.from_numpy(places)] = torch.cat([values for _, values in scored]).double().cpu()
+        table[torch.from_numpy(places)] = torch.cat([values for _, values in scored]).double()
         table[total:] = torch.bincount(torch.from_numpy(order), minlength=num_items)
     if ranks_on is not None:
         table = sum_over_ranks(table, ranks_on)

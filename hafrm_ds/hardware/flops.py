@@ -112,8 +112,8 @@ class ForwardCost:
         if batch.segments is not None:
             q, k = np.array(batch.segments.q_lengths), np.array(batch.segments.k_lengths)
         else:
-            assert batch.attention_mask is not None  # a padded batch has one
-            q = k = batch.attention_mask.sum(1).numpy()
+            assert batch.row_lengths is not None  # a padded batch has them
+            q = k = np.array(batch.row_lengths)
         visible_keys = (q * (k - q) + q * (q + 1) // 2).sum()
         return self.parts_of(q.sum(), len(batch.target_ids) if with_logprob else 0, visible_keys)
 

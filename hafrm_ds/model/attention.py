@@ -166,7 +166,8 @@ def segment_attention(
             f"{type(module).__name__} caps its attention scores, which {kernel.name} cannot; "
             "set --model.attention segmented"
         )
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # Not tensor[0], whose gradient is a copy into zeros.
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     if segments.key_index is not None:
         key, value = key.index_select(0, segments.key_index), value.index_select(0, segments.key_index)
     output = kernel.run(query, key, value, segments, ScoreRule(scaling, sliding_window, softcap or None))
@@ -185,7 +186,8 @@ def masked_type(module: nn.Module, length: int) -> str | None:
     """
     fields = vars(module.config)  # every layer asks, and getattr is slow for what a configuration has not
     if layer_types := fields.get("layer_types"):
-        kind = layer_types[module.layer_idx]
+        # torch.compile makes a graph for each value of an integer, and there are two kinds of layers at most.
+        kind = getattr(module, "layer_type", None) or layer_types[module.layer_idx]
     elif fields.get("sliding_window") and fields.get("use_sliding_window", True):
         kind = "sliding_attention"
     elif fields.get("attention_chunk_size"):
@@ -345,9 +347,18 @@ KERNELS = {
         ),
         Kernel("fa2", partial(run_flash_package, "flash_attn"), "flash_attn_2_cuda", (8, 9, 10, 12), True),
         # A pre-release. On Blackwell it has no head sizes between 128 and 256, and no soft cap for all of them.
-        Kernel("fa4", partial(run_flash_package, "flash_attn.cute"), "flash_attn.cute", (9, 10), False, {10: 128}),
+        # It compiles its kernels by itself: where torch.compile makes graphs of a layer, one ends before it.
+        Kernel(
+            "fa4",
+            torch.compiler.disable(partial(run_flash_package, "flash_attn.cute")),
+            "flash_attn.cute",
+            (9, 10),
+            False,
+            {10: 128},
+        ),
         Kernel("varlen", run_varlen, "torch.nn.attention.varlen", (8, 9, 10, 12), False),
-        Kernel("segmented", run_segmented, "torch", (), True),
+        # A graph would hold a call for each segment.
+        Kernel("segmented", torch.compiler.disable(run_segmented), "torch", (), True),
     )
 }
 """By name, in the order in which `auto` prefers them, but for PREFERRED."""

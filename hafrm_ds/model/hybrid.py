@@ -6,7 +6,8 @@ Legend: T tokens, N responses, M response tokens, H hidden, V vocabulary.
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from hafrm_ds.model.attention import import_problem, set_attention, stock_attent
 from hafrm_ds.model.experts import router_use
 from hafrm_ds.model.token_logprobs import HeadTransform, Softmax, token_logprobs
 from hafrm_ds.objective import ResponseScores
+
+if TYPE_CHECKING:
+    from hafrm_ds.model.fused import FusedLayers
 
 
 class RewardHead(nn.Linear):
@@ -61,6 +65,7 @@ class HybridModel(nn.Module):
         layout: of the micro-batches that its attention is set for (`use_layout`); until then every model takes padded.
         uses_stock_logits: take log-probs from the causal LM's own [T, V] logits instead of the fused function, for a
             model whose LM head does something that `HeadTransform` does not know (`lm_head_difference`).
+        fused: what is fused in its layers (`use_fused`); None: nothing.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, reward_head: RewardHead):
@@ -70,6 +75,7 @@ class HybridModel(nn.Module):
         self.response_logprobs = ResponseLogprobs(head_transform(causal_lm.config))
         self.layout = "padded"
         self.uses_stock_logits = False
+        self.fused: FusedLayers | None = None
 
     def use_layout(self, layout: str, attention: str, device: torch.device) -> None:
         """Set the attention for a layout, or with "auto" for the best that the model can.
@@ -97,6 +103,18 @@ class HybridModel(nn.Module):
         from hafrm_ds.model.softmax_kernels import TritonSoftmax
 
         self.response_logprobs.softmax = TritonSoftmax()
+
+    def use_fused(self, kind: str, device: torch.device) -> None:
+        """Set what computes norms, rotary embeddings and gates, by the names of model.fused, once for a model.
+
+        Raises:
+            ModelError: it cannot run on `device`, or knows nothing in the model.
+        """
+        if kind == "off" or (kind == "auto" and device.type != "cuda"):
+            return  # importing the families takes a while
+        from hafrm_ds.model.fused import fused_layers
+
+        self.fused = fused_layers(self.causal_lm, kind, device)
 
     def forward(
         self,
@@ -267,11 +285,29 @@ def layout_difference(
         ModelError: scores are not finite.
         UnsupportedAttention: the model cannot run in `layout`.
     """
-    causal_lm = model.causal_lm
     with torch.no_grad():
-        scores = [forward(lay_out(items, layout), with_logprob=with_logprob)]
-        with under_stock_attention(causal_lm):
-            scores.append(forward(lay_out(items, "padded"), with_logprob=with_logprob))
+        scores = forward(lay_out(items, layout), with_logprob=with_logprob)
+        with under_stock_attention(model.causal_lm):
+            padded = forward(lay_out(items, "padded"), with_logprob=with_logprob)
+    return scores_difference(model, scores, padded)
+
+
+def fused_difference(
+    model: HybridModel,
+    forward: Callable[..., ResponseScores],
+    items: Sequence[PromptWithResponses],
+    with_logprob: bool,
+) -> float:
+    """As `layout_difference`, between the fused layers of a model and transformers' own, in the model's layout."""
+    with torch.no_grad():
+        scores = forward(lay_out(items, model.layout), with_logprob=with_logprob)
+        with nullcontext() if model.fused is None else model.fused.taken_away():
+            own = forward(lay_out(items, model.layout), with_logprob=with_logprob)
+    return scores_difference(model, scores, own)
+
+
+def scores_difference(model: HybridModel, ours: ResponseScores, expected: ResponseScores) -> float:
+    """Largest difference relative to 1 + the value. Raises ModelError if any is not finite."""
 
     def compared(each: ResponseScores) -> list[Tensor]:
         assert each.reward is not None
@@ -279,13 +315,13 @@ def layout_difference(
             return [each.reward]
         return [each.reward, each.logprob / each.num_tokens.to(each.logprob.device)]
 
-    ours, padded = map(compared, scores)
-    if not all(values.isfinite().all() for values in (*ours, *padded)):
+    pairs = list(zip(compared(ours), compared(expected), strict=True))
+    if not all(values.isfinite().all() for pair in pairs for values in pair):
         raise ModelError(
-            f"{type(causal_lm).__name__} gives scores that are not finite before any training: its weights hold NaN or "
-            f"infinity, or overflow in {model.reward_head.weight.dtype}"
+            f"{type(model.causal_lm).__name__} gives scores that are not finite before any training: its weights hold "
+            f"NaN or infinity, or overflow in {model.reward_head.weight.dtype}"
         )
-    return max(((a - b).abs() / (1 + b.abs())).max().item() for a, b in zip(ours, padded))
+    return max(((a - b).abs() / (1 + b.abs())).max().item() for a, b in pairs)
 
 
 @contextmanager

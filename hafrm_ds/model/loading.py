@@ -9,7 +9,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -17,6 +16,7 @@ from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel, RewardHead, disable_dropout, make_reward_head
 from hafrm_ds.model.lora import quantization
+from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.model.reward_start import reward_head_of
 
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.tflite", "original/*"]
@@ -113,10 +113,11 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     disable_dropout(causal_lm)
     causal_lm.train()
     if config.gradient_checkpointing:
-        set_gradient_checkpointing(causal_lm, True)
+        set_gradient_checkpointing(causal_lm, config.gradient_checkpointing)
     model = HybridModel(causal_lm, head)
     model.use_layout(layout, config.attention, device)
     model.use_log_probs(config.log_probs, device)
+    model.use_fused(config.fused, device)
     return model
 
 
@@ -130,16 +131,6 @@ def take_over_head(head: RewardHead, config: ModelConfig) -> None:
     with torch.no_grad():
         for name, values in given.items():
             getattr(head, name).copy_(values)
-
-
-def set_gradient_checkpointing(causal_lm: PreTrainedModel, on: bool) -> None:
-    """Set whether backward recomputes each layer's activations or forward keeps them."""
-    # transformers 5.24 has new names for the methods, and warns at the old ones.
-    stem = "activation" if hasattr(causal_lm, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(causal_lm, f"{stem}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(causal_lm, f"{stem}_checkpointing_disable")()
 
 
 def first_line(error: BaseException) -> str:

@@ -174,7 +174,7 @@ def compute_missing(
     items = work.items(batch.layout)
 
     def store(positions: list[int], values: Tensor) -> None:
-        logprobs = values.cpu().numpy()
+        logprobs = values.numpy()
         if not np.isfinite(logprobs).all():
             raise DataError(f"a reference log-prob is not finite, in {', '.join(ids_of(work, positions)[:10])}")
         for key, logprob, count in zip(work.keys(positions), logprobs, work.num_tokens(positions), strict=True):

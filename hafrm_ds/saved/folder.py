@@ -30,6 +30,8 @@ from hafrm_ds.saved.writing import METADATA_FILE
 
 ANY_DAY = "2024-07-26"
 """For a template whose dates were frozen when it was saved: there is none left that a day could stand for."""
+STOCK_LAYERS = {"fused": "off"}
+"""Of a model that scores: fused layers are compared with its own at the start of a run, and nowhere else."""
 WEIGHTS_FILE = "model.safetensors"
 NEEDED = ("layout", "uses_stock_logits", "template")
 
@@ -85,7 +87,8 @@ class SavedModel:
         refuse_pickles(weights, trust_pickle)
         # The head has the dtype of the body.
         dtype = dtype_of_weights(folder, dtype or str(head["weight"].dtype).removeprefix("torch."))
-        config = ModelConfig.model_validate(options | {"dtype": dtype, "reward_head_bias": "bias" in head})
+        options |= STOCK_LAYERS | {"dtype": dtype, "reward_head_bias": "bias" in head}
+        config = ModelConfig.model_validate(options)
         return cls(folder, config, metadata, head)
 
     def formatter(self) -> ChatFormatter:
@@ -155,7 +158,8 @@ class SavedStockModel:
         stock = load_model_config(ModelConfig(**options))
         cls.check(folder, stock)
         dtype = dtype_of_weights(folder, dtype or str(stock.dtype or "").removeprefix("torch."))
-        return cls(folder, ModelConfig.model_validate(options | {"dtype": dtype}), metadata, chat_template, reasoning)
+        config = ModelConfig.model_validate(options | STOCK_LAYERS | {"dtype": dtype})
+        return cls(folder, config, metadata, chat_template, reasoning)
 
     @classmethod
     def check(cls, folder: Path, config: PretrainedConfig) -> None:

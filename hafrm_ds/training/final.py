@@ -102,7 +102,7 @@ def export_checkpoint(
     state = read_whole(checkpoint)
     config = TrainConfig.model_validate(state.config)
     # Kernels change no weight, and those of the run may need a GPU.
-    kernels = {"attention": "auto", "log_probs": "torch"}
+    kernels = {"attention": "auto", "log_probs": "torch", "fused": "off"}
     start = config.model.model_copy(update=kernels | {"trust_remote_code": trust_remote_code})
     if base is not None:
         start = start.model_copy(update={"name_or_path": base, "revision": None})

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import padded_rows, token_costs
+from hafrm_ds.data.packing import move_tensor, padded_rows, token_costs
 from hafrm_ds.data.planning import DUMMY, BatchPlan, imbalance, partition_into_micro_batches
 from hafrm_ds.data.prepared import PreparedPairs
 from hafrm_ds.engine.engine import TrainingEngine
@@ -52,9 +52,9 @@ class StepTotals:
     flops: float = 0.0
     expert_load: Tensor | None = None
 
-    def add(self, micro_batch: MicroBatch, weight: Tensor, loss: JointLoss, metrics: dict[str, Tensor]) -> None:
-        """Count a micro-batch, which lies on the CPU; its weight, loss and metrics lie on the device."""
-        batch = micro_batch.batch
+    def add(self, micro_batch: MicroBatch, loss: JointLoss, metrics: dict[str, Tensor]) -> None:
+        """Count a micro-batch, its loss and its metrics, which lie on the device."""
+        batch, weight = micro_batch.batch, micro_batch.weight
         self.tokens += batch.num_positions - batch.num_padding
         self.padding += batch.num_padding
         losses = {"total": loss.total, "reward": loss.reward, "policy": loss.policy, "router": loss.router}
@@ -70,6 +70,19 @@ class StepTotals:
         """Count the tokens that each expert got, [P, L, E], of pairs with a weight, [P]."""
         total = torch.einsum("p,ple->le", weight, load).double()
         self.expert_load = total if self.expert_load is None else self.expert_load + total
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What this rank computes of a global batch: pairs of each micro-batch, of which the first is on the device.
+
+    imbalance: between the ranks.
+    """
+
+    step: int
+    parts: list[np.ndarray]
+    imbalance: float
+    first: MicroBatch
 
 
 class Trainer:
@@ -106,6 +119,8 @@ class Trainer:
             for name, pairs in eval_pairs.items()
         }
         self.state = saver.state
+        self.ahead: GlobalBatch | None = None
+        """Of the next step, whose first micro-batch is laid out while a GPU computes the last of this one."""
         causal_lm = engine.model.causal_lm
         self.cost = ForwardCost.of(causal_lm, full_shape)
         self.router_coefficient = router_loss_coefficient(causal_lm, config.model.router_aux_loss, full_shape)
@@ -190,21 +205,31 @@ class Trainer:
     def accumulate(self, step: int, weights: LossWeights, totals: StepTotals) -> tuple[int, float]:
         """The gradient of the weighted losses over global batch `step`, left in the engine, averaged over the ranks.
         Returns the number of micro-batches and the imbalance between the ranks."""
-        parts, waiting_share = self.partition(step)
-        for number, part in enumerate(parts):
-            # A GPU still computes the micro-batch before, except under stage 3, which waits for it.
-            micro_batch = self.lay_out(part)
+        batch = self.ahead if self.ahead is not None and self.ahead.step == step else self.begin(step)
+        micro_batch = batch.first
+        for part in (*batch.parts[1:], None):
+            num_positions = micro_batch.batch.num_positions
             try:
                 loss = self.joint_loss(weights, micro_batch, totals)
-                self.engine.backward(loss, is_last=number == len(parts) - 1)
+                # A GPU still computes that. Under stage 3 the host waits for it at the end of backward.
+                if part is not None:
+                    micro_batch = self.lay_out(part)
+                elif step + 1 < self.num_steps:
+                    self.ahead = self.begin(step + 1)
+                self.engine.backward(loss, is_last=part is None)
             except torch.OutOfMemoryError as error:
                 raise UserError(
-                    f"step {step + 1}: {self.engine.device} has no room for a micro-batch of "
-                    f"{micro_batch.batch.num_positions} tokens. Lower --batch.max_tokens_per_micro_batch (now "
-                    f"{self.config.batch.max_tokens_per_micro_batch}), set "
-                    f"--model.gradient_checkpointing true, or shard more: {error}"
+                    f"step {step + 1}: {self.engine.device} has no room for a micro-batch of {num_positions} tokens. "
+                    "Lower --batch.max_tokens_per_micro_batch (now "
+                    f"{self.config.batch.max_tokens_per_micro_batch}), set --model.gradient_checkpointing selective or "
+                    f"true, or shard more: {error}"
                 ) from error
-        return len(parts), waiting_share
+        return len(batch.parts), batch.imbalance
+
+    def begin(self, step: int) -> GlobalBatch:
+        """Partition a global batch, and lay its first micro-batch out."""
+        parts, waiting_share = self.partition(step)
+        return GlobalBatch(step, parts, waiting_share, self.lay_out(parts[0]))
 
     def partition(self, step: int) -> tuple[list[np.ndarray], float]:
         """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
@@ -216,10 +241,12 @@ class Trainer:
         return own, imbalance(costs, ranks, rows)
 
     def lay_out(self, part: np.ndarray) -> MicroBatch:
+        """A micro-batch on the device, or on its way there."""
         pairs, reference = self.train_set.pairs, self.train_set.reference
-        return make_micro_batch(
+        micro_batch = make_micro_batch(
             pairs, part, self.config.batch.layout, None if reference is None else reference.of(part)
         )
+        return micro_batch.to(self.engine.device)
 
     def joint_loss(self, weights: LossWeights, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
         """This rank's contribution to the mean loss over the pairs of the global batch.
@@ -234,33 +261,35 @@ class Trainer:
             idle_heads=objective.uses_reward and objective.uses_policy,
             with_router=self.counts_experts,
         )
-        weight, margin, reference = micro_batch.labels_on(self.engine.device)
-        loss = joint_loss(objective, weights, scores, reference, margin)
+        weight, reference = micro_batch.weight, micro_batch.reference
+        loss = joint_loss(objective, weights, scores, reference, micro_batch.margin)
         if scores.router is not None:
             totals.add_load(weight, scores.router.load)
             if self.router_coefficient:
                 loss = loss.with_router(scores.router.loss, self.router_coefficient)
-        totals.add(micro_batch, weight, loss, preference_metrics(scores, reference, objective.beta))
+        totals.add(micro_batch, loss, preference_metrics(scores, reference, objective.beta))
         totals.flops += self.cost.training_flops(micro_batch.batch, with_logprob=weights.policy > 0)
         return (loss.total * weight).sum() / self.plan.global_batch_size * self.world_size
 
     def reduce(self, totals: StepTotals) -> dict[str, float]:
-        """Means over the pairs of the global batch, from the sums of all ranks: one all-reduce a step."""
-        names = sorted(totals.sums)
-        device = self.engine.device
-        work = torch.tensor([totals.tokens, totals.padding, totals.flops], dtype=torch.float64, device=device)
+        """Means over the pairs of the global batch, from the sums of all ranks: one all-reduce and one transfer to the
+        host a step. What is to be a maximum over the ranks has a place of its own for each, and there is added to 0."""
+        names, device = sorted(totals.sums), self.engine.device
+        own = [float(peak_memory_bytes(device)), *self.saver.votes()]
+        of_ranks = torch.zeros(self.world_size, len(own), dtype=torch.float64)
+        of_ranks[self.rank] = torch.tensor(own, dtype=torch.float64)
+        work = torch.tensor([totals.tokens, totals.padding, totals.flops], dtype=torch.float64)
+        of_host = move_tensor(torch.cat([work, of_ranks.flatten()]), device)
         load = torch.empty(0, device=device) if totals.expert_load is None else totals.expert_load
-        row = torch.cat([torch.stack([totals.sums[name] for name in names]), work, load.flatten()])
-        largest = torch.tensor(
-            [float(peak_memory_bytes(device)), *self.saver.votes()], dtype=torch.float64, device=device
-        )
+        row = torch.cat([torch.stack([totals.sums[name] for name in names]), of_host, load.flatten()])
         dist.all_reduce(row)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        sums, (tokens, padding, flops), counts = (part.tolist() for part in row.split([len(names), 3, load.numel()]))
-        memory, *votes = largest.tolist()
+        values = iter(row.tolist())
+        means = {name: next(values) / self.plan.global_batch_size for name in names}
+        tokens, padding, flops = itertools.islice(values, 3)
+        ranks = [list(itertools.islice(values, len(own))) for _ in range(self.world_size)]
+        memory, *votes = map(max, zip(*ranks, strict=True))
         self.saver.hear(votes)
-        means = {name: value / self.plan.global_batch_size for name, value in zip(names, sums, strict=True)}
-        experts = expert_metrics(np.array(counts).reshape(load.shape)) if counts else {}
+        experts = {} if totals.expert_load is None else expert_metrics(np.reshape(list(values), load.shape))
         work_done = {"tokens": tokens, "padding": padding, "flops": flops}
         return means | experts | work_done | {"memory_gib": memory / 2**30}
 

@@ -15,7 +15,7 @@ from hafrm_ds.engine.engine import Engine, TrainingEngine
 from hafrm_ds.engine.scoring import over_all_ranks
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import UnsupportedAttention, stock_attention
-from hafrm_ds.model.hybrid import layout_difference, lm_head_difference, tolerance_of
+from hafrm_ds.model.hybrid import fused_difference, layout_difference, lm_head_difference, tolerance_of
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.token_budget import find_token_budget
 
@@ -53,6 +53,7 @@ def settle_batch(engine: Engine, sets: list[PreparedPairs], config: TrainConfig,
     objective, pairs, model = config.objective, sets[0], engine.model
     log.print(f"layout {model.layout}, attention {model.causal_lm.config._attn_implementation}")
     check_layout(engine, pairs, config, log)
+    check_fused_layers(engine, pairs, config, log)
     if objective.uses_policy:
         check_lm_head(engine, pairs, log)
     budget = config.batch.max_tokens_per_micro_batch
@@ -126,6 +127,30 @@ def check_layout(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log:
         raise ModelError(f"{finding}. Set --batch.layout padded")
     log.warn(f"{finding}. The layout is padded")
     model.use_layout("padded", config.model.attention, engine.device)
+
+
+def check_fused_layers(engine: Engine, pairs: PreparedPairs, config: TrainConfig, log: RunLog) -> None:
+    """Say what is fused in the model's layers, and compare the scores of the shortest pairs with those of its own code.
+    What model.fused "auto" has chosen is left out where they differ.
+
+    Raises:
+        ModelError: what was asked for changes the scores.
+    """
+    model, name = engine.model, type(engine.model.causal_lm).__name__
+    log.print(f"fused in layers: {model.fused or 'nothing'}")
+    if model.fused is None:
+        return
+    items, with_logprob = shortest_items(pairs, model.layout), config.objective.uses_policy
+    difference = over_all_ranks(dist.ReduceOp.MAX, engine.device, fused_difference(model, engine, items, with_logprob))
+    log.print(f"fused against {name}'s own layers: {difference:.2g} in a reward or a token's log-prob")
+    if difference <= tolerance_of(model):
+        return
+    finding = f"the scores of {name} change by {difference:.3g} when {model.fused}"
+    if config.model.fused != "auto":
+        raise ModelError(f"{finding} (tolerance {tolerance_of(model):g}). Set --model.fused off")
+    log.warn(f"{finding}. Nothing is fused")
+    model.fused.take_away()
+    model.fused = None
 
 
 def check_lm_head(engine: Engine, pairs: PreparedPairs, log: RunLog) -> None:

@@ -37,6 +37,7 @@ FREE_TO_CHANGE = (
     "optimizer.reduce_in_fp32",
     "model.gradient_checkpointing",
     "model.log_probs",
+    "model.fused",
 )
 """Options, or sections that end in a dot, that change nothing of what a run computes."""
 

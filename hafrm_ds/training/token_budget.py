@@ -81,7 +81,8 @@ def find_token_budget(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the memory of {engine.device} does not hold a micro-batch of {smallest} tokens (the longest pair has "
-            f"{longest}): lower --data.max_length, set --model.gradient_checkpointing true, or shard more: {error}"
+            f"{longest}): lower --data.max_length, set --model.gradient_checkpointing selective or true, or shard "
+            f"more: {error}"
         ) from error
     budget = small_batch.num_positions + max(0.0, room - small) / bytes_per_token
     return max(smallest, int(min(budget, largest_useful)) // ROUNDING * ROUNDING)

@@ -16,7 +16,7 @@ from hafrm_ds.capacity.shapes import count_parameters, model_of_shapes
 from hafrm_ds.capacity.workload import counts
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.engine.deepspeed_config import load_config
-from hafrm_ds.errors import ConfigError, run_alone
+from hafrm_ds.errors import ConfigError, ModelError, run_alone
 from hafrm_ds.hardware.devices import DEVICES, Device, find_device
 from hafrm_ds.hardware.flops import ForwardCost
 from tests.distributed.launching import write_pairs
@@ -75,7 +75,7 @@ def test_405_billion_parameters_are_planned_in_seconds(tmp_path):
 
 def test_what_fits_and_what_is_recommended(tmp_path):
     plan = planned(folder_of(tmp_path, LLAMA_8B))
-    fits = {(option.deepspeed.stem, option.checkpointing): option.largest_budget > 0 for option in plan.options}
+    fits = {(option.deepspeed.stem, option.recomputation): option.largest_budget > 0 for option in plan.options}
     # 14 bytes a parameter and more on each of 8 GPUs under stage 0: 128 GB.
     assert not fits["zero0", True]
     assert fits["zero3", False]
@@ -108,6 +108,90 @@ def test_operations_time_and_money_by_hand(tmp_path):
     assert plan.checkpoint_bytes == pytest.approx(14 * 8.03e9, rel=1e-3)
     assert plan.final_bytes == pytest.approx(16.06e9, rel=1e-3)
     assert plan.store_bytes == 1000 * 2 * 24
+
+
+SMOLLM2_135M = LLAMA_405B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def test_under_stage_3_a_small_model_waits_for_the_host(tmp_path):
+    plan = planned(folder_of(tmp_path, SMOLLM2_135M), "--batch.global_batch_size", "64")
+    found = {stage: plan.option(Path(f"ds_configs/zero{stage}.json"), False, 8192) for stage in (0, 1, 2, 3)}
+    milliseconds = {
+        stage: 1e3 * option.launch_seconds / option.partition.micro_batches / 30 for stage, option in found.items()
+    }
+    assert milliseconds == pytest.approx({0: 1.5, 1: 1.5, 2: 2.0, 3: 6.5})
+    assert found[3].step_seconds >= found[3].launch_seconds > found[3].compute_seconds
+    assert found[3].step_seconds > 2 * found[1].step_seconds
+    assert plan.recommended.zero.stage in (1, 2)
+    for kind, more in ((True, 3.7), ("selective", 3.7 + 2 * 1.1)):
+        again = plan.option(Path("ds_configs/zero3.json"), kind, 8192)
+        assert again.launch_seconds == pytest.approx(found[3].launch_seconds * (6.5 + more) / 6.5)
+    on_cpus = replace(plan, machines=replace(plan.machines, device_type="cpu"))
+    assert on_cpus.option(Path("ds_configs/zero3.json"), False, 8192).launch_seconds == 0.0
+
+
+def test_each_kind_of_recomputation_has_its_bytes_and_its_time(tmp_path):
+    plan = planned(folder_of(tmp_path, LLAMA_8B), "--model.gradient_checkpointing", "every_4")
+    zero3 = Path("ds_configs/zero3.json")
+    found = {kind: plan.option(zero3, kind, 8192) for kind in plan.kinds}
+    assert list(found) == [False, "selective", "every_4", True]
+    per_token = {kind: plan.working_memory[kind].per_token for kind in found}
+    assert per_token[False] > per_token["every_4"] > per_token["selective"] > per_token[True]
+    # In bfloat16: the input, query, key and value, the output of attention with a number a head, what is projected
+    # back, gate, up and down. What is larger in a micro-batch is less than a layer.
+    kept = 2 * (4096 + (2 * 4096 + 2 * 1024) + 4096 + 2 * 14336 + 4096) + 4 * 32
+    assert 32 * kept < per_token["selective"] < 34 * kept
+    work, more = plan.operations.training, plan.operations.recomputed
+    peak = plan.machines.flops * plan.workload.num_steps
+    assert plan.compute_seconds(True) == pytest.approx((work + more) / peak)
+    assert plan.compute_seconds("every_4") == pytest.approx((work + more / 4) / peak)
+    assert plan.compute_seconds(False) == pytest.approx(work / peak)
+    assert 1.02 < plan.compute_seconds("selective") / plan.compute_seconds(False) < 1.1
+    assert plan.recipe(found["selective"]).model.gradient_checkpointing == "selective"
+
+
+def test_selective_recomputation_is_recommended_where_pairs_are_too_long_without(tmp_path):
+    folder = str(folder_of(tmp_path, LLAMA_8B))
+    config = load_config(
+        ["--output_dir", "o", "--model.name_or_path", folder, "--data.train", "none", "--data.max_length", "6000"]
+    )
+    model = model_of_shapes(config)
+    workload = workload_of(config, model, *uniform_sets(640, 3000, 3000))
+    plan = Plan(config, model, workload, Machines(DEVICES["h100"], 8, 1, mfu=0.35))
+    usual = [option for option in plan.options if not plan.is_last_resort(option)]
+    fits = {kind: max(o.largest_budget for o in usual if o.recomputation == kind) for kind in plan.kinds}
+    assert fits[False] == 0 < 9000 <= fits["selective"] < fits[True]
+    assert (plan.recommended.zero.stage, plan.recommended.recomputation) == (3, "selective")
+
+
+def test_a_kind_of_recomputation_that_a_model_cannot_is_left_out(tmp_path):
+    """transformers adds the bias of gpt-oss's experts to their products in place."""
+    shape = {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1000,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    plan = planned(folder_of(tmp_path, shape), "--batch.layout", "padded", pairs=640)
+    assert plan.kinds == [False, True]
+    asked = planned(tmp_path, "--batch.layout", "padded", "--model.gradient_checkpointing", "selective")
+    with pytest.raises(ModelError, match="gradient_checkpointing is selective, but a layer"):
+        list(asked.kinds)
 
 
 def test_of_a_mixture_of_experts_all_are_held_and_sent_and_a_few_computed(tmp_path):
@@ -176,6 +260,14 @@ def test_quantised_weights_take_fewer_bytes_and_no_stage_3(tmp_path):
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_fused_layers_keep_fewer_activations_and_compiled_ones_take_no_stage_3(tmp_path):
+    folder = folder_of(tmp_path, LLAMA_8B | {"num_hidden_layers": 4})
+    kept = {kind: planned(folder, "--model.fused", kind).working_memory[False].per_token for kind in ("off", "liger")}
+    assert 0.6 * kept["off"] < kept["liger"] < 0.75 * kept["off"]
+    plan = planned(folder, "--model.fused", "compile_layers", "--deepspeed", "ds_configs/zero2.json")
+    assert max(zero.stage for zero in plan.settings.values()) == 2
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

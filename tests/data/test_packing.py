@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
+from hafrm_ds.data.packing import ALIGNMENT, lay_out, padded_rows, tensors_of, token_costs
 from hafrm_ds.data.planning import DUMMY, partition_by_length
 from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedPair
 from tests.tiny_models import random_items
@@ -86,8 +86,8 @@ def test_a_padded_pass_over_many_texts_is_hardly_padding():
     assert len(batches) < 1.1 * lengths.sum() / 4096 + 1
 
 
-def test_a_gpu_fetches_every_tensor_of_a_micro_batch_from_pinned_memory(monkeypatch):
-    """None with elements that overlap, as expanded ones have: they cannot be pinned."""
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+def test_a_micro_batch_is_moved_by_one_copy_from_pinned_memory(monkeypatch, layout):
     pinned, sent = [], []
 
     def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
@@ -97,13 +97,24 @@ def test_a_gpu_fetches_every_tensor_of_a_micro_batch_from_pinned_memory(monkeypa
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", to)
     pair = TokenizedPair([1, 2], [3], [4, 5], margin=0.5, source="", id="")
-    micro_batch = make_micro_batch([pair], [0, -1], "padded", torch.zeros(4))
-    micro_batch.labels_on(torch.device("cuda"))
-    micro_batch.batch.to(torch.device("cuda"))
+    micro_batch = make_micro_batch([pair], [0, -1], layout, torch.arange(4.0))
+    moved = micro_batch.to(torch.device("cuda"))
     assert sent == [(id(tensor), True) for tensor in pinned]
-    # weight, margin, reference; ids, positions, mask; three indices or targets, and the numbers of tokens
-    assert len(pinned) == 3 + 3 + 4
-    assert all(0 not in tensor.stride() for tensor in pinned)
+    assert len(sent) == 1
+    own, theirs = list(tensors_of(micro_batch)), list(tensors_of(moved))
+    # weight, margin, reference; ids, positions, three indices or targets, numbers of tokens; a mask, or segments
+    assert len(own) == 3 + 6 + {"padded": 1, "packed": 2, "shared_prefix": 3}[layout]
+    for ours, there in zip(own, theirs, strict=True):
+        assert (there.dtype, there.shape, there.tolist()) == (ours.dtype, ours.shape, ours.tolist())
+        assert there.is_contiguous() and there.data_ptr() % ALIGNMENT == 0
+        assert there.untyped_storage().data_ptr() == theirs[0].untyped_storage().data_ptr()
+    assert moved.index is micro_batch.index
+    assert moved.batch.row_lengths == micro_batch.batch.row_lengths
+
+
+def test_what_is_there_is_not_moved():
+    batch = lay_out([ITEM], "shared_prefix")
+    assert batch.to(torch.device("cpu")) is batch
 
 
 def test_to_moves_every_tensor():

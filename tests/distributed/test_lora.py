@@ -61,6 +61,8 @@ def runs(tmp_path_factory) -> Path:
         cases.append([options(name, after, LORA | changes), None])
     checkpointed = {"model.gradient_checkpointing": True}
     cases.append([options("checkpointed", 3, LORA | checkpointed), None])
+    selective = {"model.gradient_checkpointing": "selective"}
+    cases.append([options("selective", 3, LORA | selective), None])
     cases.append([options("baseline", 3, LORA | BASELINE), None])
     run_cases(2, cases)
     return folder
@@ -83,6 +85,12 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(runs, name):
 def test_stages_and_gradient_checkpointing_train_the_same_adapters(runs, name):
     torch.testing.assert_close(losses(runs / name), losses(runs / "straight stage 3"), rtol=1e-4, atol=0)
     assert largest_difference(final_weights(runs / name), final_weights(runs / "straight stage 3")) < 1e-4
+
+
+def test_selective_recomputation_changes_no_bit(runs):
+    assert torch.equal(losses(runs / "selective"), losses(runs / "straight stage 3"))
+    expected, actual = final_weights(runs / "straight stage 3"), final_weights(runs / "selective")
+    assert all(torch.equal(actual[tensor], expected[tensor]) for tensor in expected)
 
 
 def test_the_reference_of_full_training_is_found_and_no_other_is_made(runs):

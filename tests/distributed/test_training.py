@@ -94,6 +94,9 @@ def runs(setting):
             job("one-cut", 3, batch__max_tokens_per_micro_batch=100000),
             job("padded", 3, batch__layout="padded", batch__max_tokens_per_micro_batch=300),
             job("checkpointed", 3, model__gradient_checkpointing=True),
+            *(job(f"selective-zero{stage}", stage, model__gradient_checkpointing="selective") for stage in range(4)),
+            job("selective-gathered", 3, **gather_all, model__gradient_checkpointing="selective"),
+            job("every-second-gathered", 3, **gather_all, model__gradient_checkpointing="every_2"),
             job("baseline", 3, objective__alpha=0),
             job("policy-only", 3, objective__rm_weight=0),
             *(
@@ -154,6 +157,23 @@ def test_cut_layout_checkpointing_and_gathering_change_only_the_cost(runs, varia
     assert largest_difference(final_weights(runs / variant), final_weights(runs / "ranks2-zero3")) < 1e-4
     norms = [[row["grad_norm"] for row in rows(runs / name, "train")] for name in (variant, "ranks2-zero3")]
     torch.testing.assert_close(*map(torch.tensor, norms), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        *((f"selective-zero{stage}", f"ranks2-zero{stage}") for stage in range(4)),
+        ("selective-gathered", "gathered"),  # each weight is fetched again where its product is not computed again
+        ("every-second-gathered", "gathered"),
+    ],
+)
+def test_recomputation_changes_no_bit(runs, name, without):
+    for measured in ("loss/total", "grad_norm"):
+        assert [row[measured] for row in rows(runs / name, "train")] == [
+            row[measured] for row in rows(runs / without, "train")
+        ]
+    expected, actual = final_weights(runs / without), final_weights(runs / name)
+    assert all(torch.equal(actual[tensor], expected[tensor]) for tensor in expected)
 
 
 @pytest.mark.parametrize("name", ZERO_3_FILES)

@@ -203,6 +203,13 @@ def test_quantised_weights_are_not_split_by_zero_3(file):
     load(file, {"zero_optimization": {"stage": 2}}, *quantized)
 
 
+def test_layers_that_fetch_their_weights_are_not_compiled_whole(file):
+    (problem,) = problems(file, {"zero_optimization": {"stage": 3}}, "--model.fused", "compile_layers")
+    assert "model.fused is compile_layers, which compiles layers whole; set model.fused to compile" in problem
+    load(file, {"zero_optimization": {"stage": 2}}, "--model.fused", "compile_layers")
+    load(file, {"zero_optimization": {"stage": 3}}, "--model.fused", "compile")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -83,10 +84,11 @@ BYTES_PER_PARAMETER = {"step": 20, "forward and backward": 4}
 
 @dataclass(frozen=True)
 class StepTime:
-    """Median of the rounds. tokens: without padding."""
+    """Median of the rounds. tokens: without padding. fused: as model.fused."""
 
     layout: str
     attention: str
+    fused: str
     seconds: float
     tokens: int
     pairs: int
@@ -205,21 +207,28 @@ def reset_peak_memory() -> None:
 
 
 def time_steps(name: str, peak_flops: float, log_probs: str) -> list[StepTime]:
-    """shared_prefix under every kernel, then packed under the best, and padded under the model's stock attention."""
+    """shared_prefix under every kernel, then packed under the best, and padded under the model's stock attention, with
+    fused layers where Liger is installed; at last shared_prefix without."""
     model, step = make_steps(name)
     model.use_log_probs(log_probs, DEVICE)
+    model.use_fused("auto", DEVICE)
     cost, pairs = ForwardCost.of(model.causal_lm, full_shape), random_pairs(SHAPES[name].vocab_size, MICRO_BATCH_TOKENS)
-    runs = [("shared_prefix", kernel) for kernel in available_kernels()] + [("packed", "auto"), ("padded", "auto")]
+    runs = [("shared_prefix", kernel, True) for kernel in available_kernels()]
+    runs += [("packed", "auto", True), ("padded", "auto", True)]
+    if model.fused is not None:
+        runs.append(("shared_prefix", "auto", False))
     times = []
-    for layout, kernel in runs:
+    for layout, kernel, fused in runs:
         model.use_layout(layout, kernel, DEVICE)
         batch = lay_out(pairs, layout)
         reset_peak_memory()
-        seconds = median_seconds(lambda batch=batch: step(batch))
+        with nullcontext() if fused else model.fused.taken_away():
+            seconds = median_seconds(lambda batch=batch: step(batch))
         times.append(
             StepTime(
                 layout,
                 model.causal_lm.config._attn_implementation,
+                model.fused.kind if model.fused is not None and fused else "off",
                 seconds,
                 tokens=batch.num_positions - batch.num_padding,
                 pairs=len(pairs),
@@ -293,6 +302,7 @@ def render(name: str, report: Report) -> str:
         (
             each.layout,
             each.attention,
+            each.fused,
             f"{each.seconds:.4f}",
             f"{each.tokens:,}",
             f"{each.tokens / each.seconds:,.0f}",
@@ -312,7 +322,7 @@ def render(name: str, report: Report) -> str:
             f"bfloat16, {'gradient checkpointing' if name in WITHOUT_OPTIMIZER else 'ZeRO-3'}; measured matrix-product "
             f"peak {report.peak_flops / 1e12:,.1f} TFLOP/s; log-probs by {report.log_probs}; median of {ROUNDS} after "
             f"{WARM_UP}",
-            table(("layout", "attention", "s", "tokens", "tokens/s", "pairs/s", "peak GiB", "MFU"), steps),
+            table(("layout", "attention", "fused", "s", "tokens", "tokens/s", "pairs/s", "peak GiB", "MFU"), steps),
             f"Log-probs of {MICRO_BATCH_TOKENS:,} tokens, hidden size {shape.hidden_size}, vocabulary "
             f"{shape.vocab_size:,}, forward and backward:",
             table(("function", "s", "peak GiB", "error of the weight's gradient"), logprobs),

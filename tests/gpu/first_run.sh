@@ -38,7 +38,8 @@ run_kernels() {
     test_of tests/gpu/test_token_logprobs.py -m "not slow"
 }
 run_families() {
-    test_of tests/gpu/test_models.py -k "(llama or mistral or gemma2 or qwen2) and (varlen or segmented) and bfloat16_is"
+    test_of tests/gpu/test_models.py -k "(llama or mistral or gemma2 or qwen2) and (varlen or segmented) and bfloat16_is" || return
+    test_of tests/gpu/test_models.py -k "fused and liger"
 }
 run_stages() { python3 -m tests.gpu.stages "$small"; }
 run_small() { python3 -m tests.gpu.benchmark "$small"; }

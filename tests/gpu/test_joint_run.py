@@ -63,6 +63,7 @@ def outputs(tmp_path_factory):
     options = as_options(
         {
             "config": "launch/recipes/quickstart.yaml",
+            "deepspeed": "ds_configs/zero3.json",
             "output_dir": folder / "run",
             "max_steps": STEPS,
             "model.name_or_path": folder / "model",

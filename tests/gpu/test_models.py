@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hafrm_ds.data.packing import lay_out
-from hafrm_ds.model.attention import KERNELS
+from hafrm_ds.errors import ModelError
+from hafrm_ds.model.attention import KERNELS, import_problem
 from hafrm_ds.model.hybrid import HybridModel, layout_difference, tolerance_of
-from hafrm_ds.model.loading import set_gradient_checkpointing
+from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
-from tests.gpu.environment import DEVICE, available_kernels
+from tests.gpu.environment import DEVICE, IS_GPU, available_kernels
 from tests.tiny_models import FAMILIES, random_items, tiny_hybrid
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +82,23 @@ def test_bfloat16_is_as_near_to_fp32_as_on_padded_sequences(family, layout, kern
     exact = on_padded_sequences(family, torch.float32)
     yardstick = distances(on_padded_sequences(family, torch.bfloat16), exact)
     for name, distance in distances(run(model, layout, kernel), exact).items():
+        allowed = FACTOR * yardstick[name] + FLOOR
+        assert distance <= allowed, f"{name}: off by {distance:.3g}, allowed are {allowed:.3g}"
+
+
+@pytest.mark.parametrize("kind", ["liger", "compile"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_layers_are_as_near_to_fp32_as_their_own(family, kind):
+    if not IS_GPU or (kind == "liger" and import_problem("liger_kernel.ops")):
+        pytest.skip("needs a GPU, and liger_kernel for its functions")
+    model = model_of(family, torch.bfloat16)
+    try:
+        model.use_fused(kind, DEVICE)
+    except ModelError as error:
+        pytest.skip(str(error))
+    exact = on_padded_sequences(family, torch.float32)
+    yardstick = distances(on_padded_sequences(family, torch.bfloat16), exact)
+    for name, distance in distances(run(model, "shared_prefix", "auto"), exact).items():
         allowed = FACTOR * yardstick[name] + FLOOR
         assert distance <= allowed, f"{name}: off by {distance:.3g}, allowed are {allowed:.3g}"
 

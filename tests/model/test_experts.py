@@ -10,8 +10,8 @@ from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import UnsupportedAttention
 from hafrm_ds.model.experts import expert_layers, gives_router_logits, router_loss_coefficient
 from hafrm_ds.model.hybrid import HybridModel
-from hafrm_ds.model.loading import set_gradient_checkpointing
 from hafrm_ds.model.lora import add_adapters
+from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.objective import ResponseScores
 from tests.tiny_models import EXPERTS, random_items, tiny_hybrid, use_layout
 

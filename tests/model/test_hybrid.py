@@ -26,7 +26,7 @@ from hafrm_ds.model.hybrid import (
     sum_by_response,
     tolerance_of,
 )
-from hafrm_ds.model.loading import set_gradient_checkpointing
+from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.model.token_logprobs import HeadTransform
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.tiny_models import FAMILIES, random_items, tiny_causal_lm, tiny_hybrid, use_layout

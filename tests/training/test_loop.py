@@ -1,5 +1,8 @@
 """The loss of a step and its gradients, whatever the cut of the global batch."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from hafrm_ds.config import ObjectiveConfig
@@ -7,6 +10,8 @@ from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.objective import joint_loss, weights_at
+from hafrm_ds.training import loop
+from hafrm_ds.training.loop import StepTotals, Trainer
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
 
 
@@ -55,3 +60,82 @@ def test_an_idle_lm_head_has_a_gradient_of_0_and_leaves_the_rest_as_it_is():
     assert not found[True].pop("causal_lm.lm_head.weight").any()
     assert found[False].pop("causal_lm.lm_head.weight") is None
     assert all(torch.equal(gradient, found[False][name]) for name, gradient in found[True].items())
+
+
+# ---- the order of a step ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded():
+    """A trainer of two steps, of 3 micro-batches and of 1, that writes down what it does instead of doing it."""
+    events: list[str] = []
+    trainer = Trainer.__new__(Trainer)
+
+    def lay_out(part):
+        events.append(f"lay out {part[0]}")
+        return SimpleNamespace(batch=SimpleNamespace(num_positions=7), name=part[0])
+
+    def joint_loss(weights, micro_batch, totals):
+        events.append(f"forward {micro_batch.name}")
+        return micro_batch.name
+
+    def backward(loss, is_last):
+        events.append(f"backward {loss}" + " and reduce" * is_last)
+
+    trainer.ahead, trainer.num_steps = None, 2
+    trainer.partition = lambda step: ([[0], [1], [2]] if step == 0 else [[3]], 0.0)
+    trainer.lay_out, trainer.joint_loss = lay_out, joint_loss
+    trainer.engine = SimpleNamespace(backward=backward, device=torch.device("cpu"))
+    return trainer, events
+
+
+def test_the_next_micro_batch_is_laid_out_before_backward_also_that_of_the_next_step(recorded):
+    trainer, events = recorded
+    assert [trainer.accumulate(step, None, StepTotals())[0] for step in (0, 1)] == [3, 1]
+    assert events == [
+        *("lay out 0", "forward 0", "lay out 1", "backward 0"),
+        *("forward 1", "lay out 2", "backward 1"),
+        *("forward 2", "lay out 3", "backward 2 and reduce"),
+        *("forward 3", "backward 3 and reduce"),
+    ]
+
+
+def test_a_step_that_is_computed_again_is_laid_out_again(recorded):
+    """As where the pull of one loss is measured before the step."""
+    trainer, events = recorded
+    for step in (0, 0, 1, 1):
+        trainer.accumulate(step, None, StepTotals())
+    forwards = [event for event in events if event.startswith("forward")]
+    assert forwards == [f"forward {number}" for number in (0, 1, 2, 0, 1, 2, 3, 3)]
+
+
+def test_sums_and_largest_values_come_from_one_row(monkeypatch):
+    heard: list = []
+    trainer = SimpleNamespace(
+        engine=SimpleNamespace(device=torch.device("cpu")),
+        saver=SimpleNamespace(votes=lambda: [2.0, 0.0], hear=heard.append),
+        plan=SimpleNamespace(global_batch_size=4),
+        rank=1,
+        world_size=3,
+    )
+    totals = StepTotals(sums={"loss/total": torch.tensor(3.0).double(), "a": torch.tensor(-1.0).double()})
+    totals.tokens, totals.padding, totals.flops = 10, 1, 5.0
+    totals.expert_load = torch.tensor([[1.0, 3.0]]).double()
+    reduced: list[torch.Tensor] = []
+
+    def all_reduce(row):
+        """Rank 0 has the most memory, rank 2 votes for a save."""
+        of_ranks = torch.tensor([[2.0**34, 0, 0], [0, 0, 0], [0, 1, 1]]).double()
+        row += torch.cat([torch.tensor([5.0, 1.0, 100, 0, 7]).double(), of_ranks.flatten(), torch.tensor([0.0, 4])])
+        reduced.append(row)
+
+    monkeypatch.setattr(loop.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(loop, "peak_memory_bytes", lambda device: 2**30)
+    metrics = Trainer.reduce(trainer, totals)
+    assert len(reduced) == 1
+    assert metrics == {
+        **{"a": 1.0, "loss/total": 1.0, "tokens": 110.0, "padding": 1.0, "flops": 12.0, "memory_gib": 16.0},
+        **{"experts/largest_load": 7 / 4, "experts/unused": 0.0},
+    }
+    assert heard == [[2.0, 1.0]]
+    assert all(type(value) is float for value in metrics.values())

@@ -60,7 +60,15 @@ class NoDataDependence(TorchDispatchMode):
 
 
 class AsOnCuda(TorchDispatchMode):
-    """Refuses what the host would wait for on a GPU, and names the place of it and of a mix of devices."""
+    """Refuses what the host would wait for on a GPU, and names the place of it and of a mix of devices.
+
+    Attributes:
+        to_device, to_host: copies that it does not wait for.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.to_device = self.to_host = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -73,9 +81,13 @@ class AsOnCuda(TorchDispatchMode):
             is_async = kwargs.get("non_blocking") if name == "_to_copy" else args[2:] == (True,)
             if to is not None and torch.device(to).type != source.device.type:
                 if source.device.type == "cuda":
-                    raise HostWaits(f"{place()}\n  a copy from the device, which the host waits for")
-                if not is_async or not getattr(source, "is_pinned_here", False):
+                    if not is_async:
+                        raise HostWaits(f"{place()}\n  a copy from the device, which the host waits for")
+                    self.to_host += 1
+                elif not is_async or not getattr(source, "is_pinned_here", False):
                     raise HostWaits(f"{place()}\n  a blocking copy to the device: not pinned, or not non_blocking")
+                else:
+                    self.to_device += 1
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:

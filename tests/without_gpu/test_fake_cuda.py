@@ -6,14 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import PackedBatch, lay_out, token_costs
 from hafrm_ds.data.tokenization import TokenizedPair
 from hafrm_ds.engine import scoring
+from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.model import attention, hybrid
-from hafrm_ds.model.loading import set_gradient_checkpointing
+from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.objective import bradley_terry_loss, weights_at
 from hafrm_ds.training import loop
 from hafrm_ds.training.loop import StepTotals, Trainer
@@ -21,6 +23,8 @@ from tests.tiny_models import FAMILIES, random_items
 from tests.without_gpu.fake_cuda import DEVICE, AsOnCuda, HostWaits, fake_cuda, fake_hybrid
 
 ITEMS = random_items(seed=3, num_items=6)
+MOST_COPIES = 1
+"""To the device, for a micro-batch with all that belongs to it."""
 SETTINGS = [
     ("shared_prefix", "varlen"),
     ("shared_prefix", "segmented"),
@@ -52,12 +56,13 @@ def test_forward(monkeypatch, family, layout, kernel):
     assert scores.logprob.shape == (2 * len(ITEMS),)
 
 
+@pytest.mark.parametrize("kind", [True, "selective"])
 @pytest.mark.parametrize("kernel", ["varlen", "segmented"])
-def test_forward_with_gradient_checkpointing(monkeypatch, kernel):
+def test_forward_with_gradient_checkpointing(monkeypatch, kernel, kind):
     batch = lay_out(ITEMS, "shared_prefix")
     with fake_cuda(monkeypatch):
         model = fake_hybrid("llama")
-        set_gradient_checkpointing(model.causal_lm, True)
+        set_gradient_checkpointing(model.causal_lm, kind)
         use(model, "shared_prefix", kernel)
         with AsOnCuda():
             assert model(batch.to(DEVICE)).reward.device == DEVICE
@@ -84,13 +89,10 @@ class FakeEngine:
 
 
 def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", kernel: str = "varlen"):
-    """The loop's own, with its sums; what it counts of a micro-batch on the CPU is counted before."""
+    """The loop's own, with its sums, and the copies of the micro-batch."""
     config = TrainConfig.model_validate(
         {"output_dir": "unused", "model": {"name_or_path": "unused"}, "data": {"train": "unused.jsonl"}}
     )
-    micro_batch = micro_batch_of(layout)
-    padding = micro_batch.batch.num_padding
-    monkeypatch.setattr(PackedBatch, "num_padding", padding)
     with fake_cuda(monkeypatch):
         model = fake_hybrid("llama")
         use(model, layout, kernel)
@@ -99,20 +101,43 @@ def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", k
             engine=FakeEngine(model),
             plan=SimpleNamespace(global_batch_size=5),
             world_size=2,
-            cost=SimpleNamespace(training_flops=lambda *batch, **how: 0.0),
+            rank=1,
+            cost=ForwardCost(1.0, 1.0, 1.0, 1.0, 1.0),
             counts_experts=False,
+            saver=SimpleNamespace(votes=lambda: [0.0, 0.0], hear=lambda votes: None),
         )
         totals = StepTotals()
-        with AsOnCuda():
+        with AsOnCuda() as copies:
+            micro_batch = micro_batch_of(layout).to(DEVICE)
             loss = Trainer.joint_loss(trainer, weights_at(config.objective, 0), micro_batch, totals)
-    return loss, totals
+    return loss, totals, copies, trainer
 
 
 @pytest.mark.parametrize(("layout", "kernel"), SETTINGS)
 def test_joint_loss_of_the_loop(monkeypatch, layout, kernel):
-    loss, totals = joint_loss(monkeypatch, layout, kernel)
+    loss, totals, copies, _ = joint_loss(monkeypatch, layout, kernel)
     assert (loss.device, loss.shape) == (DEVICE, ())
     assert {each.device for each in totals.sums.values()} == {DEVICE}
+    assert (copies.to_device, copies.to_host) == (MOST_COPIES, 0)
+    assert totals.tokens > 0 < totals.flops
+
+
+def test_a_step_talks_once_to_the_other_ranks_and_once_to_the_host(monkeypatch):
+    _, totals, _, trainer = joint_loss(monkeypatch)
+    said: list[str] = []
+
+    def tolist(row: torch.Tensor) -> list[float]:
+        said.append("to the host")
+        return [0.0] * row.numel()
+
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
+    monkeypatch.setattr(loop.dist, "all_reduce", lambda row: said.append("to the ranks"))
+    monkeypatch.setattr(loop, "peak_memory_bytes", lambda device: 1)
+    with fake_cuda(monkeypatch), AsOnCuda() as copies:
+        metrics = Trainer.reduce(trainer, totals)
+    assert said == ["to the ranks", "to the host"]
+    assert (copies.to_device, copies.to_host) == (1, 0), "what the host has counted; the row is read by tolist"
+    assert metrics.keys() >= {"loss/total", "tokens", "memory_gib"}
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
@@ -123,23 +148,37 @@ def test_scoring_of_the_reference_pass(monkeypatch, layout):
         "rejected": np.array([len(item.responses[1]) for item in ITEMS]),
     }
     kept: list[tuple] = []
-    # Values are fetched once, behind the last micro-batch; until then the host waits for nothing.
+    # Values are copied behind what computes them, and waited for when the next micro-batch has been launched.
     monkeypatch.setattr(scoring, "in_order", lambda scored, sizes, ranks_on: scored)
+    events: list[str] = []
+
+    class Event:
+        def record(self, stream) -> None:
+            events.append("copied")
+
+        def synchronize(self) -> None:
+            events.append("waited for")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     with fake_cuda(monkeypatch):
         model = fake_hybrid("llama")
         use(model, layout, "varlen")
-        with AsOnCuda():
+        with AsOnCuda() as copies:
             scored = scoring.score_items(
                 FakeEngine(model),
                 scoring.Items(lambda position: ITEMS[position], np.full(len(ITEMS), 2), token_costs(lengths, layout)),
                 ("logprob",),
                 layout=layout,
-                max_tokens=64,
+                max_tokens=45,
                 on_values=lambda positions, values: kept.append((positions, values)),
             )
     assert kept == scored  # each told once, in the order of the micro-batches
     assert sorted(position for positions, _ in kept for position in positions) == list(range(len(ITEMS)))
-    assert {logprob.device for _, logprob in kept} == {DEVICE}
+    assert {logprob.device.type for _, logprob in kept} == {"cpu"}
+    assert (copies.to_device, copies.to_host) == (MOST_COPIES * len(scored), len(scored))
+    assert events[:4] == ["copied", "copied", "waited for", "copied"], "one is pending while the next is launched"
+    assert len(events) == 2 * len(scored) > 4 and events[-1] == "waited for"
 
 
 # ---- what is planted is found, with file and line ------------------------------------------------------------------
@@ -181,6 +220,6 @@ def test_a_blocking_copy_in_the_loop_is_found(monkeypatch, copy):
         else:
             torch.ones(1, device=device).cpu()
 
-    monkeypatch.setattr(MicroBatch, "labels_on", move)
+    monkeypatch.setattr(MicroBatch, "to", move)
     with pytest.raises(HostWaits, match=r"test_fake_cuda.py:\d+: .*(micro_batch.weight|cpu\(\))"):
         joint_loss(monkeypatch)

@@ -1,66 +1,40 @@
-"""Forward and backward of a Llama of 1B's shape on meta tensors: how many kernels a layer starts."""
+"""Forward and backward of a Llama of 1B's shape on meta tensors: how many kernels a layer starts, and what it keeps."""
 
 from collections import Counter
-from dataclasses import asdict, replace
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+import pytest
 
+from hafrm_ds.capacity.working_memory import Pass, working_bytes
 from hafrm_ds.data.packing import lay_out
-from hafrm_ds.model.attention import KERNELS
-from hafrm_ds.model.hybrid import HybridModel, RewardHead
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss
-from tests.gpu.benchmark import SHAPES, random_pairs
+from tests.gpu.benchmark import random_pairs
+from tests.without_gpu.counting import counted_step, model_of
 
-FORWARD_CEILING, BACKWARD_CEILING = 40, 81
-"""Kernels of a layer. Raise them only for what is worth a kernel a layer."""
-STARTS_NOTHING = {
-    *("view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
-    *("split", "split_with_sizes", "detach", "alias", "as_strided", "reshape", "_reshape_alias", "unbind", "chunk"),
-    *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh", "is_same_size", "result_type"),
-    "_has_compatible_shallow_copy_type",
-}
-META = torch.device("meta")
+CEILINGS = {False: (40, 81), True: (18, 40)}
+"""Kernels of a layer in forward and in backward, without and with fused functions. Raise them only for what is worth a
+kernel a layer."""
+KEPT = {False: 6.6, True: 4.6}
+"""Million bytes of activations a token at 7B, at most."""
 
 
-class Kernels(TorchDispatchMode):
-    """Counts the operations that would start a kernel."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (name := func.overloadpacket.__name__) not in STARTS_NOTHING:
-            self.counts[name] += 1
-        return func(*args, **kwargs or {})
+def kernels(num_layers: int, fused: bool) -> list[Counter[str]]:
+    model = model_of("1B", num_layers)
+    batch = lay_out(random_pairs(model.lm_head.out_features, 2048), "shared_prefix")
+    return [counts.kernels for counts in counted_step(model, batch, fused)]
 
 
-def kernels(num_layers: int) -> tuple[Counter[str], Counter[str]]:
-    """Of forward with loss, and of backward."""
-    shape = replace(SHAPES["1B"], num_hidden_layers=num_layers)
-    config = LlamaConfig(**asdict(shape), max_position_embeddings=4096)
-    with META:
-        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    head = RewardHead(config.hidden_size, 1, bias=False, device=META, dtype=torch.bfloat16)
-    model = HybridModel(causal_lm.train(), head)
-    model.causal_lm.set_attn_implementation(KERNELS["varlen"].implementation)
-    batch = lay_out(random_pairs(shape.vocab_size, 2048), "shared_prefix").to(META)
-    with Kernels() as forward:
-        scores = model(batch)
-        reference = torch.zeros(scores.logprob.shape, device=META)
-        loss = (bradley_terry_loss(scores.reward) + dpo_loss(scores.logprob, reference, 0.1)).mean()
-    with Kernels() as backward:
-        loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    return forward.counts, backward.counts
-
-
-def test_a_layer_starts_no_more_kernels_than_it_did():
-    one, two = kernels(1), kernels(2)
-    for name, first, second, ceiling in zip(
-        ("forward", "backward"), one, two, (FORWARD_CEILING, BACKWARD_CEILING), strict=True
-    ):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_layer_starts_no_more_kernels_than_it_did(fused):
+    one, two = kernels(1, fused), kernels(2, fused)
+    for name, first, second, ceiling in zip(("forward", "backward"), one, two, CEILINGS[fused], strict=True):
         layer = second - first
         assert 0 < layer.total() <= ceiling, f"{name}: {layer.total()} kernels a layer, {dict(layer)}"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_token_keeps_no_more_activations_than_it_did(fused):
+    how = Pass("shared_prefix", "cuda", with_reward=True, with_logprob=False, fused=fused)
+    model, few, many = model_of("7B"), random_pairs(1000, 2000), random_pairs(1000, 8000)
+    taken = [working_bytes(model, items, how) for items in (few, many)]
+    tokens = [lay_out(items, "shared_prefix").num_positions for items in (few, many)]
+    kept = (taken[1] - taken[0]) / (tokens[1] - tokens[0]) / 1e6
+    assert KEPT[fused] * 0.9 <= kept <= KEPT[fused], f"{kept:.2f} MB a token"
