@@ -24,6 +24,7 @@ from hafrm_ds.scoring.rows import ScoredRow
 SMALLEST_PART, MOST_PARTS = 64, 2000
 """A part has at least so many lines, and more where there would be more than so many parts."""
 ERRORS_SHOWN = 20
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 class ScoringOptions(ScoringSection):
@@ -122,10 +123,12 @@ def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> list[
 
 
 def split_into_parts(input: Path) -> list[Part]:
-    """Raises DataError if the input cannot be read or has no line."""
+    """Raises DataError if the input cannot be read, is compressed or has no line."""
     starts = [0]
     try:
         with input.open("rb") as file:
+            if file.peek(2)[:2] == GZIP_MAGIC:
+                raise DataError(f"--input {input} is compressed; unpack it first (gunzip --keep)")
             for line in file:
                 starts.append(starts[-1] + len(line))
     except OSError as error:

@@ -1,5 +1,6 @@
 """Scoring a file: every row once, in its place, whatever was done before."""
 
+import gzip
 import json
 import random
 
@@ -106,6 +107,9 @@ def test_files_that_cannot_be_used_are_named(options, tmp_path):
     options.output.unlink()
     options.input.write_text("")
     with pytest.raises(DataError, match=r"in.jsonl is empty"):
+        run(options)
+    options.input.write_bytes(gzip.compress(b'{"messages": []}'))
+    with pytest.raises(DataError, match=r"in.jsonl is compressed; unpack it first"):
         run(options)
     options.input.unlink()
     with pytest.raises(DataError, match=r"in.jsonl cannot be read: No such file"):
