@@ -98,7 +98,7 @@ class ModelConfig(Section):
     """What turns blocks of the LM head's products into log-probs and their gradient. torch: its own operations. triton:
     a kernel for each, which reads and writes a logit once, on NVIDIA GPUs."""
     fused: Fused = "auto"
-    """What makes one kernel each of the norms, rotary embeddings and gated MLPs of a layer. liger: the package
+    """Compute the norms, rotary embeddings and gated MLPs of a layer by one kernel each. liger: the package
     liger-kernel, on NVIDIA GPUs. compile: torch.compile of each. compile_layers: torch.compile of whole layers, but
     neither under ZeRO-3 nor for mixtures of experts. auto: liger on a GPU where it is installed, else off."""
     router_aux_loss: Literal["own"] | None = None

@@ -35,8 +35,8 @@ LAUNCH_SECONDS = {0: (0.75e-3, 0.75e-3), 1: (0.75e-3, 0.75e-3), 2: (0.75e-3, 1.2
 """ZeRO stage -> seconds in which the host starts the kernels of a layer for a micro-batch, in forward and in backward,
 on one core of a server's processor (tests/benchmarks/README.md)."""
 SELECTIVE_SECONDS = 1.1e-3
-"""What it takes more of them where each operation is looked at, whether its output is kept: in forward, and again in
-recomputation."""
+"""Seconds of the host that selective recomputation adds for a layer, as it looks at each operation: in forward, and
+again in recomputation."""
 SIMPLEST_FIRST = ("zero1", "zero2", "zero3", "zero3_hpz", "zero0", "zero3_offload_optimizer", "zero3_offload")
 
 
@@ -178,8 +178,8 @@ class Plan:
 
     @property
     def kinds(self) -> list[bool | str]:
-        """What backward may recompute, from little to much. Not all of every N-th layer, unless the run is to do so:
-        products that are kept save as much in less time."""
+        """Lists the kinds of recomputation that may be recommended, from little to much. every_N is among them only if
+        the run asks for it: keeping products saves as much in less time."""
         return list(self.working_memory)
 
     @cached_property
@@ -261,7 +261,7 @@ class Plan:
 
     @cached_property
     def traced(self) -> dict[tuple[bool | str, int], float]:
-        """What has been traced so far: (kind of recomputation, number of usual pairs) -> bytes."""
+        """Holds what has been traced so far: (kind of recomputation, number of usual pairs) -> bytes."""
         return {}
 
     def working_bytes(self, kind: bool | str, num_tokens: int) -> float:
@@ -280,7 +280,7 @@ class Plan:
         return recomputed_bytes(self.model, [self.usual_item], self.micro_batch_pass("selective"))
 
     def compute_seconds(self, kind: bool | str) -> float:
-        """Of a step, were the processes never to wait for one another."""
+        """Seconds that a step computes, if the processes never wait for one another."""
         workload, device, n = self.workload, self.machines.device, self.machines.num_processes
         share = recomputed_layers(kind, self.num_layers) / self.num_layers
         # The padded layout computes its padding, too, though it is not among the operations that are needed.
@@ -290,7 +290,7 @@ class Plan:
         return (work / self.machines.flops + moved / device.memory_bandwidth) / workload.num_steps
 
     def launch_seconds(self, stage: int, kind: bool | str, micro_batches: float) -> float:
-        """Of a step, what the host needs to start its kernels. On CPUs it is part of what was measured as MFU."""
+        """Seconds that the host needs to start the kernels of a step. On CPUs they are part of the measured MFU."""
         if self.machines.device_type == "cpu":
             return 0.0
         forward, backward = LAUNCH_SECONDS[stage]

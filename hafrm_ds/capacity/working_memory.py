@@ -109,7 +109,7 @@ traced_attention.register_fake(attention_shapes)
 
 
 def keep_attention(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    """What a FlashAttention call keeps for its backward."""
+    """Keep what a FlashAttention call keeps for its backward."""
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -278,8 +278,8 @@ def of_all_layers(
     how: Pass,
     measure: Callable[[HybridModel, PackedBatch, Pass], int],
 ) -> float:
-    """What a measure gives for a micro-batch: of the model with its first layers alone at two depths, continued to its
-    own depth."""
+    """Measure a micro-batch with two small depths of the model, and continue the line through both to its own
+    depth."""
     causal_lm = model.causal_lm
     # Padding is computed like any token, and the stock attention of padded rows keeps what a kernel keeps.
     batch = lay_out(items, "packed" if how.layout == "padded" else how.layout).to(META)

@@ -17,6 +17,13 @@ COMMAND = [LAUNCHER] if LAUNCHER.exists() else [sys.executable, "-m", "deepspeed
 """Where packages are only unpacked (tests/gpu/first_run.sh) there is no command."""
 
 
+def write_stages(folder: Path) -> None:
+    """Write zero0.json to zero3.json, under the last of which every parameter is partitioned, small ones too."""
+    for stage in range(4):
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

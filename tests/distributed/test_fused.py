@@ -1,11 +1,10 @@
 """Fused functions and compiled layers through the launcher: the numbers of a run without them."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import as_options, rows, run_jobs, write_pairs
+from tests.distributed.launching import as_options, rows, run_jobs, write_pairs, write_stages
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
 
@@ -28,9 +27,7 @@ def runs(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("fused")
     model = save_tiny_model(folder / "model")
     train_file, test_file = write_pairs(folder / "train.jsonl", 30), write_pairs(folder / "test.jsonl", 8, seed=1)
-    for stage in range(4):
-        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    write_stages(folder)
 
     def job(name: str, fused: str, stage: int, changes: dict) -> tuple[str, list[str]]:
         chosen = {

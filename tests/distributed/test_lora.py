@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from hafrm_ds.saved.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, merged
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs
+from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs, write_stages
 from tests.distributed.test_resume import assert_same_run, run_cases
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
@@ -34,9 +34,7 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     model = save_tiny_model(folder / "model")
     train_file, test_file = write_pairs(folder / "train.jsonl", 40), write_pairs(folder / "test.jsonl", 10, seed=1)
-    for stage in range(4):
-        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    write_stages(folder)
 
     def options(name: str, stage: int, changes: dict) -> list[str]:
         chosen = TINY_RUN | {
