@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from hafrm_ds.data.comparisons import Comparison
 from hafrm_ds.errors import DataError
 
 TOOL_CALLS = "has tool calls, which are not supported"
@@ -26,16 +27,15 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """One comparison: after `prompt`, the answer `chosen` was preferred to `rejected`."""
+class PreferenceGroup:
+    """A prompt, its answers, and which of them are better than which. A pair has the chosen and the rejected answer."""
 
     prompt: list[Message]
     """The conversation so far, of any number of turns, with its system message if it has one."""
-    chosen: list[Message]
-    """The messages after the prompt: as a rule one message of the assistant."""
-    rejected: list[Message]
-    margin: float | None
-    """By how much the chosen answer is better, in the units of the data; None where the data does not say."""
+    answers: tuple[list[Message], ...]
+    """Two or more. Each is the messages after the prompt: as a rule one message of the assistant."""
+    comparisons: tuple[Comparison, ...]
+    """At least one, and none between answers that are equally good."""
     source: str
     """Name that results are grouped by: the row's own `source` field, else the name of the data source."""
     id: str
@@ -58,7 +58,7 @@ class Dropped:
     reason: str
 
 
-Outcome = PreferencePair | Deselected | Dropped
+Outcome = PreferenceGroup | Deselected | Dropped
 
 
 class ToolCallsError(DataError):
