@@ -454,7 +454,7 @@ class TrainConfig(Section):
                 f"objective.policy_label_smoothing is defined for policy_loss dpo, not for {objective.policy_loss}"
             )
         if objective.ranking_loss != "pairwise":
-            unknown = {
+            undefined = {
                 f"policy_loss {objective.policy_loss}": objective.uses_policy and objective.policy_loss != "dpo",
                 "policy_label_smoothing": objective.policy_label_smoothing > 0,
                 "reward_label_smoothing": objective.reward_label_smoothing > 0,
@@ -462,7 +462,7 @@ class TrainConfig(Section):
             }
             problems += [
                 f"objective.ranking_loss {objective.ranking_loss} is not defined with objective.{name}: leave one out"
-                for name, is_there in unknown.items()
+                for name, is_there in undefined.items()
                 if is_there
             ]
         if not objective.uses_reward and objective.use_margin:

@@ -27,7 +27,6 @@ class Comparison(NamedTuple):
     target: float = 1.0
     weight: float = 1.0
 
-
     def among(self, places: dict[int, int]) -> "Comparison":
         """The same where the answers have other positions: old -> new."""
         return self._replace(better=places[self.better], worse=places[self.worse])
@@ -81,19 +80,17 @@ class Comparisons:
     @classmethod
     def of(cls, groups: Sequence[tuple[int, Sequence[Comparison]]]) -> "Comparisons":
         """The comparisons of groups that are laid out one after another: (number of answers, comparisons) of each."""
-        better, worse, group, share, target, margin = [], [], [], [], [], []
+        rows: list[tuple[int, int, int, float, float, float]] = []
         start = 0
         for number, (num_answers, comparisons) in enumerate(groups):
             total = sum(each.weight for each in comparisons)
-            for each in comparisons:
-                better.append(start + each.better)
-                worse.append(start + each.worse)
-                group.append(number)
-                share.append(each.weight / total)
-                target.append(each.target)
-                margin.append(each.margin or 0.0)
+            rows += [
+                (start + each.better, start + each.worse, number, each.weight / total, each.target, each.margin or 0.0)
+                for each in comparisons
+            ]
             start += num_answers
-        return cls(*map(torch.tensor, (better, worse, group, share, target, margin)), num_groups=len(groups))
+        better, worse, group, share, target, margin = (torch.tensor(column) for column in zip(*rows, strict=True))
+        return cls(better, worse, group, share, target, margin, len(groups))
 
     @classmethod
     def of_pairs(cls, num_pairs: int) -> "Comparisons":

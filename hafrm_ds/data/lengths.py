@@ -46,7 +46,8 @@ class GroupLengths:
     @classmethod
     def joined(cls, parts: Iterable["GroupLengths"]) -> "GroupLengths":
         """Those of several sets, one after another."""
-        every = [cls(*[np.zeros(0, dtype=np.int64)] * 2, first=np.zeros(1, dtype=np.int64)), *parts]
+        nothing = np.zeros(0, dtype=np.int64)
+        every = [cls(nothing, nothing, np.zeros(1, dtype=np.int64)), *parts]
         sizes = np.concatenate([each.num_responses for each in every])
         prompt, response = (np.concatenate([getattr(each, name) for each in every]) for name in ("prompt", "response"))
         return cls(prompt, response, starts_of(sizes))

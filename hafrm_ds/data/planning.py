@@ -60,19 +60,19 @@ def pass_order(num_groups: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_groups)
 
 
-def check_budget(costs: np.ndarray, max_tokens: int, ids) -> None:
-    """Raise DataError naming the pairs that alone exceed the token budget of a micro-batch.
+def check_budget(costs: np.ndarray, max_tokens: int, ids, unit: str) -> None:
+    """Raise DataError naming the groups that alone exceed the token budget of a micro-batch.
 
     Args:
-        costs: [pairs] tokens that each pair occupies in the chosen layout.
-        ids: sequence of the pairs' ids (file and row).
+        costs: [G] tokens that each group needs in the chosen layout at least.
+        ids: sequence of the groups' ids (file and row). unit: what they are called.
     """
     over = np.flatnonzero(costs > max_tokens)
     if len(over):
         worst = over[np.argsort(-costs[over])][:5]
         named = ", ".join(f"{ids[int(index)]} ({costs[index]} tokens)" for index in worst)
         raise DataError(
-            f"{len(over)} of {len(costs)} pairs do not fit in one micro-batch of "
+            f"{len(over)} of {len(costs)} {unit} do not fit in one micro-batch of "
             f"batch.max_tokens_per_micro_batch = {max_tokens} tokens: {named}. "
             f"Raise --batch.max_tokens_per_micro_batch to {costs.max()} or lower --data.max_length."
         )

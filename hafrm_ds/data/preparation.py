@@ -29,7 +29,15 @@ from hafrm_ds.data.presets import Role
 from hafrm_ds.data.lengths import GroupLengths, starts_of
 from hafrm_ds.data.reading import COMPARISON_FEATURES, MARGIN, NOT_READ, REMARKS, ROLE, read_groups, selection_key
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
-from hafrm_ds.data.report import DataReport, Example, GroupFacts, TemplateFacts, count_outcomes, count_repeats, percentiles
+from hafrm_ds.data.report import (
+    DataReport,
+    Example,
+    GroupFacts,
+    TemplateFacts,
+    count_outcomes,
+    count_repeats,
+    percentiles,
+)
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import (
     IDENTICAL_AFTER_CUT,
@@ -318,7 +326,9 @@ def summarize(
     lengths = GroupLengths(columns["prompt"], columns["response"], starts_of(columns["num_responses"]))
     comparisons = ComparisonTable(*(columns[name] for name in ComparisonTable._fields))
     are_pairs = is_of_pairs(columns["num_responses"], columns["num_comparisons"], comparisons)
-    duplicates, both_orders = count_repeats(columns["keys"][compared(lengths.first, columns["num_comparisons"], comparisons)])
+    duplicates, both_orders = count_repeats(
+        columns["keys"][compared(lengths.first, columns["num_comparisons"], comparisons)]
+    )
     tokens = {"prompt": lengths.prompt}
     tokens |= {name: lengths.response[side::2] for side, name in enumerate(("chosen", "rejected")) if are_pairs}
     tokens |= {} if are_pairs else {"answer": lengths.response}

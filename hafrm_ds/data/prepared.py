@@ -28,9 +28,9 @@ from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.durability import whole_folder
 
 FACTS, KEPT = "facts.json", "kept.arrow"
-LENGTHS = ("prompt", "response")
 COMPARISONS = ComparisonTable._fields
-COLUMNS = (*LENGTHS, "num_responses", "num_comparisons", *COMPARISONS, "keys", "prompt_keys", "uncut_lengths")
+COUNTS = ("prompt", "response", "num_responses", "num_comparisons")
+COLUMNS = (*COUNTS, *COMPARISONS, "keys", "prompt_keys", "uncut_lengths")
 GROUP_COLUMNS = ("prompt_ids", "response_ids", "source", "id")
 
 
@@ -74,8 +74,10 @@ class PreparedGroups:
             fingerprint = facts["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid):
             return None
-        first_response, first_comparison = (starts_of(columns.pop(f"num_{name}s")) for name in ("response", "comparison"))
-        lengths = GroupLengths(*(columns.pop(name) for name in LENGTHS), first_response)
+        first_response, first_comparison = (
+            starts_of(columns.pop(f"num_{name}s")) for name in ("response", "comparison")
+        )
+        lengths = GroupLengths(columns.pop("prompt"), columns.pop("response"), first_response)
         table = ComparisonTable(*(columns.pop(name) for name in COMPARISONS))
         groups = cls(rows, lengths, table, first_comparison, **columns, report=report, fingerprint=fingerprint)
         is_whole = (
@@ -108,6 +110,15 @@ class PreparedGroups:
     def compared(self) -> np.ndarray:
         """[C, 2] which of all responses each comparison finds better and worse."""
         return compared(self.lengths.first, np.diff(self.first_comparison), self.table)
+
+    def needed_tokens(self, layout: str, whole: bool) -> np.ndarray:
+        """[G] tokens that a micro-batch must hold for each group: its longest comparison, or all its answers."""
+        if whole:
+            return self.lengths.costs(layout)
+        better, worse = self.lengths.response[self.compared].T
+        prompt = np.repeat(self.lengths.prompt, np.diff(self.first_comparison))
+        costs = GroupLengths.of_pairs(prompt, better, worse).costs(layout)
+        return np.maximum.reduceat(costs, self.first_comparison[:-1]) if len(self) else costs
 
     def comparisons_of(self, index: np.ndarray) -> np.ndarray:
         """Positions in `table` of the comparisons of some groups, group after group."""
@@ -186,7 +197,7 @@ def fingerprint(columns: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(columns["keys"]).view(np.uint8).data)
     digest.update(np.ascontiguousarray(columns["margin"]).data)
     counts, table = ("num_responses", "num_comparisons"), ComparisonTable(*(columns[name] for name in COMPARISONS))
-    if not is_of_pairs(*(columns[name] for name in counts), table):
+    if not is_of_pairs(columns["num_responses"], columns["num_comparisons"], table):
         for name in (*counts, "better", "worse", "target", "weight"):
             digest.update(np.ascontiguousarray(columns[name]).data)
     return digest.hexdigest()

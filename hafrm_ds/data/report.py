@@ -368,7 +368,11 @@ def render_example(example: Example) -> Panel:
 def render_tokens(group: TokenizedGroup, tokenizer: PreTrainedTokenizerBase) -> Panel:
     """The tokens of a group one by one; >>token<< marks where the reward of each conversation is read."""
     lines = [Text.assemble((f"prompt, {len(group.prompt_ids)} tokens: ", "bold"), spelled(group.prompt_ids, tokenizer))]
-    names = ["chosen", "rejected"] if len(group.responses) == 2 else [f"answer {number}" for number in range(len(group.responses))]
+    names = (
+        ["chosen", "rejected"]
+        if len(group.responses) == 2
+        else [f"answer {number}" for number in range(len(group.responses))]
+    )
     for name, ids, read_out in zip(names, group.responses, group.read_outs):
         lines.append(
             Text.assemble(

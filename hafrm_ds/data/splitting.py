@@ -90,9 +90,7 @@ class TrainingItems:
         return np.concatenate(found)
 
 
-def split(
-    group: TokenizedGroup, layout: str, max_tokens: int
-) -> list[tuple[tuple[int, ...], tuple[Comparison, ...]]]:
+def split(group: TokenizedGroup, layout: str, max_tokens: int) -> list[tuple[tuple[int, ...], tuple[Comparison, ...]]]:
     """(answers, comparisons) of parts of a group that keep a token budget, by first fit: each comparison goes into the
     first part that has room for those of its answers which are not there yet."""
     prompt, lengths = len(group.prompt_ids), [len(response) for response in group.responses]

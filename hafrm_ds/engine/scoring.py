@@ -187,7 +187,9 @@ def score_groups(
     if values is None:
         return None
     # Contiguous: numpy adds up other numbers in another order, and means would differ in their last bits.
-    return {head: np.ascontiguousarray(each) for head, each in zip(heads, values.reshape(-1, len(heads)).T, strict=True)}
+    return {
+        head: np.ascontiguousarray(each) for head, each in zip(heads, values.reshape(-1, len(heads)).T, strict=True)
+    }
 
 
 @dataclass

@@ -89,9 +89,7 @@ class Responses:
         keys, place = unique_keys(
             np.concatenate([each.groups.keys[some] for each, some in zip(sets, wanted, strict=True)])
         )
-        return cls(
-            [each.groups for each in sets], numbers, np.concatenate(groups), np.concatenate(wanted), keys, place
-        )
+        return cls([each.groups for each in sets], numbers, np.concatenate(groups), np.concatenate(wanted), keys, place)
 
     def into(self, tables: Sequence[np.ndarray], values: np.ndarray) -> None:
         """Write values [U] into tables [R] of each set, for the responses that are wanted."""
