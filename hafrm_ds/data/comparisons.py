@@ -1,6 +1,7 @@
 """Comparisons: what is known of the answers of a group, two by two. Every loss, metric and evaluation reads them.
 
-Legend: G groups, N answers of all of them, C comparisons. A preference pair is a group of two answers with one comparison.
+Legend: G groups, N answers of all of them, C comparisons. A preference pair is a group of two answers with one
+comparison.
 """
 
 from collections.abc import Sequence

@@ -61,7 +61,7 @@ class Overlap:
     """What a test set shares with the training set.
 
     prompts: groups of the test set whose prompt is also one of training. answers: those of which a whole conversation
-    is. pairs: comparisons that are there themselves, in either order. first: id of the first such group, "" without one.
+    is. pairs: comparisons that are there themselves, in either order. first: id of the first such group, or "".
     """
 
     prompts: int

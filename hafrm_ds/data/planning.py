@@ -19,7 +19,7 @@ import numpy as np
 from hafrm_ds.errors import DataError
 
 DUMMY = -1
-"""Stands for "no group" in a micro-batch: the rank runs a tiny pair of weight 0, as all ranks must run equally often."""
+"""Stands for "no group" in a micro-batch: the rank runs a tiny pair of weight 0, as all must run equally often."""
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hafrm_ds.data.content_keys import KEY_DTYPE, content_key, keys_of_column
 from hafrm_ds.data.comparisons import Comparison, ComparisonTable
+from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.lengths import GroupLengths, starts_of
 from hafrm_ds.data.prepared import PreparedGroups, compared, is_of_pairs, save_groups
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.lengths import GroupLengths, starts_of
 from hafrm_ds.data.reading import COMPARISON_FEATURES, MARGIN, NOT_READ, REMARKS, ROLE, read_groups, selection_key
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
 from hafrm_ds.data.report import (

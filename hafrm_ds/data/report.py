@@ -306,8 +306,8 @@ class DataReport:
             most = sorted(self.marks.items(), key=lambda item: -item[1])
             names = names_in_words(f"{mark} ({pairs:,})" for mark, pairs in most)
             yield (
-                f"WARNING {self.with_marks:,} of {kept:,} {self.unit} hold special tokens or marks of a chat template in "
-                f"their texts: {names}. If they were rendered before, they are rendered twice now"
+                f"WARNING {self.with_marks:,} of {kept:,} {self.unit} hold special tokens or marks of a chat template "
+                f"in their texts: {names}. If they were rendered before, they are rendered twice now"
             )
 
 

@@ -302,8 +302,8 @@ def common_prefix_length(*sequences: Sequence[int]) -> int:
 def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> PromptWithResponses:
     """One conversation -> ids of a group with one response, split where its last message begins.
 
-    The split is that of `tokenize_groups`: the common prefix of the whole rendering and of the prompt rendered alone, so
-    a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each has
+    The split is that of `tokenize_groups`: the common prefix of the whole rendering and of the prompt rendered alone,
+    so a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each has
     at least one token.
 
     Raises:

@@ -61,8 +61,9 @@ class AnswerScores:
         margin = np.zeros(len(scores), dtype=np.float32) if scores.margin is None else scores.margin
         shares = (groups.weight / total[group]).astype(np.float32)
         columns = (place[:, 0], place[:, 1], group, shares, groups.target, margin)
+        better, worse, of_group, share, target, of_data = (torch.from_numpy(column) for column in columns)
         row, side = np.divmod(first, 2)
-        return cls(Comparisons(*map(torch.from_numpy, columns), number), row, side)
+        return cls(Comparisons(better, worse, of_group, share, target, of_data, number), row, side)
 
     def values(self, of_comparisons: np.ndarray | None) -> Tensor | None:
         """[P, 2] -> [N]."""

@@ -1,5 +1,5 @@
-"""The sets of groups, mostly pairs, that an evaluation scores: tokenised as the model was trained, and what the reference store of the
-training knows of them."""
+"""The sets of groups, mostly pairs, that an evaluation scores: tokenised as the model was trained, and what the
+reference store of the training knows of them."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch.distributed as dist
 
-from hafrm_ds.config import BatchConfig, TrainConfig
+from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.planning import BatchPlan, check_budget
 from hafrm_ds.data.prepared import PreparedGroups
