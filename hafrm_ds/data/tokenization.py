@@ -303,8 +303,8 @@ def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> 
     """One conversation -> ids of a group with one response, split where its last message begins.
 
     The split is that of `tokenize_groups`: the common prefix of the whole rendering and of the prompt rendered alone,
-    so a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each has
-    at least one token.
+    so a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each
+    has at least one token.
 
     Raises:
         DataError: there is no message, the template refuses them or leaves out a part of them, or it renders them as

@@ -60,16 +60,16 @@ def check_sample(
     }
     record(figures)
     log.print(
-        f"policy against stored reference on {len(chosen)} {groups.unit}: largest difference {difference.max():.3g} nats "
-        f"a response, mean {difference.mean():.3g}, {per_token:.2g} a token (tolerance {tolerance:g})"
+        f"policy against stored reference on {len(chosen)} {groups.unit}: largest difference {difference.max():.3g} "
+        f"nats a response, mean {difference.mean():.3g}, {per_token:.2g} a token (tolerance {tolerance:g})"
     )
     if not per_token <= tolerance:
         owner = np.repeat(chosen, groups.lengths.num_responses[chosen])
         worst = groups[int(owner[difference.argmax()])].id
         raise UserError(
             f"the policy does not agree with the stored reference log-probs: {per_token:.3g} nats a token on "
-            f"{len(chosen)} {groups.unit}, tolerance {tolerance:g} ({config.model.dtype}); worst {worst}. The token ids "
-            "and the weight files are those of the store, so the forward pass differs: another kernel or version of "
+            f"{len(chosen)} {groups.unit}, tolerance {tolerance:g} ({config.model.dtype}); worst {worst}. The token "
+            "ids and the weight files are those of the store, so the forward pass differs: another kernel or version of "
             "transformers that changed this model, adapters or weights altered after loading, or values of a faulty "
             f"run. Compare the versions, or give another --reference.store than {config.reference.store}"
         )

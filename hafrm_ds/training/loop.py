@@ -316,8 +316,8 @@ class Trainer:
         dist.all_gather_object(gathered, ids)
         named = ", ".join(list(itertools.chain(*gathered))[:10])
         raise UserError(
-            f"step {step + 1}: the loss is not finite, for the {self.train_set.groups.unit} {named}. Nothing was updated by "
-            "this step. Look at these rows; if they are sound, lower optimizer.learning_rate or set model.dtype float32"
+            f"step {step + 1}: the loss is not finite, for the {self.train_set.groups.unit} {named}. Nothing was "
+            "updated by this step. Look at these rows; if they are sound, lower optimizer.learning_rate or set model.dtype float32"
         )
 
     # ---- the pull of either loss on the body ----
