@@ -4,9 +4,9 @@ Legend: G groups, N answers of all of them, C comparisons. A preference pair is 
 comparison.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,25 @@ class Comparison(NamedTuple):
 
 OF_A_PAIR = (Comparison(0, 1),)
 """The chosen answer, which stands first, is better than the rejected one."""
+
+
+def is_order(num_answers: int, comparisons: Iterable[Sequence[Any]]) -> bool:
+    """Whether the answers can be put in an order that no comparison contradicts: (better, worse, ...) each.
+
+    False where each of two answers is better than the other, and for any longer cycle.
+    """
+    worse: list[list[int]] = [[] for _ in range(num_answers)]
+    num_better = [0] * num_answers
+    for comparison in comparisons:
+        worse[comparison[0]].append(comparison[1])
+        num_better[comparison[1]] += 1
+    order = [answer for answer, number in enumerate(num_better) if not number]
+    for answer in order:  # which grows: those that only answers before them are better than
+        for other in worse[answer]:
+            num_better[other] -= 1
+            if not num_better[other]:
+                order.append(other)
+    return len(order) == num_answers
 
 
 class ComparisonTable(NamedTuple):

@@ -1,4 +1,4 @@
-"""Preference pairs: the one form that a row of any format becomes, and the rows that they are read from.
+"""Groups of answers: the one form that a row of any format becomes, and the rows that they are read from.
 
 The formats themselves are in `formats`. A row that cannot be read is a `DataError` that names file, row and field.
 """
@@ -53,7 +53,7 @@ class Deselected:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that was asked for but is no usable pair, and why: it counts against data.max_dropped_share."""
+    """A row that was asked for but is no usable group, and why: it counts against data.max_dropped_share."""
 
     reason: str
 
@@ -100,7 +100,7 @@ class Row:
     fields: dict[str, Any]
     id: str
     source_name: str
-    """The pair's source where the row has no `source` field of its own."""
+    """The group's source where the row has no `source` field of its own."""
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     """Role as written -> role as the chat templates know it."""
     mapped_roles: dict[str, str] = field(default_factory=dict)

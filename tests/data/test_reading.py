@@ -102,7 +102,7 @@ def test_rows_are_read_again_only_when_the_file_or_the_source_changes(read, read
     os.utime("x.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     changed = read("x.jsonl")
     assert len(reads) == 3 and changed._fingerprint != first._fingerprint
-    assert changed[0]["chosen"] == [{"role": "assistant", "content": "c"}]
+    assert changed[0]["answers"][0] == [{"role": "assistant", "content": "c"}]
 
     write_lines("x.jsonl", rows_of(4))
     os.utime("x.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -166,7 +166,7 @@ def test_real_files(read, name, train, test, single_turn):
     path = f"{REAL_DATA}/{name}.jsonl"
     pairs = read(path)
     assert outcomes(pairs) == {"": train + test}
-    assert all(row["prompt"][-1]["role"] == "user" and len(row["chosen"]) == 1 for row in pairs)
+    assert all(row["prompt"][-1]["role"] == "user" and len(row["answers"][0]) == 1 for row in pairs)
     assert outcomes(read(f"{path}?split=test"))[""] == test
     assert outcomes(read({"path": path, "single_turn": True}))[""] == single_turn
 

@@ -7,7 +7,7 @@ import pytest
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Row, assistant, user
 from hafrm_ds.data.preparation import PAIR_FEATURES, PreparationOptions, PreparedPairs, prepare_pairs
-from hafrm_ds.data.reading import FEATURES, read_pairs
+from hafrm_ds.data.reading import FEATURES, read_groups
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import tokenize_conversation
 from hafrm_ds.errors import DataError
@@ -140,7 +140,7 @@ CALL = calling(call(city="Ulm"))
 def test_every_spelling_of_a_message_is_read_alike(written, read):
     pair = convert(PAIR | {"prompt": [user("p"), written, user("q")], "chosen": [CALL]})
     assert pair.prompt == [user("p") | {"tools": []}, read, user("q")]
-    assert pair.chosen == [CALL]
+    assert pair.answers[0] == [CALL]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_column_of_tools_that_is_ignored():
 
 
 def test_a_column_that_repeats_a_conversation_with_calls_loses_nothing():
-    assert convert(ROW | {"messages": [*ROW["prompt"], *ROW["chosen"]]}).chosen == ROW["chosen"]
+    assert convert(ROW | {"messages": [*ROW["prompt"], *ROW["chosen"]]}).answers[0] == ROW["chosen"]
     assert "context: filled, but not read" in error_of(ROW | {"context": "words of its own"})
 
 
@@ -225,11 +225,11 @@ def test_a_template_that_renders_tools_gets_all_of_them(formatter, prepare):
 
 def test_rows_without_tools_are_kept_as_before_beside_rows_with(formatter, tmp_path):
     write_lines(tmp_path / "pairs.jsonl", [PAIR, ROW])
-    rows = read_pairs([Source(path=str(tmp_path / "pairs.jsonl"))], role="train", seed=0, cache_dir=tmp_path)
+    rows = read_groups([Source(path=str(tmp_path / "pairs.jsonl"))], role="train", seed=0, cache_dir=tmp_path)
     assert rows.features == FEATURES and set(FEATURES["prompt"].feature) == {"role", "content"}
-    assert rows[0]["prompt"] == [user("p")] and rows[0]["chosen"] == [assistant("a")]
+    assert rows[0]["prompt"] == [user("p")] and rows[0]["answers"][0] == [assistant("a")]
     assert "tools" not in PAIR_FEATURES
-    assert json.loads(rows[1]["chosen"][0]["content"]) == ROW["chosen"]
+    assert json.loads(rows[1]["answers"][0][0]["content"]) == ROW["chosen"]
 
 
 @pytest.mark.parametrize(
