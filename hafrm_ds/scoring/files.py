@@ -162,10 +162,10 @@ def score_part(part: Part, input: Path, model: Scorer) -> bytes:
         lines = [file.readline() for _ in range(part.num_lines)]
     places = [f"{input.name}:{part.first_line + number}" for number in range(len(lines))]
     rows = [(ScoredRow.read(line.strip(), place, model), place) for line, place in zip(lines, places) if line.strip()]
-    scores = iter(model.score_ids([ids for row, _ in rows for ids in row.conversations]))
+    rated = iter(model.rate_ids([ids for row, _ in rows for ids in row.conversations]))
     written, errors = [], []
     for row, place in rows:
-        line, error = row.written([next(scores) for _ in row.conversations], place)
+        line, error = row.written([next(rated) for _ in row.conversations], place, model.attributes)
         written.append(line)
         if error:
             errors.append(error)

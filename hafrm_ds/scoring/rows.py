@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ BESIDE = (*EARLIER, "tools")
 """Columns that are read beside a prompt."""
 SCORES = ("score", "scores")
 """Fields that the output adds, one of them to each row."""
+ATTRIBUTES = "attributes"
+"""What it adds besides for a model that has them: {name: value}, or with `scores` a list of these."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,27 @@ class ScoredRow:
         except DataError as error:
             return cls(fields, field, [], f"{place}: {error}")
 
-    def written(self, scores: list[float], place: str) -> tuple[bytes, str]:
-        """The scores of its conversations -> (line of the output, what is wrong with the row or "").
+    def written(self, rated: list[list[float]], place: str, attributes: Sequence[str] = ()) -> tuple[bytes, str]:
+        """The score and then the attributes of each of its conversations -> (line of the output, what is wrong with the
+        row or "").
 
         A row that cannot be scored has the score null, and says why in `score_error`.
         """
         error = self.error
         # A file that was scored before: its scores are kept under another name, its errors are made up for.
-        fields = {name: value for name, value in self.fields.items() if name not in (*SCORES, "score_error")}
-        fields |= {f"input_{name}": self.fields[name] for name in SCORES if name in self.fields}
-        if not error and not all(map(math.isfinite, scores)):
+        added = (*SCORES, ATTRIBUTES) if attributes else SCORES
+        fields = {name: value for name, value in self.fields.items() if name not in (*added, "score_error")}
+        fields |= {f"input_{name}": self.fields[name] for name in added if name in self.fields}
+        if not error and not all(math.isfinite(value) for values in rated for value in values):
             error = f"{place}: the score is not finite"
         if error:
             result: dict[str, Any] = {self.field: None, "score_error": error}
         else:
-            result = {self.field: scores if self.field == "scores" else scores[0]}
+            result = {self.field: [score for score, *_ in rated]}
+            if attributes:
+                result[ATTRIBUTES] = [dict(zip(attributes, values)) for _, *values in rated]
+            if self.field == "score":
+                result = {name: values[0] for name, values in result.items()}
         return json_line(fields | result), error
 
 

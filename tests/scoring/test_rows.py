@@ -116,10 +116,10 @@ def test_tools_that_the_template_does_not_write_cost_a_row_its_score(model, fiel
 def test_a_row_comes_out_as_it_came_in_and_a_score_that_is_no_number_is_an_error(model):
     line = '{"id": 12345678901234567890, "note": "\\ud800 é", "prompt": "a", "responses": ["b", "c"]}'.encode()
     row = ScoredRow.read(line, "in.jsonl:1", model)
-    written, error = row.written([1.5, -2.25], "in.jsonl:1")
+    written, error = row.written([[1.5], [-2.25]], "in.jsonl:1")
     assert error == ""
     assert json.loads(written) == json.loads(line) | {"scores": [1.5, -2.25]}
-    written, error = row.written([1.5, float("nan")], "in.jsonl:1")
+    written, error = row.written([[1.5], [float("nan")]], "in.jsonl:1")
     assert json.loads(written)["scores"] is None
     assert error == "in.jsonl:1: the score is not finite"
 
@@ -127,11 +127,11 @@ def test_a_row_comes_out_as_it_came_in_and_a_score_that_is_no_number_is_an_error
 def test_a_row_that_was_scored_before_keeps_its_score_under_another_name(model):
     line = b'{"prompt": "a", "response": "b", "score": 4.5, "scores": [1, 2], "score_error": "old message"}'
     row = ScoredRow.read(line, "in.jsonl:1", model)
-    written, error = row.written([1.5], "in.jsonl:1")
+    written, error = row.written([[1.5]], "in.jsonl:1")
     assert error == ""
     expected = {"prompt": "a", "response": "b", "input_score": 4.5, "input_scores": [1, 2], "score": 1.5}
     assert json.loads(written) == expected
-    written, error = row.written([float("nan")], "in.jsonl:1")
+    written, error = row.written([[float("nan")]], "in.jsonl:1")
     assert json.loads(written) == expected | {"score": None, "score_error": error}
 
 
