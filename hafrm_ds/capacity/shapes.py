@@ -8,13 +8,7 @@ from hafrm_ds.capacity.zero import Parameters
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.experts import expert_layers
-from hafrm_ds.model.hybrid import (
-    HybridModel,
-    disable_dropout,
-    freeze_unused_heads,
-    make_attribute_head,
-    make_reward_head,
-)
+from hafrm_ds.model.hybrid import HybridModel, disable_dropout, freeze_unused_heads, make_reward_head
 from hafrm_ds.model.loading import DTYPES, first_line, load_model_config
 from hafrm_ds.model.lora import add_adapters, check_packages
 
@@ -41,8 +35,7 @@ def model_of_shapes(config: TrainConfig) -> HybridModel:
     causal_lm.train()
     hidden = model_config.get_text_config().hidden_size
     head = make_reward_head(hidden, bias=config.model.reward_head_bias, init="zero", dtype=dtype, seed=0).to("meta")
-    attribute_head = make_attribute_head(hidden, config.model.attributes, dtype)
-    model = HybridModel(causal_lm, head, attribute_head and attribute_head.to("meta"))
+    model = HybridModel(causal_lm, head)
     if config.model.lora.rank:
         with torch.device("meta"):
             add_adapters(causal_lm, config.model, config.seed)

@@ -211,10 +211,9 @@ class Evaluation:
         pair_scores = self.scores_of_set(name, evaluated, scores[f"set {name}"])
         if judge is not None:
             judge.judge(pair_scores)
-        analysis, names = analyse(pair_scores), self.saved.attributes
-        of_heads = dict(zip(self.heads, np.concatenate(scores[f"set {name}"][0]).T))
-        if measured := measure_attributes(evaluated.groups, evaluated.index, of_heads, names):
-            analysis["attributes"] = measured
+        analysis, values = analyse(pair_scores), dict(zip(self.heads, np.concatenate(scores[f"set {name}"][0]).T))
+        measured = measure_attributes(evaluated.groups, evaluated.index, values, self.saved.attributes)
+        analysis |= {"attributes": measured} if measured else {}
         pair_scores.keep_texts(evaluated.groups, evaluated.index, self.formatter.tokenizer)
         pair_scores.save(self.options.output_dir / SCORES_FOLDER)
         return analysis

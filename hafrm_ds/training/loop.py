@@ -488,4 +488,5 @@ def describe(metrics: dict[str, float]) -> str:
         names = [name for name in judged if f"{kind}/{name}" in metrics]
         values = " ".join(f"{name} {form.format(metrics[f'{kind}/{name}'])}" for name in names)
         parts += [f"{title}: {values}"] if values else []
-    return "; ".join(parts)
+    r2 = [f"{name.removeprefix('r2/')} {value:.2f}" for name, value in metrics.items() if name.startswith("r2/")]
+    return "; ".join(parts + [f"R2: {' '.join(r2)}"] * bool(r2))

@@ -266,7 +266,7 @@ def groups_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
         return [Dropped(MEDIA)]
     all_made = made if isinstance(made, list) else [made]
     outcomes = [finished(each, row, source) for each in all_made]
-    if row.given(ATTRIBUTES) and ATTRIBUTES not in ignored:
+    if is_filled(row.fields.get(ATTRIBUTES)) and ATTRIBUTES not in ignored:
         listed = FORMATS[format_name].listed
         outcomes = [with_attributes(outcome, each, row, listed) for outcome, each in zip(outcomes, all_made)]
     lost = [name for name in unread.of_conversation if name not in ignored and may_be_lost(name, row.fields[name])]
