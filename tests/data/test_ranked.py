@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison, is_order
+from hafrm_ds.data.comparisons import is_order
 from hafrm_ds.data.formats import read_groups_of
-from hafrm_ds.data.pairs import Deselected, Dropped, PreferenceGroup, Row, assistant, user
+from hafrm_ds.data.pairs import OF_A_PAIR, Comparison, Deselected, Dropped, PreferenceGroup, Row, assistant, user
 from hafrm_ds.data.sources import Source
 from hafrm_ds.evaluation.best_of_n.ranking import RankedPrompt
 from tests.data.format_rows import EXAMPLES

@@ -4,8 +4,7 @@ import json
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hafrm_ds.data.comparisons import Comparison
-from hafrm_ds.data.pairs import Deselected, Dropped, Message, Outcome, PreferenceGroup, Row
+from hafrm_ds.data.pairs import Comparison, Deselected, Dropped, Message, Outcome, PreferenceGroup, Row
 from hafrm_ds.errors import DataError
 
 if TYPE_CHECKING:
