@@ -290,10 +290,10 @@ def test_of_two_judgements_one_may_be_ignored():
 # ---- a pair with a probability -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("probability", [0, 0.25, 0.499, 0.75, 1, None])
+@pytest.mark.parametrize("probability", [0, 0.25, 0.499, 0.75, 1, None, math.nan])
 def test_a_pair_may_have_the_probability_that_chosen_is_preferred(probability):
     pair = convert(PAIR | {"probability": probability, "score_chosen": 3, "score_rejected": 1})
-    given = 1.0 if probability is None else probability
+    given = 1.0 if probability is None or math.isnan(probability) else probability
     is_swapped = given < 0.5
     assert pair.answers == tuple([assistant(text)] for text in ("ba" if is_swapped else "ab"))
     assert pair.comparisons == (Comparison(0, 1, -2 if is_swapped else 2, max(given, 1 - given)),)
@@ -309,7 +309,9 @@ def test_a_probability_is_read_of_every_format_of_pairs(name):
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, "high", [0.5], True])
 def test_a_probability_that_is_none_is_an_error_that_names_the_way_out(value):
-    assert error_of(PAIR | {"probability": value}).startswith("pairs.jsonl:7: field 'probability' is ")
+    message = error_of(PAIR | {"probability": value})
+    assert message.startswith("pairs.jsonl:7: field 'probability' is ")
+    assert message.endswith("expected a probability from 0 to 1 (else name it in ignore_columns of the source)")
     assert convert(PAIR | {"probability": value}, Source(path="x", ignore_columns=["probability"])) == convert(PAIR)
 
 

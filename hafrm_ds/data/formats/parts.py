@@ -1,6 +1,7 @@
 """The parts that a format makes of a row, and the group that they become."""
 
 import json
+import math
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,7 +81,7 @@ def finished(made: Made, row: Row, source: "Source") -> Outcome:
         if preferred is None:
             return Deselected(TIE)
         answers, comparisons = those_at([preferred.better, preferred.worse], answers, (preferred,))
-    elif row.given("probability") and "probability" not in source.ignore_columns:
+    elif has_probability(row, source):
         raise DataError(
             f"{row.id}: field 'probability' is that of a pair, and the row has {len(answers)} answers: give "
             "comparisons, or name it in ignore_columns of the source"
@@ -125,16 +126,24 @@ def margin_of(row: Row) -> float | None:
 
 def with_probability(comparison: Comparison, row: Row, source: "Source") -> Comparison:
     """The comparison of a pair with the row's `probability` that the better answer is preferred."""
-    if not row.given("probability") or "probability" in source.ignore_columns:
+    if not has_probability(row, source):
         return comparison
-    return comparison._replace(target=probability_of(row, "(else name it in ignore_columns of the source)"))
+    return comparison._replace(target=probability_of(row, " (else name it in ignore_columns of the source)"))
+
+
+def has_probability(row: Row, source: "Source") -> bool:
+    """Whether a row has a probability. NaN is none: tables have it where nothing is given."""
+    value = row.fields.get("probability")
+    return row.given("probability") and value == value and "probability" not in source.ignore_columns
 
 
 def probability_of(row: Row, remedy: str = "") -> float:
-    probability = float(row.number("probability"))
+    try:
+        probability = float(row.number("probability"))
+    except DataError:
+        probability = math.nan
     if not 0 <= probability <= 1:
-        expected = f"a probability from 0 to 1 {remedy}".strip()
-        raise row.fault("field 'probability'", row.fields["probability"], expected)
+        raise row.fault("field 'probability'", row.fields["probability"], f"a probability from 0 to 1{remedy}")
     return probability
 
 
