@@ -234,8 +234,8 @@ def object_of(**fields):
     [
         ({"scores": [1, 2, 3]}, "field 'scores' is a list of 3, expected 4 numbers, one for each of 'responses'"),
         ({"ranks": [1, 2]}, "field 'ranks' is a list of 2, expected 4 numbers, one for each of 'responses'"),
-        ({"scores": 3}, "field 'scores' is the int 3, expected a list of answers"),
-        ({"responses": "a", "scores": [1]}, "field 'responses' is the text 'a', expected a list of answers"),
+        ({"scores": 3}, "field 'scores' is the int 3, expected a list"),
+        ({"responses": "a", "scores": [1]}, "field 'responses' is the text 'a', expected a list"),
         ({"scores": [1, 2, math.inf, 3]}, "field 'scores[2]' is the float inf, expected a finite number"),
         ({"scores": [1, 2, "3", 3]}, "field 'scores[2]' is the text '3', expected a finite number"),
         ({"ranks": [1, 2.5, 3, 4]}, "a rank in field 'ranks' is the float 2.5, expected a whole number"),

@@ -74,7 +74,7 @@ def ordered(values: Sequence[float], ranking: Ranking) -> Iterator[tuple[int, in
 def items_of(row: Row, field: str) -> list[Any]:
     items = row.value(field)
     if not isinstance(items, list):
-        raise row.fault(f"field {field!r}", items, "a list of answers")
+        raise row.fault(f"field {field!r}", items, "a list")
     return items
 
 
