@@ -52,7 +52,7 @@ def test_the_longest_pair_is_compared_with_the_positions(pairs, formatter):
     check(pairs, formatter, max_position_embeddings=longest)
     with pytest.raises(
         DataError,
-        match=f"^train: the longest conversation has {longest} tokens, but the model tiny knows {longest - 1} pos",
+        match=f"^train: the longest pair has {longest} tokens, but the model tiny knows {longest - 1} positions",
     ):
         check(pairs, formatter, max_position_embeddings=longest - 1)
 
