@@ -25,8 +25,8 @@ def tokenize_pair(
     max_length: int,
     truncation: Truncation,
 ) -> Tokenization:
-    """A single pair, as `tokenize_groups` tokenises many groups."""
-    return tokenize_groups(formatter, [(prompt, (chosen, rejected), OF_A_PAIR)], max_length, truncation)[0]
+    """A single pair, as `tokenize_groups` tokenises many."""
+    return tokenize_groups(formatter, [(prompt, [chosen, rejected], OF_A_PAIR)], max_length, truncation)[0]
 
 
 def byte_level_tokenizer(
