@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.group_steps --config FILE.yaml [--section.key value ...] [--rounds N]
 
-One process, no DeepSpeed. A step is forward and backward of the joint loss over batch.global_batch_size groups, cut into
-micro-batches of batch.max_tokens_per_micro_batch tokens as in training:
+One process, no DeepSpeed. A step is forward and backward of the joint loss over batch.global_batch_size groups, cut
+into micro-batches of batch.max_tokens_per_micro_batch tokens as in training:
 
 groups: each group as it is, its answers behind one prompt. pairs of the groups: every comparison as a pair, all of them
     in the step. pairs in random order: the comparisons of the whole set shuffled, of which a step takes as many.
@@ -117,7 +117,7 @@ def main() -> None:
                 tokens[name].append(sum(each.batch.num_positions for each in batches))
                 compared.append(sum(len(each.comparisons.better) for each in batches))
     print(
-        f"{config.rounds} steps of {plan.global_batch_size} groups, {statistics.median(compared):.0f} comparisons a step\n"
+        f"{config.rounds} steps of {plan.global_batch_size} groups, {statistics.median(compared):.0f} comparisons each\n"
     )
     print("| | tokens | seconds | times groups | peak of a step, GiB |\n|---|---|---|---|---|")
     ours = statistics.median(times["groups"])
