@@ -56,5 +56,13 @@ def comparisons_of(scores: PairScores) -> Comparisons:
     group = answers.group[better]
     shares = (groups.weight / np.bincount(group, groups.weight)[group]).astype(np.float32)
     margin = np.zeros(len(scores), dtype=np.float32) if scores.margin is None else scores.margin
-    columns = (better, worse, group, shares, groups.target, margin)
-    return Comparisons(*map(torch.from_numpy, columns), len(answers.sizes))
+    as_tensor = torch.from_numpy
+    return Comparisons(
+        as_tensor(better),
+        as_tensor(worse),
+        as_tensor(group),
+        as_tensor(shares),
+        as_tensor(groups.target),
+        as_tensor(margin),
+        len(answers.sizes),
+    )

@@ -121,9 +121,9 @@ def top_1(lead: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def ndcg(lead: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sum of gain / log2(1 + place) in the judge's order, over that in the gold order (Järvelin & Kekäläinen 2002). The
-    gain of an answer is its lead over the last one. Answers that the judge ties share their places, as in a random order
-    of them (McSherry & Najork 2008)."""
+    """Sum of gain / log2(1 + place) in the judge's order, over that in the gold order (Järvelin & Kekäläinen 2002; the
+    discount is that of Burges et al. 2005). The gain of an answer is its lead over the last one. Answers that the judge
+    ties share their places, as in a random order of them (McSherry & Najork 2008)."""
     gain = lead - lead.min(axis=1, keepdims=True)
     until = np.cumsum([0.0, *(1 / np.log2(2 + np.arange(lead.shape[1])))])  # of the first k places
     before = above(values)
