@@ -4,8 +4,8 @@
     python -m tests.benchmarks.graded_groups table NAME=FOLDER [NAME=FOLDER ...]
 
 write: FOLDER/data/groups.jsonl, GROUPS prompts with ANSWERS answers each, scored by the rubric plus normal noise
-of NOISE points, and pairs.jsonl, every comparison of these scores as a pair. Tests with the true scores: same_answers.jsonl
-(the same topics) and other_answers.jsonl (topics never trained on).
+of NOISE points, and pairs.jsonl, every comparison of these scores as a pair. Tests with the true scores:
+same_answers.jsonl (the same topics) and other_answers.jsonl (topics never trained on).
 table: mean and 95% interval over seeds of what the last evaluation of each run of compare.py says, for each method of
 each comparison, and the paired differences from the first.
 """

@@ -117,7 +117,8 @@ def main() -> None:
                 tokens[name].append(sum(each.batch.num_positions for each in batches))
                 compared.append(sum(len(each.comparisons.better) for each in batches))
     print(
-        f"{config.rounds} steps of {plan.global_batch_size} groups, {statistics.median(compared):.0f} comparisons each\n"
+        f"{config.rounds} steps of {plan.global_batch_size} groups, {statistics.median(compared):.0f} comparisons each",
+        end="\n\n",
     )
     print("| | tokens | seconds | times groups | peak of a step, GiB |\n|---|---|---|---|---|")
     ours = statistics.median(times["groups"])
