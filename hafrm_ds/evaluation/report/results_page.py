@@ -163,11 +163,18 @@ def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iter
     order = None if scores is None else GoldOrder.of(scores)
     for judge, axis in HISTOGRAMS.items():
         if scores is not None and judge in scores.judges:
-            values, title = scores.judges[judge], f"Distribution of the {JUDGES[judge]}"
+            values = scores.judges[judge]
             if order is None:
-                yield histogram_chart(title, axis, {side: values[:, k] for k, side in enumerate(SIDES)})
+                title, parts = (
+                    f"Distribution of the {JUDGES[judge]}",
+                    {side: values[:, k] for k, side in enumerate(SIDES)},
+                )
             else:
-                yield histogram_chart(f"{title} by gold rank", axis, by_rank(order, scores.answers.values(values)))
+                title, parts = (
+                    f"{JUDGES[judge]} by gold rank".capitalize(),
+                    by_rank(order, scores.answers.values(values)),
+                )
+            yield histogram_chart(title, axis, parts)
     if analysis["calibration"]:
         yield reliability_chart("Reliability", analysis["calibration"], series, unit)
     if analysis.get("coverage"):  # older results do not say

@@ -205,7 +205,7 @@ def test_groups_have_comparisons_an_order_and_distributions_by_rank(tmp_path):
     assert page.row("Kendall's tau-b")[0].startswith(f"{tau['value']:.4g}") and tau["low"] > 0.5
     assert page.row("top-1")[1].startswith(f"{found['ranking']['implicit']['top_1']['value']:.1%}")
     assert "Order within groups over the steps" in page.titles
-    assert "Distribution of the reward head by gold rank" in page.titles
+    assert "Reward head by gold rank" in page.titles
     best = scores.answers.values(scores.reward)[order.rank == 0]
     assert f"1st: mean {best.mean():.3g}, deviation {best.std():.3g}; 2nd: mean" in html and "chosen: mean" not in html
     words = html[html.index("<h2>Evaluation") : html.index("<h2>Training")]
