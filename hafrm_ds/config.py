@@ -5,6 +5,7 @@ The docstring under a field is its help text. `hafrm_ds.options` reads the tree 
 
 import datetime
 import difflib
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -514,6 +515,15 @@ def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from options_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def defaults_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted option name -> its default in JSON's types, for all options that have one."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from defaults_of(field.annotation, f"{prefix}{name}.")
+        elif not field.is_required():
+            yield prefix + name, json.loads(json.dumps(field.get_default(call_default_factory=True), default=str))
 
 
 def share_problems(config: TrainConfig) -> Iterator[str]:
