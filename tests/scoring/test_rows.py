@@ -135,6 +135,28 @@ def test_a_row_that_was_scored_before_keeps_its_score_under_another_name(model):
     assert json.loads(written) == expected | {"score": None, "score_error": error}
 
 
+@pytest.mark.parametrize(
+    ("row", "rated", "expected"),
+    [
+        ({"response": "b"}, [[1.5, 0.25, 4]], {"score": 1.5, "attributes": {"x": 0.25, "y": 4}}),
+        (
+            {"responses": ["b", "c"]},
+            [[1.5, 0.25, 4], [-1, 2, 3]],
+            {"scores": [1.5, -1], "attributes": [{"x": 0.25, "y": 4}, {"x": 2, "y": 3}]},
+        ),
+    ],
+)
+def test_attributes_stand_beside_the_score(model, row, rated, expected):
+    fields = {"prompt": "a", "attributes": "of the input"} | row
+    read = ScoredRow.read(json.dumps(fields).encode(), "in.jsonl:1", model)
+    written, error = read.written(rated, "in.jsonl:1", ["x", "y"])
+    assert (json.loads(written), error) == ({"prompt": "a"} | row | {"input_attributes": "of the input"} | expected, "")
+    written, _ = read.written([values[:1] for values in rated], "in.jsonl:1")
+    assert json.loads(written)["attributes"] == "of the input"
+    written, error = read.written([[1.0, float("nan"), 1.0]] * len(rated), "in.jsonl:1", ["x", "y"])
+    assert error == "in.jsonl:1: the score is not finite" and "attributes" not in json.loads(written)
+
+
 def test_a_number_of_too_many_digits_costs_its_row_alone(model):
     row = ScoredRow.read(b'{"prompt": "a", "response": "b", "user_id": ' + b"7" * 5000 + b"}", "in.jsonl:2", model)
     assert row.error == "in.jsonl:2: holds a number of too many digits (4,300 can be read)"
