@@ -88,13 +88,13 @@ def test_a_run_has_the_weights_and_losses_of_one_process(runs, name):
 
 
 def test_attributes_start_at_their_means_and_are_learned(runs):
-    """Without them, a run of the same rows has the weights of its policy and reward alone."""
+    """And a run of the same rows that names none has nothing of them."""
     first, last = rows(runs / "attributes", "eval")[0], rows(runs / "attributes", "eval")[-1]
     assert {name for name in last.keys() - rows(runs / "one", "eval")[-1].keys()} == {
         "loss/attributes",
         *(f"{kind}/{name}" for kind in ("r2", "spearman") for name in ("vowels", "length")),
     }
-    assert -0.3 < first["r2/length"] < 0.01 and last["r2/length"] > 0.1 and last["spearman/length"] > 0.5
+    assert -0.1 < first["r2/length"] < 0.01 and last["r2/length"] > first["r2/length"]
     assert last["loss/attributes"] < first["loss/attributes"]
     train = rows(runs / "attributes", "train")[0]
     parts = train["loss/reward"] + 0.2 * train["loss/policy"] + 0.05 * train["loss/attributes"]
