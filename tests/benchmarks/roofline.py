@@ -35,12 +35,10 @@ WARM_UP = 2
 
 
 def joint_step(config: TrainConfig, model: HybridModel, micro_batch: MicroBatch, device: torch.device) -> None:
-    micro_batch = micro_batch.to(device)
-    scores = model(
-        micro_batch.batch, with_reward=config.objective.uses_reward, with_logprob=config.objective.uses_policy
-    )
+    micro_batch, objective = micro_batch.to(device), config.objective
+    scores = model(micro_batch.batch, with_reward=objective.uses_reward, with_logprob=objective.uses_policy)
     reference = None if scores.logprob is None else scores.logprob.detach()
-    loss = joint_loss(config.objective, weights_at(config.objective, 0), scores, reference, micro_batch.comparisons)
+    loss = joint_loss(objective, weights_at(objective, 0), scores, reference, micro_batch.comparisons)
     loss.total.mean().backward()
     model.zero_grad()
 
