@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.comparisons import Comparisons
+from hafrm_ds.evaluation.order import GoldOrder
 from hafrm_ds.evaluation.pair_scores import Grouping, PairScores
 from hafrm_ds.objective import policy_loss, reward_loss
 
@@ -16,55 +17,52 @@ def set_metrics(scores: PairScores, objective: ObjectiveConfig) -> dict[str, flo
     Returns:
         pairs (the comparisons), ties/JUDGE (a tie counts half in accuracy/JUDGE), accuracy/JUDGE and margin/JUDGE over
         the comparisons; loss/reward and loss/policy over the groups, as `JointLoss` has them; reward/mean and
-        reward/std over all responses that are compared.
+        reward/std over all responses that are compared. Of a set with groups of more than two answers also groups,
+        and over these tau_b/JUDGE and top_1/JUDGE, as `GoldOrder.measures` has them.
     """
-    answers = AnswerScores.of(scores)
-    reward, logprob, reference = map(answers.values, (scores.reward, scores.logprob, scores.reference))
+    comparisons = comparisons_of(scores)
+
+    def of_answers(values: np.ndarray | None) -> Tensor | None:
+        return None if values is None else torch.from_numpy(scores.answers.values(values))
+
+    reward, logprob, reference = map(of_answers, (scores.reward, scores.logprob, scores.reference))
     metrics: dict[str, float] = {"pairs": len(scores)}
     if reward is not None:
-        metrics["loss/reward"] = reward_loss(objective, reward, answers.comparisons).mean().item()
+        metrics["loss/reward"] = reward_loss(objective, reward, comparisons).mean().item()
         metrics["reward/mean"] = reward.mean().item()
         metrics["reward/std"] = reward.std().item()
     if logprob is not None and objective.uses_policy:
-        num_tokens = answers.values(scores.num_tokens)
+        num_tokens = of_answers(scores.num_tokens)
         assert num_tokens is not None
-        loss = policy_loss(objective, logprob, reference, num_tokens, answers.comparisons)
-        metrics["loss/policy"] = loss.mean().item()
+        metrics["loss/policy"] = policy_loss(objective, logprob, reference, num_tokens, comparisons).mean().item()
     for judge, values in scores.judges.items():
         chosen, rejected = torch.from_numpy(values).unbind(dim=1)
         right = (torch.sign(chosen - rejected) + 1) / 2
         metrics[f"accuracy/{judge}"] = right.mean().item()
         metrics[f"ties/{judge}"] = int((right == 0.5).sum())
         metrics[f"margin/{judge}"] = (chosen - rejected).mean().item()
+    if (order := GoldOrder.of(scores)) is not None:
+        metrics["groups"] = comparisons.num_groups
+        for judge in scores.judges:
+            measures = order.measures(judge)
+            metrics |= {f"{name}/{judge}": float(measures[name].mean()) for name in ("tau_b", "top_1")}
     return metrics
 
 
-class AnswerScores:
-    """The answers that the comparisons of a set are made of, each once: N of them.
-
-    comparisons: of these answers. row, side: [N] where the scores of each stand among those of the comparisons.
-    """
-
-    def __init__(self, comparisons: Comparisons, row: np.ndarray, side: np.ndarray):
-        self.comparisons, self.row, self.side = comparisons, row, side
-
-    @classmethod
-    def of(cls, scores: PairScores) -> "AnswerScores":
-        groups = scores.groups or Grouping.of_pairs(len(scores))
-        # An answer as one number, ascending by group and position; of pairs chosen and rejected in turns.
-        names = groups.number[:, None] * (int(groups.answers.max(initial=0)) + 1) + groups.answers
-        _, first, place = np.unique(names, return_index=True, return_inverse=True)
-        place = place.reshape(-1, 2)
-        _, group = np.unique(groups.number, return_inverse=True)
-        number = int(group.max(initial=-1)) + 1
-        total = np.bincount(group, groups.weight, minlength=number)
-        margin = np.zeros(len(scores), dtype=np.float32) if scores.margin is None else scores.margin
-        shares = (groups.weight / total[group]).astype(np.float32)
-        columns = (place[:, 0], place[:, 1], group, shares, groups.target, margin)
-        better, worse, of_group, share, target, of_data = (torch.from_numpy(column) for column in columns)
-        row, side = np.divmod(first, 2)
-        return cls(Comparisons(better, worse, of_group, share, target, of_data, number), row, side)
-
-    def values(self, of_comparisons: np.ndarray | None) -> Tensor | None:
-        """[P, 2] -> [N]."""
-        return None if of_comparisons is None else torch.from_numpy(of_comparisons[self.row, self.side])
+def comparisons_of(scores: PairScores) -> Comparisons:
+    """The comparisons of a set, among its `answers`."""
+    groups, answers = scores.groups or Grouping.of_pairs(len(scores)), scores.answers
+    better, worse = answers.place.T.copy()
+    group = answers.group[better]
+    shares = (groups.weight / np.bincount(group, groups.weight)[group]).astype(np.float32)
+    margin = np.zeros(len(scores), dtype=np.float32) if scores.margin is None else scores.margin
+    as_tensor = torch.from_numpy
+    return Comparisons(
+        as_tensor(better),
+        as_tensor(worse),
+        as_tensor(group),
+        as_tensor(shares),
+        as_tensor(groups.target),
+        as_tensor(margin),
+        len(answers.sizes),
+    )

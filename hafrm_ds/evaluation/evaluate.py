@@ -92,7 +92,7 @@ class Evaluation:
         prepare = partial(prepare_sets, options=options, saved=saved, formatter=formatter, log=log)
         judged = prepare(options.fit_judge, processes=processes.for_job("judge"))
         for name, each in judged.items():
-            if problem := too_few(each.groups.prompt_keys[each.index]):
+            if problem := too_few(each.prompts):
                 raise DataError(f"--fit_judge {name}: {problem}; give more pairs")
         sets = prepare(options.data, processes=processes)
         stored = stored_reference(options, saved, pair_sets(sets, judged), processes, log)

@@ -1,11 +1,13 @@
 """The scores of every comparison of a set: what an evaluation leaves behind, and all that analyses and reports read.
 
 Legend: P pairs of answers that are compared; the second axis of [P, 2] is (chosen, rejected), the better and the worse.
+G groups, N answers of all of them.
 """
 
 import io
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -52,6 +54,38 @@ class Grouping:
         return cls(np.arange(num_pairs), np.tile(np.arange(2, dtype=np.int32), (num_pairs, 1)), ones, ones)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The answers that the comparisons of a set are made of, each once, those of a group beside one another.
+
+    place: [P, 2] int64, which of them each comparison is of. group: [N] int64, ascending, the group of each, from 0 on.
+    row, side: [N] where the values of each stand among those of the comparisons.
+    """
+
+    place: np.ndarray
+    group: np.ndarray
+    row: np.ndarray
+    side: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Grouping) -> "Answers":
+        # An answer as one number, ascending by group and position; of pairs chosen and rejected in turns.
+        names = groups.number[:, None] * (int(groups.answers.max(initial=0)) + 1) + groups.answers
+        _, first, place = np.unique(names, return_index=True, return_inverse=True)
+        row, side = np.divmod(first, 2)
+        _, group = np.unique(groups.number[row], return_inverse=True)
+        return cls(place.reshape(-1, 2), group, row, side)
+
+    def values(self, of_comparisons: np.ndarray) -> np.ndarray:
+        """[P, 2] -> [N]."""
+        return of_comparisons[self.row, self.side]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[G] answers of each group."""
+        return np.bincount(self.group)
+
+
 @dataclass
 class PairScores:
     """Scores of the comparisons of one evaluation set, of pairs one each.
@@ -81,7 +115,7 @@ class PairScores:
     combined: np.ndarray | None = None
     fit: JudgeFit | None = None
     texts: dict[int, Example] = field(default_factory=dict)
-    groups: "Grouping | None" = None
+    groups: Grouping | None = None
     margin: np.ndarray | None = None
 
     @classmethod
@@ -133,6 +167,10 @@ class PairScores:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def answers(self) -> Answers:
+        return Answers.of(self.groups or Grouping.of_pairs(len(self)))
 
     @property
     def judges(self) -> dict[str, np.ndarray]:

@@ -37,6 +37,11 @@ class EvaluatedSet:
     def __getitem__(self, place: int) -> list[PromptWithResponses]:
         return [self.groups[int(self.index[place])].ids]
 
+    @property
+    def prompts(self) -> np.ndarray:
+        """[P] KEY_DTYPE, the prompt of each comparison that is scored."""
+        return np.repeat(self.groups.prompt_keys[self.index], np.diff(self.groups.first_comparison)[self.index])
+
     def by_group(self, values: np.ndarray) -> list[np.ndarray]:
         """Values of all responses that are scored -> those of each group."""
         sizes = self.groups.lengths.num_responses[self.index]

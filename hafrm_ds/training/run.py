@@ -22,6 +22,7 @@ from hafrm_ds.evaluation.combined import too_few
 from hafrm_ds.evaluation.pair_scores import fixed_choice
 from hafrm_ds.evaluation.report import writing as leaving
 from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
+from hafrm_ds.evaluation.sets import EvaluatedSet
 from hafrm_ds.hardware.measurement import peak_memory_bytes
 from hafrm_ds.model.loading import fetch_model, load_model_config, local_folder
 from hafrm_ds.model.lora import check_packages
@@ -188,7 +189,7 @@ def check_combined_judge(eval_groups: dict[str, PreparedGroups], config: TrainCo
     if not (eval_groups and config.objective.has_combined_judge):
         return
     name, groups = next(iter(eval_groups.items()))
-    problem = too_few(groups.prompt_keys[fixed_choice(len(groups), config.evaluation.max_pairs)])
+    problem = too_few(EvaluatedSet(groups, fixed_choice(len(groups), config.evaluation.max_pairs)).prompts)
     if problem is None:
         return
     best = config.evaluation.best_metric

@@ -1,10 +1,14 @@
-"""Comparisons of groups that lie one after another, as columns and as tensors."""
+"""Comparisons of groups: whether they are an order, and as columns and tensors of groups one after another."""
+
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison, Comparisons, ComparisonTable
+from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison, Comparisons, ComparisonTable, is_order
 
 THREE = (3, [Comparison(2, 0, 0.5), Comparison(2, 1, weight=3.0), Comparison(0, 1, target=0.75, weight=0.5)])
 
@@ -50,3 +54,21 @@ def test_columns_give_their_rows_back():
     assert table.rows() == rows
     assert table.take(slice(1, 2)).rows() == rows[1:2]
     assert table.take(np.array([2, 0])).rows() == (rows[2], rows[0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda each: each[0] != each[1]), max_size=9))
+def test_comparisons_are_an_order_if_any_permutation_satisfies_them_all(edges):
+    satisfied = any(
+        all(order.index(better) < order.index(worse) for better, worse in edges) for order in permutations(range(5))
+    )
+    assert is_order(5, edges) == satisfied
+    assert is_order(5, [Comparison(*edge) for edge in edges]) == satisfied
+
+
+def test_an_order_of_many_answers_and_one_comparison_against_it():
+    places = [7 * place % 40 for place in range(40)]
+    order = list(combinations(places, 2))
+    assert is_order(40, order) and is_order(40, pairwise(places))
+    assert not is_order(40, [*order, (places[-1], places[0])])
+    assert not is_order(40, [*pairwise(places), (places[-1], places[0])])
+    assert not is_order(2, [(0, 1), (1, 0)]) and is_order(3, [])
