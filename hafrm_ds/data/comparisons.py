@@ -12,29 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-class Comparison(NamedTuple):
-    """Of two answers of a group, one is better.
-
-    better, worse: their positions among the answers of the group.
-    margin: by how much, in the units of the data; None where the data does not say.
-    target: the probability that `better` is preferred, above 1/2 and at most 1.
-    weight: how much it counts beside the other comparisons of its group, above 0.
-    """
-
-    better: int
-    worse: int
-    margin: float | None = None
-    target: float = 1.0
-    weight: float = 1.0
-
-    def among(self, places: dict[int, int]) -> "Comparison":
-        """The same where the answers have other positions: old -> new."""
-        return self._replace(better=places[self.better], worse=places[self.worse])
-
-
-OF_A_PAIR = (Comparison(0, 1),)
-"""The chosen answer, which stands first, is better than the rejected one."""
+from hafrm_ds.data.pairs import OF_A_PAIR, Comparison
 
 
 def is_order(num_answers: int, comparisons: Iterable[Sequence[Any]]) -> bool:

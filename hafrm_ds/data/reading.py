@@ -16,12 +16,12 @@ from typing import Any
 
 import datasets
 
-from hafrm_ds.data.comparisons import Comparison
 from hafrm_ds.data.files import Table, find_tables, holds_whole_set, one_object
 from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, not_read, read_groups_of
 from hafrm_ds.data.formats.parts import UNCOMPARED, best_first, distinct
 from hafrm_ds.data.pairs import (
     ROLES,
+    Comparison,
     Deselected,
     Dropped,
     Outcome,

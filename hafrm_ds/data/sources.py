@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from hafrm_ds.data.formats import COMMON_COLUMNS, FORMATS
+from hafrm_ds.data.formats.ranked import Ranking
 from hafrm_ds.data.portions import parse_portion
 from hafrm_ds.data.presets import PRESETS, Role
 
@@ -70,7 +71,7 @@ class Source(BaseModel):
     """Names of roles in this source beside the known ones: {customer: user, agent: assistant}."""
     ignore_columns: list[str] = []
     """Columns to leave unread although their names speak of the conversation."""
-    ranking: Literal["all", "best", "adjacent"] = "all"
+    ranking: Ranking = "all"
     """Rows that rank or rate several answers: which are compared. All of different rank; the best with each other one;
     or each with those of the next rank."""
     min_score_gap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

@@ -44,8 +44,9 @@ class ModelSizes:
                 yield ModelError(f"{name}: {self.id_fault(largest, tokenizer)}")
             longest = int(groups.lengths.longest_conversation.max(initial=0))
             if longest > self.positions:
+                what = "pair" if groups.are_pairs else "conversation"
                 yield DataError(
-                    f"{name}: the longest conversation has {longest:,} tokens, but the model {self.name} knows "
+                    f"{name}: the longest {what} has {longest:,} tokens, but the model {self.name} knows "
                     f"{self.positions:,} positions; set data.max_length to {self.positions} at most"
                 )
 

@@ -69,7 +69,7 @@ def check_sample(
         raise UserError(
             f"the policy does not agree with the stored reference log-probs: {per_token:.3g} nats a token on "
             f"{len(chosen)} {groups.unit}, tolerance {tolerance:g} ({config.model.dtype}); worst {worst}. The token "
-            "ids and the weight files are those of the store, so the forward pass differs: another kernel or version of "
-            "transformers that changed this model, adapters or weights altered after loading, or values of a faulty "
+            "ids and the weight files are those of the store, so the forward pass differs: another kernel or version "
+            "of transformers that changed this model, adapters or weights altered after loading, or values of a faulty "
             f"run. Compare the versions, or give another --reference.store than {config.reference.store}"
         )

@@ -317,7 +317,8 @@ class Trainer:
         named = ", ".join(list(itertools.chain(*gathered))[:10])
         raise UserError(
             f"step {step + 1}: the loss is not finite, for the {self.train_set.groups.unit} {named}. Nothing was "
-            "updated by this step. Look at these rows; if they are sound, lower optimizer.learning_rate or set model.dtype float32"
+            "updated by this step. Look at these rows; if they are sound, lower optimizer.learning_rate or set "
+            "model.dtype float32"
         )
 
     # ---- the pull of either loss on the body ----

@@ -7,9 +7,8 @@ from decimal import Decimal
 import pytest
 from pydantic import ValidationError
 
-from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.formats import FORMATS, NO_PAIRS, detect_format, read_groups_of, speaks_of_conversation
-from hafrm_ds.data.pairs import Deselected, Dropped, Row, assistant, user
+from hafrm_ds.data.pairs import OF_A_PAIR, Deselected, Dropped, Row, assistant, user
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
 from tests.data.format_rows import BEGIN, END, EXAMPLES, README, table

@@ -2,9 +2,8 @@
 
 import pytest
 
-from hafrm_ds.data.comparisons import Comparison
 from hafrm_ds.data.formats import FORMATS, NO_PAIRS, detect_format, read_groups_of
-from hafrm_ds.data.pairs import Deselected, Dropped, PreferenceGroup, Row, assistant, user
+from hafrm_ds.data.pairs import Comparison, Deselected, Dropped, PreferenceGroup, Row, assistant, user
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
 from tests.data.format_rows import EXAMPLES

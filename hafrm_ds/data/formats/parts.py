@@ -1,11 +1,11 @@
 """The parts that a format makes of a row, and the group that they become."""
 
 import json
+import math
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hafrm_ds.data.comparisons import Comparison
-from hafrm_ds.data.pairs import Deselected, Dropped, Message, Outcome, PreferenceGroup, Row
+from hafrm_ds.data.pairs import Comparison, Deselected, Dropped, Message, Outcome, PreferenceGroup, Row
 from hafrm_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,12 +76,18 @@ def finished(made: Made, row: Row, source: "Source") -> Outcome:
         return Dropped("does not end with an answer")
     margin_fault = ""
     if len(answers) == 2 and len(comparisons) == 1:
-        comparison, margin_fault = with_margin(comparisons[0], row)
-        preferred = as_preferred(with_probability(comparison, row, source))
+        better, worse, margin, target, weight = comparisons[0]
+        if margin is None:
+            margin, margin_fault = margin_or_fault(row)
+        if has_probability(row, source):
+            target = probability_of(row, " (else name it in ignore_columns of the source)")
+        preferred = as_preferred(Comparison(better, worse, margin, target, weight))
         if preferred is None:
             return Deselected(TIE)
-        answers, comparisons = those_at([preferred.better, preferred.worse], answers, (preferred,))
-    elif row.given("probability") and "probability" not in source.ignore_columns:
+        comparisons = (preferred,)
+        if preferred.better > preferred.worse:
+            answers, comparisons = those_at([1, 0], answers, comparisons)
+    elif has_probability(row, source):
         raise DataError(
             f"{row.id}: field 'probability' is that of a pair, and the row has {len(answers)} answers: give "
             "comparisons, or name it in ignore_columns of the source"
@@ -105,14 +111,12 @@ def is_single_turn(prompt: list[Message], answers: tuple[list[Message], ...]) ->
     return len(turns) == 1 and all(len(answer) == 1 for answer in answers)
 
 
-def with_margin(comparison: Comparison, row: Row) -> tuple[Comparison, str]:
-    """The comparison of a pair with its margin, and why the row's cannot be read, or ""."""
-    if comparison.margin is not None:
-        return comparison, ""
+def margin_or_fault(row: Row) -> tuple[float | None, str]:
+    """The margin of a pair that the row gives, and why it cannot be read or ""."""
     try:
-        return comparison._replace(margin=margin_of(row)), ""
+        return margin_of(row), ""
     except DataError as error:  # no margin is needed unless training uses margins, which then refuses it
-        return comparison, str(error)
+        return None, str(error)
 
 
 def margin_of(row: Row) -> float | None:
@@ -124,18 +128,20 @@ def margin_of(row: Row) -> float | None:
     return None
 
 
-def with_probability(comparison: Comparison, row: Row, source: "Source") -> Comparison:
-    """The comparison of a pair with the row's `probability` that the better answer is preferred."""
-    if not row.given("probability") or "probability" in source.ignore_columns:
-        return comparison
-    return comparison._replace(target=probability_of(row, "(else name it in ignore_columns of the source)"))
+def has_probability(row: Row, source: "Source") -> bool:
+    """Whether a row has a probability that its better answer is preferred. NaN is none: tables have it where nothing is
+    given."""
+    value = row.fields.get("probability")
+    return row.given("probability") and value == value and "probability" not in source.ignore_columns
 
 
 def probability_of(row: Row, remedy: str = "") -> float:
-    probability = float(row.number("probability"))
+    try:
+        probability = float(row.number("probability"))
+    except DataError:
+        probability = math.nan
     if not 0 <= probability <= 1:
-        expected = f"a probability from 0 to 1 {remedy}".strip()
-        raise row.fault("field 'probability'", row.fields["probability"], expected)
+        raise row.fault("field 'probability'", row.fields["probability"], f"a probability from 0 to 1{remedy}")
     return probability
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hafrm_ds.data.comparisons import Comparison
 from hafrm_ds.data.formats.answers import answer_of, earlier_turns, prompt_of
 from hafrm_ds.data.formats.labelled import has_label, inner_text
 from hafrm_ds.data.formats.parts import (
@@ -18,7 +17,7 @@ from hafrm_ds.data.formats.parts import (
     chosen_of,
     probability_of,
 )
-from hafrm_ds.data.pairs import Deselected, Message, Row, assistant, names_in_words, prompt_from_text, user
+from hafrm_ds.data.pairs import Comparison, Deselected, Message, Row, assistant, names_in_words, prompt_from_text, user
 from hafrm_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def ordered(values: Sequence[float], ranking: Ranking) -> Iterator[tuple[int, in
 def items_of(row: Row, field: str) -> list[Any]:
     items = row.value(field)
     if not isinstance(items, list):
-        raise row.fault(f"field {field!r}", items, "a list of answers")
+        raise row.fault(f"field {field!r}", items, "a list")
     return items
 
 
