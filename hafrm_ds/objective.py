@@ -184,7 +184,8 @@ def summed_over_groups(values: Tensor, comparisons: Comparisons) -> Tensor:
 
 def attribute_loss(predicted: Tensor, values: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Mean squared error over the known values of each group; 0 for a group without any. The attributes of HelpSteer2
-    are learned so (Wang et al. 2024), by the regression reward models of NeMo-Aligner.
+    are learned so (Wang et al. 2024), by the regression reward models of NeMo-Aligner. Of a group that is laid out in
+    parts, each part has the mean over its own answers.
 
     Args:
         predicted: [N, A]. values: [N, A], NaN where unknown. group: [N] which of the groups each response belongs to.
