@@ -312,11 +312,11 @@ def load_training_engine(
     """Load the model of a run, with its adapters, and put it under DeepSpeed. The process group has been started.
 
     Args:
-        attribute_means: what the head of model.attributes starts at.
+        attribute_means: what the head of model.attributes starts at. Default: 0.
     """
     deepspeed_config = resolve_deepspeed_config(config, processes.world_size, processes.machine_size)
     model = load_under(deepspeed_config, fresh_model(config, processes.device))
-    if model.attribute_head is not None:
+    if attribute_means and model.attribute_head is not None:
         with torch.no_grad():  # before it is sharded
             model.attribute_head.bias.copy_(torch.tensor(attribute_means))
     if config.model.lora.rank:
