@@ -214,11 +214,11 @@ def dtype_of_weights(folder: Path, dtype: str) -> str:
 
 
 def read_head(folder: Path, name: str) -> dict[str, Tensor]:
-    file = folder / name
+    file, head = folder / name, name.removesuffix(".safetensors").replace("_", " ")
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"the head {file} cannot be read: {first_line(error)}") from error
+        raise ModelError(f"the {head} {file} cannot be read: {first_line(error)}") from error
 
 
 def refuse_pickles(folder: Path, trust_pickle: bool) -> None:

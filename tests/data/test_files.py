@@ -35,6 +35,7 @@ def test_every_kind_of_file(read, path, first_id):
         "prompt": [{"role": "user", "content": "p0"}],
         "answers": [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]],
         "comparisons": [{"better": 0, "worse": 1, "margin": None, "target": 1.0, "weight": 1.0}],
+        "attributes": [],
         "source": path.split(".")[0],
         "id": first_id,
         "format": "explicit_prompt",

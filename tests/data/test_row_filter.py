@@ -25,6 +25,7 @@ def test_rows_outside_the_filter_need_no_format(read):
         "prompt": [],
         "answers": [],
         "comparisons": [],
+        "attributes": [],
         "source": "x",
         "id": "x.jsonl:1",
         "format": "",

@@ -290,5 +290,5 @@ def test_a_model_without_attributes_is_saved_as_it_always_was(tmp_path):
 def test_a_folder_without_its_head_of_attributes_is_refused(tmp_path):
     final = save_tiny_final(tmp_path / "final", attributes=["helpfulness"])
     (final / "attribute_head.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"the head .*attribute_head.safetensors cannot be read"):
+    with pytest.raises(ModelError, match=r"the attribute head .*attribute_head.safetensors cannot be read"):
         HybridRewardModel.from_pretrained(final)

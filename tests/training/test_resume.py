@@ -193,7 +193,7 @@ def test_the_fingerprint_of_pairs_knows_their_order_and_margins():
             "target": ones,
             "weight": ones,
         }
-        return fingerprint(sizes | places | known)
+        return fingerprint(sizes | places | known, {})
 
     prints = [
         print_of(*given)
