@@ -18,15 +18,13 @@ from pydantic import BeforeValidator, Field
 from rich.markup import escape
 
 from hafrm_ds.config import PositiveInt, ScoringSection
-from hafrm_ds.data.reading import read_pairs
-from hafrm_ds.data.sources import Source, TrainSources
-from hafrm_ds.data.tool_calls import read_back
+from hafrm_ds.data.sources import TrainSources
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.agreement import AGREEMENT_FILE, KEEP, SharedPairs, agreement_of
 from hafrm_ds.evaluation.agreement_tables import render_agreement
 from hafrm_ds.evaluation.best_of_n.ranking import identity_of_scorer, read_lines, score
-from hafrm_ds.evaluation.pair_scores import fixed_choice
+from hafrm_ds.evaluation.pair_rows import rows_of_pairs, text_of
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
@@ -124,22 +122,6 @@ def take_pairs(options: AgreementOptions, scorings: dict[str, ScoringOptions]) -
         write_whole(options.output_dir / PAIRS_FILE, lines)
 
 
-def rows_of_pairs(sources: list[Source], cache_dir: Path | None, limit: int | None) -> list[dict[str, Any]]:
-    """The usable pairs of sources as rows that can be scored: the responses are (chosen, rejected).
-
-    Raises:
-        DataError: the sources cannot be read, or leave no pair.
-    """
-    read = read_pairs(sources, role="eval", seed=0, cache_dir=cache_dir)
-    used = [place for place, reasons in enumerate(zip(read["dropped"][:], read["deselected"][:])) if not any(reasons)]
-    rows = []
-    for place in fixed_choice(len(used), limit):
-        row = read[used[int(place)]]
-        prompt, chosen, rejected = read_back((row["prompt"], row["chosen"], row["rejected"]))
-        rows.append({"id": row["id"], "source": row["source"], "prompt": prompt, "responses": [chosen, rejected]})
-    return rows
-
-
 def write_results(options: AgreementOptions, scorings: dict[str, ScoringOptions], log: Console) -> int:
     """agreement.json, composition.yaml, the page and the tables; returns how many pairs were left out."""
     folder = options.output_dir
@@ -153,7 +135,7 @@ def write_results(options: AgreementOptions, scorings: dict[str, ScoringOptions]
         )
     pairs = SharedPairs(
         [json.dumps(rows[place]["prompt"]) for place in used],
-        np.array([[length_of(answer) for answer in rows[place]["responses"]] for place in used]),
+        np.array([[len(text_of(answer)) for answer in rows[place]["responses"]] for place in used]),
         {name: np.array([values[place] for place in used], dtype=np.float64) for name, values in found.items()},
     )
     results = {
@@ -172,11 +154,6 @@ def write_results(options: AgreementOptions, scorings: dict[str, ScoringOptions]
         log.warn(f"{options.holistic} gives all answers the same, so no hierarchy can stand on it")
     leave_report(folder, log)
     return results["pairs_not_scored"]["left_out"]
-
-
-def length_of(answer: list[dict[str, Any]]) -> int:
-    """Characters of an answer."""
-    return sum(len(message["content"] or "") for message in answer)
 
 
 def composition_of(options: AgreementOptions, results: dict[str, Any]) -> str:
