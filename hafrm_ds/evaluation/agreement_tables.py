@@ -22,7 +22,8 @@ def rule_in_words(results: dict[str, Any]) -> str:
 
 def render_agreement(results: dict[str, Any]) -> RenderableType:
     """The tables one after another."""
-    return Group(as_text(heading(results)), *(table.to_rich() for table in agreement_tables(results)))
+    tables = (table.to_rich() for table in agreement_tables(results))
+    return Group(as_text(heading(results)), *tables, as_text(f"compositions: {rule_in_words(results)}"))
 
 
 def agreement_tables(results: dict[str, Any]) -> list[Table]:
@@ -48,14 +49,14 @@ def between_table(results: dict[str, Any]) -> Table:
 
 
 def length_table(results: dict[str, Any]) -> Table:
-    """Share of pairs in which two rewards prefer different answers, by characters of chosen less rejected."""
+    """Share of pairs in which two rewards prefer different answers, by characters of chosen less those of rejected."""
     bins = results["between"][0]["by_length_difference"]
     rows = [
         (name_of(each), [share_estimate(part["inconsistency"]) for part in each["by_length_difference"]])
         for each in results["between"]
     ]
     header = [f"{bin_label(each)} ({each['pairs']:,})" for each in bins]
-    return Table(rows, ("Different answers, by characters of chosen less rejected (pairs)", *header))
+    return Table(rows, ("Differ where chosen is longer by (pairs)", *header))
 
 
 def aspects_table(results: dict[str, Any]) -> Table:
@@ -77,7 +78,7 @@ def aspects_table(results: dict[str, Any]) -> Table:
 
 def compositions_table(results: dict[str, Any]) -> Table:
     rows = [(name, [share_estimate(each)]) for name, each in results["compositions"].items()]
-    return Table(rows, (f"Composition ({rule_in_words(results)})", "held-out accuracy [95%]"))
+    return Table(rows, ("Composition", "held-out accuracy [95%]"))
 
 
 def name_of(two: dict[str, Any]) -> str:

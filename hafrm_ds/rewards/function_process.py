@@ -19,6 +19,7 @@ from typing import Any
 
 
 def main(file: Path, name: str, is_batched: bool, connection: Connection) -> None:
+    os.set_inheritable(connection.fileno(), False)  # what the function starts must not hold it open
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the job's affair, whose end this process sees
     asked: queue.SimpleQueue[list] = queue.SimpleQueue()
     sys.path[0] = str(file.parent)  # in place of the folder of this script

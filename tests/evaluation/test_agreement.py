@@ -32,6 +32,8 @@ from hafrm_ds.options import read
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.rewards.hierarchy import Rule
 from hafrm_ds.rewards.loading import load_reward
+from tests.evaluation.report.chromium import DESKTOP, PHONE, PROGRAM, Chromium
+from tests.evaluation.report.test_chromium import OVERFLOWING, OVERLAPPING_LABELS
 from tests.evaluation.report.test_writing import Page
 
 RULE = Rule("hierarchical", 0.5, 3.0)
@@ -197,6 +199,19 @@ def test_pairs_become_a_table_a_page_and_a_composition_that_can_be_opened(folder
     kept = [name for name in ("brevity",) if composition["aspects"][name]["weight"]]
     expected = composed(scaled, "words", kept, Rule("hierarchical", 0.1, 3.0))[:, 0]
     assert [score.value for score in reward.scores(asked)] == pytest.approx(expected.tolist(), abs=1e-9)
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="no chromium is installed")
+def test_the_page_fits_a_desktop_and_a_phone(folder, tmp_path_factory):
+    compare_rewards(options_of(folder), alone())
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    for width in (DESKTOP, PHONE):
+        browser.open(folder / "out" / "report.html", width, "light")
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.evaluate(OVERFLOWING) == 0
+        assert browser.evaluate(OVERLAPPING_LABELS) == []
+        assert not {"Log.entryAdded", "Runtime.exceptionThrown"} & {event["method"] for event in browser.events}
+    browser.close()
 
 
 def test_a_pair_that_cannot_be_scored_is_left_out_and_counted(folder):
