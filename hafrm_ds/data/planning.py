@@ -1,9 +1,9 @@
-"""The batch plan: which pairs make an optimizer step, and how a step is partitioned into micro-batches.
+"""The batch plan: which groups make an optimizer step, and how a step is partitioned into micro-batches.
 
-The order of pairs depends on (number of pairs, seed, global batch size) alone, never on the number of ranks: the same
+The order of groups depends on (number of groups, seed, global batch size) alone, never on the number of ranks: the same
 global batches come in the same order on 1 or 1,000 GPUs, and resuming is starting at a step number.
 
-Legend: I items, each a pair or a prompt with any number of responses.
+Legend: I items, each a prompt with any number of responses.
 
 Costs are the tokens [I] that items occupy, each by itself. Where rows are padded, `rows` tells how many [I] each has: a
 micro-batch occupies all its rows at the width of the widest. Elsewhere `rows` is None, and costs add up.
@@ -19,60 +19,60 @@ import numpy as np
 from hafrm_ds.errors import DataError
 
 DUMMY = -1
-"""Stands for "no pair" in a micro-batch: the rank runs a tiny pair of weight 0, as all ranks must run equally often."""
+"""Stands for "no group" in a micro-batch: the rank runs a tiny pair of weight 0, as all must run equally often."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Global batches over repeated passes through `num_pairs` pairs.
+    """Global batches over repeated passes through `num_groups` groups.
 
-    The passes are laid end to end, each in an order of its own: every pair is used once a pass, no pair is left out at
+    The passes are laid end to end, each in an order of its own: every group is used once a pass, none is left out at
     the end of a pass, and a global batch may span two passes.
     """
 
-    num_pairs: int
+    num_groups: int
     global_batch_size: int
     seed: int
 
     def permutation(self, epoch: int) -> np.ndarray:
-        return pass_order(self.num_pairs, self.seed, epoch)
+        return pass_order(self.num_groups, self.seed, epoch)
 
     def global_batch(self, step: int) -> np.ndarray:
-        """Indices [global_batch_size] of the pairs of optimizer step `step` (from 0)."""
+        """Indices [global_batch_size] of the groups of optimizer step `step` (from 0)."""
         position, end, parts = step * self.global_batch_size, (step + 1) * self.global_batch_size, []
         while position < end:
-            epoch, offset = divmod(position, self.num_pairs)
+            epoch, offset = divmod(position, self.num_groups)
             part = self.permutation(epoch)[offset : offset + end - position]
             parts.append(part)
             position += len(part)
         return np.concatenate(parts)
 
-    def pairs_until(self, num_steps: int) -> np.ndarray:
-        """Sorted indices of all pairs that the first `num_steps` steps use."""
+    def groups_until(self, num_steps: int) -> np.ndarray:
+        """Sorted indices of all groups that the first `num_steps` steps use."""
         used = num_steps * self.global_batch_size
-        full, rest = divmod(used, self.num_pairs)
-        return np.arange(self.num_pairs) if full else np.sort(self.permutation(0)[:rest])
+        full, rest = divmod(used, self.num_groups)
+        return np.arange(self.num_groups) if full else np.sort(self.permutation(0)[:rest])
 
 
 @lru_cache(maxsize=2)  # asked for at every step, and a step spans two passes at most, as a rule
-def pass_order(num_pairs: int, seed: int, epoch: int) -> np.ndarray:
-    """The order [num_pairs] of one pass."""
-    return np.random.default_rng((seed, epoch)).permutation(num_pairs)
+def pass_order(num_groups: int, seed: int, epoch: int) -> np.ndarray:
+    """The order [num_groups] of one pass."""
+    return np.random.default_rng((seed, epoch)).permutation(num_groups)
 
 
-def check_budget(costs: np.ndarray, max_tokens: int, ids) -> None:
-    """Raise DataError naming the pairs that alone exceed the token budget of a micro-batch.
+def check_budget(costs: np.ndarray, max_tokens: int, ids, unit: str) -> None:
+    """Raise DataError naming the groups that alone exceed the token budget of a micro-batch.
 
     Args:
-        costs: [pairs] tokens that each pair occupies in the chosen layout.
-        ids: sequence of the pairs' ids (file and row).
+        costs: [G] tokens that each group needs in the chosen layout at least.
+        ids: sequence of the groups' ids (file and row). unit: what they are called.
     """
     over = np.flatnonzero(costs > max_tokens)
     if len(over):
         worst = over[np.argsort(-costs[over])][:5]
         named = ", ".join(f"{ids[int(index)]} ({costs[index]} tokens)" for index in worst)
         raise DataError(
-            f"{len(over)} of {len(costs)} pairs do not fit in one micro-batch of "
+            f"{len(over)} of {len(costs)} {unit} do not fit in one micro-batch of "
             f"batch.max_tokens_per_micro_batch = {max_tokens} tokens: {named}. "
             f"Raise --batch.max_tokens_per_micro_batch to {costs.max()} or lower --data.max_length."
         )

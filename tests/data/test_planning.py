@@ -17,7 +17,7 @@ from hafrm_ds.errors import DataError
 
 
 def test_every_pair_is_used_once_a_pass_and_passes_differ():
-    plan = BatchPlan(num_pairs=10, global_batch_size=4, seed=3)
+    plan = BatchPlan(num_groups=10, global_batch_size=4, seed=3)
     stream = np.concatenate([plan.global_batch(step) for step in range(5)])
     first, second = stream[:10], stream[10:]
     assert sorted(first) == sorted(second) == list(range(10))
@@ -30,15 +30,15 @@ def test_order_depends_on_the_seed_alone():
 
 
 def test_a_global_batch_larger_than_the_set_spans_several_passes():
-    batch = BatchPlan(num_pairs=3, global_batch_size=7, seed=0).global_batch(0)
+    batch = BatchPlan(num_groups=3, global_batch_size=7, seed=0).global_batch(0)
     assert np.bincount(batch).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
 
 
-def test_pairs_until_are_those_of_the_batches():
-    plan = BatchPlan(num_pairs=100, global_batch_size=8, seed=5)
+def test_groups_until_are_those_of_the_batches():
+    plan = BatchPlan(num_groups=100, global_batch_size=8, seed=5)
     used = np.unique(np.concatenate([plan.global_batch(step) for step in range(6)]))
-    assert plan.pairs_until(6).tolist() == used.tolist()
-    assert plan.pairs_until(13).tolist() == list(range(100))
+    assert plan.groups_until(6).tolist() == used.tolist()
+    assert plan.groups_until(13).tolist() == list(range(100))
 
 
 @given(
@@ -102,4 +102,4 @@ def test_imbalance_is_the_share_of_time_that_ranks_wait():
 
 def test_a_pair_above_the_budget_is_named():
     with pytest.raises(DataError, match=r"1 of 3 pairs.*b.jsonl:2 \(900 tokens\).*max_tokens_per_micro_batch to 900"):
-        check_budget(np.array([10, 900, 20]), 512, ["b.jsonl:1", "b.jsonl:2", "b.jsonl:3"])
+        check_budget(np.array([10, 900, 20]), 512, ["b.jsonl:1", "b.jsonl:2", "b.jsonl:3"], "pairs")

@@ -1,5 +1,6 @@
 import pytest
 
+from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.tokenization import (
     EMPTY_ANSWER,
@@ -9,7 +10,7 @@ from hafrm_ds.data.tokenization import (
     REFUSED,
     TOO_LONG,
     PromptWithResponses,
-    TokenizedPair,
+    TokenizedGroup,
     fit,
     split_at_prompt,
 )
@@ -68,7 +69,7 @@ def test_read_out_is_the_final_eos_though_eos_also_ends_the_prompt_and_is_the_pa
     tokenizer = formatter.tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     ids = tokenize_pair(formatter, user("Q"), assistant("good"), assistant("bad"), 1000, "drop").ids
-    pair = TokenizedPair(ids.prompt, *ids.responses, margin=None, source="s", id="f:0")
+    pair = TokenizedGroup(ids.prompt, ids.responses, OF_A_PAIR, source="s", id="f:0")
     # user:Q</s>assistant:good</s> has 7 + 10 + 5 tokens, eos at 6 and 21; "bad" is one shorter.
     chosen = ids.prompt + ids.responses[0]
     assert [index for index, token in enumerate(chosen) if token == tokenizer.eos_token_id] == [6, 21]
@@ -78,7 +79,7 @@ def test_read_out_is_the_final_eos_though_eos_also_ends_the_prompt_and_is_the_pa
 def test_read_out_is_the_last_token_of_the_rendering_even_after_the_end_mark(make_tokenizer):
     formatter = ChatFormatter.create(make_tokenizer(None), "chatml", DATE)
     ids = tokenize_pair(formatter, user("Q"), assistant("good"), assistant("bad"), 1000, "drop").ids
-    pair = TokenizedPair(ids.prompt, *ids.responses, margin=None, source="s", id="f:0")
+    pair = TokenizedGroup(ids.prompt, ids.responses, OF_A_PAIR, source="s", id="f:0")
     # Each turn: mark, role, newline, content, mark, newline: 1+4+1+1+1+1 for user, 1+9+1+4+1+1 for the answer.
     assert pair.read_outs[0] == 9 + 17 - 1
     assert formatter.tokenizer.decode((ids.prompt + ids.responses[0])[25]) == "\n"
@@ -98,7 +99,7 @@ def test_read_out_is_the_last_token_of_the_rendering_even_after_the_end_mark(mak
 def test_dropped(formatter, prompt, chosen, rejected, reason):
     result = tokenize_pair(formatter, prompt, chosen, rejected, 100, "drop")
     assert result.outcome == reason
-    assert result.ids == ([], ([], [])) and not result.cut
+    assert result.ids == ([], ()) and result.comparisons == () and not result.cut
 
 
 def test_answers_that_the_template_makes_identical(make_tokenizer):
@@ -126,9 +127,9 @@ def test_refused_by_the_template(make_tokenizer):
 
 
 def test_split_at_prompt_never_passes_the_rendered_prompt():
-    assert split_at_prompt([1, 2, 3, 4], [1, 2, 3, 5], [1, 2]) == ([1, 2], ([3, 4], [3, 5]))
-    assert split_at_prompt([1, 2, 3], [1, 9, 3], [1, 2]) == ([1], ([2, 3], [9, 3]))
-    assert split_at_prompt([1, 2], [1, 2, 3], [1, 2, 3]) == ([1, 2], ([], [3]))
+    assert split_at_prompt([[1, 2, 3, 4], [1, 2, 3, 5]], [1, 2]) == ([1, 2], ([3, 4], [3, 5]))
+    assert split_at_prompt([[1, 2, 3], [1, 9, 3]], [1, 2]) == ([1], ([2, 3], [9, 3]))
+    assert split_at_prompt([[1, 2], [1, 2, 3]], [1, 2, 3]) == ([1, 2], ([], [3]))
 
 
 PAIR = PromptWithResponses([BOS, 10, 11, 12, 13], ([20, 21, 22], [30, 31]))  # conversations of 8 and 7 tokens

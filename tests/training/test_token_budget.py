@@ -5,28 +5,27 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.packing import token_costs
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.comparisons import OF_A_PAIR
+from hafrm_ds.data.lengths import GroupLengths
+from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training import token_budget as module
-from hafrm_ds.training.token_budget import SAFE_SHARE, find_token_budget, pairs_worth
+from hafrm_ds.training.token_budget import SAFE_SHARE, find_token_budget, groups_worth
 
 PER_TOKEN, FIXED, FREE = 1000, 50_000, 20_000_000
 
 
 class Pairs(list):
     @property
-    def lengths(self) -> dict[str, np.ndarray]:
-        return {name: np.array([len(getattr(pair, f"{name}_ids")) for pair in self]) for name in NAMES}
-
-
-NAMES = ("prompt", "chosen", "rejected")
+    def lengths(self) -> GroupLengths:
+        columns = ([len(pair.prompt_ids), *map(len, pair.responses)] for pair in self)
+        return GroupLengths.of_pairs(*map(np.array, zip(*columns, strict=True)))
 
 
 def pairs_of(lengths: list[int]) -> Pairs:
     """Pairs that take so many tokens with a shared prompt."""
-    return Pairs(TokenizedPair([1] * (n - 2), [2], [3], margin=None, source="", id="") for n in lengths)
+    return Pairs(TokenizedGroup([1] * (n - 2), ([2], [3]), OF_A_PAIR, source="", id="") for n in lengths)
 
 
 class ScoringEngine:
@@ -87,9 +86,9 @@ def test_memory_that_does_not_hold_the_longest_pair_is_an_error_with_advice(engi
 
 
 def test_probes_have_the_longest_pair_and_keep_to_their_size():
-    costs = token_costs(pairs_of([50, 400, 70, 60]).lengths, "shared_prefix")
+    costs = pairs_of([50, 400, 70, 60]).lengths.costs("shared_prefix")
     for num_tokens in (10, 400, 520, 3000):
-        chosen = pairs_worth(costs, "shared_prefix", num_tokens)
+        chosen = groups_worth(costs, "shared_prefix", num_tokens)
         assert chosen[0] == 1
         assert len(chosen) == 1 or costs[chosen].sum() <= num_tokens
-    assert costs[pairs_worth(costs, "shared_prefix", 3000)].sum() > 3000 - 400
+    assert costs[groups_worth(costs, "shared_prefix", 3000)].sum() > 3000 - 400
