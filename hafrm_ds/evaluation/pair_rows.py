@@ -4,34 +4,35 @@ from pathlib import Path
 from typing import Any
 
 from hafrm_ds.data.pairs import Message
-from hafrm_ds.data.reading import read_pairs
+from hafrm_ds.data.reading import read_groups
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tool_calls import read_back
 from hafrm_ds.evaluation.pair_scores import fixed_choice
 
 
 def rows_of_pairs(sources: list[Source], cache_dir: Path | None, limit: int | None) -> list[dict[str, Any]]:
-    """The usable pairs of sources as rows that `scoring.files` takes, with `comparisons`: which of the `responses` are
+    """The usable groups of sources as rows that `scoring.files` takes, with `comparisons`: which of the `responses` are
     better than which, [better, worse] each.
 
-    Pairs of equal answers are left out, as they are where pairs are tokenised.
+    Comparisons of equal answers are left out, as they are where groups are tokenised.
 
     Args:
-        limit: use at most this many: a fixed random choice.
+        limit: use at most this many groups: a fixed random choice.
 
     Raises:
-        DataError: the sources cannot be read, or leave no pair.
+        DataError: the sources cannot be read, or leave no group.
     """
-    read = read_pairs(sources, role="eval", seed=0, cache_dir=cache_dir)
+    read = read_groups(sources, role="eval", seed=0, cache_dir=cache_dir)
     used = [place for place, reasons in enumerate(zip(read["dropped"][:], read["deselected"][:])) if not any(reasons)]
     rows: list[dict[str, Any]] = []
     for place in fixed_choice(len(used), limit):
         row = read[used[int(place)]]
-        prompt, chosen, rejected = read_back((row["prompt"], row["chosen"], row["rejected"]))
-        if chosen == rejected:
-            continue
-        kept = {"id": row["id"], "source": row["source"], "prompt": prompt, "responses": [chosen, rejected]}
-        rows.append(kept | {"comparisons": [[0, 1]]})
+        prompt, answers = read_back(row["prompt"], row["answers"])
+        comparisons = [[each["better"], each["worse"]] for each in row["comparisons"]]
+        comparisons = [two for two in comparisons if answers[two[0]] != answers[two[1]]]
+        if comparisons:
+            kept = {"id": row["id"], "source": row["source"], "prompt": prompt, "responses": answers}
+            rows.append(kept | {"comparisons": comparisons})
     return rows
 
 

@@ -39,3 +39,12 @@ def test_a_comparison_has_its_own_answers_and_scores():
 
 def test_the_text_of_several_messages():
     assert text_of([user("a"), {"role": "assistant", "content": None}, assistant("b")]) == "a\n\n\n\nb"
+
+
+def test_a_group_is_one_row_with_all_its_comparisons(tmp_path):
+    row = {"prompt": "a", "responses": ["b", "c", "d"], "scores": [2, 3, 1]}
+    (tmp_path / "groups.jsonl").write_text(json.dumps(row) + "\n")
+    source = Source(path=str(tmp_path / "groups.jsonl"))
+    [found] = rows_of_pairs([source], tmp_path / "cache", None)
+    assert [text_of(answer) for answer in found["responses"]] == ["c", "b", "d"]
+    assert sorted(found["comparisons"]) == [[0, 1], [0, 2], [1, 2]]
