@@ -239,12 +239,20 @@ class Trainer:
         return GlobalBatch(step, parts, waiting_share, self.weight_of(index), self.lay_out(parts[0]))
 
     def partition(self, items: np.ndarray) -> tuple[list[np.ndarray], float]:
-        """Items of each of this rank's micro-batches in a global batch, and the imbalance between the ranks."""
+        """Items of each of this rank's micro-batches in a global batch, and the imbalance between the ranks.
+
+        What is balanced are tokens for pairs. Groups of few long answers and of many short ones differ more in what the
+        head and the attention compute, so theirs are balanced by operations.
+        """
         lengths, batch = self.items.lengths.take(items), self.config.batch
         costs, rows = lengths.costs(batch.layout), padded_rows(batch.layout, len(items), lengths.num_responses)
-        ranks = partition_into_micro_batches(costs, self.world_size, batch.token_budget, rows)
+        work = None
+        if rows is None and not self.train_set.groups.are_pairs:
+            predicted = lengths.all_responses * self.config.objective.uses_policy
+            work = self.cost.training(*self.cost.parts_of(costs, predicted, lengths.visible_keys(batch.layout)))
+        ranks = partition_into_micro_batches(costs, self.world_size, batch.token_budget, rows, work)
         own = [np.array([DUMMY if place == DUMMY else items[place] for place in part]) for part in ranks[self.rank]]
-        return own, imbalance(costs, ranks, rows)
+        return own, imbalance(costs if work is None else work, ranks, rows)
 
     def weight_of(self, index: np.ndarray) -> float:
         """What the groups of a global batch weigh together, by objective.normalize_by: the divisor of its loss."""
