@@ -84,7 +84,7 @@ class Workload:
         body, head, attention = cost.parts_of(*counts(self.lengths, self.layout, with_logprob))
         times = self.global_batch_size * self.num_steps / self.num_groups
         return Operations(
-            training=times * ((2 + cost.trained_share) * body + (2 + cost.trained_head_share) * head + 3 * attention),
+            training=times * cost.training(body, head, attention),
             recomputed=times * (body + attention),
         )
 
@@ -135,18 +135,9 @@ class Partition:
 
 def counts(lengths: GroupLengths, layout: str, with_logprob: bool) -> tuple[float, float, float]:
     """(tokens of the body without padding, predicted tokens, visible keys) of one pass over groups."""
-    copies, answers = lengths.num_responses, float(lengths.response.sum())
-    visible = triangle(np.repeat(lengths.prompt, copies) + lengths.response).sum()
-    if layout == "shared_prefix":
-        visible -= ((copies - 1) * triangle(lengths.prompt)).sum()
-        copies = np.ones_like(copies)
-    tokens = float((copies * lengths.prompt).sum()) + answers
-    return tokens, answers if with_logprob else 0.0, float(visible)
-
-
-def triangle(length: np.ndarray) -> np.ndarray:
-    """Keys that the tokens of a causal sequence see."""
-    return length * (length + 1) / 2
+    answers = float(lengths.response.sum())
+    tokens = float(lengths.costs("packed" if layout == "padded" else layout).sum())
+    return tokens, answers if with_logprob else 0.0, float(lengths.visible_keys(layout).sum())
 
 
 def uniform_lengths(num_pairs: int, prompt: int, answer: int) -> GroupLengths:

@@ -90,3 +90,15 @@ class GroupLengths:
         if layout == "packed":
             return self.num_responses * self.prompt + self.all_responses
         return self.num_responses * self.longest_conversation
+
+    def visible_keys(self, layout: str) -> np.ndarray:
+        """[G] keys that the tokens of each group see, summed; padding sees none."""
+        copies = self.num_responses
+        of_rows = triangle(np.repeat(self.prompt, copies) + self.response)
+        visible = np.add.reduceat(of_rows, self.first[:-1]) if len(self) else np.zeros(0)
+        return visible - (copies - 1) * triangle(self.prompt) if layout == "shared_prefix" else visible
+
+
+def triangle(length: np.ndarray) -> np.ndarray:
+    """Keys that the tokens of a causal sequence see."""
+    return length * (length + 1) / 2

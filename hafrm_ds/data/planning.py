@@ -79,7 +79,11 @@ def check_budget(costs: np.ndarray, max_tokens: int, ids, unit: str) -> None:
 
 
 def partition_into_micro_batches(
-    costs: np.ndarray, num_ranks: int, max_tokens: int, rows: np.ndarray | None = None
+    costs: np.ndarray,
+    num_ranks: int,
+    max_tokens: int,
+    rows: np.ndarray | None = None,
+    work: np.ndarray | None = None,
 ) -> list[list[list[int]]]:
     """Cut one batch into num_ranks x n micro-batches of about equal work, with the smallest n that keeps the budget.
 
@@ -88,6 +92,7 @@ def partition_into_micro_batches(
 
     Args:
         costs: none above max_tokens.
+        work: [I] what is to be about equal, where that is not the costs. Padded rows are as even as their costs.
 
     Returns:
         [rank][n] lists of positions into `costs`, each ascending; a micro-batch without items is [DUMMY].
@@ -95,13 +100,19 @@ def partition_into_micro_batches(
     if rows is None:
         order = np.argsort(-costs, kind="stable")
         n = max(1, -(-int(costs.sum()) // (max_tokens * num_ranks)))
-        while (bins := pack(costs, order, num_ranks * n, max_tokens)) is None:
+
+        def packed(num_bins: int) -> list[list[int]] | None:
+            by_work = None if work is None else pack_by_work(costs, work, num_bins, max_tokens)
+            return by_work or pack(costs, order, num_bins, max_tokens)
+
+        while (bins := packed(num_ranks * n)) is None:
             n += 1
     else:
         n = -(-len(fill(costs, max_tokens, rows)) // num_ranks)
         bins = fill_evenly(costs, num_ranks * n, max_tokens, rows)
     # With the heaviest first, micro-batches that ranks run at once are alike; dealing to and fro evens their totals.
-    bins = [bins[place] for place in np.argsort(-occupied(costs, bins, rows), kind="stable")]
+    loads = occupied(costs if work is None or rows is not None else work, bins, rows)
+    bins = [bins[place] for place in np.argsort(-loads, kind="stable")]
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
     for row in range(n):
         dealt = bins[row * num_ranks : (row + 1) * num_ranks]
@@ -111,11 +122,13 @@ def partition_into_micro_batches(
 
 
 def occupied(costs: np.ndarray, parts: list[list[int]], rows: np.ndarray | None = None) -> np.ndarray:
-    """Tokens [len(parts)] int64 of micro-batches, with their padding. DUMMY counts nothing."""
+    """Tokens [len(parts)] int64 of micro-batches, with their padding; or of another quantity, of its dtype. DUMMY
+    counts nothing."""
     micro_batch = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     item = np.array([place for part in parts for place in part], dtype=np.int64)
     micro_batch, item = micro_batch[item != DUMMY], item[item != DUMMY]
-    sums, widest = np.zeros(len(parts), dtype=np.int64), np.zeros(len(parts), dtype=np.int64)
+    sums = np.zeros(len(parts), dtype=np.result_type(costs, np.int64))
+    widest = np.zeros_like(sums)
     np.add.at(sums, micro_batch, (costs if rows is None else rows)[item])
     if rows is None:
         return sums
@@ -127,6 +140,7 @@ def imbalance(costs: np.ndarray, ranks: list[list[list[int]]], rows: np.ndarray 
     """Share of their time that ranks wait for the one with the most tokens, as they meet after every micro-batch.
 
     Args:
+        costs: or the work of each item, where nothing is padded.
         ranks: as `partition_into_micro_batches` returns it.
     """
     tokens = occupied(costs, [part for own in ranks for part in own], rows).reshape(len(ranks), -1)
@@ -144,6 +158,22 @@ def pack(costs: np.ndarray, order: np.ndarray, num_bins: int, max_tokens: int) -
             return None
         bins[lightest % num_bins].append(item)
         heapq.heapreplace(heap, lightest + cost)
+    return bins
+
+
+def pack_by_work(costs: np.ndarray, work: np.ndarray, num_bins: int, max_tokens: int) -> list[list[int]] | None:
+    """Greedy packing into `num_bins` lists, most work first: each item goes where least is to be done among those that
+    have room for its tokens; None when there are none."""
+    loads, tokens = np.zeros(num_bins), np.zeros(num_bins, dtype=np.int64)
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for item in np.argsort(-work, kind="stable").tolist():
+        has_room = tokens + costs[item] <= max_tokens
+        if not has_room.any():
+            return None
+        place = int(np.where(has_room, loads, np.inf).argmin())
+        bins[place].append(item)
+        loads[place] += work[item]
+        tokens[place] += costs[item]
     return bins
 
 

@@ -13,6 +13,7 @@ from hafrm_ds.data.micro_batches import DUMMY_GROUP
 from hafrm_ds.data.packing import lay_out, padded_rows
 from hafrm_ds.data.planning import DUMMY, partition_by_length
 from hafrm_ds.data.prepared import PreparedGroups
+from hafrm_ds.data.splitting import Slices
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.errors import UserError
@@ -162,7 +163,8 @@ def score_groups(
     on_progress: Callable[[int], None] = lambda num_groups: None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, np.ndarray] | None:
-    """Score the responses of the groups at `index`; every rank gets all results.
+    """Score the responses of the groups at `index`; every rank gets all results. Groups that are too long for a
+    micro-batch are laid out a few responses at a time.
 
     Args:
         index: [G] positions in `groups`.
@@ -173,14 +175,26 @@ def score_groups(
     Returns:
         Head -> [R] fp32, the responses of these groups one after another; None if interrupted by must_stop.
     """
-    lengths = groups.lengths.take(index)
+    of_groups = groups.lengths.take(index)
+    slices = Slices.of(of_groups, layout, max_tokens)
+    lengths = slices.lengths(of_groups)
+
+    def item(position: int) -> PromptWithResponses:
+        group = slices.group[position]
+        prompt, responses = groups[int(index[group])].ids
+        first, end = (int(each[position] - of_groups.first[group]) for each in (slices.first, slices.end))
+        return PromptWithResponses(prompt, responses[first:end])
+
+    def finished(positions: list[int]) -> int:
+        return int((slices.end[positions] == of_groups.first[slices.group[positions] + 1]).sum())
+
     values = score_items(
         engine,
-        Items(lambda position: groups[int(index[position])].ids, lengths.num_responses, lengths.costs(layout)),
+        Items(item, lengths.num_responses, lengths.costs(layout)),
         heads,
         layout=layout,
         max_tokens=max_tokens,
-        on_values=lambda positions, values: on_progress(len(positions)),
+        on_values=lambda positions, values: on_progress(finished(positions)),
         ranks_on=engine.device,
         must_stop=OccasionalQuestion(must_stop, engine.device),
     )

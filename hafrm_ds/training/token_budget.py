@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.data.prepared import PreparedGroups
+from hafrm_ds.data.splitting import TrainingItems
 from hafrm_ds.engine.engine import Engine, TrainingEngine
 from hafrm_ds.engine.scoring import over_all_ranks
 from hafrm_ds.errors import UserError
@@ -47,17 +48,19 @@ def find_token_budget(
     Raises:
         UserError: even the longest item does not fit.
     """
-    costs = groups.lengths.costs(layout)
     usual = SMALLEST_PROBE_ON_GPU if engine.device.type == "cuda" else SMALLEST_PROBE
     smallest = max(longest, min(usual, largest_useful))
+    items = TrainingItems.of(groups, layout, smallest)  # a group that is longer is split in training too
+    usable = items.of_groups(np.arange(len(groups)))
+    costs = items.lengths.costs(layout)[usable]
 
     def probe(batch: PackedBatch) -> Callable[[], None]:
         def work() -> None:
             with torch.set_grad_enabled(isinstance(engine, TrainingEngine)):
                 scores = engine(batch, with_reward=with_reward, with_logprob=with_logprob)
                 if isinstance(engine, TrainingEngine):
-                    parts = [part.sum() for part in (scores.reward, scores.logprob) if part is not None]
-                    total = torch.stack(parts).sum()
+                    parts = (scores.reward, scores.logprob, scores.attributes)
+                    total = torch.stack([part.sum() for part in parts if part is not None]).sum()
                     engine.backward(0.0 * total, is_last=False)
 
         return work
@@ -66,7 +69,7 @@ def find_token_budget(
         return over_all_ranks(dist.ReduceOp.MAX, engine.device, peak_growth_bytes(engine.device, probe(batch)))
 
     small_batch, large_batch = (
-        make_micro_batch(groups, groups_worth(costs, layout, num_tokens), layout).batch
+        make_micro_batch(items, usable[groups_worth(costs, layout, num_tokens)], layout).batch
         for num_tokens in (smallest, PROBE_RATIO * smallest)
     )
     try:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hafrm_ds.data.lengths import GroupLengths, places_of, starts_of
-from hafrm_ds.data.packing import lay_out
+from hafrm_ds.data.packing import PackedBatch, lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
 
 LAYOUTS = ("shared_prefix", "packed", "padded")
@@ -21,6 +21,13 @@ def lengths_of(groups: list[tuple[int, list[int]]]) -> GroupLengths:
     )
 
 
+def visible_keys(batch: PackedBatch) -> int:
+    """Counted token by token."""
+    lengths = [*zip(batch.segments.q_lengths, batch.segments.k_lengths)] if batch.segments else None
+    rows = [(length, length) for length in batch.row_lengths or ()]
+    return sum(k - q + token + 1 for q, k in lengths or rows for token in range(q))
+
+
 @given(groups=GROUPS)
 @settings(max_examples=50, deadline=None)
 def test_counts_and_costs_are_those_of_what_is_laid_out(groups):
@@ -32,7 +39,9 @@ def test_counts_and_costs_are_those_of_what_is_laid_out(groups):
     assert lengths.longest_conversation.tolist() == [prompt + max(responses) for prompt, responses in groups]
     for layout in LAYOUTS:
         items = [PromptWithResponses([1] * prompt, tuple([1] * n for n in responses)) for prompt, responses in groups]
-        assert lengths.costs(layout).tolist() == [lay_out([item], layout).input_ids.numel() for item in items]
+        batches = [lay_out([item], layout) for item in items]
+        assert lengths.costs(layout).tolist() == [batch.input_ids.numel() for batch in batches]
+        assert lengths.visible_keys(layout).tolist() == [visible_keys(batch) for batch in batches]
 
 
 @given(groups=GROUPS, data=st.data())

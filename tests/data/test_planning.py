@@ -10,6 +10,7 @@ from hafrm_ds.data.planning import (
     BatchPlan,
     check_budget,
     imbalance,
+    occupied,
     partition_by_length,
     partition_into_micro_batches,
 )
@@ -41,6 +42,13 @@ def test_groups_until_are_those_of_the_batches():
     assert plan.groups_until(13).tolist() == list(range(100))
 
 
+def partition_by_squares(costs, num_ranks, max_tokens, rows):
+    """Work that grows faster than tokens, as that of attention."""
+    ranks = partition_into_micro_batches(costs, num_ranks, max_tokens, rows, costs**2)
+    assert len(ranks[0]) == len(partition_into_micro_batches(costs, num_ranks, max_tokens, rows)[0])
+    return ranks
+
+
 @given(
     widths=st.lists(st.integers(1, 100), min_size=1, max_size=60),
     num_responses=st.sampled_from([[1], [2], [1, 2]]),
@@ -49,7 +57,7 @@ def test_groups_until_are_those_of_the_batches():
     max_tokens=st.integers(200, 800),
 )
 @settings(max_examples=200, deadline=None)
-@pytest.mark.parametrize("cut", [partition_into_micro_batches, partition_by_length])
+@pytest.mark.parametrize("cut", [partition_into_micro_batches, partition_by_length, partition_by_squares])
 def test_cuts_hold_every_pair_once_within_the_budget_and_equally_often_on_all_ranks(
     cut, widths, num_responses, is_padded, num_ranks, max_tokens
 ):
@@ -70,6 +78,17 @@ def test_micro_batches_are_balanced_and_few():
     loads = np.array([[costs[batch].sum() for batch in batches] for batches in ranks])
     assert loads.shape[1] == -(-costs.sum() // (8 * 2048))
     assert loads.sum(1).max() < 1.05 * loads.sum(1).mean()
+
+
+@pytest.mark.parametrize("max_tokens", [100_000, 5000])
+def test_work_is_balanced_where_it_is_not_the_tokens(max_tokens):
+    """Each of them waits less than by tokens alone, also where the budget leaves little room."""
+    source = np.random.default_rng(0)
+    costs = source.integers(50, 1000, size=128)
+    work = costs * source.uniform(1.0, 4.0, size=128)
+    by_tokens, by_work = (partition_into_micro_batches(costs, 4, max_tokens, work=given) for given in (None, work))
+    assert occupied(costs, [part for own in by_work for part in own]).max() <= max_tokens
+    assert imbalance(work, by_work) < 0.01 < imbalance(work, by_tokens)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -22,7 +22,11 @@ class CountingEngine:
 
     device = CPU
 
+    def __init__(self):
+        self.positions: list[int] = []
+
     def __call__(self, batch, **heads) -> ResponseScores:
+        self.positions.append(batch.num_positions)
         sums = torch.stack([part.sum().float() for part in batch.target_ids.split(batch.num_tokens.tolist())])
         return ResponseScores(reward=sums, logprob=batch.num_tokens.float(), num_tokens=batch.num_tokens)
 
@@ -42,7 +46,9 @@ def group():
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
 @pytest.mark.parametrize("num_responses", [[2] * 7, [2, 5, 3, 2, 4, 3, 8]], ids=["pairs", "groups"])
-def test_every_value_comes_to_its_response(group, layout, num_responses):
+@pytest.mark.parametrize("max_tokens", [200, 45])
+def test_every_value_comes_to_its_response(group, layout, num_responses, max_tokens):
+    """Also of groups that are too long for a micro-batch, which keeps its budget."""
     source, first = np.random.default_rng(0), starts_of(np.array(num_responses))
     prompt, sizes = source.integers(1, 30, size=7), source.integers(1, 12, size=first[-1])
     tokens = np.arange(2, 2 + len(sizes))
@@ -55,10 +61,13 @@ def test_every_value_comes_to_its_response(group, layout, num_responses):
     wanted = places_of(first, index)
 
     def score(**options) -> dict[str, np.ndarray] | None:
-        options = {"layout": layout, "max_tokens": 200, "heads": ("reward", "logprob")} | options
-        return score_groups(CountingEngine(), prepared, index, **options)
+        options = {"layout": layout, "max_tokens": max_tokens, "heads": ("reward", "logprob")} | options
+        return score_groups(engine, prepared, index, **options)
 
-    scores = score()
+    engine, finished = CountingEngine(), []
+    scores = score(on_progress=finished.append)
+    assert max(engine.positions) <= max_tokens
+    assert sum(finished) == len(index)
     assert scores["reward"].tolist() == (sizes * tokens)[wanted].tolist()
     assert scores["logprob"].tolist() == sizes[wanted].tolist()
     assert list(score(heads=("logprob",))) == ["logprob"]

@@ -423,7 +423,7 @@ def test_positions_beyond_those_of_the_model_are_refused_before_it_is_loaded(fol
     monkeypatch.setattr(ModelSizes, "of", classmethod(lambda cls, name, config: ModelSizes(name, 10**6, 20)))
     with pytest.raises(
         DataError,
-        match=r"held out: the longest conversation has \d+ tokens, but .* knows 20 positions; set --max_length",
+        match=r"held out: the longest pair has \d+ tokens, but .* knows 20 positions; set --max_length",
     ):
         run(options)
     monkeypatch.setattr(ModelSizes, "of", classmethod(lambda cls, name, config: ModelSizes(name, 40, 10**6)))

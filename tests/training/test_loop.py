@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm_ds.config import ObjectiveConfig
+from hafrm_ds.config import BatchConfig, ObjectiveConfig
 from hafrm_ds.data.comparisons import OF_A_PAIR
+from hafrm_ds.data.lengths import GroupLengths
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import lay_out
+from hafrm_ds.data.planning import imbalance, partition_into_micro_batches
 from hafrm_ds.data.tokenization import TokenizedGroup
+from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.objective import joint_loss, weights_at
 from hafrm_ds.training import loop
 from hafrm_ds.training.loop import StepTotals, Trainer
@@ -112,6 +115,29 @@ def test_a_step_that_is_computed_again_is_laid_out_again(recorded):
         trainer.accumulate(step, None, StepTotals())
     forwards = [event for event in events if event.startswith("forward")]
     assert forwards == [f"forward {number}" for number in (0, 1, 2, 0, 1, 2, 3, 3)]
+
+
+@pytest.mark.parametrize("are_pairs", [True, False])
+def test_groups_are_partitioned_by_operations_and_pairs_by_tokens(are_pairs):
+    source = np.random.default_rng(0)
+    lengths = GroupLengths(source.integers(1, 500, 40), source.integers(1, 100, 160), np.arange(41) * 4)
+    trainer = SimpleNamespace(
+        config=SimpleNamespace(
+            batch=BatchConfig(layout="shared_prefix", max_tokens_per_micro_batch=4000), objective=ObjectiveConfig()
+        ),
+        items=SimpleNamespace(lengths=lengths),
+        train_set=SimpleNamespace(groups=SimpleNamespace(are_pairs=are_pairs)),
+        cost=ForwardCost(1.0, 5.0, 0.1, 1.0, 0.0),
+        world_size=2,
+        rank=1,
+    )
+    items = source.permutation(40)[:32]
+    parts, waiting = Trainer.partition(trainer, items)
+    costs = lengths.costs("shared_prefix")[items]
+    work = 3 * costs + 2 * 5 * lengths.all_responses[items] + 3 * 0.1 * lengths.visible_keys("shared_prefix")[items]
+    expected = partition_into_micro_batches(costs, 2, 4000, None, None if are_pairs else work)
+    assert [part.tolist() for part in parts] == [items[part].tolist() for part in expected[1]]
+    assert waiting == imbalance(costs if are_pairs else work, expected)
 
 
 def test_sums_and_largest_values_come_from_one_row(monkeypatch):

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.comparisons import OF_A_PAIR
-from hafrm_ds.data.lengths import GroupLengths
+from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison
+from hafrm_ds.data.lengths import GroupLengths, starts_of
 from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores
@@ -19,8 +19,11 @@ PER_TOKEN, FIXED, FREE = 1000, 50_000, 20_000_000
 class Pairs(list):
     @property
     def lengths(self) -> GroupLengths:
-        columns = ([len(pair.prompt_ids), *map(len, pair.responses)] for pair in self)
-        return GroupLengths.of_pairs(*map(np.array, zip(*columns, strict=True)))
+        return GroupLengths(
+            np.array([len(group.prompt_ids) for group in self]),
+            np.array([len(response) for group in self for response in group.responses]),
+            starts_of(np.array([len(group.responses) for group in self])),
+        )
 
 
 def pairs_of(lengths: list[int]) -> Pairs:
@@ -74,6 +77,23 @@ def test_the_budget_is_what_fits_whatever_the_lengths_of_the_probes(engine, leng
 def test_no_more_than_is_useful_and_no_less_than_the_longest_pair_of_any_set(engine):
     assert find(engine, [100] * 50, largest_useful=2000) == 2000 // 64 * 64
     assert find(engine, [100] * 50, longest=5000, largest_useful=2000) == 5000
+
+
+def test_probes_hold_parts_of_groups_that_are_longer_than_a_micro_batch_must_be(engine, monkeypatch):
+    """Whole, a group of 4,000 tokens would not fit."""
+    eight = TokenizedGroup([1] * 100, tuple([k] * 500 for k in range(8)), (Comparison(0, 1), Comparison(6, 7)), "", "")
+
+    def growth(device, work) -> int:
+        work()
+        if engine.positions > 3000:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return FIXED + PER_TOKEN * engine.positions
+
+    monkeypatch.setattr(module, "peak_growth_bytes", growth)
+    monkeypatch.setattr(module, "SMALLEST_PROBE", 700)
+    options = {"largest_useful": 10**9, "with_reward": True, "with_logprob": True}
+    budget = find_token_budget(engine, Pairs([eight]), "shared_prefix", longest=1100, **options)
+    assert budget >= 1100
 
 
 def test_memory_that_does_not_hold_the_longest_pair_is_an_error_with_advice(engine, monkeypatch):

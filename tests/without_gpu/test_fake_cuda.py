@@ -106,7 +106,7 @@ def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", k
             counts_experts=False,
             saver=SimpleNamespace(votes=lambda: [0.0, 0.0], hear=lambda votes: None),
         )
-        totals = StepTotals()
+        totals = StepTotals(weight=5.0)
         with AsOnCuda() as copies:
             micro_batch = micro_batch_of(layout).to(DEVICE)
             loss = Trainer.joint_loss(trainer, weights_at(config.objective, 0), micro_batch, 5.0, totals)
