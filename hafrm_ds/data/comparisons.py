@@ -34,6 +34,16 @@ def is_order(num_answers: int, comparisons: Iterable[Sequence[Any]]) -> bool:
     return len(order) == num_answers
 
 
+def is_whole_order(num_answers: int, comparisons: Sequence[Sequence[Any]]) -> bool:
+    """Whether comparisons are an order that lacks none of what its others imply and says nothing twice: that of all
+    scores or ranks, or of the best against the rest, but not of each answer against the next alone."""
+    better = np.zeros((num_answers, num_answers), dtype=np.int64)
+    for comparison in comparisons:
+        better[comparison[0], comparison[1]] += 1
+    is_implied = better @ better > 0
+    return bool((better <= 1).all()) and not (is_implied & (better == 0)).any() and is_order(num_answers, comparisons)
+
+
 class ComparisonTable(NamedTuple):
     """Columns of the C comparisons of a set, those of a group beside one another.
 

@@ -51,7 +51,7 @@ def make_micro_batch(
     """Lay out the groups at `index`; DUMMY is a pair of single tokens.
 
     Args:
-        normalize_by: as `objective.normalize_by`.
+        normalize_by: what counts alike in a step, "group" or "comparison".
     """
     chosen = [DUMMY_GROUP if position == DUMMY else groups[position] for position in index]
 

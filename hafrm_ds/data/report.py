@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from hafrm_ds.data.comparisons import is_order
+from hafrm_ds.data.comparisons import is_order, is_whole_order
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.lengths import starts_of
@@ -131,7 +131,8 @@ class GroupFacts:
     """What a set holds whose groups are not all pairs.
 
     answers, comparisons: of all kept groups. sizes: number of answers -> kept groups that have so many.
-    soft: comparisons with a probability below 1. contradictory: groups whose comparisons are no order.
+    soft: comparisons with a probability below 1. contradictory: groups whose comparisons are no order. partial: groups
+    that lack a comparison which their others imply, or have one twice.
     lost: why answers and comparisons of kept groups are not used -> groups that have lost one so.
     """
 
@@ -140,6 +141,7 @@ class GroupFacts:
     sizes: dict[str, int]
     soft: int
     contradictory: int
+    partial: int
     lost: dict[str, int]
 
     @classmethod
@@ -148,17 +150,19 @@ class GroupFacts:
         sizes, numbers = np.unique(columns["num_responses"], return_counts=True)
         first = starts_of(columns["num_comparisons"])
         edges = np.stack([columns["better"], columns["worse"]], axis=1)
-        contradictory = sum(
-            not is_order(int(number), edges[start:end].tolist())
+        groups = [
+            (int(number), edges[start:end].tolist())
             for number, start, end in zip(columns["num_responses"], first, first[1:])
             if end - start > 1
-        )
+        ]
+        ordered = [group for group in groups if is_order(*group)]
         return cls(
             answers=len(columns["response"]),
             comparisons=len(edges),
             sizes={str(size): int(number) for size, number in zip(sizes, numbers)},
             soft=int((columns["target"] < 1).sum()),
-            contradictory=contradictory,
+            contradictory=len(groups) - len(ordered),
+            partial=sum(not is_whole_order(*group) for group in ordered),
             lost=lost,
         )
 

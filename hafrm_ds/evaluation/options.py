@@ -35,7 +35,7 @@ class EvaluationOptions(ScoringSection):
     """The options of launch/evaluate.py."""
 
     model: str
-    """Folder or hub id."""
+    """Folder or hub id, a function FILE.py:NAME, or FILE.yaml, which composes rewards."""
     output_dir: Path
     """Where the results go."""
     data: EvalSources = Field(default={})

@@ -15,10 +15,12 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp, work_through
 from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.rewards.composition import open_reward
+from hafrm_ds.rewards.loading import load_reward_for_job
+from hafrm_ds.rewards.model import ModelReward, OpenedModel
+from hafrm_ds.rewards.reward import OpenedReward, Reward
 from hafrm_ds.saved.implicit import SavedCombinedReward, SavedImplicitReward
-from hafrm_ds.saved.opening import Judge, SavedScorer, identity_of_model, open_reward_model
-from hafrm_ds.saved.scorer import Scorer
-from hafrm_ds.saved.sharded import load_for_job
+from hafrm_ds.saved.opening import Judge
 from hafrm_ds.scoring.rows import ScoredRow
 
 SMALLEST_PART, MOST_PARTS = 64, 2000
@@ -31,7 +33,8 @@ class ScoringOptions(ScoringSection):
     """What launch/score.py is asked for."""
 
     model: Path
-    """The final/ folder of a training, or another reward model: AutoModelForSequenceClassification with one label."""
+    """The final/ folder of a training, another reward model (AutoModelForSequenceClassification with one label), a
+    function FILE.py:NAME, or FILE.yaml, which composes rewards."""
     input: Path
     """JSON lines."""
     output: Path
@@ -47,9 +50,9 @@ class ScoringOptions(ScoringSection):
     deepspeed: Path | None = None
     """A DeepSpeed JSON: shard the model over the processes."""
 
-    def open(self) -> SavedScorer:
-        """Raises ModelError if the model cannot be used, or gives no reward."""
-        return open_reward_model(self.model, judge=self.judge, reference=self.reference, **self.loading)
+    def open(self) -> OpenedReward:
+        """Raises ConfigError or ModelError if it cannot be used, or gives no reward."""
+        return open_reward(self.model, judge=self.judge, reference=self.reference, **self.loading)
 
 
 class Part(NamedTuple):
@@ -67,16 +70,16 @@ def score_file(options: ScoringOptions, processes: Processes) -> int:
         DataError: the files cannot be used. ModelError: the model cannot.
     """
     log = Console(processes)
-    saved = options.open()
-    if isinstance(saved, SavedImplicitReward):
-        log.print(how_it_scores(options, saved))
+    opened = options.open()
+    if isinstance(opened, OpenedModel) and isinstance(opened.saved, SavedImplicitReward):
+        log.print(how_it_scores(options, opened.saved))
     folder = options.output.with_name(f"{options.output.name}.parts")
-    plan = processes.from_first("plan", lambda: plan_job(options, saved, folder))
+    plan = processes.from_first("plan", lambda: plan_job(options, opened, folder))
     parts = {folder / f"part-{number:06}.jsonl": Part(*part) for number, part in enumerate(plan)}
 
     def load() -> Callable[[Path], bytes]:
-        model = load_for_job(saved, options.deepspeed, options.max_tokens_per_micro_batch, processes)
-        return lambda file: score_part(parts[file], options.input, model)
+        reward = load_reward_for_job(opened, options.deepspeed, options.max_tokens_per_micro_batch, processes)
+        return lambda file: score_part(parts[file], options.input, reward)
 
     work_through(
         "scoring",
@@ -109,7 +112,7 @@ def how_it_scores(options: ScoringOptions, saved: SavedImplicitReward) -> str:
 # ---- what is to be done --------------------------------------------------------------------------------------------
 
 
-def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> list[Part]:
+def plan_job(options: ScoringOptions, opened: OpenedReward, folder: Path) -> list[Part]:
     """All parts of the job, in order; makes the folder for them.
 
     Raises:
@@ -118,7 +121,7 @@ def plan_job(options: ScoringOptions, saved: SavedScorer, folder: Path) -> list[
     if options.output.exists() and not folder.exists():
         raise DataError(f"--output {options.output} is already there; choose another file")
     parts = split_into_parts(options.input)
-    claim_folder(folder, identity_of(options, saved))
+    claim_folder(folder, identity_of(options, opened))
     return parts
 
 
@@ -141,31 +144,34 @@ def split_into_parts(input: Path) -> list[Part]:
     return [Part(starts[line], line + 1, min(length, num_lines - line)) for line in firsts]
 
 
-def identity_of(options: ScoringOptions, saved: SavedScorer) -> dict[str, Any]:
+def identity_of(options: ScoringOptions, opened: OpenedReward) -> dict[str, Any]:
     """What the scores depend on: parts of another job never mix with these."""
+    model = opened.identity()
+    template = model.pop("template", None)  # of a single model it stands by itself
     return {
         "input": stamp(options.input),
-        "model": identity_of_model(saved),
+        "model": model,
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
-        "template": saved.formatter().fingerprint,
+        "template": template,
     }
 
 
 # ---- doing it ------------------------------------------------------------------------------------------------------
 
 
-def score_part(part: Part, input: Path, model: Scorer) -> bytes:
+def score_part(part: Part, input: Path, reward: Reward) -> bytes:
     """Content of a part's file: a line with the errors (a JSON list), then a line for each row. Empty lines are passed
     over, but counted."""
     with input.open("rb") as file:
         file.seek(part.start)
         lines = [file.readline() for _ in range(part.num_lines)]
     places = [f"{input.name}:{part.first_line + number}" for number in range(len(lines))]
-    rows = [(ScoredRow.read(line.strip(), place, model), place) for line, place in zip(lines, places) if line.strip()]
-    rated = iter(model.rate_ids([ids for row, _ in rows for ids in row.conversations]))
+    rows = [(ScoredRow.read(line.strip(), place), place) for line, place in zip(lines, places) if line.strip()]
+    scores = iter(reward.scores([conversation for row, _ in rows for conversation in row.conversations]))
+    attributes = reward.attributes if isinstance(reward, ModelReward) else ()
     written, errors = [], []
     for row, place in rows:
-        line, error = row.written([next(rated) for _ in row.conversations], place, model.attributes)
+        line, error = row.written([next(scores) for _ in row.conversations], place, attributes)
         written.append(line)
         if error:
             errors.append(error)

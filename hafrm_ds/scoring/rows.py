@@ -1,7 +1,6 @@
 """One line of a file to score: its conversations in, the same row with scores out."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,10 @@ from hafrm_ds.data.pairs import (
     parsed_messages,
     prompt_from_text,
 )
-from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.data.tool_calls import ToolRow, read_with_tools
 from hafrm_ds.errors import DataError
-from hafrm_ds.saved.scorer import Scorer
+from hafrm_ds.rewards.reward import Score
+from hafrm_ds.saved.scorer import Conversation
 
 BESIDE = (*EARLIER, "tools")
 """Columns that are read beside a prompt."""
@@ -38,16 +37,16 @@ class ScoredRow:
     """A line of the input, on its way to a line of the output.
 
     fields: of the row; {} if it could not be read. field: "score", or "scores" for a row with several answers.
-    conversations: encoded; empty for a row that cannot be scored. error: why it cannot, else "".
+    conversations: those to score; empty for a row that cannot be read. error: why it cannot, else "".
     """
 
     fields: dict[str, Any]
     field: str
-    conversations: list[PromptWithResponses]
+    conversations: list[Conversation]
     error: str = ""
 
     @classmethod
-    def read(cls, line: bytes, place: str, model: Scorer) -> "ScoredRow":
+    def read(cls, line: bytes, place: str) -> "ScoredRow":
         """A line -> its row. What is wrong with it, named by `place` (FILE:LINE), is kept, not raised."""
         fields: Any = {}
         try:
@@ -58,30 +57,25 @@ class ScoredRow:
             field, conversations = conversations_of(Row(fields, place, ""))
         except DataError as error:
             return cls(fields, "score", [], str(error))
-        try:
-            return cls(fields, field, [model.encode(conversation) for conversation in conversations])
-        except DataError as error:
-            return cls(fields, field, [], f"{place}: {error}")
+        return cls(fields, field, conversations)
 
-    def written(self, rated: list[list[float]], place: str, attributes: Sequence[str] = ()) -> tuple[bytes, str]:
-        """The score and then the attributes of each of its conversations -> (line of the output, what is wrong with the
-        row or "").
+    def written(self, scores: list[Score], place: str, attributes: Sequence[str] = ()) -> tuple[bytes, str]:
+        """The scores of its conversations, with attributes of these names -> (line of the output, what is wrong with
+        the row or "").
 
         A row that cannot be scored has the score null, and says why in `score_error`.
         """
-        error = self.error
+        error = self.error or next((f"{place}: {score.error}" for score in scores if score.error), "")
         # A file that was scored before: its scores are kept under another name, its errors are made up for.
         added = (*SCORES, ATTRIBUTES) if attributes else SCORES
         fields = {name: value for name, value in self.fields.items() if name not in (*added, "score_error")}
         fields |= {f"input_{name}": self.fields[name] for name in added if name in self.fields}
-        if not error and not all(math.isfinite(value) for values in rated for value in values):
-            error = f"{place}: the score is not finite"
         if error:
             result: dict[str, Any] = {self.field: None, "score_error": error}
         else:
-            result = {self.field: [score for score, *_ in rated]}
+            result = {self.field: [score.value for score in scores]}
             if attributes:
-                result[ATTRIBUTES] = [dict(zip(attributes, values)) for _, *values in rated]
+                result[ATTRIBUTES] = [dict(zip(attributes, score.attributes, strict=True)) for score in scores]
             if self.field == "score":
                 result = {name: values[0] for name, values in result.items()}
         return json_line(fields | result), error

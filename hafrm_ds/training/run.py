@@ -185,14 +185,18 @@ def check_orders(sets: dict[str, PreparedGroups], objective: ObjectiveConfig) ->
         return
     for name, groups in sets.items():
         facts = groups.report.groups
-        if facts is not None and (facts.contradictory or facts.soft):
-            what = [f"{facts.contradictory:,} groups whose comparisons contradict one another"] * bool(
-                facts.contradictory
-            )
-            what += [f"{facts.soft:,} comparisons with a probability below 1"] * bool(facts.soft)
+        if facts is None:
+            continue
+        faults = {
+            "groups whose comparisons contradict one another": facts.contradictory,
+            "groups that have a part of the comparisons of their order": facts.partial,
+            "comparisons with a probability below 1": facts.soft,
+        }
+        if any(faults.values()):
+            what = " and ".join(f"{number:,} {kind}" for kind, number in faults.items() if number)
             raise DataError(
-                f"{name} has {' and '.join(what)}, of which objective.ranking_loss {objective.ranking_loss} "
-                "cannot make an order; set --objective.ranking_loss pairwise"
+                f"{name} has {what}, of which objective.ranking_loss {objective.ranking_loss} cannot make an order; "
+                "set --objective.ranking_loss pairwise"
             )
 
 

@@ -346,8 +346,9 @@ def test_a_group_keeps_what_is_known_of_its_answers(prepare, formatter):
 
 def test_contradictions_are_counted_and_trained(prepare):
     circle = group("Q", ["a", "b", "c"], [(0, 1), (1, 2), (2, 0)])
-    report = prepare([circle, group("R", ["a", "b", "c"], [(0, 1), (0, 2)])]).report
-    assert report.groups.contradictory == 1 and report.total.kept == 2
+    orders = [[(0, 1), (0, 2)], [(0, 1), (0, 2), (1, 2)], [(0, 1), (1, 2)], [(0, 1), (0, 1)]]
+    report = prepare([circle, *(group("R", ["a", "b", "c"], order) for order in orders)]).report
+    assert (report.groups.contradictory, report.groups.partial, report.total.kept) == (1, 2, 5)
     assert "in 1 groups they contradict one another" in shown(report)
 
 

@@ -1,6 +1,8 @@
+import itertools
+
 import pytest
 
-from hafrm_ds.data.comparisons import OF_A_PAIR
+from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.tokenization import (
     EMPTY_ANSWER,
@@ -9,10 +11,12 @@ from hafrm_ds.data.tokenization import (
     IDENTICAL_ANSWERS,
     REFUSED,
     TOO_LONG,
+    UNCOMPARED,
     PromptWithResponses,
     TokenizedGroup,
     fit,
     split_at_prompt,
+    tokenize_groups,
 )
 from tests.tiny_tokenizers import tokenize_pair
 
@@ -193,3 +197,59 @@ def test_one_answer_is_the_start_of_the_other(formatter):
     # yes, against yes</s>: the end mark alone tells them apart.
     assert result.cut and result.uncut_length == short + len(", of course") + 1
     assert [formatter.tokenizer.decode(ids) for ids in result.ids.responses] == ["yes,", "yes</s>"]
+
+
+# ---- groups of more than two answers -------------------------------------------------------------------------------
+
+
+def tokenized_group(formatter, answers, comparisons, max_length=1000, truncation="drop"):
+    groups = [(user("Q"), [assistant(answer) for answer in answers], comparisons)]
+    return tokenize_groups(formatter, groups, max_length, truncation)[0]
+
+
+def answers_of(formatter, result) -> list[str]:
+    return [formatter.tokenizer.decode(ids).removesuffix("</s>") for ids in result.ids.responses]
+
+
+def all_of(number: int) -> list[Comparison]:
+    return [Comparison(*both) for both in itertools.combinations(range(number), 2)]
+
+
+def test_a_group_has_one_prompt_and_all_its_answers(formatter):
+    comparisons = [Comparison(2, 0, 0.5), Comparison(2, 1, target=0.75, weight=2.0)]
+    result = tokenized_group(formatter, ["good", "bad", "best"], comparisons)
+    assert answers_of(formatter, result) == ["good", "bad", "best"]
+    assert result.ids.prompt == formatter.encode_prompt(user("Q"))
+    assert (result.outcome, result.comparisons, result.lost) == ("", tuple(comparisons), ())
+    assert result.uncut_length == len(formatter.encode(user("Q") + assistant("good")))
+
+
+def test_an_answer_that_cannot_be_used_takes_its_comparisons_along(formatter):
+    """The others move up, and an answer that is compared with nothing any more goes too."""
+    result = tokenized_group(formatter, ["a", " ", "b", "c"], all_of(4))
+    assert answers_of(formatter, result) == ["a", "b", "c"]
+    assert (result.comparisons, result.lost) == (tuple(all_of(3)), (EMPTY_ANSWER,))
+    result = tokenized_group(formatter, ["a", " ", "b", "c"], [Comparison(0, 1), Comparison(3, 2, 0.5)])
+    assert answers_of(formatter, result) == ["b", "c"]
+    assert (result.comparisons, result.lost) == ((Comparison(1, 0, 0.5),), (EMPTY_ANSWER, UNCOMPARED))
+    assert tokenized_group(formatter, ["a", " ", "b"], [Comparison(0, 1), Comparison(1, 2)]).outcome == EMPTY_ANSWER
+
+
+def test_equal_answers_are_not_compared_with_one_another(formatter):
+    result = tokenized_group(formatter, ["a", "b", "a"], all_of(3))
+    assert answers_of(formatter, result) == ["a", "b", "a"]
+    assert (result.comparisons, result.lost) == ((Comparison(0, 1), Comparison(1, 2)), (IDENTICAL_ANSWERS,))
+    assert tokenized_group(formatter, ["a"] * 3, all_of(3)).outcome == IDENTICAL_ANSWERS
+
+
+def test_the_longest_answers_go_until_the_others_fit(formatter):
+    answers = ["a" * 30, "b" * 5, "c" * 20, "d" * 6]
+    room = len(formatter.encode(user("Q") + assistant(answers[3])))
+    result = tokenized_group(formatter, answers, all_of(4), room)
+    assert answers_of(formatter, result) == [answers[1], answers[3]]
+    assert (result.comparisons, result.lost, result.cut) == (tuple(all_of(2)), (TOO_LONG, TOO_LONG), False)
+    assert result.uncut_length == len(formatter.encode(user("Q") + assistant(answers[0])))
+    assert tokenized_group(formatter, answers, all_of(4), room - 1).outcome == TOO_LONG
+    cut = tokenized_group(formatter, answers, all_of(4), room, "cut_response")
+    assert answers_of(formatter, cut) == ["a" * 7, "b" * 5, "c" * 7, "d" * 6]
+    assert cut.cut and cut.comparisons == tuple(all_of(4))

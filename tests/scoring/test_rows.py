@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from hafrm_ds import HybridRewardModel
 from hafrm_ds.data.pairs import Row, assistant, user
 from hafrm_ds.errors import DataError
+from hafrm_ds.rewards.loading import load_reward
+from hafrm_ds.rewards.model import ModelReward, as_score
 from hafrm_ds.scoring.rows import ScoredRow, conversations_of
 from tests.tiny_models import save_tiny_final
 
@@ -14,8 +15,8 @@ SYSTEM = {"role": "system", "content": "s"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> HybridRewardModel:
-    return HybridRewardModel.from_pretrained(save_tiny_final(tmp_path_factory.mktemp("model") / "final"))
+def model(tmp_path_factory) -> ModelReward:
+    return load_reward(save_tiny_final(tmp_path_factory.mktemp("model") / "final"), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -90,10 +91,9 @@ def test_a_row_that_cannot_be_read_is_named_with_its_field(fields, message):
     ],
 )
 def test_a_bad_line_is_kept_with_its_reason(model, line, fields, message):
-    row = ScoredRow.read(line, "in.jsonl:7", model)
-    written, error = row.written([], "in.jsonl:7")
+    row = ScoredRow.read(line, "in.jsonl:7")
+    written, error = row.written(model.scores(row.conversations), "in.jsonl:7")
     assert error.startswith(message)
-    assert row.conversations == []
     result = json.loads(written)
     assert result.pop("score") is None and result.pop("score_error") == error
     assert fields is None or result == fields
@@ -108,31 +108,37 @@ def test_a_bad_line_is_kept_with_its_reason(model, line, fields, message):
     ],
 )
 def test_tools_that_the_template_does_not_write_cost_a_row_its_score(model, fields, lost):
-    written, error = ScoredRow.read(json.dumps(fields).encode(), "in.jsonl:7", model).written([], "in.jsonl:7")
+    row = ScoredRow.read(json.dumps(fields).encode(), "in.jsonl:7")
+    written, error = row.written(model.scores(row.conversations), "in.jsonl:7")
     assert error.startswith(f"in.jsonl:7: the tokenizer's own chat template leaves out {lost}: the model would not see")
     assert json.loads(written) == fields | {"score": None, "score_error": error}
 
 
-def test_a_row_comes_out_as_it_came_in_and_a_score_that_is_no_number_is_an_error(model):
+def test_a_row_comes_out_as_it_came_in_and_a_score_that_is_no_number_is_an_error():
     line = '{"id": 12345678901234567890, "note": "\\ud800 é", "prompt": "a", "responses": ["b", "c"]}'.encode()
-    row = ScoredRow.read(line, "in.jsonl:1", model)
-    written, error = row.written([[1.5], [-2.25]], "in.jsonl:1")
+    row = ScoredRow.read(line, "in.jsonl:1")
+    written, error = row.written([as_score(1.5), as_score(-2.25)], "in.jsonl:1")
     assert error == ""
     assert json.loads(written) == json.loads(line) | {"scores": [1.5, -2.25]}
-    written, error = row.written([[1.5], [float("nan")]], "in.jsonl:1")
+    written, error = row.written([as_score(1.5), as_score(float("nan"))], "in.jsonl:1")
     assert json.loads(written)["scores"] is None
     assert error == "in.jsonl:1: the score is not finite"
 
 
-def test_a_row_that_was_scored_before_keeps_its_score_under_another_name(model):
+def test_a_row_that_was_scored_before_keeps_its_score_under_another_name():
     line = b'{"prompt": "a", "response": "b", "score": 4.5, "scores": [1, 2], "score_error": "old message"}'
-    row = ScoredRow.read(line, "in.jsonl:1", model)
-    written, error = row.written([[1.5]], "in.jsonl:1")
+    row = ScoredRow.read(line, "in.jsonl:1")
+    written, error = row.written([as_score(1.5)], "in.jsonl:1")
     assert error == ""
     expected = {"prompt": "a", "response": "b", "input_score": 4.5, "input_scores": [1, 2], "score": 1.5}
     assert json.loads(written) == expected
-    written, error = row.written([[float("nan")]], "in.jsonl:1")
+    written, error = row.written([as_score(float("nan"))], "in.jsonl:1")
     assert json.loads(written) == expected | {"score": None, "score_error": error}
+
+
+def test_a_number_of_too_many_digits_costs_its_row_alone():
+    row = ScoredRow.read(b'{"prompt": "a", "response": "b", "user_id": ' + b"7" * 5000 + b"}", "in.jsonl:2")
+    assert row.error == "in.jsonl:2: holds a number of too many digits (4,300 can be read)"
 
 
 @pytest.mark.parametrize(
@@ -146,17 +152,12 @@ def test_a_row_that_was_scored_before_keeps_its_score_under_another_name(model):
         ),
     ],
 )
-def test_attributes_stand_beside_the_score(model, row, rated, expected):
+def test_attributes_stand_beside_the_score(row, rated, expected):
     fields = {"prompt": "a", "attributes": "of the input"} | row
-    read = ScoredRow.read(json.dumps(fields).encode(), "in.jsonl:1", model)
-    written, error = read.written(rated, "in.jsonl:1", ["x", "y"])
+    read = ScoredRow.read(json.dumps(fields).encode(), "in.jsonl:1")
+    written, error = read.written([as_score(*values) for values in rated], "in.jsonl:1", ["x", "y"])
     assert (json.loads(written), error) == ({"prompt": "a"} | row | {"input_attributes": "of the input"} | expected, "")
-    written, _ = read.written([values[:1] for values in rated], "in.jsonl:1")
+    written, _ = read.written([as_score(values[0]) for values in rated], "in.jsonl:1")
     assert json.loads(written)["attributes"] == "of the input"
-    written, error = read.written([[1.0, float("nan"), 1.0]] * len(rated), "in.jsonl:1", ["x", "y"])
+    written, error = read.written([as_score(1.0, float("nan"), 1.0)] * len(rated), "in.jsonl:1", ["x", "y"])
     assert error == "in.jsonl:1: the score is not finite" and "attributes" not in json.loads(written)
-
-
-def test_a_number_of_too_many_digits_costs_its_row_alone(model):
-    row = ScoredRow.read(b'{"prompt": "a", "response": "b", "user_id": ' + b"7" * 5000 + b"}", "in.jsonl:2", model)
-    assert row.error == "in.jsonl:2: holds a number of too many digits (4,300 can be read)"

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from hafrm_ds.config import Positive, PositiveInt, ScoringSection
 from hafrm_ds.options import Section, as_list
+from hafrm_ds.rewards.composition import is_model
 from hafrm_ds.saved.opening import Judge
 
 
@@ -41,13 +42,14 @@ class RankingOptions(ScoringSection):
     """The options of launch/best_of_n.py: either candidates or sampling."""
 
     model: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)]
-    """One or more: final/ folders of trainings, or other reward models."""
+    """One or more: final/ folders of trainings, other reward models, functions FILE.py:NAME, or FILE.yaml, which
+    composes rewards."""
     output_dir: Path
     """Where the results go."""
     candidates: Path | None = None
     """A file with answers: .jsonl, .json or .parquet."""
     gold: str | None = None
-    """Another reward model, by whose scores the picks are judged. Default: field gold of the rows."""
+    """Another reward, by whose scores the picks are judged. Default: field gold of the rows."""
     judge: Judge | None = None
     """What ranks: reward (the reward head), implicit (the policy against its reference) or combined (both as one, by
     the fit that is saved with a model). Default: the reward head, and of a model without one the implicit reward."""
@@ -66,6 +68,8 @@ class RankingOptions(ScoringSection):
                 given = ", ".join(f"--{name}" for name in SamplingOptions.model_fields
                                   if name in self.sampling.model_fields_set)  # fmt: skip
                 problems.append(f"--candidates brings the answers, so nothing is sampled: leave out {given}")
+        if self.judge is not None and not any(map(is_model, self.model)):
+            problems.append("--judge is of models alone, and --model names none: a composition names the judge of each")
         if len(set(self.model)) < len(self.model):
             problems.append(f"--model {' '.join(self.model)}: a model stands there twice")
         return problems

@@ -26,7 +26,8 @@ from hafrm_ds.evaluation.best_of_n.statistics import compare_with_gold
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
 from hafrm_ds.processes.ranks import Processes
-from hafrm_ds.saved.opening import Judge, identity_of_model, open_model
+from hafrm_ds.rewards.composition import is_model
+from hafrm_ds.saved.opening import Judge, open_model
 from hafrm_ds.scoring.files import ScoringOptions, score_file
 from hafrm_ds.scoring.rows import conversations_of, json_line, prompt_as_written
 
@@ -90,7 +91,7 @@ def rank(options: RankingOptions, processes: Processes) -> int:
             ]
         )
     identity: dict[str, Any] = {
-        "models": {file: {"name": name} | identity_of_model(scorings[file].open()) for file, name in scorers.items()},
+        "models": {file: {"name": name} | identity_of_scorer(scorings[file]) for file, name in scorers.items()},
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }
 
@@ -110,9 +111,13 @@ def rank(options: RankingOptions, processes: Processes) -> int:
 
 
 def scoring_of(name: str, output: Path, options: RankingOptions, judge: Judge | None) -> ScoringOptions:
-    """How a model scores the candidates: the reward head needs no reference."""
-    has_head = "reward" in open_model(name, **options.loading).heads
-    needs_reference = judge != "reward" if judge is not None else not has_head
+    """How a reward scores the candidates: a reward head needs no reference, and a composition names its own judges."""
+    if not is_model(name):
+        judge, needs_reference = None, False
+    elif judge is not None:
+        needs_reference = judge != "reward"
+    else:
+        needs_reference = "reward" not in open_model(name, **options.loading).heads
     return ScoringOptions(
         model=Path(name),
         input=options.output_dir / CANDIDATES_FILE,
@@ -122,6 +127,13 @@ def scoring_of(name: str, output: Path, options: RankingOptions, judge: Judge | 
         reference=options.reference if needs_reference else None,
         **options.loading,
     )
+
+
+def identity_of_scorer(scoring: ScoringOptions) -> dict[str, Any]:
+    """What the scores of a model depend on. Of a single one its template is told by its files."""
+    identity = scoring.open().identity()
+    identity.pop("template", None)
+    return identity
 
 
 def claim(candidates: Path, identity: dict[str, Any]) -> bool:

@@ -227,6 +227,7 @@ def intervals_chart(
     *,
     legend: bool = True,
     are_differences: bool = False,
+    unit: str = "accuracy",
 ) -> Chart:
     """Accuracies, or differences of them, with intervals: group (a set or source) -> name -> interval. Groups stand
     below one another; the dashed line is the accuracy of a coin, or no difference."""
@@ -260,7 +261,7 @@ def intervals_chart(
     write_axis(axes.xaxis, share_text, ticks=6)
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("difference in accuracy" if are_differences else "accuracy")
+    axes.set_xlabel("difference in accuracy" if are_differences else unit)
     keys = [Key(name, number, "dot") for name, number in series.items()] if legend else []
     return finish(figure, title, described, keys, "Bars: 95% intervals.")
 

@@ -1,6 +1,7 @@
 """report.html: one file that needs nothing else, for a run, an evaluation, several of them side by side, or a
-comparison of methods."""
+comparison of methods or of rewards."""
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,9 @@ from markupsafe import Markup
 from hafrm_ds import __version__
 from hafrm_ds.data.tables import printable
 from hafrm_ds.durability import write_whole
+from hafrm_ds.evaluation.agreement import AGREEMENT_FILE
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE
+from hafrm_ds.evaluation.report.agreement_page import agreement_page
 from hafrm_ds.evaluation.report.comparison_page import comparison_page
 from hafrm_ds.evaluation.report.methods_page import methods_page
 from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_comparison, read_results
@@ -23,7 +26,8 @@ REPORT_FILE = "report.html"
 
 
 def write_report(folder: Path, file: Path | None = None) -> Path:
-    """The page of a run, whatever state it is in, of an evaluation, or of a comparison of methods; returns the file.
+    """The page of a run, whatever state it is in, of an evaluation, or of a comparison of methods or rewards; returns
+    the file.
 
     Args:
         file: default: FOLDER/report.html.
@@ -37,6 +41,8 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
         if "sweep" in comparison:  # there may be thousands of runs, which no page lays side by side
             return write(file, "sweep.html", methods_page(comparison, []))
         return write(file, "methods.html", methods_page(comparison, named_results(runs)))
+    if (folder / AGREEMENT_FILE).exists():
+        return write(file, "agreement.html", agreement_page(json.loads((folder / AGREEMENT_FILE).read_text())))
     return write(file, "results.html", results_page(read_results(folder)))
 
 
