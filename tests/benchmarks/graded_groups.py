@@ -7,7 +7,7 @@ write: FOLDER/data/groups.jsonl, GROUPS prompts with ANSWERS answers each, score
 of NOISE points, and pairs.jsonl, every comparison of these scores as a pair. Tests with the true scores:
 same_answers.jsonl (the same topics) and other_answers.jsonl (topics never trained on).
 table: mean and 95% interval over seeds of what the last evaluation of each run of compare.py says, for each method of
-each comparison, and the paired differences from the first.
+each comparison, and the paired differences from the same method with the pairwise loss on groups.
 """
 
 import json
@@ -79,32 +79,23 @@ def table(comparisons: dict[str, Path]) -> None:
                 method, seed = run.name.rsplit("-seed", 1)
                 found[f"{name} {method}"][seed] = last_evaluations(run)
     generator = np.random.default_rng(0)
-    first = next(iter(found))
-    for set_name in next(iter(found[first].values())):
-        print(
-            f"\n{set_name}\n\n| method | seeds | "
-            + " | ".join(MEASURES)
-            + " |\n|---" * 1
-            + "|---" * (1 + len(MEASURES))
-            + "|"
-        )
+    for set_name in next(iter(next(iter(found.values())).values())):
+        print(f"\n{set_name}\n\n| method | seeds | {' | '.join(MEASURES)} |\n{'|---' * (2 + len(MEASURES))}|")
         for method, by_seed in found.items():
+            kind = method.split(" ")[1].split("-ranking")[0]
+            yardstick = next((name for name in found if f" {kind}-ranking-losspairwise" in name), method)
             cells = []
             for measure in MEASURES:
                 values = {seed: each[set_name][measure] for seed, each in by_seed.items() if measure in each[set_name]}
-                if not values:
-                    cells.append("")
-                    continue
-                cell = f"{np.mean(list(values.values())):.3f}"
-                base = {seed: each[set_name].get(measure) for seed, each in found[first].items()}
+                cells.append(f"{np.mean(list(values.values())):.3f}" if values else "")
+                base = {seed: each[set_name].get(measure) for seed, each in found[yardstick].items()}
                 both = [seed for seed in values if base.get(seed) is not None]
-                if method != first and len(both) > 1:
+                if method != yardstick and len(both) > 1:
                     gains = np.array([values[seed] - base[seed] for seed in both])
                     means = gains[generator.integers(len(gains), size=(NUM_RESAMPLES, len(gains)))].mean(axis=1)
                     low, high = np.quantile(means, [0.025, 0.975])
-                    cell += f" ({gains.mean():+.3f} [{low:+.3f}, {high:+.3f}])"
-                cells.append(cell)
-            print(f"| {method} | {len(by_seed)} | " + " | ".join(cells) + " |")
+                    cells[-1] += f" ({gains.mean():+.3f} [{low:+.3f}, {high:+.3f}])"
+            print(f"| {method} | {len(by_seed)} | {' | '.join(cells)} |")
 
 
 def main(arguments: list[str]) -> None:
