@@ -45,19 +45,29 @@ class ScoredRow:
     @classmethod
     def read(cls, line: bytes, place: str) -> "ScoredRow":
         """A line -> its row. What is wrong with it, named by `place` (FILE:LINE), is kept, not raised."""
-        fields: Any = {}
         try:
-            fields = parse_json(line, place)
-            if not isinstance(fields, dict):
-                found, fields = fields, {}
-                raise DataError(f"{place}: is a {type(found).__name__}, expected an object with fields")
+            return cls.of(parse_json(line, place), place)
+        except DataError as error:
+            return cls({}, "score", [], str(error))
+
+    @classmethod
+    def of(cls, fields: Any, place: str) -> "ScoredRow":
+        """As `read`, of a line that has been parsed."""
+        if not isinstance(fields, dict):
+            return cls({}, "score", [], f"{place}: is a {type(fields).__name__}, expected an object with fields")
+        try:
             field, conversations = conversations_of(Row(fields, place, ""))
         except DataError as error:
             return cls(fields, "score", [], str(error))
         return cls(fields, field, conversations)
 
     def written(self, scores: list[Score], place: str) -> tuple[bytes, str]:
-        """The scores of its conversations -> (line of the output, what is wrong with the row or "").
+        """As `scored`, with the row as a line of the output."""
+        fields, error = self.scored(scores, place)
+        return json_line(fields), error
+
+    def scored(self, scores: list[Score], place: str) -> tuple[dict[str, Any], str]:
+        """The scores of its conversations -> (the row with them, what is wrong with the row or "").
 
         A row that cannot be scored has the score null, and says why in `score_error`.
         """
@@ -70,7 +80,7 @@ class ScoredRow:
         else:
             values = [score.value for score in scores]
             result = {self.field: values if self.field == "scores" else values[0]}
-        return json_line(fields | result), error
+        return fields | result, error
 
 
 def json_line(fields: dict[str, Any]) -> bytes:
