@@ -5,6 +5,7 @@ The docstring under a field is its help text. `hafrm_ds.options` reads the tree 
 
 import datetime
 import difflib
+import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -164,7 +165,8 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """L = rm_weight * L_reward + alpha * L_policy, each a mean over the pairs of the global batch (HAF-RM)."""
+    """L = rm_weight * L_reward + alpha * L_policy, each a mean over the groups of the global batch, pairs among them
+    (HAF-RM)."""
 
     alpha: NonNegative | None = 0.2
     """Weight of the policy loss. 0 is the paper's baseline: no LM head and no reference log-probs are computed. null
@@ -180,6 +182,12 @@ class ObjectiveConfig(Section):
     """Strength of the implicit KL constraint in dpo, ipo and hinge; scale of the margin in simpo."""
     policy_loss: Literal["dpo", "ipo", "hinge", "simpo", "sft"] = "dpo"
     """dpo, ipo and hinge use reference log-probs; simpo (length-averaged) and sft (on the chosen answer) need none."""
+    ranking_loss: Literal["pairwise", "plackett_luce", "best"] = "pairwise"
+    """What both losses ask of a group of answers. pairwise: the mean over its comparisons. plackett_luce: the
+    probability of its whole order. best: the probability of its best answer among all. The last two know no margins, no
+    label smoothing and no soft labels, and of the policy losses dpo alone; of a pair they are the loss of pairwise."""
+    normalize_by: Literal["group", "comparison"] = "group"
+    """What counts alike in a step: each group, whatever it holds, or each comparison."""
     policy_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """dpo only: assumed probability that a label is flipped."""
     simpo_gamma: NonNegative = 0.5
@@ -248,10 +256,11 @@ class ObjectiveConfig(Section):
 
 
 class BatchConfig(Section):
-    """How pairs become optimizer steps and micro-batches. The order of pairs never depends on the number of GPUs."""
+    """How groups, mostly pairs, become optimizer steps and micro-batches. Their order never depends on the number of
+    GPUs."""
 
     global_batch_size: PositiveInt = 64
-    """Pairs in one optimizer step, over all GPUs."""
+    """Pairs, or groups of answers, in one optimizer step, over all GPUs."""
     max_tokens_per_micro_batch: TokenBudget = 8192
     """Token budget of one forward and backward on one GPU. More is faster until memory runs out. auto: found at the
     start from what two micro-batches need, the same on all GPUs, and written into the run's config.yaml; a resumed run
@@ -445,6 +454,18 @@ class TrainConfig(Section):
             problems.append(
                 f"objective.policy_label_smoothing is defined for policy_loss dpo, not for {objective.policy_loss}"
             )
+        if objective.ranking_loss != "pairwise":
+            undefined = {
+                f"policy_loss {objective.policy_loss}": objective.uses_policy and objective.policy_loss != "dpo",
+                "policy_label_smoothing": objective.policy_label_smoothing > 0,
+                "reward_label_smoothing": objective.reward_label_smoothing > 0,
+                "use_margin": objective.use_margin,
+            }
+            problems += [
+                f"objective.ranking_loss {objective.ranking_loss} is not defined with objective.{name}: leave one out"
+                for name, is_there in undefined.items()
+                if is_there
+            ]
         if not objective.uses_reward and objective.use_margin:
             problems.append("objective.use_margin belongs to the reward loss, but objective.rm_weight is 0")
         if self.evaluation.every_steps and not self.data.eval:
@@ -486,6 +507,15 @@ def options_of(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from options_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def defaults_of(section: type[Section], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted option name -> its default in JSON's types, for all options that have one."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from defaults_of(field.annotation, f"{prefix}{name}.")
+        elif not field.is_required():
+            yield prefix + name, json.loads(json.dumps(field.get_default(call_default_factory=True), default=str))
 
 
 def share_problems(config: TrainConfig) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """The joint objective as pure functions: reward losses, policy losses and their metrics.
 
-Legend: P pairs, N = 2P responses ordered [chosen 0, rejected 0, chosen 1, rejected 1, ...]. Everything is fp32 and
-per pair ([P]); nothing here averages. The loop divides once, by the pairs of the global batch.
+Legend: G groups, N responses of all of them, C comparisons among these. Everything is fp32. Losses of comparisons are
+[C]; a group's is their mean, or that of its whole order, [G]. Nothing here averages over groups: the loop divides once,
+by what the groups of the global batch weigh.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
+from hafrm_ds.data.comparisons import Comparisons
 
 Values = TypeVar("Values", Tensor, np.ndarray)
 
 
 class RouterUse(NamedTuple):
-    """How a mixture of experts spread the tokens of P pairs over E experts in L layers.
+    """How a mixture of experts spread the tokens of G groups over E experts in L layers.
 
-    loss: [P] fp32, smallest (k, for k experts a token) where all get as many. load: [P, L, E] fp32, tokens that each
+    loss: [G] fp32, smallest (k, for k experts a token) where all get as many. load: [G, L, E] fp32, tokens that each
     expert got, without gradient.
     """
 
@@ -37,7 +40,7 @@ class ResponseScores(NamedTuple):
     logprob: [N] fp32, log pi(response | prompt) summed over its tokens; None when the LM head was not run.
     num_tokens: [N] int64, tokens of each response.
     token_logprobs: [M] fp32, log pi of each response token, response after response; None without logprob.
-    router: of pairs, where it was asked for.
+    router: of groups, where it was asked for.
     """
 
     reward: Tensor | None
@@ -53,36 +56,37 @@ class ResponseScores(NamedTuple):
         return values
 
 
-def chosen_and_rejected(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[N] -> ([P], [P])."""
-    pairs = values.view(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
+# ---- losses of comparisons, [N] -> [C] -----------------------------------------------------------------------------
 
 
-# ---- reward losses -------------------------------------------------------------------------------------------------
-
-
-def bradley_terry_loss(reward: Tensor, margin: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(r_c - r_r - m), [N] -> [P] (Bradley & Terry 1952; HAF-RM eq. of L_reward; margin: Llama 2, eq. 2).
-
-    With label smoothing e: (1 - e) times that plus e times the loss of the flipped pair.
+def expected(loss: Callable[[Tensor], Tensor], difference: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """p * loss(d) + (1 - p) * loss(-d), where the better answer is preferred with the probability p, [C] -> [C].
 
     Args:
-        reward: [N] fp32.
-        margin: [P] fp32 or None.
+        difference: d, of the better answer's score and the worse one's.
+        target: [C] the probability by the data, 1 for a plain comparison.
+        label_smoothing: probability that a label is flipped besides (Mitchell 2023).
     """
-    chosen, rejected = chosen_and_rejected(reward)
-    logits = chosen - rejected if margin is None else chosen - rejected - margin
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    kept, flipped = 1 - label_smoothing, label_smoothing
+    as_told, otherwise = target * kept + (1 - target) * flipped, target * flipped + (1 - target) * kept
+    return as_told * loss(difference) + otherwise * loss(-difference)
 
 
-def centering_penalty(reward: Tensor) -> Tensor:
-    """(r_c + r_r)^2, [N] -> [P] (Eisenstein et al. 2023): a reward is defined up to a constant; this picks one."""
-    chosen, rejected = chosen_and_rejected(reward)
-    return (chosen + rejected).square()
+def negative_log_sigmoid(difference: Tensor) -> Tensor:
+    return -F.logsigmoid(difference)
 
 
-# ---- policy losses -------------------------------------------------------------------------------------------------
+def bradley_terry_loss(reward: Tensor, comparisons: Comparisons, use_margin: bool, label_smoothing: float) -> Tensor:
+    """-log sigmoid(r_b - r_w - m) (Bradley & Terry 1952; HAF-RM eq. of L_reward; margin: Llama 2, eq. 2)."""
+    difference = comparisons.difference(reward)
+    if use_margin:
+        difference = difference - comparisons.margin
+    return expected(negative_log_sigmoid, difference, comparisons.target, label_smoothing)
+
+
+def centering_penalty(reward: Tensor, comparisons: Comparisons) -> Tensor:
+    """(r_b + r_w)^2 (Eisenstein et al. 2023): a reward is defined up to a constant; this picks one."""
+    return (reward[comparisons.better] + reward[comparisons.worse]).square()
 
 
 def implicit_reward(logprob: Values, reference: Values, beta: float) -> Values:
@@ -90,42 +94,81 @@ def implicit_reward(logprob: Values, reference: Values, beta: float) -> Values:
     return beta * (logprob - reference)
 
 
-def dpo_loss(logprob: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(h), h = beta * [(log pi - log pi_ref)(c) - (log pi - log pi_ref)(r)] (Rafailov et al. 2023, eq. 7).
+def dpo_loss(
+    logprob: Tensor, reference: Tensor, comparisons: Comparisons, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """-log sigmoid(h), h = beta * [(log pi - log pi_ref)(b) - (log pi - log pi_ref)(w)] (Rafailov et al. 2023, eq. 7).
 
-    Label smoothing as in conservative DPO (Mitchell 2023): (1 - e) * loss(h) + e * loss(-h). [N], [N] -> [P].
+    Label smoothing as in conservative DPO (Mitchell 2023): (1 - e) * loss(h) + e * loss(-h).
     """
-    chosen, rejected = chosen_and_rejected(implicit_reward(logprob, reference, beta))
-    logits = chosen - rejected
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    difference = comparisons.difference(implicit_reward(logprob, reference, beta))
+    return expected(negative_log_sigmoid, difference, comparisons.target, label_smoothing)
 
 
-def ipo_loss(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """(h - 1/(2 beta))^2 with h the difference of summed log-ratios (Azar et al. 2023, eq. 17; beta is their tau).
+def ipo_loss(logprob: Tensor, reference: Tensor, comparisons: Comparisons, beta: float) -> Tensor:
+    """(h - 1/(2 beta))^2 with h the difference of summed log-ratios (Azar et al. 2023, eq. 17; beta is their tau)."""
+    difference = comparisons.difference(logprob - reference)
+    return expected(lambda h: (h - 1 / (2 * beta)).square(), difference, comparisons.target, 0.0)
 
-    [N], [N] -> [P].
+
+def hinge_loss(logprob: Tensor, reference: Tensor, comparisons: Comparisons, beta: float) -> Tensor:
+    """max(0, 1 - h) with h as in DPO: SLiC's loss on DPO's margin (Liu et al. 2023)."""
+    difference = comparisons.difference(implicit_reward(logprob, reference, beta))
+    return expected(lambda h: F.relu(1 - h), difference, comparisons.target, 0.0)
+
+
+def simpo_loss(logprob: Tensor, num_tokens: Tensor, comparisons: Comparisons, beta: float, gamma: float) -> Tensor:
+    """-log sigmoid(beta * [log pi(b)/|b| - log pi(w)/|w|] - gamma) (Meng et al. 2024, eq. 6)."""
+    difference = comparisons.difference(beta * logprob / num_tokens)
+    return expected(lambda h: -F.logsigmoid(h - gamma), difference, comparisons.target, 0.0)
+
+
+def sft_loss(logprob: Tensor, num_tokens: Tensor, comparisons: Comparisons) -> Tensor:
+    """Mean negative log-prob of the preferred answer's tokens, the reference-free regulariser of GRM
+    (Yang et al. 2024, eq. 8)."""
+    per_token = -(logprob / num_tokens)
+    target = comparisons.target
+    return target * per_token[comparisons.better] + (1 - target) * per_token[comparisons.worse]
+
+
+# ---- losses of whole orders, [N] -> [G] ----------------------------------------------------------------------------
+
+
+def plackett_luce_loss(score: Tensor, comparisons: Comparisons) -> Tensor:
+    """-log P(order): answers are drawn one after another, the best first, each with a probability in proportion to
+    exp(score) among those that are left (Plackett 1975; Rafailov et al. 2023, appendix A.3, eq. 20, where the score is
+    the implicit reward). Of two answers it is the loss of Bradley and Terry.
+
+    Those left beside an answer are the ones that it is better than, so answers that tie are each drawn as if the others
+    of their place were not there.
     """
-    chosen, rejected = chosen_and_rejected(logprob - reference)
-    return (chosen - rejected - 1 / (2 * beta)).square()
+    return summed_over_groups(draw_losses(score, comparisons), comparisons)
 
 
-def hinge_loss(logprob: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """max(0, 1 - h) with h as in DPO: SLiC's loss on DPO's margin (Liu et al. 2023). [N], [N] -> [P]."""
-    chosen, rejected = chosen_and_rejected(implicit_reward(logprob, reference, beta))
-    return F.relu(1 - (chosen - rejected))
+def best_of_rest_loss(score: Tensor, comparisons: Comparisons) -> Tensor:
+    """-log P(the best is drawn first), the first factor of Plackett-Luce: the best answer against all that it is better
+    than by one softmax. Several that are best count as their mean."""
+    is_worse = torch.zeros_like(score).index_fill(0, comparisons.worse, 1.0)
+    is_best = torch.zeros_like(score).index_fill(0, comparisons.better, 1.0) * (1 - is_worse)
+    number = summed_over_groups(is_best, comparisons)
+    return summed_over_groups(draw_losses(score, comparisons) * is_best, comparisons) / number
 
 
-def simpo_loss(logprob: Tensor, num_tokens: Tensor, beta: float, gamma: float) -> Tensor:
-    """-log sigmoid(beta * [log pi(c)/|c| - log pi(r)/|r|] - gamma) (Meng et al. 2024, eq. 6). [N] -> [P]."""
-    chosen, rejected = chosen_and_rejected(beta * logprob / num_tokens)
-    return -F.logsigmoid(chosen - rejected - gamma)
+def draw_losses(score: Tensor, comparisons: Comparisons) -> Tensor:
+    """-log(exp(s_i) / (exp(s_i) + sum of exp(s_j) over the answers j that i is better than)), [N]; 0 where there are
+    none."""
+    better, worse = comparisons.better, comparisons.worse
+    largest = score.detach().scatter_reduce(0, better, score.detach()[worse], "amax")
+    others = torch.zeros_like(score).index_add(0, better, (score[worse] - largest[better]).exp())
+    own = score - largest
+    return (own.exp() + others).log() - own
 
 
-def sft_loss(logprob: Tensor, num_tokens: Tensor) -> Tensor:
-    """Mean negative log-prob of the chosen answer's tokens, the reference-free regulariser of GRM
-    (Yang et al. 2024, eq. 8). [N] -> [P]."""
-    chosen, _ = chosen_and_rejected(logprob / num_tokens)
-    return -chosen
+def summed_over_groups(values: Tensor, comparisons: Comparisons) -> Tensor:
+    """[N] -> [G], of values that are 0 for answers that are better than none."""
+    group = torch.zeros(len(values), dtype=torch.int64, device=values.device)
+    group = group.scatter(0, comparisons.better, comparisons.group)
+    return values.new_zeros(comparisons.num_groups).index_add(0, group, values)
 
 
 # ---- the joint loss ------------------------------------------------------------------------------------------------
@@ -156,11 +199,11 @@ def weights_at(objective: ObjectiveConfig, step: int, found_alpha: float | None 
 
 @dataclass(frozen=True)
 class JointLoss:
-    """Per-pair losses: total [P] and its parts before weighting (None where a part is not computed, as in the block of
+    """Losses of groups: total [G] and its parts before weighting (None where a part is not computed, as in the block of
     an alternating run in which it weighs nothing).
 
     The parts are `loss/reward` and `loss/policy` in the rows of training and evaluation alike: the losses that are
-    trained, with the pairs' margins and label smoothing where the objective uses them. Centering is in the total alone.
+    trained, with the margins and label smoothing where the objective uses them. Centering is in the total alone.
     router: that of the experts' routers, where it is trained.
     """
 
@@ -170,7 +213,7 @@ class JointLoss:
     router: Tensor | None = None
 
     def with_router(self, router: Tensor, coefficient: float) -> "JointLoss":
-        """The same with the loss of the routers, [P], in the total."""
+        """The same with the loss of the routers, [G], in the total."""
         return replace(self, total=self.total + coefficient * router, router=router)
 
 
@@ -179,46 +222,63 @@ def joint_loss(
     weights: LossWeights,
     scores: ResponseScores,
     reference: Tensor | None,
-    margin: Tensor,
+    comparisons: Comparisons,
 ) -> JointLoss:
-    """rm_weight * L_reward + alpha * L_policy for each pair (HAF-RM, L_H), of what the model was asked for.
+    """rm_weight * L_reward + alpha * L_policy for each group (HAF-RM, L_H), of what the model was asked for.
 
     Args:
         reference: [N] log pi_ref, where the policy loss uses it.
-        margin: [P], where objective.use_margin asks for it.
     """
     reward = policy = None
     parts = []
     if scores.reward is not None and objective.uses_reward:
-        reward = reward_loss(objective, scores.reward, margin)
+        reward = reward_loss(objective, scores.reward, comparisons)
         centered = reward
         if objective.reward_centering:
-            centered = reward + objective.reward_centering * centering_penalty(scores.reward)
+            penalty = comparisons.mean(centering_penalty(scores.reward, comparisons))
+            centered = reward + objective.reward_centering * penalty
         parts.append(weights.reward * centered)
     if scores.logprob is not None and objective.uses_policy:
-        policy = policy_loss(objective, scores.logprob, reference, scores.num_tokens)
+        policy = policy_loss(objective, scores.logprob, reference, scores.num_tokens, comparisons)
         parts.append(weights.policy * policy)
     return JointLoss(total=torch.stack(parts).sum(0), reward=reward, policy=policy)
 
 
-def reward_loss(objective: ObjectiveConfig, reward: Tensor, margin: Tensor) -> Tensor:
-    """[N], [P] -> [P]."""
-    return bradley_terry_loss(reward, margin if objective.use_margin else None, objective.reward_label_smoothing)
+ORDER_LOSSES = {"plackett_luce": plackett_luce_loss, "best": best_of_rest_loss}
+"""Losses of a whole order of answers, by objective.ranking_loss."""
 
 
-def policy_loss(objective: ObjectiveConfig, logprob: Tensor, reference: Tensor | None, num_tokens: Tensor) -> Tensor:
-    """[N] log-probs, their references where the loss uses them, and lengths -> [P]."""
-    beta = objective.beta
+def reward_loss(objective: ObjectiveConfig, reward: Tensor, comparisons: Comparisons) -> Tensor:
+    """[N] -> [G]."""
+    if objective.ranking_loss != "pairwise":
+        return ORDER_LOSSES[objective.ranking_loss](reward, comparisons)
+    smoothing = objective.reward_label_smoothing
+    return comparisons.mean(bradley_terry_loss(reward, comparisons, objective.use_margin, smoothing))
+
+
+def policy_loss(
+    objective: ObjectiveConfig,
+    logprob: Tensor,
+    reference: Tensor | None,
+    num_tokens: Tensor,
+    comparisons: Comparisons,
+) -> Tensor:
+    """[N] log-probs, their references where the loss uses them, and lengths -> [G]."""
+    beta, kind = objective.beta, objective.policy_loss
     if not objective.uses_reference:
-        if objective.policy_loss == "simpo":
-            return simpo_loss(logprob, num_tokens, beta, objective.simpo_gamma)
-        return sft_loss(logprob, num_tokens)
+        if kind == "simpo":
+            losses = simpo_loss(logprob, num_tokens, comparisons, beta, objective.simpo_gamma)
+        else:
+            losses = sft_loss(logprob, num_tokens, comparisons)
+        return comparisons.mean(losses)
     assert reference is not None
-    if objective.policy_loss == "ipo":
-        return ipo_loss(logprob, reference, beta)
-    if objective.policy_loss == "hinge":
-        return hinge_loss(logprob, reference, beta)
-    return dpo_loss(logprob, reference, beta, objective.policy_label_smoothing)
+    if objective.ranking_loss != "pairwise":
+        return ORDER_LOSSES[objective.ranking_loss](implicit_reward(logprob, reference, beta), comparisons)
+    if kind == "ipo":
+        return comparisons.mean(ipo_loss(logprob, reference, comparisons, beta))
+    if kind == "hinge":
+        return comparisons.mean(hinge_loss(logprob, reference, comparisons, beta))
+    return comparisons.mean(dpo_loss(logprob, reference, comparisons, beta, objective.policy_label_smoothing))
 
 
 # ---- judges and metrics --------------------------------------------------------------------------------------------
@@ -288,16 +348,14 @@ def judges(
     return found
 
 
-def preference_metrics(scores: ResponseScores, reference: Tensor | None, beta: float) -> dict[str, Tensor]:
-    """Accuracy and margin of each of the judges, per pair: name -> [P] fp32. A tie counts half."""
-    return metrics_of(judges(scores.reward, scores.logprob, reference, beta))
-
-
-def metrics_of(judged: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The metrics of judges from what they say, name -> [N]."""
+def preference_metrics(
+    scores: ResponseScores, reference: Tensor | None, beta: float, comparisons: Comparisons
+) -> dict[str, Tensor]:
+    """Accuracy and margin of each of the judges, means over the comparisons of a group: name -> [G] fp32. A tie of the
+    judge counts half."""
     metrics = {}
-    for judge, values in judged.items():
-        chosen, rejected = chosen_and_rejected(values.detach())
-        metrics[f"accuracy/{judge}"] = (torch.sign(chosen - rejected) + 1) / 2
-        metrics[f"margin/{judge}"] = chosen - rejected
+    for judge, values in judges(scores.reward, scores.logprob, reference, beta).items():
+        difference = comparisons.difference(values.detach())
+        metrics[f"accuracy/{judge}"] = comparisons.mean((torch.sign(difference) + 1) / 2)
+        metrics[f"margin/{judge}"] = comparisons.mean(difference)
     return metrics

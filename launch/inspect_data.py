@@ -19,7 +19,7 @@ from rich.rule import Rule
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.health import render_health
-from hafrm_ds.data.preparation import PreparedPairs, choose_examples, prepare_pairs
+from hafrm_ds.data.preparation import PreparedGroups, choose_examples, prepare_groups
 from hafrm_ds.data.presets import Role
 from hafrm_ds.data.report import render_tokens
 from hafrm_ds.data.sources import Source
@@ -39,14 +39,14 @@ class InspectOptions(TrainConfig):
     """Show instead what no single row can show."""
 
 
-def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str, PreparedPairs]]:
-    """(title, pairs) of every set, the training set first."""
+def prepare(config: TrainConfig, formatter: ChatFormatter) -> Iterator[tuple[str, PreparedGroups]]:
+    """(title, groups) of every set, the training set first."""
     sets: dict[str, tuple[Role, list[Source]]] = {"train": ("train", config.data.train)}
     sets |= {f"eval: {name}": ("eval", sources) for name, sources in config.data.eval.items()}
     for title, (role, sources) in sets.items():
         yield (
             title,
-            prepare_pairs(sources, formatter=formatter, options=config.data.preparation, role=role, seed=config.seed),
+            prepare_groups(sources, formatter=formatter, options=config.data.preparation, role=role, seed=config.seed),
         )
 
 
@@ -67,14 +67,14 @@ def inspect(config: InspectOptions, console: Console) -> None:
 
 
 def what_does_not_fit(
-    config: TrainConfig, title: str, pairs: PreparedPairs, formatter: ChatFormatter
+    config: TrainConfig, title: str, groups: PreparedGroups, formatter: ChatFormatter
 ) -> list[UserError]:
     """What training would refuse because the model has no room for it; nothing where only a tokenizer is at hand."""
     try:
         sizes = ModelSizes.of(config.model.name_or_path, load_model_config(config.model))
     except ModelError:
         return []
-    return list(sizes.faults({title: pairs}, formatter.tokenizer))
+    return list(sizes.faults({title: groups}, formatter.tokenizer))
 
 
 def main() -> None:

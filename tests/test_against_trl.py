@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hafrm_ds.data.comparisons import Comparison, Comparisons
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
@@ -34,6 +35,7 @@ PAIRS = [
     pair("How are you?", "Fine", "Fine, thank you", 1.0),
     pair("Name a colour.", "Blue is one.", " No", -0.25),  # only one answer merges with the end of the prompt
 ]
+COMPARISONS = Comparisons.of([(2, [Comparison(0, 1, row["margin"])]) for row in PAIRS])
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +156,8 @@ def test_bradley_terry_loss(make_reward_trainer, folders, pair_ids, extras):
 
     model = hybrid(folders[0])
     reward = model(batch_of(pair_ids), with_logprob=False).reward
-    per_pair = bradley_terry_loss(reward, torch.tensor([row["margin"] for row in PAIRS]) if extras else None)
-    ours = (per_pair + 0.01 * centering_penalty(reward) if extras else per_pair).mean()
+    per_pair = bradley_terry_loss(reward, COMPARISONS, use_margin=extras, label_smoothing=0.0)
+    ours = (per_pair + 0.01 * centering_penalty(reward, COMPARISONS) if extras else per_pair).mean()
     ours.backward()
     assert abs(ours.item() - math.log(2)) > 1e-3
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
@@ -181,8 +183,8 @@ def test_policy_losses(dpo_trainer, folders, pair_ids, name, loss):
     model, batch = hybrid(folders[0]), batch_of(pair_ids)
     with torch.no_grad():
         reference = hybrid(folders[1])(batch, with_reward=False).logprob
-    ours = loss(model(batch, with_reward=False).logprob, reference, beta=BETA).mean()
+    ours = loss(model(batch, with_reward=False).logprob, reference, COMPARISONS, beta=BETA).mean()
     ours.backward()
-    assert abs(ours.item() - loss(reference, reference, beta=BETA).mean().item()) > 1e-3
+    assert abs(ours.item() - loss(reference, reference, COMPARISONS, beta=BETA).mean().item()) > 1e-3
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
     assert_same_gradients(model, dpo_trainer.model)

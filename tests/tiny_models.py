@@ -6,9 +6,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
+from hafrm_ds.data.comparisons import Comparisons
+from hafrm_ds.data.packing import move
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 
 VOCABULARY = 120
 SHAPE = {
@@ -162,3 +166,12 @@ def random_items(
         PromptWithResponses(tokens(prompt_lengths), tuple(tokens(response_lengths) for _ in range(num_responses)))
         for _ in range(num_items)
     ]
+
+
+def pair_losses(reward: Tensor, logprob: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
+    """[P] of pairs that lie one after another: the loss of Bradley and Terry, and that of DPO of log-probs."""
+    pairs = move(Comparisons.of_pairs(len(reward) // 2), reward.device)
+    loss = bradley_terry_loss(reward, pairs, use_margin=False, label_smoothing=0.0)
+    if logprob is None or reference is None:
+        return loss
+    return loss + dpo_loss(logprob, reference, pairs, beta=0.1)

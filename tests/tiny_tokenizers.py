@@ -3,9 +3,10 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
-from hafrm_ds.data.tokenization import Tokenization, Truncation, tokenize_pairs
+from hafrm_ds.data.tokenization import Tokenization, Truncation, tokenize_groups
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -24,8 +25,8 @@ def tokenize_pair(
     max_length: int,
     truncation: Truncation,
 ) -> Tokenization:
-    """A single pair, as `tokenize_pairs` tokenises many."""
-    return tokenize_pairs(formatter, [(prompt, chosen, rejected)], max_length, truncation)[0]
+    """A single pair, as `tokenize_groups` tokenises many."""
+    return tokenize_groups(formatter, [(prompt, [chosen, rejected], OF_A_PAIR)], max_length, truncation)[0]
 
 
 def byte_level_tokenizer(

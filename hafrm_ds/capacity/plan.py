@@ -73,7 +73,7 @@ class Machines:
 class Option:
     """One way to run: a DeepSpeed file, and what backward recomputes, as model.gradient_checkpointing.
 
-    budget: tokens of a micro-batch that it is planned with; largest_budget: that fit; 0: not even the longest pair.
+    budget: tokens of a micro-batch that it is planned with; largest_budget: that fit; 0: not even the longest group.
     usable_bytes: of a device. states, working_bytes: of a process. kept_bytes: of what forward and backward have
     freed that the allocator has not given back when the optimizer steps. partition: of a step under `budget`. traffic,
     compute_seconds, launch_seconds, optimizer_seconds, traffic_seconds: of a step; the second is the host's, who starts
@@ -163,11 +163,12 @@ class Plan:
 
     @property
     def store_bytes(self) -> int:
-        """Most bytes of the reference store: answers that stand in several pairs are kept once."""
+        """Most bytes of the reference store: answers that stand in several groups are kept once."""
         if not self.config.objective.uses_reference:
             return 0
-        used = len(self.workload.batch_plan.pairs_until(self.workload.num_steps))
-        return 2 * STORE_ROW_BYTES * (used + len(self.workload.eval_lengths["prompt"]))
+        workload = self.workload
+        used = workload.lengths.num_responses[workload.batch_plan.groups_until(workload.num_steps)].sum()
+        return STORE_ROW_BYTES * int(used + len(workload.eval_lengths.response))
 
     @cached_property
     def options(self) -> list[Option]:
@@ -261,18 +262,18 @@ class Plan:
 
     @cached_property
     def traced(self) -> dict[tuple[bool | str, int], float]:
-        """Holds what has been traced so far: (kind of recomputation, number of usual pairs) -> bytes."""
+        """Holds what has been traced so far: (kind of recomputation, number of usual groups) -> bytes."""
         return {}
 
     def working_bytes(self, kind: bool | str, num_tokens: int) -> float:
         """Bytes of one micro-batch, also of a small one whose logits do not fill a block."""
-        tokens_of_pair = len(self.usual_item.prompt) + sum(map(len, self.usual_item.responses))
-        num_pairs = max(1, num_tokens // tokens_of_pair)
-        if (kind, num_pairs) not in self.traced:
-            items = [self.usual_item] * num_pairs
-            self.traced[kind, num_pairs] = working_bytes(self.model, items, self.micro_batch_pass(kind))
-        rest = num_tokens - num_pairs * tokens_of_pair
-        return self.traced[kind, num_pairs] + rest * self.working_memory[kind].per_token
+        tokens_of_group = len(self.usual_item.prompt) + sum(map(len, self.usual_item.responses))
+        num_groups = max(1, num_tokens // tokens_of_group)
+        if (kind, num_groups) not in self.traced:
+            items = [self.usual_item] * num_groups
+            self.traced[kind, num_groups] = working_bytes(self.model, items, self.micro_batch_pass(kind))
+        rest = num_tokens - num_groups * tokens_of_group
+        return self.traced[kind, num_groups] + rest * self.working_memory[kind].per_token
 
     @cached_property
     def recomputed_bytes(self) -> float:
@@ -305,11 +306,12 @@ class Plan:
 
     @property
     def usual_item(self) -> PromptWithResponses:
-        """A pair of mean lengths."""
-        prompt, *answers = (
-            max(1, round(self.workload.lengths[name].mean())) for name in ("prompt", "chosen", "rejected")
+        """A group of mean lengths."""
+        lengths = self.workload.lengths
+        prompt, answer, number = (
+            max(1, round(each.mean())) for each in (lengths.prompt, lengths.response, lengths.num_responses)
         )
-        return PromptWithResponses([0] * prompt, tuple([0] * length for length in answers))
+        return PromptWithResponses([0] * prompt, ([0] * answer,) * number)
 
     def option(self, file: Path, kind: bool | str, budget: int | Literal["auto"]) -> Option:
         """One way to run, under a token budget or with "auto" the largest that fits."""

@@ -4,7 +4,6 @@ import math
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from hafrm_ds.capacity.plan import Machines, Plan
@@ -13,7 +12,8 @@ from hafrm_ds.capacity.shapes import model_of_shapes
 from hafrm_ds.capacity.workload import Workload, uniform_lengths
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.lengths import GroupLengths
+from hafrm_ds.data.preparation import prepare_groups
 from hafrm_ds.errors import ConfigError, UserError
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import load_model_config, load_tokenizer
@@ -60,19 +60,17 @@ def plan_run(
         console.print(f"{recipe} is written")
 
 
-def workload_of(
-    config: TrainConfig, model: HybridModel, lengths: dict[str, np.ndarray], eval_lengths: dict[str, np.ndarray]
-) -> Workload:
+def workload_of(config: TrainConfig, model: HybridModel, lengths: GroupLengths, eval_lengths: GroupLengths) -> Workload:
     """What a run computes, with layout and number of steps settled as in training."""
     layout, batch_size = config.batch.layout, config.batch.global_batch_size
     if layout == "auto":
         layout = "shared_prefix" if model.causal_lm._supports_attention_backend else "padded"
-    steps = config.max_steps or math.ceil(config.epochs * len(lengths["prompt"]) / batch_size)
+    steps = config.max_steps or math.ceil(config.epochs * len(lengths) / batch_size)
     return Workload(lengths, eval_lengths, steps, batch_size, config.seed, layout)
 
 
-def lengths_of_sets(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Token lengths of the training pairs, and of all evaluation pairs, prepared as training prepares them.
+def lengths_of_sets(config: TrainConfig) -> tuple[GroupLengths, GroupLengths]:
+    """Token lengths of the training groups, and of all evaluation groups, prepared as training prepares them.
 
     Raises:
         DataError, ModelError: as for training, of pairs that the model has no room for too.
@@ -80,16 +78,13 @@ def lengths_of_sets(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict[st
     formatter = ChatFormatter.create(
         load_tokenizer(config.model), config.data.chat_template, config.data.template_date, config.data.reasoning
     )
-    prepare = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
+    prepare = partial(prepare_groups, formatter=formatter, options=config.data.preparation, seed=config.seed)
     train = prepare(config.data.train, role="train")
     sets = {f"eval {name}": prepare(sources, role="eval") for name, sources in config.data.eval.items()}
     sizes = ModelSizes.of(config.model.name_or_path, load_model_config(config.model))
     sizes.check({"train": train, **sets}, formatter.tokenizer)
-    lengths = [pairs.lengths for pairs in sets.values()]
-    return train.lengths, {
-        name: np.concatenate([np.zeros(0, np.int64), *(each[name] for each in lengths)]) for name in train.lengths
-    }
+    return train.lengths, GroupLengths.joined(groups.lengths for groups in sets.values())
 
 
-def uniform_sets(num_pairs: int, prompt: int, answer: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def uniform_sets(num_pairs: int, prompt: int, answer: int) -> tuple[GroupLengths, GroupLengths]:
     return uniform_lengths(num_pairs, prompt, answer), uniform_lengths(0, prompt, answer)

@@ -40,7 +40,8 @@ def run_table(plan: Plan) -> RichTable:
         f"{plan.config.model.dtype}",
         "machines": f"{machines.nodes} x {machines.gpus} {device.name}: {device.peak_flops / 1e12:,.4g} TFLOP/s and "
         f"{device.memory_gib:g} GiB each, of which {USABLE_SHARE:.0%} is planned with",
-        "data": f"{workload.num_pairs:,} pairs; {workload.num_steps:,} steps of {workload.global_batch_size}",
+        "data": f"{workload.num_groups:,} {workload.unit}; {workload.num_steps:,} steps of "
+        f"{workload.global_batch_size}",
         "tokens": f"{workload.tokens:,.0f} in training, layout {workload.layout}"
         + (f" ({saved:.1%} saved by shared prompts)" if saved > 0 else ""),
         "operations": f"{operations.training:.3g} in training, {operations.recomputed:.3g} more where layers are "
@@ -104,8 +105,8 @@ def conclusion(plan: Plan) -> list[str]:
     best = plan.recommended
     if best is None:
         return [
-            f"Nothing fits; the longest pair has {plan.workload.longest:,} tokens. Take more or larger GPUs, "
-            "--model.lora.rank, a smaller --data.max_length, or a smaller model."
+            f"Nothing fits; the longest of the {plan.workload.unit} has {plan.workload.longest:,} tokens. Take more or "
+            "larger GPUs, --model.lora.rank, a smaller --data.max_length, or a smaller model."
         ]
     training = plan.training_seconds(best)
     return [

@@ -1,6 +1,6 @@
-"""What a run computes: pairs, tokens and floating-point operations of its data, as the batch plan partitions it.
+"""What a run computes: groups, tokens and floating-point operations of its data, as the batch plan partitions it.
 
-Legend: P pairs.
+Legend: G groups.
 """
 
 import math
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hafrm_ds.data.packing import padded_rows, token_costs
+from hafrm_ds.data.lengths import GroupLengths
+from hafrm_ds.data.packing import padded_rows
 from hafrm_ds.data.planning import BatchPlan, imbalance, occupied, partition_into_micro_batches
 from hafrm_ds.hardware.flops import ForwardCost
 
@@ -30,62 +31,68 @@ class Operations:
 
 @dataclass(frozen=True)
 class Workload:
-    """The pairs of a run, and how often it goes through them.
+    """The groups of a run, mostly pairs, and how often it goes through them.
 
-    lengths: prompt, chosen, rejected -> [P] tokens of the training pairs.
+    lengths: of the training groups.
     num_steps, global_batch_size, seed, layout: as in the run.
-    eval_lengths: of all evaluation pairs, whose reference is computed too.
+    eval_lengths: of all evaluation groups, whose reference is computed too.
     """
 
-    lengths: dict[str, np.ndarray]
-    eval_lengths: dict[str, np.ndarray]
+    lengths: GroupLengths
+    eval_lengths: GroupLengths
     num_steps: int
     global_batch_size: int
     seed: int
     layout: str
 
     @property
-    def num_pairs(self) -> int:
-        return len(self.lengths["prompt"])
+    def num_groups(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def unit(self) -> str:
+        """What the groups are called."""
+        return "pairs" if (self.lengths.num_responses == 2).all() else "groups"
 
     @property
     def costs(self) -> np.ndarray:
-        """[P] tokens that each pair occupies."""
-        return token_costs(self.lengths, self.layout)
+        """[G] tokens that each group occupies."""
+        return self.lengths.costs(self.layout)
 
     @property
     def longest(self) -> int:
         """Tokens that a micro-batch must hold."""
-        evaluated = token_costs(self.eval_lengths, self.layout)
+        evaluated = self.eval_lengths.costs(self.layout)
         return int(max(self.costs.max(), evaluated.max(initial=0)))
 
     @property
     def batch_plan(self) -> BatchPlan:
-        return BatchPlan(self.num_pairs, self.global_batch_size, self.seed)
+        return BatchPlan(self.num_groups, self.global_batch_size, self.seed)
 
     @property
     def tokens(self) -> float:
-        """Tokens that the body computes in training, prompts that two answers share once."""
+        """Tokens that the body computes in training, prompts that answers share once."""
         return float(self.costs.mean() * self.global_batch_size * self.num_steps)
 
     @property
     def separate_tokens(self) -> float:
         """Tokens that the body would compute if no prompt were shared."""
-        return float(token_costs(self.lengths, "packed").mean() * self.global_batch_size * self.num_steps)
+        return float(self.lengths.costs("packed").mean() * self.global_batch_size * self.num_steps)
 
     def operations(self, cost: ForwardCost, with_logprob: bool) -> Operations:
-        """Operations of all training steps: those of a pair on average, for each pair of each step."""
+        """Operations of all training steps: those of a group on average, for each group of each step."""
         body, head, attention = cost.parts_of(*counts(self.lengths, self.layout, with_logprob))
-        times = self.global_batch_size * self.num_steps / self.num_pairs
+        times = self.global_batch_size * self.num_steps / self.num_groups
         return Operations(
-            training=times * ((2 + cost.trained_share) * body + (2 + cost.trained_head_share) * head + 3 * attention),
+            training=times * cost.training(body, head, attention),
             recomputed=times * (body + attention),
         )
 
     def reference_operations(self, cost: ForwardCost) -> float:
-        """Operations of one forward pass over every training pair that a step uses, and over all evaluation pairs."""
-        used = self.batch_plan.pairs_until(self.num_steps)
-        sets = ({name: values[used] for name, values in self.lengths.items()}, self.eval_lengths)
+        """Operations of one forward pass over every training group that a step uses, and over all evaluation
+        groups."""
+        used = self.batch_plan.groups_until(self.num_steps)
+        sets = (self.lengths.take(used), self.eval_lengths)
         return sum(sum(cost.parts_of(*counts(lengths, self.layout, with_logprob=True))) for lengths in sets)
 
     def largest_useful_budget(self, num_processes: int) -> int:
@@ -104,7 +111,7 @@ class Workload:
         numbers, waiting, heaviest = [], [], 0
         for step in self.sampled_steps:
             of_step = costs[plan.global_batch(step)]
-            rows = padded_rows(self.layout, len(of_step))
+            rows = padded_rows(self.layout, len(of_step), self.lengths.num_responses[plan.global_batch(step)])
             ranks = partition_into_micro_batches(of_step, num_processes, budget, rows)
             numbers.append(len(ranks[0]))
             waiting.append(imbalance(of_step, ranks, rows))
@@ -126,28 +133,13 @@ class Partition:
     heaviest: int
 
 
-def counts(lengths: dict[str, np.ndarray], layout: str, with_logprob: bool) -> tuple[float, float, float]:
-    """(tokens of the body without padding, predicted tokens, visible keys) of one pass over pairs."""
-    prompt, chosen, rejected = (lengths[name].astype(np.float64) for name in ("prompt", "chosen", "rejected"))
-    answers = (chosen + rejected).sum()
-    if layout == "shared_prefix":
-        visible = triangle(prompt + chosen) + triangle(prompt + rejected) - triangle(prompt)
-        tokens = prompt.sum() + answers
-    else:
-        visible = triangle(prompt + chosen) + triangle(prompt + rejected)
-        tokens = 2 * prompt.sum() + answers
-    return float(tokens), float(answers) if with_logprob else 0.0, float(visible.sum())
+def counts(lengths: GroupLengths, layout: str, with_logprob: bool) -> tuple[float, float, float]:
+    """(tokens of the body without padding, predicted tokens, visible keys) of one pass over groups."""
+    answers = float(lengths.response.sum())
+    tokens = float(lengths.costs("packed" if layout == "padded" else layout).sum())
+    return tokens, answers if with_logprob else 0.0, float(lengths.visible_keys(layout).sum())
 
 
-def triangle(length: np.ndarray) -> np.ndarray:
-    """Keys that the tokens of a causal sequence see."""
-    return length * (length + 1) / 2
-
-
-def uniform_lengths(num_pairs: int, prompt: int, answer: int) -> dict[str, np.ndarray]:
+def uniform_lengths(num_pairs: int, prompt: int, answer: int) -> GroupLengths:
     """Pairs of one length, for data that is not there yet."""
-    return {
-        "prompt": np.full(num_pairs, prompt),
-        "chosen": np.full(num_pairs, answer),
-        "rejected": np.full(num_pairs, answer),
-    }
+    return GroupLengths.of_pairs(*(np.full(num_pairs, length) for length in (prompt, answer, answer)))

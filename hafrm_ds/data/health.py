@@ -1,7 +1,7 @@
 """Faults of preference data that no single row shows: repeats, contradictions, leaks into the test sets, length bias,
 and what a limit on the length would cost.
 
-Legend: P pairs of a set.
+Legend: G groups of a set, C comparisons in them: of pairs as many.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from hafrm_ds.data.content_keys import unique_keys
-from hafrm_ds.data.prepared import PreparedPairs
+from hafrm_ds.data.prepared import PreparedGroups
 from hafrm_ds.data.tables import Cell, Table, count, share
 
 MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -24,8 +24,8 @@ CLEAR_SHARE_ERRORS = 3
 class LengthBias:
     """Does the longer answer win?
 
-    longer, shorter, equal: pairs whose chosen answer is that. mean_difference: tokens of the chosen answer less those
-    of the rejected one.
+    longer, shorter, equal: comparisons whose better answer is that. mean_difference: tokens of the better answer less
+    those of the worse one.
     """
 
     longer: int
@@ -34,8 +34,9 @@ class LengthBias:
     mean_difference: float
 
     @classmethod
-    def of(cls, pairs: PreparedPairs) -> "LengthBias":
-        difference = pairs.lengths["chosen"] - pairs.lengths["rejected"]
+    def of(cls, groups: PreparedGroups) -> "LengthBias":
+        better, worse = groups.lengths.response[groups.compared].T
+        difference = better - worse
         counts = (int((difference > 0).sum()), int((difference < 0).sum()), int((difference == 0).sum()))
         return cls(*counts, float(difference.mean()))
 
@@ -59,8 +60,8 @@ class LengthBias:
 class Overlap:
     """What a test set shares with the training set.
 
-    prompts: pairs of the test set whose prompt is also one of training. answers: those of which a whole conversation
-    is. pairs: those that are there themselves, in either order. first: id of the first such pair, "" without one.
+    prompts: groups of the test set whose prompt is also one of training. answers: those of which a whole conversation
+    is. pairs: comparisons that are there themselves, in either order. first: id of the first such group, or "".
     """
 
     prompts: int
@@ -70,22 +71,22 @@ class Overlap:
 
 
 def are_among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which of `keys` [P] occur in `known`: [P] bool."""
+    """Which of `keys` [K] occur in `known`: [K] bool."""
     _, place = unique_keys(np.concatenate([known, keys]))
     return np.isin(place[len(known) :], place[: len(known)])
 
 
-def overlap(train: PreparedPairs, test: PreparedPairs) -> Overlap:
+def overlap(train: PreparedGroups, test: PreparedGroups) -> Overlap:
     prompts = are_among(test.prompt_keys, train.prompt_keys)
-    answers = are_among(test.keys.reshape(-1), train.keys.reshape(-1)).reshape(-1, 2)
-    both = shared_pairs(train.keys, test.keys)
-    any_of_it = np.flatnonzero(prompts | answers.any(axis=1))
-    first = test.pairs[int(any_of_it[0])]["id"] if len(any_of_it) else ""
-    return Overlap(int(prompts.sum()), int(answers.any(axis=1).sum()), int(both.sum()), first)
+    answers = np.logical_or.reduceat(are_among(test.keys, train.keys), test.lengths.first[:-1])
+    both = shared_pairs(train.keys[train.compared], test.keys[test.compared])
+    any_of_it = np.flatnonzero(prompts | answers)
+    first = test.rows[int(any_of_it[0])]["id"] if len(any_of_it) else ""
+    return Overlap(int(prompts.sum()), int(answers.sum()), int(both.sum()), first)
 
 
 def shared_pairs(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Which pairs of `test` [P, 2] KEY_DTYPE occur in `train`, with chosen and rejected in either order: [P] bool."""
+    """Which pairs of `test` [C, 2] KEY_DTYPE occur in `train`, with better and worse in either order: [C] bool."""
     _, place = unique_keys(np.concatenate([train, test]).reshape(-1))
     pairs = np.sort(place.reshape(-1, 2), axis=1)
     known = np.unique(pairs[: len(train)], axis=0)
@@ -95,7 +96,7 @@ def shared_pairs(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     return np.isin(name[len(known) :], name[: len(known)])
 
 
-def cut_shares(pairs: PreparedPairs) -> Iterator[tuple[int, float]]:
+def cut_shares(pairs: PreparedGroups) -> Iterator[tuple[int, float]]:
     """(a max_length, share of the pairs whose longer conversation exceeds it), up to the first that cuts none."""
     for length in MAX_LENGTHS:
         longer = float((pairs.uncut_lengths > length).mean())
@@ -104,12 +105,12 @@ def cut_shares(pairs: PreparedPairs) -> Iterator[tuple[int, float]]:
             return
 
 
-def render_health(sets: dict[str, PreparedPairs]) -> RenderableType:
+def render_health(sets: dict[str, PreparedGroups]) -> RenderableType:
     """The health of all sets of a run as tables. The set "train" is what the others are compared with."""
     return Group(repeats_table(sets), bias_table(sets), cuts_table(sets), *overlap_tables(sets))
 
 
-def repeats_table(sets: dict[str, PreparedPairs]) -> RenderableType:
+def repeats_table(sets: dict[str, PreparedGroups]) -> RenderableType:
     rows = []
     for name, pairs in sets.items():
         prompts = len(unique_keys(pairs.prompt_keys)[0])
@@ -118,7 +119,7 @@ def repeats_table(sets: dict[str, PreparedPairs]) -> RenderableType:
     return Table(rows, ("Repeats", "pairs", "different prompts", "exact duplicates", "in both orders")).to_rich()
 
 
-def bias_table(sets: dict[str, PreparedPairs]) -> RenderableType:
+def bias_table(sets: dict[str, PreparedGroups]) -> RenderableType:
     rows = []
     for name, pairs in sets.items():
         bias = LengthBias.of(pairs)
@@ -128,14 +129,14 @@ def bias_table(sets: dict[str, PreparedPairs]) -> RenderableType:
     return Table(rows, header, texts=1).to_rich()
 
 
-def cuts_table(sets: dict[str, PreparedPairs]) -> RenderableType:
+def cuts_table(sets: dict[str, PreparedGroups]) -> RenderableType:
     shares = {name: dict(cut_shares(pairs)) for name, pairs in sets.items()}
     lengths = sorted({length for each in shares.values() for length in each})
     rows = [(name, [share(each.get(length, 0.0)) for length in lengths]) for name, each in shares.items()]
     return Table(rows, ("Pairs longer than max_length", *(f"{length:,}" for length in lengths))).to_rich()
 
 
-def overlap_tables(sets: dict[str, PreparedPairs]) -> Iterator[RenderableType]:
+def overlap_tables(sets: dict[str, PreparedGroups]) -> Iterator[RenderableType]:
     tests = {name: pairs for name, pairs in sets.items() if name != "train"}
     if not tests:
         return

@@ -7,43 +7,59 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hafrm_ds.data.comparisons import OF_A_PAIR, Comparisons
 from hafrm_ds.data.packing import PackedBatch, lay_out, move
 from hafrm_ds.data.planning import DUMMY
-from hafrm_ds.data.tokenization import Pairs, TokenizedPair
+from hafrm_ds.data.tokenization import Groups, TokenizedGroup
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs of one forward pass. Legend: P pairs, N = 2P responses.
+    """Groups of one forward pass. Legend: G groups, N responses of all of them.
 
-    index: [P] position of each pair in the data set, or [DUMMY].
-    weight: [P] fp32, 1, or 0 for a dummy, which is computed but counts nothing.
-    margin: [P] fp32, 0 where the data has none.
+    index: [G] position of each group in the data set, or [DUMMY].
+    weight: [G] fp32, what each counts in the step: 1, or the number of its comparisons where these count alike; of a
+        part of a group its share of that; 0 for a dummy, which is computed but counts nothing.
+    comparisons: of the responses.
     reference: [N] fp32, log pi_ref of each response; None if the objective uses none.
     """
 
     batch: PackedBatch
     index: np.ndarray
     weight: Tensor
-    margin: Tensor
+    comparisons: Comparisons
     reference: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         return move(self, device)
 
 
-DUMMY_PAIR = TokenizedPair([0], [0], [0], margin=None, source="", id="dummy")
+DUMMY_GROUP = TokenizedGroup([0], ([0], [0]), OF_A_PAIR, source="", id="dummy")
 
 
 def make_micro_batch(
-    pairs: Pairs, index: Sequence[int] | np.ndarray, layout: str, reference: Tensor | None = None
+    groups: Groups,
+    index: Sequence[int] | np.ndarray,
+    layout: str,
+    reference: Tensor | None = None,
+    normalize_by: str = "group",
 ) -> MicroBatch:
-    """Lay out the pairs at `index`; DUMMY is a pair of single tokens."""
-    chosen = [DUMMY_PAIR if position == DUMMY else pairs[position] for position in index]
+    """Lay out the groups at `index`; DUMMY is a pair of single tokens.
+
+    Args:
+        normalize_by: what counts alike in a step, "group" or "comparison".
+    """
+    chosen = [DUMMY_GROUP if position == DUMMY else groups[position] for position in index]
+
+    def weight_of(position: int, group: TokenizedGroup) -> float:
+        if position == DUMMY:
+            return 0.0
+        return group.share if normalize_by == "group" else sum(each.weight for each in group.comparisons)
+
     return MicroBatch(
-        batch=lay_out([pair.group for pair in chosen], layout),
+        batch=lay_out([group.ids for group in chosen], layout),
         index=np.asarray(index, dtype=np.int64),
-        weight=torch.tensor([0.0 if position == DUMMY else 1.0 for position in index]),
-        margin=torch.tensor([pair.margin or 0.0 for pair in chosen]),
+        weight=torch.tensor([weight_of(position, group) for position, group in zip(index, chosen, strict=True)]),
+        comparisons=Comparisons.of([(len(group.responses), group.comparisons) for group in chosen]),
         reference=reference,
     )

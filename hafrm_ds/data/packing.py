@@ -1,4 +1,4 @@
-"""Micro-batches: pairs laid out for one forward pass.
+"""Micro-batches: groups laid out for one forward pass.
 
 Legend: T tokens of the micro-batch, N responses, S attention segments, K keys, M predicted response tokens,
 B rows and L columns of the padded layout.
@@ -64,6 +64,7 @@ class PackedBatch:
     predict_index: [M] int64, flat position whose hidden state predicts each response token.
     target_ids: [M] int64, the response tokens.
     num_tokens: [N] int64, tokens of each response; the M response tokens stand response after response.
+    group: [N] int64, which of the items each response belongs to. num_groups: the number of items.
     """
 
     input_ids: Tensor
@@ -75,6 +76,8 @@ class PackedBatch:
     predict_index: Tensor
     target_ids: Tensor
     num_tokens: Tensor
+    group: Tensor
+    num_groups: int
 
     @property
     def num_responses(self) -> int:
@@ -144,25 +147,6 @@ def move_tensor(value: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
-
-
-def token_costs(lengths: dict[str, np.ndarray], layout: str, sides: np.ndarray | None = None) -> np.ndarray:
-    """Tokens that each pair occupies: [pairs].
-
-    Args:
-        lengths: prompt, chosen and rejected, each [pairs].
-        sides: [pairs, 2] bool, which of the two responses are laid out; None: both.
-    """
-    prompt, chosen, rejected = (lengths[name] for name in ("prompt", "chosen", "rejected"))
-    number: np.ndarray | int = 2
-    if sides is not None:
-        chosen, rejected = np.where(sides[:, 0], chosen, 0), np.where(sides[:, 1], rejected, 0)
-        number = sides.sum(axis=1)
-    if layout == "shared_prefix":
-        return prompt + chosen + rejected
-    if layout == "packed":
-        return number * prompt + chosen + rejected
-    return number * (prompt + np.maximum(chosen, rejected))
 
 
 def padded_rows(layout: str, num_items: int, num_responses: np.ndarray | int = 2) -> np.ndarray | None:
@@ -251,7 +235,6 @@ def lay_out_segments(items: Sequence[PromptWithResponses], shared_prefix: bool) 
             start += length
             readout.append(start - 1)
             num_tokens.append(length)
-    responses = [response for item in items for response in item.responses]
     segments = AttentionSegments(
         cu_seqlens_q=cumulative(q_lengths),
         cu_seqlens_k=cumulative(k_lengths),
@@ -267,7 +250,7 @@ def lay_out_segments(items: Sequence[PromptWithResponses], shared_prefix: bool) 
         attention_mask=None,
         segments=segments,
         row_lengths=None,
-        **response_tensors(responses, readout, predict, num_tokens),
+        **response_fields(items, readout, predict, num_tokens),
     )
 
 
@@ -289,24 +272,26 @@ def lay_out_padded(items: Sequence[PromptWithResponses]) -> PackedBatch:
         readout.append(start + len(row) - 1)
         predict.append(np.arange(start + prompt_length - 1, start + len(row) - 1))
         num_tokens.append(len(row) - prompt_length)
-    responses = [response for item in items for response in item.responses]
     return PackedBatch(
         input_ids=tensor(input_ids),
         position_ids=tensor(np.tile(np.arange(width), (len(rows), 1))),
         attention_mask=tensor(mask),
         segments=None,
         row_lengths=tuple(len(row) for _, row in rows),
-        **response_tensors(responses, readout, predict, num_tokens),
+        **response_fields(items, readout, predict, num_tokens),
     )
 
 
-def response_tensors(responses, readout, predict, num_tokens) -> dict[str, Tensor]:
+def response_fields(items: Sequence[PromptWithResponses], readout, predict, num_tokens) -> dict[str, Any]:
     """The fields of a batch that say where responses are read and predicted, the same in every layout."""
+    responses = [response for item in items for response in item.responses]
     return {
         "readout_index": tensor(readout),
         "predict_index": tensor(np.concatenate(predict)),
         "target_ids": tensor(np.concatenate(responses)),
         "num_tokens": tensor(num_tokens),
+        "group": tensor(np.repeat(np.arange(len(items)), [len(item.responses) for item in items])),
+        "num_groups": len(items),
     }
 
 

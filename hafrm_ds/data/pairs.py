@@ -1,4 +1,4 @@
-"""Preference pairs: the one form that a row of any format becomes, and the rows that they are read from.
+"""Groups of answers: the one form that a row of any format becomes, and the rows that they are read from.
 
 The formats themselves are in `formats`. A row that cannot be read is a `DataError` that names file, row and field.
 """
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from hafrm_ds.errors import DataError
 
@@ -25,17 +25,40 @@ Message = dict[str, Any]
 """{"role": ..., "content": ...}, both text; of a conversation with tools more (`tool_calls`)."""
 
 
+class Comparison(NamedTuple):
+    """Of two answers of a group, one is better.
+
+    better, worse: their positions among the answers of the group.
+    margin: by how much, in the units of the data; None where the data does not say.
+    target: the probability that `better` is preferred, above 1/2 and at most 1.
+    weight: how much it counts beside the other comparisons of its group, above 0.
+    """
+
+    better: int
+    worse: int
+    margin: float | None = None
+    target: float = 1.0
+    weight: float = 1.0
+
+    def among(self, places: dict[int, int]) -> "Comparison":
+        """The same where the answers have other positions: old -> new."""
+        return self._replace(better=places[self.better], worse=places[self.worse])
+
+
+OF_A_PAIR = (Comparison(0, 1),)
+"""The chosen answer, which stands first, is better than the rejected one."""
+
+
 @dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """One comparison: after `prompt`, the answer `chosen` was preferred to `rejected`."""
+class PreferenceGroup:
+    """A prompt, its answers, and which of them are better than which. A pair has the chosen and the rejected answer."""
 
     prompt: list[Message]
     """The conversation so far, of any number of turns, with its system message if it has one."""
-    chosen: list[Message]
-    """The messages after the prompt: as a rule one message of the assistant."""
-    rejected: list[Message]
-    margin: float | None
-    """By how much the chosen answer is better, in the units of the data; None where the data does not say."""
+    answers: tuple[list[Message], ...]
+    """Two or more. Each is the messages after the prompt: as a rule one message of the assistant."""
+    comparisons: tuple[Comparison, ...]
+    """At least one, and none between answers that are equally good."""
     source: str
     """Name that results are grouped by: the row's own `source` field, else the name of the data source."""
     id: str
@@ -53,12 +76,12 @@ class Deselected:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that was asked for but is no usable pair, and why: it counts against data.max_dropped_share."""
+    """A row that was asked for but is no usable group, and why: it counts against data.max_dropped_share."""
 
     reason: str
 
 
-Outcome = PreferencePair | Deselected | Dropped
+Outcome = PreferenceGroup | Deselected | Dropped
 
 
 class ToolCallsError(DataError):
@@ -100,7 +123,7 @@ class Row:
     fields: dict[str, Any]
     id: str
     source_name: str
-    """The pair's source where the row has no `source` field of its own."""
+    """The group's source where the row has no `source` field of its own."""
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     """Role as written -> role as the chat templates know it."""
     mapped_roles: dict[str, str] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""From data sources to tokenised pairs, cached on disk, with a report of what became of every row.
+"""From data sources to tokenised groups, cached on disk, with a report of what became of every row.
 
-    sources -> rows -> tokenised rows -> PreparedPairs
+    sources -> rows -> tokenised rows -> PreparedGroups
 
 The first process does all of it; those that come after it, and later runs, find the result by the state of the files
 and map it.
@@ -21,13 +21,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hafrm_ds.data.content_keys import KEY_DTYPE, content_key, keys_of_column
+from hafrm_ds.data.comparisons import Comparison, ComparisonTable
+from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.prepared import LENGTHS, PreparedPairs, save_pairs
+from hafrm_ds.data.lengths import GroupLengths, starts_of
+from hafrm_ds.data.prepared import PreparedGroups, compared, is_of_pairs, save_groups
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.reading import MARGIN, NOT_READ, REMARKS, ROLE, read_pairs, selection_key
+from hafrm_ds.data.reading import COMPARISON_FEATURES, MARGIN, NOT_READ, REMARKS, ROLE, read_groups, selection_key
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
-from hafrm_ds.data.report import DataReport, Example, TemplateFacts, count_outcomes, count_repeats, percentiles
+from hafrm_ds.data.report import (
+    DataReport,
+    Example,
+    GroupFacts,
+    TemplateFacts,
+    count_outcomes,
+    count_repeats,
+    percentiles,
+)
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import (
     IDENTICAL_AFTER_CUT,
@@ -38,7 +48,7 @@ from hafrm_ds.data.tokenization import (
     TOKENIZATION_VERSION,
     TOO_LONG,
     Truncation,
-    tokenize_pairs,
+    tokenize_groups,
 )
 from hafrm_ds.data.tool_calls import read_back
 from hafrm_ds.errors import DataError
@@ -47,19 +57,18 @@ SMALL_SET = 2000
 """Rows below which starting worker processes takes longer than the tokenising itself."""
 MAX_PROCESSES = 16
 NUM_EXAMPLES = 3
-PREPARED_VERSION = 1
+PREPARED_VERSION = 2
 """Raise it whenever what is counted of a set changes."""
 
 TOKEN_IDS = datasets.Sequence(datasets.Value("int32"))
-PAIR_FEATURES = {
+GROUP_FEATURES = {
     "prompt_ids": TOKEN_IDS,
-    "chosen_ids": TOKEN_IDS,
-    "rejected_ids": TOKEN_IDS,
-    "margin": datasets.Value("float32"),
+    "response_ids": datasets.Sequence(TOKEN_IDS),
+    "comparisons": COMPARISON_FEATURES,
     "source": datasets.Value("string"),
     "id": datasets.Value("string"),
 }
-# One row for each row read, kept in the cache: what became of it, beside the pair itself.
+# One row for each row read, kept in the cache: what became of it, beside the group itself.
 FATE_FEATURES = {
     "format": datasets.Value("string"),
     "dropped": datasets.Value("string"),
@@ -68,18 +77,18 @@ FATE_FEATURES = {
     "uncut_length": datasets.Value("int64"),
     "remarks": datasets.Value("string"),
     "prompt_key": datasets.Value("binary"),
-    "chosen_key": datasets.Value("binary"),
-    "rejected_key": datasets.Value("binary"),
+    "response_keys": datasets.Sequence(datasets.Value("binary")),
+    "lost": datasets.Value("string"),
     "left_out": datasets.Value("string"),
     "marks": datasets.Value("string"),
 }
-CARRIED = ("margin", "source", "id", "format", "dropped", "deselected", "remarks")
-"""Columns of read_pairs that tokenising hands on; it adds to `dropped`."""
+CARRIED = ("source", "id", "format", "dropped", "deselected", "remarks")
+"""Columns of read_groups that tokenising hands on; it adds to `dropped`."""
 
 
 @dataclass(frozen=True)
 class PreparationOptions:
-    """How rows become usable pairs. The fields are those of `data.*` (`hafrm_ds.config`), where their help stands."""
+    """How rows become usable groups. The fields are those of `data.*` (`hafrm_ds.config`), where their help stands."""
 
     max_length: int
     truncation: Truncation
@@ -126,14 +135,14 @@ def cache_in_words(cache_dir: Path | None) -> Iterator[None]:
 
 
 @progress_bars_on_a_terminal()
-def prepare_pairs(
+def prepare_groups(
     sources: list[Source],
     *,
     formatter: ChatFormatter,
     options: PreparationOptions,
     role: Role,
     seed: int,
-) -> PreparedPairs:
+) -> PreparedGroups:
     """Read, tokenise and check the pairs of `sources`.
 
     The result is cached by state of the files, sources, formatter, max_length and truncation. `seed` decides caps
@@ -151,15 +160,15 @@ def prepare_pairs(
             f"{PREPARED_VERSION} {role} {rows_key}", formatter.fingerprint, options.max_length, options.truncation
         )
         folder = cache_folder(options) / f"prepared-{key}"
-        prepared = PreparedPairs.open(folder)
+        prepared = PreparedGroups.open(folder)
         if prepared is None:
-            rows = read_pairs(sources, role=role, seed=seed_of_choices, cache_dir=options.cache_dir)
+            rows = read_groups(sources, role=role, seed=seed_of_choices, cache_dir=options.cache_dir)
             try:
                 tokenized = tokenize_rows(rows, formatter, options)
             except pa.ArrowInvalid:  # what the cache holds is damaged
                 tokenized = tokenize_rows(rows, formatter, options, anew=True)
-            count_pairs(tokenized, folder, formatter, options, role)
-            prepared = PreparedPairs.open(folder)
+            count_groups(tokenized, folder, formatter, options, role)
+            prepared = PreparedGroups.open(folder)
             if prepared is None:
                 raise DataError(f"{folder} was written, and cannot be read: does something else clear the cache?")
     report = prepared.report
@@ -174,31 +183,45 @@ def cache_folder(options: PreparationOptions) -> Path:
     return Path(options.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "hafrm_ds")
 
 
-def count_pairs(
+def count_groups(
     tokenized: datasets.Dataset, folder: Path, formatter: ChatFormatter, options: PreparationOptions, role: Role
 ) -> None:
-    """Find the usable pairs among tokenised rows, and leave in `folder` what PreparedPairs says of them.
+    """Find the usable pairs among tokenised rows, and leave in `folder` what PreparedGroups says of them.
 
     Raises:
         DataError: too many are unusable, or the template writes a part of none.
     """
     table = tokenized.data.table
     kept = np.flatnonzero(pc.and_(pc.equal(table["deselected"], ""), pc.equal(table["dropped"], "")).to_numpy())
-    keys = np.empty((len(kept), 2), KEY_DTYPE)
-    for side, name in enumerate(("chosen_key", "rejected_key")):
-        keys[:, side] = keys_of_column(table[name])[kept]
+    responses, comparisons = table["response_ids"], table["comparisons"]  # empty in rows that are not kept
     uncut = table["uncut_length"].to_numpy()
+
+    def sizes(lists: pa.ChunkedArray) -> np.ndarray:  # read from the offsets of the lists
+        return pc.list_value_length(lists).to_numpy().astype(np.int64)
+
     columns = {
-        # Read from the offsets of the lists.
-        **{name: pc.list_value_length(table[f"{name}_ids"]).to_numpy().astype(np.int64)[kept] for name in LENGTHS},
-        "keys": keys,
+        "prompt": sizes(table["prompt_ids"])[kept],
+        "response": sizes(pc.list_flatten(responses)),
+        "num_responses": sizes(responses)[kept],
+        "num_comparisons": sizes(comparisons)[kept],
+        **columns_of(pc.list_flatten(comparisons)),
+        "keys": keys_of_column(pc.list_flatten(table["response_keys"])),
         "prompt_keys": keys_of_column(table["prompt_key"])[kept],
         "uncut_lengths": uncut[uncut > 0],
     }
     report = summarize(table, kept, columns, formatter, options, role)
     check_enough_left(report, options)
     check_written(report, table["left_out"].take(kept), formatter)
-    save_pairs(folder, tokenized, kept, columns, report)
+    save_groups(folder, tokenized, kept, columns, report)
+
+
+def columns_of(comparisons: pa.ChunkedArray) -> dict[str, np.ndarray]:
+    """Comparisons as Arrow has them -> the columns of a ComparisonTable."""
+    wanted = {"better": np.int32, "worse": np.int32, "margin": np.float32, "target": np.float32, "weight": np.float32}
+    return {
+        name: pc.struct_field(comparisons, name).to_numpy().astype(dtype)  # a margin that is not given becomes NaN
+        for name, dtype in wanted.items()
+    }
 
 
 def choose_examples(num_pairs: int, num_examples: int, seed: int) -> list[int]:
@@ -213,7 +236,7 @@ def choose_examples(num_pairs: int, num_examples: int, seed: int) -> list[int]:
 def tokenize_rows(
     rows: datasets.Dataset, formatter: ChatFormatter, options: PreparationOptions, anew: bool = False
 ) -> datasets.Dataset:
-    """Tokenise every selected row -> Dataset of PAIR_FEATURES and FATE_FEATURES, one row for each row read.
+    """Tokenise every selected row -> Dataset of GROUP_FEATURES and FATE_FEATURES, one row for each row read.
 
     Loaded from the cache when the same rows were tokenised before under the same formatter, length and policy, unless
     it is to be done `anew`.
@@ -228,7 +251,7 @@ def tokenize_rows(
         batched=True,
         fn_kwargs={"formatter": formatter, "max_length": options.max_length, "truncation": options.truncation},
         remove_columns=rows.column_names,
-        features=datasets.Features(PAIR_FEATURES | FATE_FEATURES),
+        features=datasets.Features(GROUP_FEATURES | FATE_FEATURES),
         num_proc=num_processes(len(rows), options.num_proc),
         load_from_cache_file=not anew,
         cache_file_name=str(folder / f"tokenized-{fingerprint}.arrow"),
@@ -252,27 +275,29 @@ def num_processes(num_rows: int, wanted: int | None) -> int | None:
 
 
 def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length: int, truncation: Truncation) -> dict:
-    """Columns as read_pairs gives them -> columns of PAIR_FEATURES and FATE_FEATURES. Unused rows get no ids."""
-    columns: dict[str, list] = {name: [] for name in PAIR_FEATURES | FATE_FEATURES}
+    """Columns as read_groups gives them -> columns of GROUP_FEATURES and FATE_FEATURES. Unused rows get no ids."""
+    columns: dict[str, list] = {name: [] for name in GROUP_FEATURES | FATE_FEATURES}
     is_used = [not (deselected or lost) for deselected, lost in zip(batch["deselected"], batch["dropped"])]
-    pairs = itertools.compress(zip(batch["prompt"], batch["chosen"], batch["rejected"]), is_used)
-    tokenizations = iter(tokenize_pairs(formatter, map(read_back, pairs), max_length, truncation))
+    comparisons = ([Comparison(**each) for each in group] for group in batch["comparisons"])
+    groups = itertools.compress(zip(batch["prompt"], batch["answers"], comparisons), is_used)
+    read = ((*read_back(prompt, answers), comparisons) for prompt, answers, comparisons in groups)
+    tokenizations = iter(tokenize_groups(formatter, read, max_length, truncation))
     for number, used in enumerate(is_used):
         row = {name: batch[name][number] for name in CARRIED}
         tokenization = NOT_TOKENIZED
         if used:
             tokenization = next(tokenizations)
             row["dropped"] = tokenization.outcome
-        prompt_ids, (chosen_ids, rejected_ids) = tokenization.ids
+        prompt_ids, responses = tokenization.ids
         row |= {
             "prompt_ids": prompt_ids,
-            "chosen_ids": chosen_ids,
-            "rejected_ids": rejected_ids,
+            "response_ids": list(responses),
+            "comparisons": [each._asdict() for each in tokenization.comparisons],
             "cut": tokenization.cut,
             "uncut_length": tokenization.uncut_length,
             "prompt_key": content_key(tokenization.rendered_prompt, []),
-            "chosen_key": content_key(prompt_ids, chosen_ids),
-            "rejected_key": content_key(prompt_ids, rejected_ids),
+            "response_keys": [content_key(prompt_ids, response) for response in responses],
+            "lost": "\n".join(tokenization.lost),
             "left_out": "\n".join(tokenization.left_out),
             "marks": "\n".join(tokenization.marks),
         }
@@ -295,15 +320,22 @@ def summarize(
     """The report of a tokenised table, without examples.
 
     Args:
-        kept: [P] places of the usable pairs. columns: what is counted of them, as `save_pairs` takes it.
+        kept: [G] places of the usable groups. columns: what is counted of them, as `save_groups` takes it.
     """
     total, by_source = count_outcomes(table)
-    duplicates, both_orders = count_repeats(columns["keys"])
-    tokens = {name: columns[name] for name in LENGTHS}
-    tokens["conversation"] = tokens["prompt"] + np.maximum(tokens["chosen"], tokens["rejected"])
-    tokens["conversation_before_cut"] = columns["uncut_lengths"]
-    usable = table.select(["margin", "remarks", "left_out", "marks"]).take(kept)
+    lengths = GroupLengths(columns["prompt"], columns["response"], starts_of(columns["num_responses"]))
+    comparisons = ComparisonTable(*(columns[name] for name in ComparisonTable._fields))
+    are_pairs = is_of_pairs(columns["num_responses"], columns["num_comparisons"], comparisons)
+    duplicates, both_orders = count_repeats(
+        columns["keys"][compared(lengths.first, columns["num_comparisons"], comparisons)]
+    )
+    tokens = {"prompt": lengths.prompt}
+    tokens |= {name: lengths.response[side::2] for side, name in enumerate(("chosen", "rejected")) if are_pairs}
+    tokens |= {} if are_pairs else {"answer": lengths.response}
+    tokens |= {"conversation": lengths.longest_conversation, "conversation_before_cut": columns["uncut_lengths"]}
+    usable = table.select(["remarks", "lost", "left_out", "marks"]).take(kept)
     remarks, margin_faults = counted_remarks(table["remarks"]), counted_remarks(usable["remarks"])[MARGIN]
+    with_margin = np.logical_or.reduceat(~np.isnan(comparisons.margin), starts_of(columns["num_comparisons"])[:-1])
     return DataReport(
         role=role,
         max_length=options.max_length,
@@ -316,7 +348,7 @@ def summarize(
         tokens={name: percentiles(values) for name, values in tokens.items()},
         template=TemplateFacts.of(formatter),
         examples=[],
-        with_margin=len(kept) - usable["margin"].null_count,
+        with_margin=int(with_margin.sum()),
         not_read=list(remarks[NOT_READ]),
         mapped_roles=remarks[ROLE],
         margin_faults=sum(margin_faults.values()),
@@ -324,6 +356,7 @@ def summarize(
         left_out=lines_of(usable["left_out"]),
         marks=lines_of(usable["marks"]),
         with_marks=len(kept) - (pc.sum(pc.equal(usable["marks"], "")).as_py() or 0),
+        groups=None if are_pairs else GroupFacts.of(columns, lines_of(usable["lost"])),
     )
 
 
@@ -406,6 +439,6 @@ def counted(reasons: dict[str, int], first: dict[str, str]) -> Iterable[str]:
         yield f"  {number:>8}  {reason} (first: {first[reason]})"
 
 
-def fingerprints_of(sets: Mapping[str, PreparedPairs]) -> dict[str, str]:
+def fingerprints_of(sets: Mapping[str, PreparedGroups]) -> dict[str, str]:
     """Name of a set -> hash of its pairs in order: tokens and margins."""
     return {name: pairs.fingerprint for name, pairs in sets.items()}

@@ -1,11 +1,11 @@
-"""Prepared pairs on disk: what is counted of a set once, and the rows themselves, mapped by every process that uses
+"""Prepared groups on disk: what is counted of a set once, and the rows themselves, mapped by every process that uses
 them, so that a host holds one copy however many processes it runs.
 
-    CACHE/prepared-KEY/COLUMN.npy     lengths and keys of the pairs
-    CACHE/prepared-KEY/kept.arrow     their places among the tokenised rows, unless all of these are pairs
-    CACHE/prepared-KEY/facts.json     the report, the fingerprint of the pairs, the files of the tokenised rows
+    CACHE/prepared-KEY/COLUMN.npy     lengths, keys and comparisons of the groups
+    CACHE/prepared-KEY/kept.arrow     their places among the tokenised rows, unless all of these are groups
+    CACHE/prepared-KEY/facts.json     the report, the fingerprint of the groups, the files of the tokenised rows
 
-Legend: P pairs.
+Legend: G groups, R responses and C comparisons of all of them.
 """
 
 import hashlib
@@ -21,44 +21,52 @@ import numpy as np
 import pyarrow as pa
 from datasets.table import MemoryMappedTable
 
+from hafrm_ds.data.comparisons import ComparisonTable
+from hafrm_ds.data.lengths import GroupLengths, places_of, starts_of
 from hafrm_ds.data.report import DataReport
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.durability import whole_folder
 
 FACTS, KEPT = "facts.json", "kept.arrow"
-LENGTHS = ("prompt", "chosen", "rejected")
-COLUMNS = (*LENGTHS, "keys", "prompt_keys", "uncut_lengths")
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-PAIR_COLUMNS = (*ID_COLUMNS, "margin", "source", "id")
+COMPARISONS = ComparisonTable._fields
+COUNTS = ("prompt", "response", "num_responses", "num_comparisons")
+COLUMNS = (*COUNTS, *COMPARISONS, "keys", "prompt_keys", "uncut_lengths")
+GROUP_COLUMNS = ("prompt_ids", "response_ids", "source", "id")
 
 
 @dataclass(frozen=True)
-class PreparedPairs:
-    """The usable pairs of a set, in reading order. All arrays are mapped and cannot be written to."""
+class PreparedGroups:
+    """The usable groups of a set, in reading order. All arrays but the two `first` are mapped; none can be written to.
 
-    pairs: datasets.Dataset
-    """Columns prompt_ids, chosen_ids, rejected_ids (int32 lists), margin (float32 or None), source, id."""
-    lengths: dict[str, np.ndarray]
-    """prompt, chosen, rejected -> [P] int64 tokens."""
+    rows: columns prompt_ids (int32 list), response_ids (list of int32 lists), source, id.
+    lengths: tokens of the prompts and responses.
+    table: the comparisons, those of group g from first_comparison[g] to first_comparison[g + 1], which is [G + 1].
+    keys: [R] KEY_DTYPE, content keys of the responses.
+    prompt_keys: [G] KEY_DTYPE, keys of the prompts before any truncation: groups of one prompt share it, whatever was
+        left.
+    uncut_lengths: int64 tokens of the longest conversation, not truncated, for all groups that could be rendered: also
+        for those that were dropped as too long.
+    fingerprint: hash of the groups in order: tokens and comparisons.
+    """
+
+    rows: datasets.Dataset
+    lengths: GroupLengths
+    table: ComparisonTable
+    first_comparison: np.ndarray
     keys: np.ndarray
-    """[P, 2] KEY_DTYPE, content keys of chosen and rejected response."""
     prompt_keys: np.ndarray
-    """[P] KEY_DTYPE, keys of the prompts before any truncation: pairs of one prompt share it, whatever was left."""
     uncut_lengths: np.ndarray
-    """int64 tokens of the longer conversation, not truncated, for all pairs that could be rendered: also for those that
-    were dropped as too long."""
     report: DataReport
     fingerprint: str
-    """Hash of the pairs in order: tokens and margins."""
 
     @classmethod
-    def open(cls, folder: Path) -> "PreparedPairs | None":
-        """Map what `save_pairs` has written; None if it is not there, or not whole any more."""
+    def open(cls, folder: Path) -> "PreparedGroups | None":
+        """Map what `save_groups` has written; None if it is not there, or not whole any more."""
         try:
             facts = json.loads((folder / FACTS).read_text())
             columns = {name: mapped(folder / f"{name}.npy") for name in COLUMNS}
             rows = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in facts["files"]])
-            rows = rows.select_columns(list(PAIR_COLUMNS))
+            rows = rows.select_columns(list(GROUP_COLUMNS))
             if (folder / KEPT).exists():
                 places = MemoryMappedTable.from_file(str(folder / KEPT))
                 rows = datasets.Dataset(rows.data, indices_table=places, fingerprint=folder.name)
@@ -66,28 +74,83 @@ class PreparedPairs:
             fingerprint = facts["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid):
             return None
-        lengths = {name: columns.pop(name) for name in LENGTHS}
-        pairs = cls(rows, lengths, **columns, report=report, fingerprint=fingerprint)
-        return pairs if {len(rows)} == {len(pairs.keys), *map(len, lengths.values())} else None
+        first_response, first_comparison = (
+            starts_of(columns.pop(f"num_{name}s")) for name in ("response", "comparison")
+        )
+        lengths = GroupLengths(columns.pop("prompt"), columns.pop("response"), first_response)
+        table = ComparisonTable(*(columns.pop(name) for name in COMPARISONS))
+        groups = cls(rows, lengths, table, first_comparison, **columns, report=report, fingerprint=fingerprint)
+        is_whole = (
+            {len(rows)} == {len(lengths), len(groups.prompt_keys), len(first_comparison) - 1}
+            and {first_response[-1]} == {len(groups.keys), len(lengths.response)}
+            and {first_comparison[-1]} == {*map(len, table)}
+        )
+        return groups if is_whole else None
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.rows)
 
     @cached_property
-    def rows(self) -> datasets.Dataset:
-        """`pairs` as Arrow tables. Lists of Python numbers, which datasets makes otherwise, take many times as long to
+    def arrow_rows(self) -> datasets.Dataset:
+        """`rows` as Arrow tables. Lists of Python numbers, which datasets makes otherwise, take many times as long to
         make and to lay out."""
-        return self.pairs.with_format("arrow")
+        return self.rows.with_format("arrow")
 
-    def margins(self, index: np.ndarray) -> np.ndarray:
-        """[P] positions -> [P] fp32, 0 where the data has no margin."""
-        margins = self.pairs.select(index).select_columns(["margin"])[:]["margin"]
-        return np.array([margin or 0.0 for margin in margins], dtype=np.float32)
+    @property
+    def are_pairs(self) -> bool:
+        """Whether every group is a pair."""
+        return is_of_pairs(self.lengths.num_responses, np.diff(self.first_comparison), self.table)
 
-    def __getitem__(self, index: int) -> TokenizedPair:
-        row = self.rows[int(index)]
-        ids = {name: row[name][0].values.to_numpy() for name in ID_COLUMNS}
-        return TokenizedPair(**ids, **{name: row[name][0].as_py() for name in ("margin", "source", "id")})
+    @property
+    def unit(self) -> str:
+        """What the groups are called."""
+        return "pairs" if self.are_pairs else "groups"
+
+    @property
+    def compared(self) -> np.ndarray:
+        """[C, 2] which of all responses each comparison finds better and worse."""
+        return compared(self.lengths.first, np.diff(self.first_comparison), self.table)
+
+    def needed_tokens(self, layout: str, whole: bool) -> np.ndarray:
+        """[G] tokens that a micro-batch must hold for each group: its longest comparison, or all its answers."""
+        if whole:
+            return self.lengths.costs(layout)
+        better, worse = self.lengths.response[self.compared].T
+        prompt = np.repeat(self.lengths.prompt, np.diff(self.first_comparison))
+        costs = GroupLengths.of_pairs(prompt, better, worse).costs(layout)
+        return np.maximum.reduceat(costs, self.first_comparison[:-1]) if len(self) else costs
+
+    def comparisons_of(self, index: np.ndarray) -> np.ndarray:
+        """Positions in `table` of the comparisons of some groups, group after group."""
+        return places_of(self.first_comparison, index)
+
+    def __getitem__(self, index: int) -> TokenizedGroup:
+        index = int(index)
+        row = self.arrow_rows[index]
+        responses = row["response_ids"][0].values
+        return TokenizedGroup(
+            prompt_ids=row["prompt_ids"][0].values.to_numpy(),
+            responses=tuple(responses[k].values.to_numpy() for k in range(len(responses))),
+            comparisons=self.table.take(slice(*self.first_comparison[index : index + 2])).rows(),
+            source=row["source"][0].as_py(),
+            id=row["id"][0].as_py(),
+        )
+
+
+def compared(first_response: np.ndarray, num_comparisons: np.ndarray, table: ComparisonTable) -> np.ndarray:
+    """[C, 2] which of the responses of all groups, laid end to end, each comparison finds better and worse.
+
+    Args:
+        first_response: [G + 1] where those of each group begin. num_comparisons: [G].
+    """
+    first = np.repeat(first_response[:-1], num_comparisons)
+    return np.stack([first + table.better, first + table.worse], axis=1)
+
+
+def is_of_pairs(num_responses: np.ndarray, num_comparisons: np.ndarray, table: ComparisonTable) -> bool:
+    """Whether groups are pairs, whose first answer is the chosen one and certainly so."""
+    is_usual = (table.better == 0) & (table.worse == 1) & (table.target == 1) & (table.weight == 1)
+    return bool((num_responses == 2).all() and (num_comparisons == 1).all() and is_usual.all())
 
 
 def mapped(file: Path) -> np.ndarray:
@@ -95,23 +158,22 @@ def mapped(file: Path) -> np.ndarray:
     return np.lib.format.open_memmap(file, mode="r").view(np.ndarray)
 
 
-def save_pairs(
+def save_groups(
     folder: Path,
     tokenized: datasets.Dataset,
     kept: np.ndarray,
     columns: Mapping[str, np.ndarray],
     report: DataReport,
 ) -> None:
-    """Write what `PreparedPairs.open` maps.
+    """Write what `PreparedGroups.open` maps.
 
     Args:
-        tokenized: rows on disk, of PAIR_COLUMNS and others.
-        kept: [P] places of the pairs among them, ascending.
+        tokenized: rows on disk, of GROUP_COLUMNS and others.
+        kept: [G] places of the groups among them, ascending.
         columns: those of COLUMNS.
     """
-    margins = tokenized.data.table["margin"].take(pa.array(kept)).to_numpy().astype(np.float32)
     facts: dict[str, Any] = {
-        "fingerprint": fingerprint(columns["keys"], margins),
+        "fingerprint": fingerprint(columns),
         "files": [str(Path(file["filename"]).absolute()) for file in tokenized.cache_files],
         "report": report.to_json(),
     }
@@ -125,13 +187,17 @@ def save_pairs(
         (draft / FACTS).write_text(json.dumps(facts))
 
 
-def fingerprint(keys: np.ndarray, margins: np.ndarray) -> str:
-    """Hash of pairs in order.
+def fingerprint(columns: Mapping[str, np.ndarray]) -> str:
+    """Hash of groups in order: the keys of their responses and their margins, and for what is no pair all that stands
+    in its comparisons.
 
     Args:
-        keys: [P, 2] KEY_DTYPE, of the responses.
-        margins: [P] fp32, NaN where the data has none.
+        columns: of COLUMNS, those of responses and comparisons.
     """
-    digest = hashlib.sha256(np.ascontiguousarray(keys).view(np.uint8).data)
-    digest.update(np.ascontiguousarray(margins).data)
+    digest = hashlib.sha256(np.ascontiguousarray(columns["keys"]).view(np.uint8).data)
+    digest.update(np.ascontiguousarray(columns["margin"]).data)
+    counts, table = ("num_responses", "num_comparisons"), ComparisonTable(*(columns[name] for name in COMPARISONS))
+    if not is_of_pairs(columns["num_responses"], columns["num_comparisons"], table):
+        for name in (*counts, "better", "worse", "target", "weight"):
+            digest.update(np.ascontiguousarray(columns[name]).data)
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Reading preference pairs: all sources of a set, from their rows to one data set of messages.
+"""Reading groups of answers: all sources of a set, from their rows to one data set of messages.
 
-    Source -> tables -> rows -> row filter -> PreferencePair -> selection and mixing
+    Source -> tables -> rows -> row filter -> PreferenceGroup -> selection and mixing
 
-`read_pairs` is the whole way. Every row that was read stays in its result: those that are not used carry the reason.
+`read_groups` is the whole way. Every row that was read stays in its result: those that are not used carry the reason.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,15 @@ from typing import Any
 import datasets
 
 from hafrm_ds.data.files import Table, find_tables, holds_whole_set, one_object
-from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, not_read, read_pairs_of
+from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, not_read, read_groups_of
+from hafrm_ds.data.formats.parts import UNCOMPARED, best_first, distinct
 from hafrm_ds.data.pairs import (
     ROLES,
+    Comparison,
     Deselected,
     Dropped,
-    PreferencePair,
+    Outcome,
+    PreferenceGroup,
     Row,
     in_words,
     names_in_words,
@@ -37,12 +39,21 @@ from hafrm_ds.data.tool_calls import spelled
 from hafrm_ds.errors import DataError
 
 MESSAGES = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+COMPARISON_FEATURES = [
+    {
+        "better": datasets.Value("int32"),
+        "worse": datasets.Value("int32"),
+        "margin": datasets.Value("float32"),
+        "target": datasets.Value("float32"),
+        "weight": datasets.Value("float32"),
+    }
+]
+"""The fields of `Comparison`."""
 FEATURES = datasets.Features(
     {
         "prompt": MESSAGES,
-        "chosen": MESSAGES,
-        "rejected": MESSAGES,
-        "margin": datasets.Value("float32"),
+        "answers": [MESSAGES],
+        "comparisons": COMPARISON_FEATURES,
         "source": datasets.Value("string"),
         "id": datasets.Value("string"),
         "format": datasets.Value("string"),
@@ -51,18 +62,19 @@ FEATURES = datasets.Features(
         "remarks": datasets.Value("string"),
     }
 )
-"""One row for each row read. A pair is used where both `dropped` (why the row is no usable pair) and `deselected` (why
-it is left out) are "". Rows that are no pair have empty messages; rows outside the row filter have no format. The
+"""One row for each row read. A group is used where both `dropped` (why the row is no usable group) and `deselected`
+(why it is left out) are "". Rows that are no group have empty lists; rows outside the row filter have no format. The
 messages of a conversation with tools are spelled in one (`tool_calls`).
 `remarks` says what else is to be told of the row, one thing a line: REMARKS."""
 
 NOT_READ, ROLE, MARGIN = "not read: ", "role: ", "margin: "
 REMARKS = (NOT_READ, ROLE, MARGIN)
+JOINED = "joined into the group of its prompt"
 """What a remark begins with: the name of a filled column that the format does not read; a role that was read as another
 ("human -> user"); why a margin could not be read."""
 
 
-def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> datasets.Dataset:
+def read_groups(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> datasets.Dataset:
     """Read, select and mix: all rows of all sources, one after another, with FEATURES.
 
     Args:
@@ -71,7 +83,7 @@ def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path 
         cache_dir: where rows are kept between runs; None is the cache folder of datasets.
 
     Raises:
-        DataError: for data that cannot be read or that leaves no pair.
+        DataError: for data that cannot be read or that leaves no group.
     """
     try:
         all_or_no_weights(sources)
@@ -83,14 +95,14 @@ def read_pairs(sources: list[Source], *, role: Role, seed: int, cache_dir: Path 
     for rows, reasons, source in zip(read, selections, sources):
         check_pairs_left(reasons, rows["dropped"][:], source)
     deselected = [reason for of_source in mix(selections, sources, seed) for reason in of_source]
-    # The fingerprint keys whatever is computed from these pairs; the one datasets would make differs from run to run.
+    # The fingerprint keys whatever is computed from these groups; the one datasets would make differs from run to run.
     fingerprint = digest([[rows._fingerprint for rows in read], deselected])
     rows = datasets.concatenate_datasets(read).remove_columns("deselected")
     return rows.add_column("deselected", deselected, feature=FEATURES["deselected"], new_fingerprint=fingerprint)
 
 
 def selection_key(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> str:
-    """Hexadecimal key of what `read_pairs` depends on, found without reading a row. Arguments and errors as there."""
+    """Hexadecimal key of what `read_groups` depends on, found without reading a row. Arguments and errors as there."""
     resolved = [resolve_preset(source, role) for source in sources]
     selections = [{name: getattr(source, name) for name in SELECTION_FIELDS} for source in resolved]
     contents = [content_key(find_tables(source, cache_dir), source) for source in resolved]
@@ -120,7 +132,7 @@ def read_source(source: Source, cache_dir: Path | None) -> datasets.Dataset:
     refuse_several_splits(tables, source)
     try:
         return datasets.Dataset.from_generator(
-            partial(read_rows, tables, source),
+            partial(joined_rows if source.group_by_prompt else read_rows, tables, source),
             features=FEATURES,
             cache_dir=None if cache_dir is None else str(cache_dir),
             fingerprint=content_key(tables, source),
@@ -186,11 +198,11 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
                 raise DataError(
                     f"{row.id}: exactly_one_safe was given, but these are rows of format {format_name}, not safe_rlhf"
                 )
-            outcomes = read_pairs_of(row, format_name, source)
+            outcomes = read_groups_of(row, format_name, source)
             remarks = remarks_on(row, format_name)
             for outcome in outcomes:
                 yield as_features(row, format_name, outcome, remarks)
-                remarks = ""  # of a row with several pairs, once
+                remarks = ""  # of a row with several groups, once
     row_filter.check_some_passed(source.path)
 
 
@@ -223,23 +235,61 @@ def remarks_on(row: Row, format_name: str) -> str:
     return "\n".join(lines + [f"{ROLE}{written} -> {role}" for written, role in row.mapped_roles.items()])
 
 
-def as_features(
-    row: Row, format_name: str, outcome: PreferencePair | Deselected | Dropped, remarks: str = ""
-) -> dict[str, Any]:
+def as_features(row: Row, format_name: str, outcome: Outcome, remarks: str = "") -> dict[str, Any]:
     """What became of a row -> a row of FEATURES."""
-    pair = outcome if isinstance(outcome, PreferencePair) else PreferencePair([], [], [], None, row.source, row.id)
-    if pair.prompt and "tools" in pair.prompt[0]:
-        prompt, chosen, rejected = map(spelled, (pair.prompt, pair.chosen, pair.rejected))
-        pair = replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+    group = outcome if isinstance(outcome, PreferenceGroup) else PreferenceGroup([], (), (), row.source, row.id)
+    prompt, answers = group.prompt, list(group.answers)
+    if prompt and "tools" in prompt[0]:
+        prompt, answers = spelled(prompt), list(map(spelled, answers))
     return {
-        "prompt": pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "margin": pair.margin,
-        "source": pair.source,
-        "id": pair.id,
+        "prompt": prompt,
+        "answers": answers,
+        "comparisons": [comparison._asdict() for comparison in group.comparisons],
+        "source": group.source,
+        "id": group.id,
         "format": format_name,
         "dropped": outcome.reason if isinstance(outcome, Dropped) else "",
         "deselected": outcome.reason if isinstance(outcome, Deselected) else "",
-        "remarks": f"{remarks}\n{MARGIN}{pair.margin_fault}".lstrip() if pair.margin_fault else remarks,
+        "remarks": f"{remarks}\n{MARGIN}{group.margin_fault}".lstrip() if group.margin_fault else remarks,
     }
+
+
+# ---- rows of one prompt --------------------------------------------------------------------------------------------
+
+
+def joined_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
+    """As `read_rows`, with the groups of the same prompt joined into the first of them. Holds all rows in memory.
+
+    Their answers are those of all, each once, the best first, and their comparisons those of all, which may contradict
+    one another. A row whose answers are identical stays alone: tokenising drops it.
+    """
+    rows = list(read_rows(tables, source))
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["comparisons"] and any(answer != row["answers"][0] for answer in row["answers"]):
+            by_prompt.setdefault(json.dumps([row["source"], row["prompt"]]), []).append(row)
+    for of_prompt in by_prompt.values():
+        if len(of_prompt) > 1:
+            join(of_prompt, source.max_answers)
+    yield from rows
+
+
+def join(rows: list[dict[str, Any]], max_answers: int | None) -> None:
+    """Make one group of rows of FEATURES, in the first of them; the others are left out."""
+    first = rows[0]
+    answers: list[Any] = []
+    comparisons: list[Comparison] = []
+    margin_faults: list[str] = []
+    for row in rows:
+        places = {place: len(answers) + place for place in range(len(row["answers"]))}
+        comparisons += [Comparison(**each).among(places) for each in row["comparisons"]]
+        answers += row["answers"]
+        lines = row["remarks"].split("\n")
+        margin_faults += [line for line in lines if line.startswith(MARGIN)]
+        row["remarks"] = "\n".join(line for line in lines if not line.startswith(MARGIN))
+        row |= {"prompt": [], "answers": [], "comparisons": [], "deselected": JOINED} if row is not first else {}
+    kept, among = best_first(*distinct(tuple(answers), tuple(comparisons)), max_answers)
+    first |= {"answers": list(kept), "comparisons": [comparison._asdict() for comparison in among]}
+    first["remarks"] = "\n".join(filter(None, [first["remarks"], *margin_faults]))
+    if not among:
+        first |= {"prompt": [], "deselected": UNCOMPARED}

@@ -1,7 +1,7 @@
 """What became of the data: counts, lengths and examples of one prepared set, for terminal and data_report.json."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,18 +12,20 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from hafrm_ds.data.comparisons import is_order, is_whole_order
 from hafrm_ds.data.content_keys import unique_keys
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.lengths import starts_of
 from hafrm_ds.data.pairs import names_in_words
 from hafrm_ds.data.tables import Cell, Table, as_text, count, listed_sources
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.tokenization import TokenizedGroup
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 
 @dataclass
 class Counts:
-    """Pairs of one source, or of all: read = deselected + dropped + kept."""
+    """Groups of one source, or of all, which mostly are pairs: read = deselected + dropped + kept."""
 
     read: int = 0
     formats: dict[str, int] = field(default_factory=dict)
@@ -34,7 +36,7 @@ class Counts:
     """Reason -> selected rows that are no usable pair; they count against data.max_dropped_share."""
     kept: int = 0
     cut: int = 0
-    """Kept pairs that lost tokens to max_length."""
+    """Kept groups that lost tokens to max_length."""
 
     @property
     def selected(self) -> int:
@@ -105,7 +107,7 @@ class TemplateFacts:
 
 @dataclass(frozen=True)
 class Example:
-    """A kept pair as the model sees it: the text of its ids, cuts included."""
+    """A comparison of a kept group as the model sees it: the text of its ids, cuts included."""
 
     id: str
     source: str
@@ -114,12 +116,65 @@ class Example:
     rejected: str
 
     @classmethod
-    def of(cls, pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> "Example":
+    def of(cls, group: TokenizedGroup, tokenizer: PreTrainedTokenizerBase, comparison: int = 0) -> "Example":
+        """Of one of its comparisons: the first is that of a pair."""
+        better, worse, *_ = group.comparisons[comparison]
         prompt, chosen, rejected = (
             tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+            for ids in (group.prompt_ids, group.responses[better], group.responses[worse])
         )
-        return cls(pair.id, pair.source, prompt, chosen, rejected)
+        return cls(group.id, group.source, prompt, chosen, rejected)
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """What a set holds whose groups are not all pairs.
+
+    answers, comparisons: of all kept groups. sizes: number of answers -> kept groups that have so many.
+    soft: comparisons with a probability below 1. contradictory: groups whose comparisons are no order. partial: groups
+    that lack a comparison which their others imply, or have one twice.
+    lost: why answers and comparisons of kept groups are not used -> groups that have lost one so.
+    """
+
+    answers: int
+    comparisons: int
+    sizes: dict[str, int]
+    soft: int
+    contradictory: int
+    partial: int
+    lost: dict[str, int]
+
+    @classmethod
+    def of(cls, columns: Mapping[str, np.ndarray], lost: dict[str, int]) -> "GroupFacts":
+        """Of the columns that `prepared.save_groups` takes."""
+        sizes, numbers = np.unique(columns["num_responses"], return_counts=True)
+        first = starts_of(columns["num_comparisons"])
+        edges = np.stack([columns["better"], columns["worse"]], axis=1)
+        groups = [
+            (int(number), edges[start:end].tolist())
+            for number, start, end in zip(columns["num_responses"], first, first[1:])
+            if end - start > 1
+        ]
+        ordered = [group for group in groups if is_order(*group)]
+        return cls(
+            answers=len(columns["response"]),
+            comparisons=len(edges),
+            sizes={str(size): int(number) for size, number in zip(sizes, numbers)},
+            soft=int((columns["target"] < 1).sum()),
+            contradictory=len(groups) - len(ordered),
+            partial=sum(not is_whole_order(*group) for group in ordered),
+            lost=lost,
+        )
+
+    @property
+    def in_words(self) -> str:
+        sizes = ", ".join(f"{number:,} of {size}" for size, number in self.sizes.items())
+        said = f"{self.answers:,} answers (groups of so many: {sizes}), {self.comparisons:,} comparisons"
+        if self.soft:
+            said += f", {self.soft:,} with a probability below 1"
+        if self.contradictory:
+            said += f"; in {self.contradictory:,} groups they contradict one another"
+        return said
 
 
 @dataclass
@@ -139,8 +194,8 @@ class DataReport:
     both_orders: int
     """Different kept pairs that are also there with chosen and rejected swapped. They are allowed."""
     tokens: dict[str, dict[str, int]]
-    """prompt, chosen, rejected, conversation (the longer of a pair's two), conversation_before_cut (of all pairs that
-    could be rendered) -> percentile -> tokens."""
+    """prompt, chosen, rejected (where groups are not all pairs: answer), conversation (the longest of a group),
+    conversation_before_cut (of all groups that could be rendered) -> percentile -> tokens."""
     template: TemplateFacts
     examples: list[Example]
     with_margin: int = 0
@@ -158,10 +213,12 @@ class DataReport:
     """Special token or mark of a template -> kept pairs whose texts hold it."""
     with_marks: int = 0
     """Kept pairs whose texts hold any."""
+    groups: GroupFacts | None = None
+    """What else there is to say where not all groups are pairs."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping for data_report.json."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("groups", None)}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "DataReport":
@@ -172,6 +229,7 @@ class DataReport:
             "by_source": {name: Counts(**counts) for name, counts in content["by_source"].items()},
             "template": TemplateFacts(**template | {"frozen_dates": tuple(template["frozen_dates"])}),
             "examples": [Example(**example) for example in content["examples"]],
+            "groups": GroupFacts(**content["groups"]) if "groups" in content else None,
         }
         return cls(**content | parts)
 
@@ -188,10 +246,16 @@ class DataReport:
         )
 
     @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "pairs" if self.groups is None else "groups"
+
+    @property
     def in_words(self) -> str:
+        compared = "pairs" if self.groups is None else "comparisons"
         return (
-            f"{self.total.cut:,} pairs cut to {self.max_length:,} tokens ({self.truncation}), "
-            f"{self.duplicates:,} exact duplicates, {self.both_orders:,} pairs present in both orders."
+            f"{self.total.cut:,} {self.unit} cut to {self.max_length:,} tokens ({self.truncation}), "
+            f"{self.duplicates:,} exact duplicates, {self.both_orders:,} {compared} present in both orders."
         )
 
     def tables(self) -> list[Table]:
@@ -211,7 +275,7 @@ class DataReport:
             for name, pairs in self.total.dropped.items()
         ]
         if reasons:
-            tables.append(Table(reasons, ("Why pairs are not used", "pairs", "first"), texts=1))
+            tables.append(Table(reasons, (f"Why {self.unit} are not used", self.unit, "first"), texts=1))
         lengths = [
             (name.replace("_", " "), [count(values.get(percentile)) for percentile in PERCENTILES])
             for name, values in self.tokens.items()
@@ -221,10 +285,14 @@ class DataReport:
     def _remarks(self) -> Iterator[str]:
         """What is said below the counts."""
         yield self.in_words
+        if self.groups is not None:
+            yield self.groups.in_words
+            for reason, groups in self.groups.lost.items():
+                yield f"answers or comparisons left out in {groups:,} groups: {reason}"
         kept = self.total.kept
         if self.with_margin not in (0, kept):  # in the loss the others count with a margin of 0
             share = self.with_margin / kept
-            yield f"{self.with_margin} of {kept} pairs ({share:.1%}) have a margin; the others count as 0"
+            yield f"{self.with_margin} of {kept} {self.unit} ({share:.1%}) have a margin; the others count as 0"
         if self.not_read:
             yield f"not read: {names_in_words(self.not_read)}"
         if self.mapped_roles:
@@ -237,13 +305,13 @@ class DataReport:
         """What the template leaves out, and marks that texts hold."""
         kept = self.total.kept
         for kind, pairs in self.left_out.items():
-            yield f"WARNING {pairs:,} of {kept:,} pairs hold text that the template does not write: {kind}"
+            yield f"WARNING {pairs:,} of {kept:,} {self.unit} hold text that the template does not write: {kind}"
         if self.marks:
             most = sorted(self.marks.items(), key=lambda item: -item[1])
             names = names_in_words(f"{mark} ({pairs:,})" for mark, pairs in most)
             yield (
-                f"WARNING {self.with_marks:,} of {kept:,} pairs hold special tokens or marks of a chat template in "
-                f"their texts: {names}. If they were rendered before, they are rendered twice now"
+                f"WARNING {self.with_marks:,} of {kept:,} {self.unit} hold special tokens or marks of a chat template "
+                f"in their texts: {names}. If they were rendered before, they are rendered twice now"
             )
 
 
@@ -271,7 +339,7 @@ def count_repeats(keys: np.ndarray) -> tuple[int, int]:
     """Pairs that repeat an earlier one, and different pairs that are there in both orders.
 
     Args:
-        keys: [pairs, 2] KEY_DTYPE, of the chosen and the rejected response.
+        keys: [C, 2] KEY_DTYPE, of the better and the worse response of each comparison.
     """
     different, place = unique_keys(keys.reshape(-1))
     # A pair as one number: np.unique compares rows ten times slower.
@@ -301,11 +369,15 @@ def render_example(example: Example) -> Panel:
     return Panel(Group(*lines), title=as_text(f"{example.id} ({example.source})"), title_align="left")
 
 
-def render_tokens(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> Panel:
-    """The tokens of a pair one by one; >>token<< marks where the reward of each conversation is read."""
-    lines = [Text.assemble((f"prompt, {len(pair.prompt_ids)} tokens: ", "bold"), spelled(pair.prompt_ids, tokenizer))]
-    responses = {"chosen": pair.chosen_ids, "rejected": pair.rejected_ids}
-    for (name, ids), read_out in zip(responses.items(), pair.read_outs):
+def render_tokens(group: TokenizedGroup, tokenizer: PreTrainedTokenizerBase) -> Panel:
+    """The tokens of a group one by one; >>token<< marks where the reward of each conversation is read."""
+    lines = [Text.assemble((f"prompt, {len(group.prompt_ids)} tokens: ", "bold"), spelled(group.prompt_ids, tokenizer))]
+    names = (
+        ["chosen", "rejected"]
+        if len(group.responses) == 2
+        else [f"answer {number}" for number in range(len(group.responses))]
+    )
+    for name, ids, read_out in zip(names, group.responses, group.read_outs):
         lines.append(
             Text.assemble(
                 (f"{name}, {len(ids)} tokens, read-out at index {read_out}: ", "bold"),
@@ -313,7 +385,7 @@ def render_tokens(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> Pa
                 (f" >>{spelled(ids[-1:], tokenizer)}<<", "reverse"),
             )
         )
-    return Panel(Group(*lines), title=as_text(f"{pair.id} ({pair.source})"), title_align="left")
+    return Panel(Group(*lines), title=as_text(f"{group.id} ({group.source})"), title_align="left")
 
 
 def spelled(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

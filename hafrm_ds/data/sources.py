@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from hafrm_ds.data.formats import COMMON_COLUMNS, FORMATS
+from hafrm_ds.data.formats.ranked import Ranking
 from hafrm_ds.data.portions import parse_portion
 from hafrm_ds.data.presets import PRESETS, Role
 
@@ -70,8 +71,17 @@ class Source(BaseModel):
     """Names of roles in this source beside the known ones: {customer: user, agent: assistant}."""
     ignore_columns: list[str] = []
     """Columns to leave unread although their names speak of the conversation."""
-    ranking: Literal["best", "adjacent"] = "best"
-    """Rows that rank several answers: pairs of the best with each other one, or of each with the next."""
+    ranking: Ranking = "all"
+    """Rows that rank or rate several answers: which are compared. All of different rank; the best with each other one;
+    or each with those of the next rank."""
+    min_score_gap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Compare two answers only where their scores differ by this much at least, or their margin is as large; without
+    scores and margin nothing is compared."""
+    max_answers: Annotated[int, Field(ge=2)] | None = None
+    """Cap of the answers to a prompt: the best, the worst and a choice of others, which depends on the row alone."""
+    group_by_prompt: bool = False
+    """Join the rows of this source with the same prompt (and the same `source`) into one group, which takes as much
+    memory as the source."""
     label: Literal["helpful", "safe"] = "safe"
     """PKU-SafeRLHF and BeaverTails rows: which of their two labels decides."""
     exactly_one_safe: bool = False

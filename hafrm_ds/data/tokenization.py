@@ -1,28 +1,32 @@
-"""From one preference pair to token ids: where the prompt ends, what is truncated and what is dropped.
+"""From one group of answers to token ids: where the prompt ends, what is truncated and what is dropped.
 
-Both whole conversations are rendered and encoded at once. The prompt is their longest common token prefix, at most the
-rendered prompt; everything after it is response. So a token that BPE merges over the boundary belongs to the response,
-and prompt + response is always exactly what the model sees when it scores the conversation.
+All its whole conversations are rendered and encoded at once. The prompt is their longest common token prefix, at most
+the rendered prompt; everything after it is response. So a token that BPE merges over the boundary belongs to the
+response, and prompt + response is always exactly what the model sees when it scores the conversation.
+
+An answer that cannot be used is left out with the comparisons that it stands in. A group without any comparison left is
+dropped, as a pair is with either of its answers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jinja2
 
+from hafrm_ds.data.comparisons import Comparison
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious, marks_in
 from hafrm_ds.data.tool_calls import KINDS
 from hafrm_ds.errors import DataError
 
-TOKENIZATION_VERSION = 4
-"""Part of the cache key of tokenised data: raise it whenever what is kept of any pair changes."""
+TOKENIZATION_VERSION = 5
+"""Part of the cache key of tokenised data: raise it whenever what is kept of any group changes."""
 
 Truncation = Literal["drop", "keep_prompt_end", "cut_response"]
 
-# Why a selected pair is dropped. All of these count against data.max_dropped_share.
+# Why a selected group is dropped, or an answer of it. All of these count against data.max_dropped_share.
 EMPTY_PROMPT = "empty prompt"
 EMPTY_ANSWER = "empty answer"
 IDENTICAL_ANSWERS = "identical answers"
@@ -30,41 +34,43 @@ IDENTICAL_AFTER_CUT = "identical after the cut"
 TOO_LONG = "longer than max_length"
 REFUSED = "the template refuses the conversation"
 NOT_WRITTEN = "does not write"
+UNCOMPARED = "is compared with no other answer that is used"
 LEFT_OUT = "the template leaves out what differs"
 LONGEST_REASON = 120
 
 
 @dataclass(frozen=True)
-class TokenizedPair:
-    """One pair as ids, lists or int32 arrays. The conversations are prompt_ids and then chosen_ids or rejected_ids.
+class TokenizedGroup:
+    """One group as ids, lists or int32 arrays. The conversations are prompt_ids and then one of the responses.
 
     The prompt has at least one token, which predicts the first token of each response; each response has at least one.
     """
 
     prompt_ids: Sequence[int]
-    chosen_ids: Sequence[int]
-    rejected_ids: Sequence[int]
-    margin: float | None
+    responses: tuple[Sequence[int], ...]
+    comparisons: tuple[Comparison, ...]
     source: str
     id: str
+    share: float = 1.0
+    """How much of its group's comparisons it has, for a part of a group that is too long for a micro-batch."""
 
     @property
-    def group(self) -> "PromptWithResponses":
-        """Its ids alone: the prompt with the chosen and the rejected response."""
-        return PromptWithResponses(self.prompt_ids, (self.chosen_ids, self.rejected_ids))
+    def ids(self) -> "PromptWithResponses":
+        """Its ids alone."""
+        return PromptWithResponses(self.prompt_ids, self.responses)
 
     @property
-    def read_outs(self) -> tuple[int, int]:
-        """Where the reward is read: index of the last token of the chosen and of the rejected conversation."""
-        return len(self.prompt_ids) + len(self.chosen_ids) - 1, len(self.prompt_ids) + len(self.rejected_ids) - 1
+    def read_outs(self) -> tuple[int, ...]:
+        """Where the reward is read: index of the last token of each conversation."""
+        return tuple(len(self.prompt_ids) + len(response) - 1 for response in self.responses)
 
 
-class Pairs(Protocol):
-    """Whatever gives tokenised pairs by position: a list, or `PreparedPairs`."""
+class Groups(Protocol):
+    """Whatever gives tokenised groups by position: a list, or `PreparedGroups`."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> TokenizedPair: ...
+    def __getitem__(self, index: int, /) -> TokenizedGroup: ...
 
 
 class PromptWithResponses(NamedTuple):
@@ -81,111 +87,183 @@ class PromptWithResponses(NamedTuple):
 
 
 class Tokenization(NamedTuple):
-    """What became of one pair."""
+    """What became of one group."""
 
     ids: PromptWithResponses
-    """Prompt, chosen and rejected; all empty when the pair is dropped."""
+    """Prompt and the responses that are used; all empty when the group is dropped."""
+    comparisons: tuple[Comparison, ...]
+    """Those of the responses that are used."""
     outcome: str
-    """"" for a usable pair, else why it is dropped."""
+    """"" for a usable group, else why it is dropped."""
     cut: bool
-    """Whether a usable pair was truncated: tokens of its prompt (keep_prompt_end) or its responses (cut_response)."""
+    """Whether a usable group was truncated: tokens of its prompt (keep_prompt_end) or its responses (cut_response)."""
     uncut_length: int
-    """Tokens of the longer conversation before any truncation; 0 for pairs dropped before they had ids."""
+    """Tokens of the longest conversation before any truncation; 0 for groups dropped before they had ids."""
     rendered_prompt: Sequence[int]
-    """Ids of the prompt rendered alone, before any truncation; empty when the pair is dropped."""
+    """Ids of the prompt rendered alone, before any truncation; empty when the group is dropped."""
     left_out: tuple[str, ...] = ()
-    """What of a usable pair the template does not write, in words."""
+    """What of a usable group the template does not write, in words."""
     marks: tuple[str, ...] = ()
-    """Special tokens and marks of templates that stand in the texts of a usable pair."""
+    """Special tokens and marks of templates that stand in the texts of a usable group."""
+    lost: tuple[str, ...] = ()
+    """Why an answer or comparison of a usable group is left out, for each."""
 
 
-class RenderedPair(NamedTuple):
-    """A pair that the template has written as text.
+class Draft:
+    """A group on its way to ids, from which answers and comparisons go that cannot be used.
 
-    texts: the chosen and the rejected conversation, and the prompt alone.
+    Attributes:
+        places: positions of the answers that are left, ascending. comparisons: those that are left, by these positions.
+        lost: why, for each answer or comparison that is gone; the last of them says why a group without comparisons is
+        dropped.
     """
 
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
-    texts: tuple[str, str, str]
+    def __init__(self, prompt: list[Message], answers: Sequence[list[Message]], comparisons: Iterable[Comparison]):
+        self.prompt, self.answers = prompt, answers
+        self.places = list(range(len(answers)))
+        self.comparisons = list(comparisons)
+        self.lost: list[str] = []
+
+    def lose_answer(self, place: int, reason: str) -> None:
+        self.places.remove(place)
+        self.comparisons = [each for each in self.comparisons if place not in (each.better, each.worse)]
+        self.lost.append(reason)
+
+    def lose_equals(self, texts: Mapping[int, Any], reason: Callable[[Comparison], str]) -> None:
+        """Without the comparisons of two answers that are equal in `texts`: their position -> what is compared."""
+        for each in [each for each in self.comparisons if texts[each.better] == texts[each.worse]]:
+            self.comparisons.remove(each)
+            self.lost.append(reason(each))
+
+    def lose_uncompared(self) -> None:
+        """Without the answers that stand in no comparison any more."""
+        compared = {place for each in self.comparisons for place in (each.better, each.worse)}
+        for place in [place for place in self.places if place not in compared]:
+            self.lose_answer(place, UNCOMPARED)
+
+    def dropped(self, uncut_length: int = 0) -> Tokenization:
+        return dropped(self.lost[-1], uncut_length)
 
 
-def tokenize_pairs(
+class RenderedGroup(NamedTuple):
+    """A group that the template has written as text: the conversations, by the positions of their answers, and the
+    prompt alone."""
+
+    draft: Draft
+    conversations: dict[int, str]
+    prompt: str
+
+    @property
+    def texts(self) -> list[str]:
+        return [*self.conversations.values(), self.prompt]
+
+
+def tokenize_groups(
     formatter: ChatFormatter,
-    pairs: Iterable[tuple[list[Message], list[Message], list[Message]]],
+    groups: Iterable[tuple[list[Message], Sequence[list[Message]], Sequence[Comparison]]],
     max_length: int,
     truncation: Truncation,
 ) -> list[Tokenization]:
-    """(prompt, chosen, rejected) of each pair -> ids that fit max_length, or the reason why the pair is dropped."""
-    rendered = [render_pair(formatter, *pair) for pair in pairs]
-    texts = [text for pair in rendered if isinstance(pair, RenderedPair) for text in pair.texts]
+    """(prompt, answers, comparisons) of each group -> ids that fit max_length, or the reason why it is dropped."""
+    rendered = [render_group(formatter, Draft(*group)) for group in groups]
+    texts = [text for group in rendered if isinstance(group, RenderedGroup) for text in group.texts]
     ids = iter(formatter.encode_rendered(texts))
     return [
-        settle_pair(formatter, pair, [next(ids) for _ in pair.texts], max_length, truncation)
-        if isinstance(pair, RenderedPair)
-        else pair
-        for pair in rendered
+        settle_group(formatter, group, [next(ids) for _ in group.texts], max_length, truncation)
+        if isinstance(group, RenderedGroup)
+        else group
+        for group in rendered
     ]
 
 
-def render_pair(
-    formatter: ChatFormatter, prompt: list[Message], chosen: list[Message], rejected: list[Message]
-) -> RenderedPair | Tokenization:
-    """Let the template write a pair; returns the texts, or the reason why the pair is dropped."""
+def render_group(formatter: ChatFormatter, draft: Draft) -> RenderedGroup | Tokenization:
+    """Let the template write a group; returns the texts, or the reason why the group is dropped."""
+    prompt, answers = draft.prompt, draft.answers
     if not prompt:
         return dropped(EMPTY_PROMPT)
-    if is_blank(formatter.spoken(chosen)) or is_blank(formatter.spoken(rejected)):
-        return dropped(EMPTY_ANSWER)
-    if chosen == rejected:
-        return dropped(IDENTICAL_ANSWERS)
+    for place in [place for place, answer in enumerate(answers) if is_blank(formatter.spoken(answer))]:
+        draft.lose_answer(place, EMPTY_ANSWER)
+    draft.lose_equals(dict(enumerate(answers)), lambda each: IDENTICAL_ANSWERS)
+    if not draft.comparisons:
+        return draft.dropped()
+    texts = {}
+    for place in list(draft.places):
+        try:
+            texts[place] = formatter.render(prompt + answers[place])
+        except jinja2.TemplateError as error:
+            draft.lose_answer(place, refusal_of(error))
+    if not draft.comparisons:
+        return draft.dropped()
     try:
-        conversations = (formatter.render(prompt + chosen), formatter.render(prompt + rejected))
-        texts = (*conversations, formatter.render_prompt(prompt))
+        group = RenderedGroup(draft, texts, formatter.render_prompt(prompt))
     except jinja2.TemplateError as error:
         return dropped(refusal_of(error))
-    pair = RenderedPair(prompt, chosen, rejected, texts)
-    if "tools" in prompt[0] and (lost := {*left_out_of(formatter, pair)}.intersection(KINDS)):
+    if "tools" in prompt[0] and (lost := {*left_out_of(formatter, group)}.intersection(KINDS)):
         return dropped(f"has {', '.join(sorted(lost, reverse=True))}, which {formatter.template_name} {NOT_WRITTEN}")
-    return pair
+    return group
 
 
-def settle_pair(
-    formatter: ChatFormatter, pair: RenderedPair, encoded: Sequence[list[int]], max_length: int, truncation: Truncation
+def settle_group(
+    formatter: ChatFormatter,
+    group: RenderedGroup,
+    encoded: Sequence[list[int]],
+    max_length: int,
+    truncation: Truncation,
 ) -> Tokenization:
-    """A pair as ids that fit max_length, or the reason why it is dropped.
+    """A group as ids that fit max_length, or the reason why it is dropped.
 
     Args:
         encoded: the ids of its texts.
     """
-    prompt, chosen, rejected, _ = pair
-    ids, rendered_prompt = split_at_prompt(*encoded), encoded[-1]
-    length = ids.longest_conversation
-    chosen_ids, rejected_ids = ids.responses
-    if chosen_ids == rejected_ids:  # the template may strip, normalise or leave out what made the texts differ
-        is_left_out = [each["content"].split() for each in chosen] != [each["content"].split() for each in rejected]
-        return dropped(LEFT_OUT if is_left_out else IDENTICAL_ANSWERS, length)
-    if not ids.prompt:
-        return dropped(EMPTY_PROMPT, length)
-    if not chosen_ids or not rejected_ids:
-        return dropped(EMPTY_ANSWER, length)
+    draft, rendered_prompt = group.draft, encoded[-1]
+    conversations = dict(zip(group.conversations, encoded))
+    length = max(map(len, conversations.values()))
 
-    fitted = fit(ids, max_length, truncation, bos_token_id=formatter.tokenizer.bos_token_id)
-    if fitted is None:
-        return dropped(TOO_LONG, length)
-    if fitted.responses[0] == fitted.responses[1]:
-        return dropped(IDENTICAL_AFTER_CUT, length)
-    left_out = left_out_of(formatter, pair)
-    marks = tuple(marks_in([*prompt, *chosen, *rejected], formatter.marks))
-    return Tokenization(fitted, "", fitted != ids, length, rendered_prompt, left_out, marks)
+    def reason_of_equals(each: Comparison) -> str:  # the template may strip, normalise or leave out what differed
+        words = [[part["content"].split() for part in draft.answers[place]] for place in (each.better, each.worse)]
+        return LEFT_OUT if words[0] != words[1] else IDENTICAL_ANSWERS
 
-
-def left_out_of(formatter: ChatFormatter, pair: RenderedPair) -> tuple[str, ...]:
-    """What the template has left out of either conversation of a pair, each once."""
-    written = zip((pair.chosen, pair.rejected), pair.texts)
-    return tuple(
-        dict.fromkeys(kind for answer, text in written for kind in formatter.left_out(pair.prompt + answer, text))
+    draft.lose_equals(conversations, reason_of_equals)
+    fitted = None
+    while fitted is None:
+        if not draft.comparisons:
+            return draft.dropped(length)
+        draft.lose_uncompared()
+        ids = split_at_prompt([conversations[place] for place in draft.places], rendered_prompt)
+        by_length = sorted(zip(map(len, ids.responses), draft.places))
+        if not ids.prompt:
+            return dropped(EMPTY_PROMPT, length)
+        if by_length[0][0] == 0:
+            draft.lose_answer(by_length[0][1], EMPTY_ANSWER)
+            continue
+        fitted = fit(ids, max_length, truncation, bos_token_id=formatter.tokenizer.bos_token_id)
+        if fitted is None:
+            draft.lose_answer(by_length[-1][1], TOO_LONG)
+    responses = dict(zip(draft.places, fitted.responses))
+    draft.lose_equals(responses, lambda each: IDENTICAL_AFTER_CUT)
+    if not draft.comparisons:
+        return draft.dropped(length)
+    draft.lose_uncompared()
+    places = {place: number for number, place in enumerate(draft.places)}
+    kept = [message for place in places for message in draft.answers[place]]
+    return Tokenization(
+        PromptWithResponses(fitted.prompt, tuple(responses[place] for place in places)),
+        tuple(each.among(places) for each in draft.comparisons),
+        "",
+        fitted != ids,
+        length,
+        rendered_prompt,
+        left_out_of(formatter, group),
+        tuple(marks_in([*draft.prompt, *kept], formatter.marks)),
+        tuple(draft.lost),
     )
+
+
+def left_out_of(formatter: ChatFormatter, group: RenderedGroup) -> tuple[str, ...]:
+    """What the template has left out of any conversation of a group, each once."""
+    prompt, answers = group.draft.prompt, group.draft.answers
+    written = ((prompt + answers[place], text) for place, text in group.conversations.items())
+    return tuple(dict.fromkeys(kind for messages, text in written for kind in formatter.left_out(messages, text)))
 
 
 def refusal_of(error: jinja2.TemplateError) -> str:
@@ -195,9 +273,8 @@ def refusal_of(error: jinja2.TemplateError) -> str:
 
 
 def dropped(reason: str, uncut_length: int = 0) -> Tokenization:
-    return Tokenization(
-        PromptWithResponses([], ([], [])), reason, cut=False, uncut_length=uncut_length, rendered_prompt=[]
-    )
+    nothing = PromptWithResponses([], ())
+    return Tokenization(nothing, (), reason, cut=False, uncut_length=uncut_length, rendered_prompt=[])
 
 
 NOT_TOKENIZED = dropped("")
@@ -208,10 +285,10 @@ def is_blank(messages: list[Message]) -> bool:
     return not any(message["content"].strip() or "tool_calls" in message for message in messages)
 
 
-def split_at_prompt(chosen: list[int], rejected: list[int], rendered_prompt: list[int]) -> PromptWithResponses:
-    """Ids of both conversations and of the prompt rendered alone -> the shared prompt and the two responses."""
-    end = common_prefix_length(chosen, rejected, rendered_prompt)
-    return PromptWithResponses(chosen[:end], (chosen[end:], rejected[end:]))
+def split_at_prompt(conversations: Sequence[list[int]], rendered_prompt: list[int]) -> PromptWithResponses:
+    """Ids of conversations and of the prompt rendered alone -> the shared prompt and the responses."""
+    end = common_prefix_length(*conversations, rendered_prompt)
+    return PromptWithResponses(conversations[0][:end], tuple(ids[end:] for ids in conversations))
 
 
 def common_prefix_length(*sequences: Sequence[int]) -> int:
@@ -225,9 +302,9 @@ def common_prefix_length(*sequences: Sequence[int]) -> int:
 def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> PromptWithResponses:
     """One conversation -> ids of a group with one response, split where its last message begins.
 
-    The split is that of `tokenize_pairs`: the common prefix of the whole rendering and of the prompt rendered alone, so
-    a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each has
-    at least one token.
+    The split is that of `tokenize_groups`: the common prefix of the whole rendering and of the prompt rendered alone,
+    so a token merged over the boundary belongs to the response. Prompt + response is always the whole rendering; each
+    has at least one token.
 
     Raises:
         DataError: there is no message, the template refuses them or leaves out a part of them, or it renders them as
@@ -256,9 +333,9 @@ def tokenize_conversation(formatter: ChatFormatter, messages: list[Message]) -> 
 def fit(
     ids: PromptWithResponses, max_length: int, truncation: Truncation, bos_token_id: int | None
 ) -> PromptWithResponses | None:
-    """Truncate a pair so that both conversations have at most max_length tokens; None when the policy cannot do that.
+    """Truncate a group so that all conversations have at most max_length tokens; None when the policy cannot do that.
 
-    keep_prompt_end leaves the responses whole and truncates the start of the prompt to what the longer response
+    keep_prompt_end leaves the responses whole and truncates the start of the prompt to what the longest response
     leaves (`truncate_prompt`). cut_response leaves the prompt whole and
     truncates the end of each response that does not fit beside it; at least one token of each must stay.
     """

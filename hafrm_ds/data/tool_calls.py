@@ -15,13 +15,12 @@ from hafrm_ds.data.pairs import (
     TOOL_ROLES,
     Message,
     Outcome,
-    PreferencePair,
+    PreferenceGroup,
     Row,
     ToolCallsError,
 )
 
 Made = TypeVar("Made")
-Messages = tuple[list[Message], list[Message], list[Message]]
 AS_JSON = "json"
 """Role of the message that stands for a conversation with tools where only texts are kept."""
 
@@ -137,8 +136,8 @@ class ToolRow(Row):
         bare = [{name: item for name, item in message.items() if name != "tools"} for message in messages]
         return [bare[0] | {"tools": tools or (own[0] if own else [])}, *bare[1:]]
 
-    def opened_pair(self, outcome: Outcome) -> Outcome:
-        return replace(outcome, prompt=self.opened(outcome.prompt)) if isinstance(outcome, PreferencePair) else outcome
+    def opened_group(self, outcome: Outcome) -> Outcome:
+        return replace(outcome, prompt=self.opened(outcome.prompt)) if isinstance(outcome, PreferenceGroup) else outcome
 
 
 def is_parts(content: Any) -> bool:
@@ -167,12 +166,11 @@ def spelled(messages: list[Message]) -> list[Message]:
     return [{"role": AS_JSON, "content": json.dumps(messages, ensure_ascii=False)}]
 
 
-def read_back(pair: Messages) -> Messages:
-    """Prompt, chosen and rejected; where they are `spelled`, as they were before."""
-    if pair[0][0]["role"] != AS_JSON:
-        return pair
-    prompt, chosen, rejected = (json.loads(messages[0]["content"]) for messages in pair)
-    return prompt, chosen, rejected
+def read_back(prompt: list[Message], answers: list[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """Prompt and answers; where they are `spelled`, as they were before."""
+    if prompt[0]["role"] != AS_JSON:
+        return prompt, answers
+    return json.loads(prompt[0]["content"]), [json.loads(answer[0]["content"]) for answer in answers]
 
 
 # ---- in templates --------------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.micro_batches import DUMMY_PAIR
-from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
+from hafrm_ds.data.lengths import places_of, starts_of
+from hafrm_ds.data.micro_batches import DUMMY_GROUP
+from hafrm_ds.data.packing import lay_out, padded_rows
 from hafrm_ds.data.planning import DUMMY, partition_by_length
-from hafrm_ds.data.prepared import PreparedPairs
+from hafrm_ds.data.prepared import PreparedGroups
+from hafrm_ds.data.splitting import Slices
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.errors import UserError
@@ -89,7 +91,7 @@ def score_items(
             if must_stop():
                 return None
             is_dummy = positions == [DUMMY]
-            batch = lay_out([DUMMY_PAIR.group] if is_dummy else [items.item(place) for place in positions], layout)
+            batch = lay_out([DUMMY_GROUP.ids] if is_dummy else [items.item(place) for place in positions], layout)
             try:
                 scores = forward(batch, with_reward="reward" in heads, with_logprob="logprob" in heads)
             except torch.OutOfMemoryError as error:
@@ -141,9 +143,7 @@ def in_order(
     # Behind the values stands how often each item was scored.
     table = torch.zeros(total + num_items, dtype=torch.float64)
     if scored:
-        first = np.cumsum(sizes) - sizes
-        behind = np.cumsum(sizes[order]) - sizes[order]
-        places = np.repeat(first[order] - behind, sizes[order]) + np.arange(sizes[order].sum())
+        places = places_of(starts_of(sizes), order)
         table[torch.from_numpy(places)] = torch.cat([values for _, values in scored]).double()
         table[total:] = torch.bincount(torch.from_numpy(order), minlength=num_items)
     if ranks_on is not None:
@@ -152,48 +152,58 @@ def in_order(
     return table[:total].float().numpy()
 
 
-def score_pairs(
+def score_groups(
     engine: Engine,
-    pairs: PreparedPairs,
+    groups: PreparedGroups,
     index: np.ndarray,
     heads: Sequence[str],
     *,
     layout: str,
     max_tokens: int,
-    on_progress: Callable[[int], None] = lambda num_pairs: None,
+    on_progress: Callable[[int], None] = lambda num_groups: None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, np.ndarray] | None:
-    """Score the pairs at `index`; every rank gets all results.
+    """Score the responses of the groups at `index`; every rank gets all results. Groups that are too long for a
+    micro-batch are laid out a few responses at a time.
 
     Args:
-        index: [P] positions in `pairs`.
+        index: [G] positions in `groups`.
         heads: of "reward" and "logprob".
-        on_progress: told how many pairs this rank has finished since the last call.
+        on_progress: told how many groups this rank has finished since the last call.
         must_stop: asked before the first micro-batches and about once a second after them, by all ranks together.
 
     Returns:
-        Head -> [P, 2] fp32, (chosen, rejected); None if interrupted by must_stop.
+        Head -> [R] fp32, the responses of these groups one after another; None if interrupted by must_stop.
     """
-    lengths = {name: column[index] for name, column in pairs.lengths.items()}
+    of_groups = groups.lengths.take(index)
+    slices = Slices.of(of_groups, layout, max_tokens)
+    lengths = slices.lengths(of_groups)
+
+    def item(position: int) -> PromptWithResponses:
+        group = slices.group[position]
+        prompt, responses = groups[int(index[group])].ids
+        first, end = (int(each[position] - of_groups.first[group]) for each in (slices.first, slices.end))
+        return PromptWithResponses(prompt, responses[first:end])
+
+    def finished(positions: list[int]) -> int:
+        return int((slices.end[positions] == of_groups.first[slices.group[positions] + 1]).sum())
+
     values = score_items(
         engine,
-        Items(
-            lambda position: pairs[int(index[position])].group,
-            np.full(len(index), 2),
-            token_costs(lengths, layout),
-        ),
+        Items(item, lengths.num_responses, lengths.costs(layout)),
         heads,
         layout=layout,
         max_tokens=max_tokens,
-        on_values=lambda positions, values: on_progress(len(positions)),
+        on_values=lambda positions, values: on_progress(finished(positions)),
         ranks_on=engine.device,
         must_stop=OccasionalQuestion(must_stop, engine.device),
     )
     if values is None:
         return None
-    table = values.reshape(len(index), 2, len(heads))
     # Contiguous: numpy adds up other numbers in another order, and means would differ in their last bits.
-    return {head: np.ascontiguousarray(table[:, :, k]) for k, head in enumerate(heads)}
+    return {
+        head: np.ascontiguousarray(each) for head, each in zip(heads, values.reshape(-1, len(heads)).T, strict=True)
+    }
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The job of launch/agreement.py: pairs and rewards in, scores of every pair, what they say, and a composition out.
 
-OUTPUT/pairs.jsonl         prompt and responses (chosen, rejected) of each pair
+OUTPUT/pairs.jsonl         prompt and responses of each pair
 OUTPUT/scores-K.jsonl      the same rows with scores, by the K-th reward (scoring.files)
 OUTPUT/agreement.json      what `evaluation.agreement` says of them; report.html shows it
 OUTPUT/composition.yaml    the rewards as a hierarchy, with the means and deviations that were fitted
@@ -24,7 +24,7 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.agreement import AGREEMENT_FILE, KEEP, SharedPairs, agreement_of
 from hafrm_ds.evaluation.agreement_tables import render_agreement
 from hafrm_ds.evaluation.best_of_n.ranking import identity_of_scorer, read_lines, score
-from hafrm_ds.evaluation.pair_rows import rows_of_pairs, text_of
+from hafrm_ds.evaluation.pair_rows import compared, rows_of_pairs, text_of
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
@@ -125,8 +125,9 @@ def take_pairs(options: AgreementOptions, scorings: dict[str, ScoringOptions]) -
 def write_results(options: AgreementOptions, scorings: dict[str, ScoringOptions], log: Console) -> int:
     """agreement.json, composition.yaml, the page and the tables; returns how many pairs were left out."""
     folder = options.output_dir
-    rows = read_lines(folder / PAIRS_FILE)
-    found = {name: [row["scores"] for row in read_lines(each.output)] for name, each in scorings.items()}
+    scored = {name: compared(read_lines(each.output)) for name, each in scorings.items()}
+    rows = scored[options.holistic]
+    found = {name: [row["scores"] for row in own] for name, own in scored.items()}
     not_scored = {name: sum(each is None for each in values) for name, values in found.items()}
     used = [place for place in range(len(rows)) if all(values[place] is not None for values in found.values())]
     if not used:

@@ -1,6 +1,6 @@
-"""What the scores of a set of pairs say about a model: accuracies with intervals, calibration, lengths, agreement.
+"""What the scores of a set say about a model: accuracies with intervals, calibration, lengths, agreement, orders.
 
-Legend: P pairs. Judges: see `PairScores.judges`.
+Legend: P pairs, which in groups of more than two answers are the comparisons. Judges: see `PairScores.judges`.
 """
 
 import itertools
@@ -13,6 +13,7 @@ from hafrm_ds.data.tables import Estimate
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimates
 from hafrm_ds.evaluation.calibration import calibrate, correctness
+from hafrm_ds.evaluation.order import MEASURES, GoldOrder
 from hafrm_ds.evaluation.pair_scores import PairScores
 
 PROBABILISTIC = ("reward", "implicit", "combined")
@@ -33,7 +34,9 @@ def analyse(scores: PairScores) -> dict[str, Any]:
         longer and the shorter answer; calibration of the judges that give probabilities; by_source;
         by_length_difference; agreement: share of pairs in which two judges prefer the same answer; coverage: accuracy
         of each judge that gives probabilities on the share of the pairs that it is surest of; heads, where there are
-        both of them: the pairs on which reward head and implicit reward agree, and the others.
+        both of them: the pairs on which reward head and implicit reward agree, and the others. Of a set with groups of
+        more than two answers also groups, answers (those that are compared), and ranking: judge -> tau_b, top_1 and
+        ndcg as value, low, high, means over the groups that have an order.
 
     Raises:
         DataError: there is no pair, or a score is not finite.
@@ -72,6 +75,22 @@ def analyse(scores: PairScores) -> dict[str, Any]:
         },
         "coverage": coverage(probabilistic),
         "heads": {name: part(inside) for name, inside in by_agreement(margins)},
+        **orders(scores),
+    }
+
+
+def orders(scores: PairScores) -> dict[str, Any]:
+    """What `analyse` says of groups alone; nothing where all of them are pairs."""
+    order = GoldOrder.of(scores)
+    if order is None:
+        return {}
+    values = {(judge, name): each for judge in scores.judges for name, each in order.measures(judge).items()}
+    top = {key: values.pop(key) for key in list(values) if key[1] == "top_1"}
+    found = estimates(values, order.prompts) | estimates(top, order.prompts, are_shares=True)
+    return {
+        "groups": len(scores.answers.sizes),
+        "answers": len(scores.answers.group),
+        "ranking": {judge: {name: found[judge, name] for name in MEASURES} for judge in scores.judges},
     }
 
 

@@ -1,7 +1,8 @@
 """Does a judge know how sure it is? Under Bradley-Terry it claims that the chosen answer is better with the probability
 sigmoid(margin); calibration asks how often it is.
 
-Legend: P pairs. A margin is the score of the chosen answer less that of the rejected one.
+Legend: P pairs, or the comparisons of groups. A margin is the score of the chosen answer less that of the rejected one.
+Where the data gives the probability of a comparison (`target`), that is not looked at: what is more likely is right.
 """
 
 import itertools

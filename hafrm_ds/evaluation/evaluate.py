@@ -58,8 +58,8 @@ class Evaluation:
     """What is evaluated on what. Build it with `open`.
 
     judged: the one set, by its name, that the combined judge is fitted on; {}: its saved fit is used, if there is one.
-    stored: reference log-probs [P, 2] of the sets that the store of the training has whole, named as by `pair_sets`; on
-    other processes than the first [0, 2].
+    stored: reference log-probs [R] of the responses of sets that the store of the training has whole, named as by
+    `pair_sets`; on other processes than the first [0].
     beta: scale of the implicit reward.
     """
 
@@ -92,7 +92,7 @@ class Evaluation:
         prepare = partial(prepare_sets, options=options, saved=saved, formatter=formatter, log=log)
         judged = prepare(options.fit_judge, processes=processes.for_job("judge"))
         for name, each in judged.items():
-            if problem := too_few(each.pairs.prompt_keys[each.index]):
+            if problem := too_few(each.prompts):
                 raise DataError(f"--fit_judge {name}: {problem}; give more pairs")
         sets = prepare(options.data, processes=processes)
         stored = stored_reference(options, saved, pair_sets(sets, judged), processes, log)
@@ -117,7 +117,7 @@ class Evaluation:
 
         def contents(sets: dict[str, EvaluatedSet]) -> dict[str, list[Any]]:
             return {
-                name: [each.pairs.fingerprint, hash_of(each.pairs.pairs["source"][:]), len(each)]
+                name: [each.groups.fingerprint, hash_of(each.groups.rows["source"][:]), len(each)]
                 for name, each in sets.items()
             }
 
@@ -151,7 +151,8 @@ class Evaluation:
             max_tokens=self.options.max_tokens_per_micro_batch,
         )
         values = ask("scoring", self.saved, self.saved.heads, asked)
-        references = {name: list(each[:, :, None]) for name, each in self.stored.items()}
+        sets = pair_sets(self.sets, self.judged)
+        references = {name: sets[name].by_group(each[:, None]) for name, each in self.stored.items() if len(each)}
         if self.reference is not None:
             missing = {name: each for name, each in asked.items() if name not in self.stored}
             references |= ask("reference", self.reference, ("logprob",), missing)
@@ -168,7 +169,7 @@ class Evaluation:
             **({} if judge is None else {"judge": judge.fit.to_json()}),
             "sets": {name: self.analyse_set(name, scores, judge) for name in self.sets},
             "benchmarks": {name: self.judge_benchmark(name, scores, judge) for name in self.benchmarks},
-            "data": {name: each.pairs.report.to_json() for name, each in self.sets.items()},
+            "data": {name: each.groups.report.to_json() for name, each in self.sets.items()},
             "environment": environment(processes.world_size, processes.device),
         }
         if self.options.save_judge and judge is not None:
@@ -191,10 +192,10 @@ class Evaluation:
         values, references = scores
         return PairScores.of(
             name,
-            evaluated.pairs,
+            evaluated.groups,
             evaluated.index,
-            dict(zip(self.saved.heads, np.moveaxis(np.stack(values), 2, 0))),
-            None if references is None else np.stack(references)[:, :, 0],
+            dict(zip(self.saved.heads, np.concatenate(values).T)),
+            None if references is None else np.concatenate(references)[:, 0],
             beta=self.beta,
             step=self.saved.metadata.get("training", {}).get("steps"),
         )
@@ -205,7 +206,7 @@ class Evaluation:
         if judge is not None:
             judge.judge(pair_scores)
         analysis = analyse(pair_scores)
-        pair_scores.keep_texts(evaluated.pairs, evaluated.index, self.formatter.tokenizer)
+        pair_scores.keep_texts(evaluated.groups, evaluated.index, self.formatter.tokenizer)
         pair_scores.save(self.options.output_dir / SCORES_FOLDER)
         return analysis
 

@@ -35,6 +35,12 @@ CALIBRATION = (
     ("Brier score at this temperature", "brier_at_temperature", number),
 )
 """(label, key of `calibrate`, how it is written)."""
+ORDER = (
+    ("Kendall's tau-b", "tau_b", number_estimate),
+    ("top-1", "top_1", share_estimate),
+    ("NDCG", "ndcg", number_estimate),
+)
+"""(label, key of `GoldOrder.measures`, how it is written)."""
 
 
 def render_evaluation(results: dict[str, Any]) -> RenderableType:
@@ -57,29 +63,35 @@ def fit_in_words(fit: JudgeFit) -> str:
     return f"both heads as one judge: weight {', '.join(parts)}, fitted on {fit.pairs:,} pairs of {fit.set}"
 
 
+def unit_of(*analyses: Mapping[str, Any]) -> str:
+    """What is judged right or wrong, in one word."""
+    return "comparison" if any("ranking" in analysis for analysis in analyses) else "pair"
+
+
 def sets_table(sets: Mapping[str, Mapping[str, Any]]) -> Table:
     """Accuracies on every set, and the yardstick of always taking the longer answer, where that is known."""
-    table = accuracy_table("accuracy", sets)
+    table = accuracy_table("accuracy", sets, unit_of(*sets.values()))
     longer = [share_estimate(part.get("yardsticks", {}).get("longer")) for part in sets.values()]
     rows = [(name, [*cells, each]) for (name, cells), each in zip(table.rows, longer, strict=True)]
     return Table(rows, (*table.header, "longer"))
 
 
-def accuracy_table(title: str, parts: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Pairs and the accuracy of every judge on parts of the data, each a mapping with `pairs` and `accuracy`."""
+def accuracy_table(title: str, parts: Mapping[str, Mapping[str, Any]], unit: str = "pair") -> Table:
+    """How many pairs, by the word of `unit_of`, and the accuracy of every judge on parts of the data, each a mapping
+    with `pairs` and `accuracy`."""
     judges = [judge for judge in JUDGES if any(judge in part["accuracy"] for part in parts.values())]
     rows = [
         (name, [count(part["pairs"]), *(share_estimate(part["accuracy"].get(judge)) for judge in judges)])
         for name, part in parts.items()
     ]
-    return Table(rows, (title, "pairs", *(JUDGES[judge] for judge in judges)))
+    return Table(rows, (title, f"{unit}s", *(JUDGES[judge] for judge in judges)))
 
 
 def set_tables(analysis: dict[str, Any]) -> list[Table]:
-    """What `analyse` says about one set: each judge, then accuracies by length difference and by source, where there
-    are several, then the yardsticks."""
+    """What `analyse` says about one set: each judge, the order within groups where these have more than two answers,
+    accuracies by length difference and by source, where there are several, and the yardsticks."""
     judges = [judge for judge in JUDGES if judge in analysis["accuracy"]]
-    calibration, agreement = analysis["calibration"], analysis["agreement"]
+    calibration, agreement, unit = analysis["calibration"], analysis["agreement"], unit_of(analysis)
     rows = [
         ("accuracy", [share_estimate(analysis["accuracy"][judge]) for judge in judges]),
         ("ties", [count(analysis["ties"][judge]) for judge in judges]),
@@ -91,14 +103,16 @@ def set_tables(analysis: dict[str, Any]) -> list[Table]:
         known = [agreement.get(f"{judge}/{other}", agreement.get(f"{other}/{judge}")) for judge in judges]
         rows.append((f"agreement with {JUDGES[other]}", [*map(share, known)]))
     lengths = {length_range(part["low"], part["high"]): part for part in analysis["by_length_difference"]}
-    tables = [
-        Table(rows, ("", *(JUDGES[judge] for judge in judges))),
-        accuracy_table("accuracy, chosen longer by", lengths),
-    ]
+    names = [JUDGES[judge] for judge in judges]
+    tables = [Table(rows, ("", *names))]
+    if ranking := analysis.get("ranking"):
+        rows = [(label, [form(ranking[judge][key]) for judge in judges]) for label, key, form in ORDER]
+        tables.append(Table(rows, ("order within groups", *names)))
+    tables.append(accuracy_table("accuracy, chosen longer by", lengths, unit))
     if heads := analysis.get("heads"):  # older results do not say
-        tables.append(accuracy_table("accuracy where reward head and implicit reward", heads))
+        tables.append(accuracy_table("accuracy where reward head and implicit reward", heads, unit))
     if len(analysis["by_source"]) > 1:
-        tables.append(accuracy_table("accuracy by source", largest_sources(analysis)))
+        tables.append(accuracy_table("accuracy by source", largest_sources(analysis), unit))
     yardsticks = [
         (f"the {kind} answer", [share_estimate(analysis["yardsticks"][kind])]) for kind in ("longer", "shorter")
     ]

@@ -1,32 +1,52 @@
-"""Preference pairs as rows of messages that any reward can score, where an evaluation of one model has token ids."""
+"""Preferences as rows of messages that any reward can score, where an evaluation of one model has token ids."""
 
 from pathlib import Path
 from typing import Any
 
 from hafrm_ds.data.pairs import Message
-from hafrm_ds.data.reading import read_pairs
+from hafrm_ds.data.reading import read_groups
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tool_calls import read_back
 from hafrm_ds.evaluation.pair_scores import fixed_choice
 
 
 def rows_of_pairs(sources: list[Source], cache_dir: Path | None, limit: int | None) -> list[dict[str, Any]]:
-    """The usable pairs of sources as rows that `scoring.files` takes: `responses` are (chosen, rejected).
+    """The usable groups of sources as rows that `scoring.files` takes, with `comparisons`: which of the `responses` are
+    better than which, [better, worse] each.
+
+    Comparisons of equal answers are left out, as they are where groups are tokenised.
 
     Args:
-        limit: use at most this many: a fixed random choice.
+        limit: use at most this many groups: a fixed random choice.
 
     Raises:
-        DataError: the sources cannot be read, or leave no pair.
+        DataError: the sources cannot be read, or leave no group.
     """
-    read = read_pairs(sources, role="eval", seed=0, cache_dir=cache_dir)
+    read = read_groups(sources, role="eval", seed=0, cache_dir=cache_dir)
     used = [place for place, reasons in enumerate(zip(read["dropped"][:], read["deselected"][:])) if not any(reasons)]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place in fixed_choice(len(used), limit):
         row = read[used[int(place)]]
-        prompt, chosen, rejected = read_back((row["prompt"], row["chosen"], row["rejected"]))
-        rows.append({"id": row["id"], "source": row["source"], "prompt": prompt, "responses": [chosen, rejected]})
+        prompt, answers = read_back(row["prompt"], row["answers"])
+        comparisons = [[each["better"], each["worse"]] for each in row["comparisons"]]
+        comparisons = [two for two in comparisons if answers[two[0]] != answers[two[1]]]
+        if comparisons:
+            kept = {"id": row["id"], "source": row["source"], "prompt": prompt, "responses": answers}
+            rows.append(kept | {"comparisons": comparisons})
     return rows
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scored rows -> a row for each comparison, whose `responses` and `scores` are (better, worse)."""
+    return [
+        row | {"responses": [row["responses"][place] for place in two], "scores": scores_at(row["scores"], two)}
+        for row in rows
+        for two in row["comparisons"]
+    ]
+
+
+def scores_at(scores: list[float] | None, places: list[int]) -> list[float] | None:
+    return None if scores is None else [scores[place] for place in places]
 
 
 def text_of(messages: list[Message]) -> str:

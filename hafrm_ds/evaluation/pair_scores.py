@@ -1,11 +1,13 @@
-"""The scores of every pair of a set: what an evaluation leaves behind, and all that analyses and reports read.
+"""The scores of every comparison of a set: what an evaluation leaves behind, and all that analyses and reports read.
 
-Legend: P pairs; the second axis of [P, 2] is (chosen, rejected).
+Legend: P pairs of answers that are compared; the second axis of [P, 2] is (chosen, rejected), the better and the worse.
+G groups, N answers of all of them.
 """
 
 import io
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from hafrm_ds.data.prepared import PreparedPairs
+from hafrm_ds.data.lengths import starts_of
+from hafrm_ds.data.prepared import PreparedGroups, compared
 from hafrm_ds.data.report import Example
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError
@@ -32,18 +35,71 @@ TEXTS = ("prompt", *SIDES)
 METADATA = b"hafrm_ds"
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """Which comparisons are of the same group.
+
+    number: [P] int64, ascending, the group of each. answers: [P, 2] int32, positions of the better and the worse answer
+    in it. target, weight: [P] fp32, as `Comparison` has them.
+    """
+
+    number: np.ndarray
+    answers: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+
+    @classmethod
+    def of_pairs(cls, num_pairs: int) -> "Grouping":
+        ones = np.ones(num_pairs, dtype=np.float32)
+        return cls(np.arange(num_pairs), np.tile(np.arange(2, dtype=np.int32), (num_pairs, 1)), ones, ones)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers that the comparisons of a set are made of, each once, those of a group beside one another.
+
+    place: [P, 2] int64, which of them each comparison is of. group: [N] int64, ascending, the group of each, from 0 on.
+    row, side: [N] where the values of each stand among those of the comparisons.
+    """
+
+    place: np.ndarray
+    group: np.ndarray
+    row: np.ndarray
+    side: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Grouping) -> "Answers":
+        # An answer as one number, ascending by group and position; of pairs chosen and rejected in turns.
+        names = groups.number[:, None] * (int(groups.answers.max(initial=0)) + 1) + groups.answers
+        _, first, place = np.unique(names, return_index=True, return_inverse=True)
+        row, side = np.divmod(first, 2)
+        _, group = np.unique(groups.number[row], return_inverse=True)
+        return cls(place.reshape(-1, 2), group, row, side)
+
+    def values(self, of_comparisons: np.ndarray) -> np.ndarray:
+        """[P, 2] -> [N]."""
+        return of_comparisons[self.row, self.side]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[G] answers of each group."""
+        return np.bincount(self.group)
+
+
 @dataclass
 class PairScores:
-    """Scores of the pairs of one evaluation set.
+    """Scores of the comparisons of one evaluation set, of pairs one each.
 
     set: its name. step: optimizer steps that the model had been trained; None where that is not known.
-    beta: scale of the implicit reward. ids, sources: [P]. prompts: [P] a name of each
-    prompt, by its tokens before any truncation.
+    beta: scale of the implicit reward. ids, sources: [P]. prompts: [P] a name of each prompt, by its tokens before any
+    truncation.
     num_tokens: [P, 2] int64 tokens of the responses.
     reward, logprob, reference: [P, 2] fp32, None where not computed: score of the reward head, summed log-prob of the
     policy, summed log-prob of the reference.
     combined, fit: [P, 2] fp32 what both heads say as one judge, and the fit that this comes from; None without one.
-    texts: position -> the pair as text, for the most confident mistakes alone.
+    texts: position -> the comparison as text, for the most confident mistakes alone.
+    groups: which comparisons belong together; None for pairs, each of which is a group of its own.
+    margin: [P] fp32 of the data, 0 where it has none; None where that is not known any more.
     """
 
     set: str
@@ -59,12 +115,14 @@ class PairScores:
     combined: np.ndarray | None = None
     fit: JudgeFit | None = None
     texts: dict[int, Example] = field(default_factory=dict)
+    groups: Grouping | None = None
+    margin: np.ndarray | None = None
 
     @classmethod
     def of(
         cls,
         name: str,
-        pairs: PreparedPairs,
+        groups: PreparedGroups,
         index: np.ndarray,
         scores: dict[str, np.ndarray],
         reference: np.ndarray | None,
@@ -72,30 +130,47 @@ class PairScores:
         beta: float,
         step: int | None = None,
     ) -> "PairScores":
-        """Scores of the pairs at `index` [P] of a prepared set.
+        """Scores of the groups at `index` [G] of a prepared set.
 
         Args:
-            scores: "reward" and "logprob" where known, each [P, 2] fp32.
-            reference: [P, 2] fp32 or None.
+            scores: "reward" and "logprob" where known, each [R] fp32 of the responses of these groups.
+            reference: [R] fp32 or None.
         """
-        columns = pairs.pairs.select(index).select_columns(["id", "source"])[:]
-        lengths = np.stack([pairs.lengths[side] for side in SIDES], axis=1)[index]
-        prompts = [key.tobytes().hex() for key in pairs.prompt_keys[index]]
+        columns = groups.rows.select(index).select_columns(["id", "source"])[:]
+        lengths, table = groups.lengths.take(index), groups.table.take(groups.comparisons_of(index))
+        owner = np.repeat(np.arange(len(index)), np.diff(groups.first_comparison)[index])
+        sides = compared(lengths.first, np.diff(groups.first_comparison)[index], table)  # [P, 2] of the responses
+        ids = [columns["id"][place] for place in owner.tolist()]
+        grouping = None
+        if not groups.are_pairs:
+            grouping = Grouping(owner, np.stack([table.better, table.worse], axis=1), table.target, table.weight)
+            ids = [f"{id} ({better + 1}>{worse + 1})" for id, (better, worse) in zip(ids, grouping.answers.tolist())]
+        prompts = [key.tobytes().hex() for key in groups.prompt_keys[index]]
+
+        def of_sides(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[sides]
+
         return cls(
             name,
             step,
             beta,
-            columns["id"],
-            columns["source"],
-            prompts,
-            lengths,
-            reward=scores.get("reward"),
-            logprob=scores.get("logprob"),
-            reference=reference,
+            ids,
+            [columns["source"][place] for place in owner.tolist()],
+            [prompts[place] for place in owner.tolist()],
+            lengths.response[sides],
+            reward=of_sides(scores.get("reward")),
+            logprob=of_sides(scores.get("logprob")),
+            reference=of_sides(reference),
+            groups=grouping,
+            margin=np.nan_to_num(table.margin),
         )
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def answers(self) -> Answers:
+        return Answers.of(self.groups or Grouping.of_pairs(len(self)))
 
     @property
     def judges(self) -> dict[str, np.ndarray]:
@@ -113,9 +188,12 @@ class PairScores:
         margins = self.margins(next(iter(self.judges)))
         return [int(place) for place in np.argsort(margins, kind="stable")[:NUM_MISTAKES] if margins[place] < 0]
 
-    def keep_texts(self, pairs: PreparedPairs, index: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Keep the texts of the most confident mistakes."""
-        self.texts = {place: Example.of(pairs[index[place]], tokenizer) for place in self.mistakes()}
+    def keep_texts(self, groups: PreparedGroups, index: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Keep the texts of the most confident mistakes. `groups` and `index` as for `of`."""
+        first = starts_of(np.diff(groups.first_comparison)[index])
+        for place in self.mistakes():
+            owner = int(np.searchsorted(first, place, side="right")) - 1
+            self.texts[place] = Example.of(groups[index[owner]], tokenizer, comparison=place - int(first[owner]))
 
     # ---- on disk ----
 
@@ -127,6 +205,10 @@ class PairScores:
             for name in VALUES:
                 if (values := getattr(self, name)) is not None:
                     columns[f"{name}_{side}"] = values[:, k]
+            if self.groups is not None:
+                columns[f"answer_{side}"] = self.groups.answers[:, k]
+        if self.groups is not None:
+            columns |= {"group": self.groups.number, "target": self.groups.target, "weight": self.groups.weight}
         for name in TEXTS:
             texts = [getattr(self.texts[place], name) if place in self.texts else None for place in range(len(self))]
             columns[name] = pa.array(texts, pa.string())
@@ -158,7 +240,10 @@ class PairScores:
             if row[0] is not None
         }
         known = {name: both_sides(name) for name in VALUES if f"{name}_chosen" in table.column_names}
-        fit = metadata.get("judge")
+        fit, groups = metadata.get("judge"), None
+        if "group" in table.column_names:
+            number, target, weight = (table[name].to_numpy() for name in ("group", "target", "weight"))
+            groups = Grouping(number, both_sides("answer"), target, weight)
         return cls(
             set=metadata["set"],
             step=metadata["step"],
@@ -169,6 +254,7 @@ class PairScores:
             num_tokens=both_sides("tokens"),
             fit=None if fit is None else JudgeFit.from_json(fit),
             texts=texts,
+            groups=groups,
             **known,
         )
 

@@ -24,7 +24,7 @@ from hafrm_ds.evaluation.best_of_n.ranking import identity_of_scorer, read_lines
 from hafrm_ds.evaluation.evaluate import PARTS_FOLDER, REASONS_SHOWN, claim_output, hash_of
 from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.options import EvaluationOptions
-from hafrm_ds.evaluation.pair_rows import rows_of_pairs, text_of
+from hafrm_ds.evaluation.pair_rows import compared, rows_of_pairs, text_of
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.processes.agreement import environment
@@ -141,6 +141,7 @@ def results_of(
 
 def analyse_set(name: str, rows: Rows, options: EvaluationOptions, log: Console) -> dict[str, Any]:
     """Raises DataError if more pairs could not be scored than may be."""
+    rows = compared(rows)
     scored = [row for row in rows if row["scores"] is not None]
     if reasons := [reason_of(row) for row in rows if row["scores"] is None]:
         message = f"{name}: {len(reasons):,} of {len(rows):,} pairs could not be scored, the first because {reasons[0]}"

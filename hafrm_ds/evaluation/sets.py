@@ -1,5 +1,5 @@
-"""The sets of pairs that an evaluation scores: tokenised as the model was trained, and what the reference store of the
-training knows of them."""
+"""The sets of groups, mostly pairs, that an evaluation scores: tokenised as the model was trained, and what the
+reference store of the training knows of them."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import PreparationOptions, PreparedPairs, prepare_pairs
+from hafrm_ds.data.lengths import places_of
+from hafrm_ds.data.preparation import PreparationOptions, PreparedGroups, prepare_groups
 from hafrm_ds.data.sources import EvalSources
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError, ModelError, in_own_names
@@ -25,16 +26,26 @@ DEFAULT_TRUNCATION = "keep_prompt_end"
 
 @dataclass(frozen=True)
 class EvaluatedSet:
-    """Pairs of a set, and the positions [P] of those that are scored."""
+    """Groups of a set, and the positions [G] of those that are scored."""
 
-    pairs: PreparedPairs
+    groups: PreparedGroups
     index: np.ndarray
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, place: int) -> list[PromptWithResponses]:
-        return [self.pairs[int(self.index[place])].group]
+        return [self.groups[int(self.index[place])].ids]
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """[P] KEY_DTYPE, the prompt of each comparison that is scored."""
+        return np.repeat(self.groups.prompt_keys[self.index], np.diff(self.groups.first_comparison)[self.index])
+
+    def by_group(self, values: np.ndarray) -> list[np.ndarray]:
+        """Values of all responses that are scored -> those of each group."""
+        sizes = self.groups.lengths.num_responses[self.index]
+        return np.split(values, np.cumsum(sizes)[:-1])
 
 
 def prepare_sets(
@@ -46,7 +57,7 @@ def prepare_sets(
     processes: Processes,
     log: Console,
 ) -> dict[str, EvaluatedSet]:
-    """Read and tokenise the pairs of every set, as the model was trained unless the options say otherwise."""
+    """Read and tokenise the groups of every set, as the model was trained unless the options say otherwise."""
     defaults = {"max_length": longest_conversation(options, saved), "truncation": DEFAULT_TRUNCATION}
     trained = trained_with(saved, "data")
     given = {name: trained.get(name, default) for name, default in defaults.items()}
@@ -61,7 +72,7 @@ def prepare_sets(
     preparation = PreparationOptions(**given)
     sets = {}
     for name, sources in data.items():
-        read = partial(prepare_pairs, sources, formatter=formatter, options=preparation, role="eval", seed=0)
+        read = partial(prepare_groups, sources, formatter=formatter, options=preparation, role="eval", seed=0)
         try:
             sets[name] = processes.in_turns(f"data {name}", read)
             sizes_of(saved).check({name: sets[name]}, formatter.tokenizer)
@@ -69,7 +80,7 @@ def prepare_sets(
             raise type(error)(in_own_names(error)) from error
         log.print(f"\n[bold]{name}[/bold]")
         log.print(sets[name].report.render(with_examples=False))
-    return {name: EvaluatedSet(pairs, fixed_choice(len(pairs), options.max_pairs)) for name, pairs in sets.items()}
+    return {name: EvaluatedSet(each, fixed_choice(len(each), options.max_pairs)) for name, each in sets.items()}
 
 
 def pair_sets(sets: dict[str, EvaluatedSet], judged: dict[str, EvaluatedSet]) -> dict[str, EvaluatedSet]:
@@ -109,13 +120,16 @@ def stored_reference(
     found: dict[str, np.ndarray] = {}
     if processes.is_first:
         store = ReferenceStore(root, namespace, warn=log.warn)
-        values = {name: store.logprobs(each.pairs.keys[each.index].reshape(-1)) for name, each in asked.items()}
-        found = {name: each.reshape(-1, 2) for name, each in values.items() if not np.isnan(each).any()}
+        values = {
+            name: store.logprobs(each.groups.keys[places_of(each.groups.lengths.first, each.index)])
+            for name, each in asked.items()
+        }
+        found = {name: each for name, each in values.items() if not np.isnan(each).any()}
         for name in asked.keys() - found.keys():
             missing = int(np.isnan(values[name]).sum())
             log.print(f"{name}: the reference store lacks {missing:,} of {len(values[name]):,} log-probs")
     names = processes.from_first("stored reference", lambda: list(found))
-    return found or {name: np.empty((0, 2), dtype=np.float32) for name in names}
+    return found or {name: np.empty(0, dtype=np.float32) for name in names}
 
 
 def longest_conversation(options: EvaluationOptions, saved: Saved) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from torch import nn
@@ -13,6 +14,7 @@ from hafrm_ds.data.packing import PackedBatch
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 """Names that configurations have for the number of experts that a token is sent to."""
 Shape = Callable[[nn.Parameter], Sequence[int]]
+Numbers = TypeVar("Numbers", float, np.ndarray)
 
 
 def own_shape(parameter: nn.Parameter) -> Sequence[int]:
@@ -104,7 +106,10 @@ class ForwardCost:
 
     def training_flops(self, batch: PackedBatch, with_logprob: bool) -> float:
         """Operations of forward and backward that the batch needs; padding is not among them."""
-        body, head, attention = self.parts(batch, with_logprob)
+        return self.training(*self.parts(batch, with_logprob))
+
+    def training(self, body: Numbers, head: Numbers, attention: Numbers) -> Numbers:
+        """Operations of forward and backward from those of a forward pass, as `parts` gives them."""
         return (2 + self.trained_share) * body + (2 + self.trained_head_share) * head + 3 * attention
 
     def parts(self, batch: PackedBatch, with_logprob: bool) -> tuple[float, float, float]:
@@ -117,6 +122,8 @@ class ForwardCost:
         visible_keys = (q * (k - q) + q * (q + 1) // 2).sum()
         return self.parts_of(q.sum(), len(batch.target_ids) if with_logprob else 0, visible_keys)
 
-    def parts_of(self, tokens: float, response_tokens: float, visible_keys: float) -> tuple[float, float, float]:
+    def parts_of(
+        self, tokens: Numbers, response_tokens: Numbers, visible_keys: Numbers
+    ) -> tuple[Numbers, Numbers, Numbers]:
         """The same from counts: tokens of the body, predicted tokens, and keys that each query sees, summed."""
         return self.per_token * tokens, self.per_response_token * response_tokens, self.per_visible_key * visible_keys

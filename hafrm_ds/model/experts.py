@@ -1,6 +1,6 @@
-"""Mixtures of experts: how a router spreads the tokens of pairs over the experts, and the loss that keeps it even.
+"""Mixtures of experts: how a router spreads the tokens of groups over the experts, and the loss that keeps it even.
 
-Legend: T positions of the micro-batch, P pairs, L layers with experts, E experts, k of them for a token.
+Legend: T positions of the micro-batch, G groups, L layers with experts, E experts, k of them for a token.
 """
 
 from collections.abc import Sequence
@@ -60,10 +60,10 @@ def router_loss_coefficient(causal_lm: PreTrainedModel, kind: str | None, shape_
 
 
 def router_use(router_logits: Sequence[Tensor], causal_lm: PreTrainedModel, batch: PackedBatch) -> RouterUse:
-    """Loss and load of the routers over a micro-batch of pairs.
+    """Loss and load of the routers over a micro-batch of groups.
 
-    Each pair has a loss of its own, so that it does not depend on how a batch is partitioned: the load-balancing loss
-    of Fedus et al. 2021 (arXiv 2101.03961, equations 4 to 6), as transformers has it, over the tokens of the pair in
+    Each group has a loss of its own, so that it does not depend on how a batch is partitioned: the load-balancing loss
+    of Fedus et al. 2021 (arXiv 2101.03961, equations 4 to 6), as transformers has it, over the tokens of the group in
     all layers. A prompt counts once, also in layouts that compute it for each of its answers, and padding not at all.
 
     Args:
@@ -71,35 +71,36 @@ def router_use(router_logits: Sequence[Tensor], causal_lm: PreTrainedModel, batc
     """
     top_k = experts_of_a_token(causal_lm.config)
     assert top_k is not None
-    pair, weight = tokens_of_pairs(batch)
-    num_pairs, num_experts = batch.num_responses // 2, router_logits[0].shape[1]
-    tokens = weight.new_zeros(num_pairs).index_add(0, pair, weight)
-    probabilities, loads = weight.new_zeros(num_pairs, num_experts), []
+    group, weight = tokens_of_groups(batch)
+    num_groups, num_experts = batch.num_groups, router_logits[0].shape[1]
+    tokens = weight.new_zeros(num_groups).index_add(0, group, weight)
+    probabilities, loads = weight.new_zeros(num_groups, num_experts), []
     for logits in router_logits:
         weighted = logits.float().softmax(-1) * weight[:, None]
-        probabilities = probabilities.index_add(0, pair, weighted)
+        probabilities = probabilities.index_add(0, group, weighted)
         chosen = torch.zeros_like(weighted).scatter(
             1, logits.topk(top_k, -1).indices, weight[:, None].expand(-1, top_k)
         )
-        loads.append(weight.new_zeros(num_pairs, num_experts).index_add(0, pair, chosen.detach()))
+        loads.append(weight.new_zeros(num_groups, num_experts).index_add(0, group, chosen.detach()))
     load = torch.stack(loads, dim=1)
     rows = len(router_logits) * tokens[:, None]
     return RouterUse(num_experts * (load.sum(1) / rows * probabilities / rows).sum(1), load)
 
 
-def tokens_of_pairs(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """[T] pair of each position, and [T] fp32 how often it counts: a prompt's tokens once in all of its copies."""
+def tokens_of_groups(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """[T] group of each position, and [T] fp32 how often it counts: a prompt's tokens once in all of its copies."""
+    ones = torch.ones_like(batch.group, dtype=torch.float32)
+    once = 1 / ones.new_zeros(batch.num_groups).index_add(0, batch.group, ones)[batch.group]  # [N]
     if batch.attention_mask is not None:
         mask = batch.attention_mask
         prompt_lengths = mask.sum(1) - batch.num_tokens
         is_prompt = batch.position_ids < prompt_lengths[:, None]
-        response = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask).flatten()
-        weight = torch.where(is_prompt, 0.5, 1.0) * mask
-        return response // 2, weight.flatten().float()
+        weight = torch.where(is_prompt, once[:, None], 1.0) * mask
+        return batch.group[:, None].expand_as(mask).flatten(), weight.flatten().float()
     assert batch.segments is not None
     ends = batch.segments.cu_seqlens_q[1:].long()
     place = torch.arange(batch.num_positions, device=ends.device)
     response = torch.searchsorted(ends, place, right=True)
     is_prompt = place < (ends - batch.num_tokens)[response]
-    copies = 2 if batch.segments.key_index is None else 1
-    return response // 2, torch.where(is_prompt, 1 / copies, 1.0)
+    is_copied = batch.segments.key_index is None
+    return batch.group[response], torch.where(is_prompt & is_copied, once[response], 1.0)

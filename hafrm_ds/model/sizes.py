@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from hafrm_ds.data.prepared import ID_COLUMNS, PreparedPairs
+from hafrm_ds.data.prepared import PreparedGroups
 from hafrm_ds.errors import DataError, ModelError
 
 SCANNED_ROWS = 10_000
@@ -26,8 +25,8 @@ class ModelSizes:
     def of(cls, name: str, config: PretrainedConfig) -> "ModelSizes":
         return cls(name, getattr(config.get_text_config(), "vocab_size", None) or math.inf, known_positions(config))
 
-    def check(self, sets: Mapping[str, PreparedPairs], tokenizer: PreTrainedTokenizerBase) -> None:
-        """See that a model can read prepared pairs, before its weights are loaded.
+    def check(self, sets: Mapping[str, PreparedGroups], tokenizer: PreTrainedTokenizerBase) -> None:
+        """See that a model can read prepared groups, before its weights are loaded.
 
         Raises:
             ModelError, DataError: with the numbers, for the first set that does not fit.
@@ -36,17 +35,18 @@ class ModelSizes:
             raise fault
 
     def faults(
-        self, sets: Mapping[str, PreparedPairs], tokenizer: PreTrainedTokenizerBase
+        self, sets: Mapping[str, PreparedGroups], tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[ModelError | DataError]:
         """What does not fit, by name of the set."""
         can_exceed = max(tokenizer.get_vocab().values(), default=0) >= self.rows
-        for name, pairs in sets.items():
-            if can_exceed and (largest := largest_id(pairs)) >= self.rows:
+        for name, groups in sets.items():
+            if can_exceed and (largest := largest_id(groups)) >= self.rows:
                 yield ModelError(f"{name}: {self.id_fault(largest, tokenizer)}")
-            longest = int((pairs.lengths["prompt"] + longer_responses(pairs)).max(initial=0))
+            longest = int(groups.lengths.longest_conversation.max(initial=0))
             if longest > self.positions:
+                what = "pair" if groups.are_pairs else "conversation"
                 yield DataError(
-                    f"{name}: the longest pair has {longest:,} tokens, but the model {self.name} knows "
+                    f"{name}: the longest {what} has {longest:,} tokens, but the model {self.name} knows "
                     f"{self.positions:,} positions; set data.max_length to {self.positions} at most"
                 )
 
@@ -75,16 +75,10 @@ def known_positions(config: PretrainedConfig) -> float:
     return known if known == math.inf else int(known)
 
 
-def longer_responses(pairs: PreparedPairs):
-    """[pairs] tokens of the longer response of each."""
-    return pairs.lengths["chosen"].clip(min=pairs.lengths["rejected"])
-
-
-def largest_id(pairs: PreparedPairs) -> int:
-    """The largest token id of all pairs, read a block at a time."""
+def largest_id(groups: PreparedGroups) -> int:
+    """The largest token id of all groups, read a block at a time."""
     largest = 0
-    for block in pairs.rows.iter(batch_size=SCANNED_ROWS):
-        for name in ID_COLUMNS:
-            ids: pa.ChunkedArray = pc.list_flatten(block[name])
+    for block in groups.arrow_rows.iter(batch_size=SCANNED_ROWS):
+        for ids in (pc.list_flatten(block["prompt_ids"]), pc.list_flatten(pc.list_flatten(block["response_ids"]))):
             largest = max(largest, pc.max(ids).as_py() or 0)
     return largest

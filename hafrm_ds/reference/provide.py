@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hafrm_ds.config import BatchConfig, TrainConfig
-from hafrm_ds.data.prepared import PreparedPairs
+from hafrm_ds.data.prepared import PreparedGroups
 from hafrm_ds.engine.engine import Engine
 from hafrm_ds.errors import UserError
 from hafrm_ds.model.lora import adapters_off
@@ -19,7 +19,7 @@ from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.reference.check import check_sample
 from hafrm_ds.reference.fingerprint import fingerprint_weights
 from hafrm_ds.reference.offline_pass import (
-    PairSet,
+    GroupSet,
     ReferenceLogprobs,
     Responses,
     StoredValues,
@@ -54,7 +54,7 @@ class ReferenceSource:
             store = ReferenceStore(config.reference.store, namespace, notes, warn=log.warn)
         return cls(config, store, namespace)
 
-    def look_up(self, sets: Sequence[PairSet], device: torch.device) -> StoredValues:
+    def look_up(self, sets: Sequence[GroupSet], device: torch.device) -> StoredValues:
         """What the store holds of the sets. All ranks call this together."""
         return StoredValues.look_up(self.store, sets, device)
 
@@ -62,7 +62,7 @@ class ReferenceSource:
         """Compute and store what is missing: [U] fp32, NaN for what was not."""
         config = self.config
         folder = config.reference.store / self.namespace.name
-        with log.progress("reference log-probs", int(work.costs(batch.layout).sum()), "tokens") as progress:
+        with log.progress("reference log-probs", int(work.lengths.costs(batch.layout).sum()), "tokens") as progress:
             return compute_missing(
                 engine,
                 work,
@@ -131,7 +131,7 @@ def provide_reference(
     source: ReferenceSource,
     engine: Engine,
     batch: BatchConfig,
-    sets: Sequence[PairSet],
+    sets: Sequence[GroupSet],
     log: Console,
     record: Callable[[dict[str, float]], None],
     may_compute: bool = True,
@@ -150,7 +150,7 @@ def provide_reference(
             agree with the store.
     """
     stored = source.look_up(sets, engine.device)
-    from_store = np.flatnonzero(~np.isnan(stored.tables[0]).any(axis=1))
+    from_store = sets[0].index[sets[0].are_whole(~np.isnan(stored.tables[0]))]
     if stored.num_missing:
         explanation = source.explain_missing(stored.num_missing, stored.num_wanted)
         if not may_compute:
@@ -164,7 +164,7 @@ def provide_reference(
                 "--reference.on_missing compute"
             )
         log.print(f"{explanation}: computing them now")
-        work = stored.missing(sets)
+        work = stored.missing(sets, batch)
         with adapters_off(engine.model.causal_lm):
             computed = source.compute(engine, work, batch, log)
         known = work.responses.out_of(stored.tables)
@@ -179,11 +179,11 @@ def provide_reference(
 def precompute(
     source: ReferenceSource,
     processes: Processes,
-    sets: Sequence[PreparedPairs],
+    sets: Sequence[PreparedGroups],
     load_engine: Callable[[], tuple[Engine, BatchConfig]],
     log: Console,
 ) -> dict[str, float]:
-    """The offline pass: every log-prob of every pair of `sets` into the store; only what is missing is computed.
+    """The offline pass: every log-prob of every answer of `sets` into the store; only what is missing is computed.
 
     Args:
         load_engine: makes the scoring engine and decides layout and token budget; called only if something is missing.
@@ -193,23 +193,23 @@ def precompute(
     """
     started = time.perf_counter()
     config = source.config
-    wanted = [PairSet(pairs, np.arange(len(pairs))) for pairs in sets]
+    wanted = [GroupSet(groups, np.arange(len(groups))) for groups in sets]
     stored = source.look_up(wanted, processes.device)
-    work = stored.missing(wanted)
     figures: dict[str, float] = {
-        "pairs": sum(len(pairs) for pairs in sets),
+        "pairs": sum(len(groups) for groups in sets),
         "responses": stored.num_wanted,
         "computed": stored.num_missing,
         "tokens": 0,
         "look_up_seconds": time.perf_counter() - started,
         "compute_seconds": 0.0,
     }
-    if len(work):
+    if stored.num_missing:
         log.print(source.explain_missing(stored.num_missing, stored.num_wanted))
         engine, batch = load_engine()
+        work = stored.missing(wanted, batch)
         started = time.perf_counter()
         source.compute(engine, work, batch, log)
-        figures["tokens"] = int(work.costs(batch.layout).sum())
+        figures["tokens"] = int(work.lengths.costs(batch.layout).sum())
         figures["compute_seconds"] = time.perf_counter() - started
     dist.barrier()
     if source.store is not None:

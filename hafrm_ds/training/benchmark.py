@@ -6,11 +6,10 @@ import time
 import numpy as np
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.data.packing import token_costs
 from hafrm_ds.data.tables import Cell, Table
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import check_build_tools, load_training_engine
-from hafrm_ds.engine.scoring import score_pairs
+from hafrm_ds.engine.scoring import score_groups
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.model.lora import check_packages
 from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
@@ -43,7 +42,7 @@ def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Proces
     trainer = Trainer(config, engine, pairs, {}, None, saver, log, formatter.tokenizer)
     saver.state.alpha = 1.0
     if config.objective.uses_reference:
-        trainer.train_set.reference = ReferenceLogprobs(np.zeros((len(pairs), 2), dtype=np.float32))
+        trainer.train_set.reference = ReferenceLogprobs(np.zeros(len(pairs.keys), dtype=np.float32))
     return trainer
 
 
@@ -58,36 +57,36 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         raise ConfigError([f"--steps is {num_steps}; it must be at least 1"])
     log = RunLog(config, processes, files=False)
     trainer = trainer_for_measuring(config, WARM_UP_STEPS + num_steps, processes, log)
-    config, pairs, engine = trainer.config, trainer.train_set.pairs, trainer.engine
+    config, groups, engine = trainer.config, trainer.train_set.groups, trainer.engine
     steps = [trainer.train_step(step) for step in range(WARM_UP_STEPS + num_steps)][WARM_UP_STEPS:]
 
     index = np.concatenate([trainer.plan.global_batch(step) for step in range(num_steps)])
     started = time.perf_counter()
-    score_pairs(
+    score_groups(
         engine,
-        pairs,
+        groups,
         index,
         config.objective.heads,
         layout=config.batch.layout,
         max_tokens=config.batch.token_budget,
     )
     seconds = time.perf_counter() - started
-    tokens = int(token_costs(pairs.lengths, config.batch.layout)[index].sum())
+    tokens = int(groups.lengths.take(index).costs(config.batch.layout).sum())
 
     def median(name: str) -> float:
         return statistics.median(step[name] for step in steps)
 
     rows = {
         "processes": f"{processes.world_size}",
-        "pairs a step; micro-batches": f"{config.batch.global_batch_size}; {median('micro_batches'):.0f}",
+        f"{groups.unit} a step; micro-batches": f"{config.batch.global_batch_size}; {median('micro_batches'):.0f}",
         "tokens of a process a step": f"{median('tokens_per_rank'):,.0f}",
         "padding; waiting for the slowest process": f"{median('padding_share'):.1%}; {median('imbalance'):.1%}",
         "seconds a step": f"{median('seconds'):.3g}",
         "tokens/s": f"{median('tokens_per_second'):,.0f}",
-        "pairs/s": f"{median('pairs_per_second'):,.2f}",
+        f"{groups.unit}/s": f"{median(f'{groups.unit}_per_second'):,.2f}",
         "MFU": f"{median('mfu'):.1%} of {trainer.peak_flops / 1e12:.3g} TFLOP/s a process",
         "mfu_measured": f"{median('mfu_measured'):.1%} of {trainer.measured_peak / 1e12:.3g} TFLOP/s, as measured here",
-        "without gradients: tokens/s; pairs/s": f"{tokens / seconds:,.0f}; {len(index) / seconds:,.2f}",
+        f"without gradients: tokens/s; {groups.unit}/s": f"{tokens / seconds:,.0f}; {len(index) / seconds:,.2f}",
         "peak memory of the largest process": f"{steps[-1]['memory_gib']:.2f} GiB",
     }
     header = ("", f"median of {num_steps} steps")

@@ -8,7 +8,7 @@ from statistics import fmean
 import numpy as np
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.preparation import prepare_groups
 from hafrm_ds.model.loading import fetch_model
 from hafrm_ds.processes.console import clock
 from hafrm_ds.training.sweep import Arm
@@ -102,4 +102,6 @@ def num_pairs(config: TrainConfig) -> int:
     """Usable training pairs."""
     data = config.data
     formatter = data.formatter(fetch_model(config.model))
-    return len(prepare_pairs(data.train, role="train", formatter=formatter, options=data.preparation, seed=config.seed))
+    return len(
+        prepare_groups(data.train, role="train", formatter=formatter, options=data.preparation, seed=config.seed)
+    )

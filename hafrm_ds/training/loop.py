@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import move_tensor, padded_rows, token_costs
+from hafrm_ds.data.packing import move_tensor, padded_rows
 from hafrm_ds.data.planning import DUMMY, BatchPlan, imbalance, partition_into_micro_batches
-from hafrm_ds.data.prepared import PreparedPairs
+from hafrm_ds.data.prepared import PreparedGroups
+from hafrm_ds.data.splitting import TrainingItems
 from hafrm_ds.engine.engine import TrainingEngine
-from hafrm_ds.engine.scoring import score_pairs
+from hafrm_ds.engine.scoring import score_groups
 from hafrm_ds.engine.shapes import full_shape
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
@@ -32,7 +33,7 @@ from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.model.experts import expert_layers, gives_router_logits, router_loss_coefficient
 from hafrm_ds.objective import JointLoss, LossWeights, joint_loss, preference_metrics, weights_at
-from hafrm_ds.reference.offline_pass import PairSet
+from hafrm_ds.reference.offline_pass import GroupSet
 from hafrm_ds.reference.provide import ReferenceSource, provide_reference
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.policy_share import FIRST_BATCHES, Pull, alpha_for, readjusted
@@ -42,7 +43,7 @@ from hafrm_ds.training.schedule import learning_rate_factor
 
 @dataclass
 class StepTotals:
-    """Sums over the pairs of a step on this rank, and what is needed to name a pair whose loss is not finite."""
+    """Sums over the groups of a step on this rank, and what is needed to name a group whose loss is not finite."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
@@ -50,6 +51,8 @@ class StepTotals:
     tokens: int = 0
     padding: int = 0
     flops: float = 0.0
+    weight: float = 0.0
+    """Of the global batch, over all ranks."""
     expert_load: Tensor | None = None
 
     def add(self, micro_batch: MicroBatch, loss: JointLoss, metrics: dict[str, Tensor]) -> None:
@@ -67,21 +70,22 @@ class StepTotals:
         self.index.append(micro_batch.index)
 
     def add_load(self, weight: Tensor, load: Tensor) -> None:
-        """Count the tokens that each expert got, [P, L, E], of pairs with a weight, [P]."""
-        total = torch.einsum("p,ple->le", weight, load).double()
+        """Count the tokens that each expert got, [G, L, E], of groups with a weight, [G]."""
+        total = torch.einsum("g,gle->le", weight, load).double()
         self.expert_load = total if self.expert_load is None else self.expert_load + total
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What this rank computes of a global batch: pairs of each micro-batch, of which the first is on the device.
+    """What this rank computes of a global batch: items of each micro-batch, of which the first is on the device.
 
-    imbalance: between the ranks.
+    imbalance: between the ranks. weight: of the whole global batch, over all ranks.
     """
 
     step: int
     parts: list[np.ndarray]
     imbalance: float
+    weight: float
     first: MicroBatch
 
 
@@ -90,8 +94,8 @@ class Trainer:
 
     Args:
         engine: the model under DeepSpeed, untouched.
-        train_pairs: prepared training pairs.
-        eval_pairs: prepared pairs of each evaluation set.
+        train_groups: prepared training groups, mostly pairs.
+        eval_groups: prepared groups of each evaluation set.
         reference_source: where reference log-probs come from; None when the objective uses none.
         saver: knows where the run resumes, saves its state and stops it.
         tokenizer: turns the most confident mistakes of an evaluation back into text.
@@ -101,8 +105,8 @@ class Trainer:
         self,
         config: TrainConfig,
         engine: TrainingEngine,
-        train_pairs: PreparedPairs,
-        eval_pairs: dict[str, PreparedPairs],
+        train_groups: PreparedGroups,
+        eval_groups: dict[str, PreparedGroups],
         reference_source: ReferenceSource | None,
         saver: CheckpointSaver,
         log: RunLog,
@@ -111,12 +115,13 @@ class Trainer:
         self.config, self.engine, self.saver, self.log, self.tokenizer = config, engine, saver, log, tokenizer
         self.reference_source = reference_source
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.plan = BatchPlan(len(train_pairs), config.batch.global_batch_size, config.seed)
-        self.num_steps = config.max_steps or math.ceil(config.epochs * len(train_pairs) / self.plan.global_batch_size)
-        self.train_set = PairSet(train_pairs, self.plan.pairs_until(self.num_steps))
+        self.plan = BatchPlan(len(train_groups), config.batch.global_batch_size, config.seed)
+        self.num_steps = config.max_steps or math.ceil(config.epochs * len(train_groups) / self.plan.global_batch_size)
+        self.train_set = GroupSet(train_groups, self.plan.groups_until(self.num_steps))
+        self.items = TrainingItems.of(train_groups, config.batch.layout, config.batch.token_budget)
         self.eval_sets = {
-            name: PairSet(pairs, fixed_choice(len(pairs), config.evaluation.max_pairs))
-            for name, pairs in eval_pairs.items()
+            name: GroupSet(groups, fixed_choice(len(groups), config.evaluation.max_pairs))
+            for name, groups in eval_groups.items()
         }
         self.state = saver.state
         self.ahead: GlobalBatch | None = None
@@ -193,7 +198,7 @@ class Trainer:
             "learning_rate": self.config.optimizer.learning_rate * factor,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "pairs_per_second": self.plan.global_batch_size / seconds,
+            f"{self.train_set.groups.unit}_per_second": self.plan.global_batch_size / seconds,
             "mfu": flops / seconds / (self.peak_flops * self.world_size),
             "mfu_measured": flops / seconds / (self.measured_peak * self.world_size),
             "micro_batches": num_micro_batches,
@@ -210,7 +215,7 @@ class Trainer:
         for part in (*batch.parts[1:], None):
             num_positions = micro_batch.batch.num_positions
             try:
-                loss = self.joint_loss(weights, micro_batch, totals)
+                loss = self.joint_loss(weights, micro_batch, batch.weight, totals)
                 # A GPU still computes that. Under stage 3 the host waits for it at the end of backward.
                 if part is not None:
                     micro_batch = self.lay_out(part)
@@ -224,32 +229,50 @@ class Trainer:
                     f"{self.config.batch.max_tokens_per_micro_batch}), set --model.gradient_checkpointing selective or "
                     f"true, or shard more: {error}"
                 ) from error
+        totals.weight = batch.weight
         return len(batch.parts), batch.imbalance
 
     def begin(self, step: int) -> GlobalBatch:
         """Partition a global batch, and lay its first micro-batch out."""
-        parts, waiting_share = self.partition(step)
-        return GlobalBatch(step, parts, waiting_share, self.lay_out(parts[0]))
+        index = self.plan.global_batch(step)
+        parts, waiting_share = self.partition(self.items.of_groups(index))
+        return GlobalBatch(step, parts, waiting_share, self.weight_of(index), self.lay_out(parts[0]))
 
-    def partition(self, step: int) -> tuple[list[np.ndarray], float]:
-        """Pairs of each of this rank's micro-batches in global batch `step`, and the imbalance between the ranks."""
-        index, batch = self.plan.global_batch(step), self.config.batch
-        lengths = {name: column[index] for name, column in self.train_set.pairs.lengths.items()}
-        costs, rows = token_costs(lengths, batch.layout), padded_rows(batch.layout, len(index))
-        ranks = partition_into_micro_batches(costs, self.world_size, batch.token_budget, rows)
-        own = [np.array([DUMMY if place == DUMMY else index[place] for place in part]) for part in ranks[self.rank]]
-        return own, imbalance(costs, ranks, rows)
+    def partition(self, items: np.ndarray) -> tuple[list[np.ndarray], float]:
+        """Items of each of this rank's micro-batches in a global batch, and the imbalance between the ranks.
+
+        What is balanced are tokens for pairs. Groups of few long answers and of many short ones differ more in what the
+        head and the attention compute, so theirs are balanced by operations.
+        """
+        lengths, batch = self.items.lengths.take(items), self.config.batch
+        costs, rows = lengths.costs(batch.layout), padded_rows(batch.layout, len(items), lengths.num_responses)
+        work = None
+        if rows is None and not self.train_set.groups.are_pairs:
+            predicted = lengths.all_responses * self.config.objective.uses_policy
+            work = self.cost.training(*self.cost.parts_of(costs, predicted, lengths.visible_keys(batch.layout)))
+        ranks = partition_into_micro_batches(costs, self.world_size, batch.token_budget, rows, work)
+        own = [np.array([DUMMY if place == DUMMY else items[place] for place in part]) for part in ranks[self.rank]]
+        return own, imbalance(costs if work is None else work, ranks, rows)
+
+    def weight_of(self, index: np.ndarray) -> float:
+        """What the groups of a global batch weigh together, by objective.normalize_by: the divisor of its loss."""
+        groups = self.train_set.groups
+        if self.config.objective.normalize_by == "group":
+            return float(len(index))
+        return float(groups.table.weight[groups.comparisons_of(index)].sum(dtype=np.float64))
 
     def lay_out(self, part: np.ndarray) -> MicroBatch:
         """A micro-batch on the device, or on its way there."""
-        pairs, reference = self.train_set.pairs, self.train_set.reference
-        micro_batch = make_micro_batch(
-            pairs, part, self.config.batch.layout, None if reference is None else reference.of(part)
-        )
+        reference = self.train_set.reference
+        of_part = None if reference is None else reference.of(self.items.responses(part))
+        normalize_by = self.config.objective.normalize_by
+        micro_batch = make_micro_batch(self.items, part, self.config.batch.layout, of_part, normalize_by)
         return micro_batch.to(self.engine.device)
 
-    def joint_loss(self, weights: LossWeights, micro_batch: MicroBatch, totals: StepTotals) -> Tensor:
-        """This rank's contribution to the mean loss over the pairs of the global batch.
+    def joint_loss(
+        self, weights: LossWeights, micro_batch: MicroBatch, batch_weight: float, totals: StepTotals
+    ) -> Tensor:
+        """This rank's contribution to the mean loss over the groups of the global batch, which weigh `batch_weight`.
 
         DeepSpeed averages gradients over the ranks, hence the factor world_size.
         """
@@ -262,17 +285,18 @@ class Trainer:
             with_router=self.counts_experts,
         )
         weight, reference = micro_batch.weight, micro_batch.reference
-        loss = joint_loss(objective, weights, scores, reference, micro_batch.margin)
+        loss = joint_loss(objective, weights, scores, reference, micro_batch.comparisons)
         if scores.router is not None:
             totals.add_load(weight, scores.router.load)
             if self.router_coefficient:
                 loss = loss.with_router(scores.router.loss, self.router_coefficient)
-        totals.add(micro_batch, loss, preference_metrics(scores, reference, objective.beta))
+        metrics = preference_metrics(scores, reference, objective.beta, micro_batch.comparisons)
+        totals.add(micro_batch, loss, metrics)
         totals.flops += self.cost.training_flops(micro_batch.batch, with_logprob=weights.policy > 0)
-        return (loss.total * weight).sum() / self.plan.global_batch_size * self.world_size
+        return (loss.total * weight).sum() / batch_weight * self.world_size
 
     def reduce(self, totals: StepTotals) -> dict[str, float]:
-        """Means over the pairs of the global batch, from the sums of all ranks: one all-reduce and one transfer to the
+        """Means over the groups of the global batch, from the sums of all ranks: one all-reduce and one transfer to the
         host a step. What is to be a maximum over the ranks has a place of its own for each, and there is added to 0."""
         names, device = sorted(totals.sums), self.engine.device
         own = [float(peak_memory_bytes(device)), *self.saver.votes()]
@@ -284,7 +308,7 @@ class Trainer:
         row = torch.cat([torch.stack([totals.sums[name] for name in names]), of_host, load.flatten()])
         dist.all_reduce(row)
         values = iter(row.tolist())
-        means = {name: next(values) / self.plan.global_batch_size for name in names}
+        means = {name: next(values) / totals.weight for name in names}
         tokens, padding, flops = itertools.islice(values, 3)
         ranks = [list(itertools.islice(values, len(own))) for _ in range(self.world_size)]
         memory, *votes = map(max, zip(*ranks, strict=True))
@@ -295,13 +319,14 @@ class Trainer:
 
     def stop_on_non_finite_loss(self, step: int, totals: StepTotals) -> None:
         losses, index = torch.cat(totals.losses).cpu().numpy(), np.concatenate(totals.index)
-        ids = [self.train_set.pairs[int(i)].id for i in index[~np.isfinite(losses)] if i != DUMMY]
+        ids = [self.items[int(i)].id for i in index[~np.isfinite(losses)] if i != DUMMY]
         gathered: list = [None] * self.world_size
         dist.all_gather_object(gathered, ids)
         named = ", ".join(list(itertools.chain(*gathered))[:10])
         raise UserError(
-            f"step {step + 1}: the loss is not finite, for the pairs {named}. Nothing was updated by this step. "
-            "Look at these rows; if they are sound, lower optimizer.learning_rate or set model.dtype float32"
+            f"step {step + 1}: the loss is not finite, for the {self.train_set.groups.unit} {named}. Nothing was "
+            "updated by this step. Look at these rows; if they are sound, lower optimizer.learning_rate or set "
+            "model.dtype float32"
         )
 
     # ---- the pull of either loss on the body ----
@@ -365,12 +390,13 @@ class Trainer:
         """Score every evaluation set, log its metrics, remember the best step; False if a signal interrupts it."""
         objective = self.config.objective
         judge: CombinedJudge | None = None
-        for place, (name, pair_set) in enumerate(self.eval_sets.items()):
-            with self.log.progress(f"evaluating {name}", len(pair_set.index), "pairs") as progress:
-                scores = score_pairs(
+        for place, (name, group_set) in enumerate(self.eval_sets.items()):
+            groups, index = group_set.groups, group_set.index
+            with self.log.progress(f"evaluating {name}", len(index), groups.unit) as progress:
+                scores = score_groups(
                     self.engine,
-                    pair_set.pairs,
-                    pair_set.index,
+                    groups,
+                    index,
                     objective.heads,
                     layout=self.config.batch.layout,
                     max_tokens=self.config.batch.token_budget,
@@ -379,18 +405,15 @@ class Trainer:
                 )
             if scores is None:
                 return False
-            reference = None if pair_set.reference is None else pair_set.reference.values[pair_set.index]
-            pair_scores = PairScores.of(
-                name, pair_set.pairs, pair_set.index, scores, reference, beta=objective.beta, step=step
-            )
+            reference = None if group_set.reference is None else group_set.reference.values[group_set.responses]
+            pair_scores = PairScores.of(name, groups, index, scores, reference, beta=objective.beta, step=step)
             if place == 0:
                 judge = CombinedJudge.fitted_on(pair_scores)
             if judge is not None:
                 judge.judge(pair_scores)
-            margin = pair_set.pairs.margins(pair_set.index) if objective.use_margin else None
-            metrics = set_metrics(pair_scores, objective, margin)
+            metrics = set_metrics(pair_scores, objective)
             if self.log.writes:
-                pair_scores.keep_texts(pair_set.pairs, pair_set.index, self.tokenizer)
+                pair_scores.keep_texts(groups, index, self.tokenizer)
                 pair_scores.save(self.config.output_dir / SCORES_FOLDER)
             self.state.last_evaluation[name] = metrics
             self.log.metrics("eval", step, metrics, set=name)
@@ -415,7 +438,7 @@ class Trainer:
         best = self.state.best
         return {
             "steps": self.state.step,
-            "pairs": int(self.state.step * self.plan.global_batch_size),
+            self.train_set.groups.unit: int(self.state.step * self.plan.global_batch_size),
             "ended_early": self.state.step < self.num_steps,
             "best": {"metric": best.metric, "step": best.step, "value": best.value} if best.step is not None else None,
             "final_step": final_step,
@@ -448,8 +471,9 @@ def describe(metrics: dict[str, float]) -> str:
     """One line for people: loss, speed and memory of a training step first, as a narrow terminal cuts the end."""
     parts = [f"loss {metrics['loss/total']:.4f}"] if "loss/total" in metrics else []
     if "mfu" in metrics:
+        unit = "pairs" if "pairs_per_second" in metrics else "groups"
         parts.append(
-            f"{metrics['tokens_per_second']:.0f} tok/s, {metrics['pairs_per_second']:.2f} pairs/s, "
+            f"{metrics['tokens_per_second']:.0f} tok/s, {metrics[f'{unit}_per_second']:.2f} {unit}/s, "
             f"MFU {metrics['mfu']:.0%}, {metrics['memory_gib']:.2f} GiB"
         )
     for title, kind, form in (("losses", "loss", "{:.4f}"), ("accuracy", "accuracy", "{:.1%}")):

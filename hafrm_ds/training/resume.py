@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hafrm_ds.config import TrainConfig, options_of
+from hafrm_ds.config import TrainConfig, defaults_of, options_of
 from hafrm_ds.engine.checkpoint import (
     CheckpointError,
     TrainingState,
@@ -101,8 +101,11 @@ class ResumePoint:
 
 
 def changed_options(saved: dict, current: dict, free: tuple[str, ...] = FREE_TO_CHANGE) -> dict[str, str]:
-    """Option -> in words how it differs, for those that change what a run computes. Of two configurations as JSON."""
-    there, here = dict(options_of(saved)), dict(options_of(current))
+    """Option -> in words how it differs, for those that change what a run computes. Of two configurations as JSON.
+
+    An option that is younger than what was saved had its default there.
+    """
+    there, here = dict(defaults_of(TrainConfig)) | dict(options_of(saved)), dict(options_of(current))
     return {
         name: f"{name}: {json.dumps(there.get(name))} there, {json.dumps(here.get(name))} here"
         for name in sorted(there.keys() | here.keys())

@@ -5,9 +5,9 @@ import time
 from functools import partial
 from typing import Any
 
-from hafrm_ds.config import BatchConfig, TrainConfig, options_of
+from hafrm_ds.config import BatchConfig, ObjectiveConfig, TrainConfig, options_of
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import PreparedPairs, fingerprints_of, prepare_pairs
+from hafrm_ds.data.preparation import PreparedGroups, fingerprints_of, prepare_groups
 from hafrm_ds.engine.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config, zero_stage
 from hafrm_ds.engine.engine import (
     Engine,
@@ -22,6 +22,7 @@ from hafrm_ds.evaluation.combined import too_few
 from hafrm_ds.evaluation.pair_scores import fixed_choice
 from hafrm_ds.evaluation.report import writing as leaving
 from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
+from hafrm_ds.evaluation.sets import EvaluatedSet
 from hafrm_ds.hardware.measurement import peak_memory_bytes
 from hafrm_ds.model.loading import fetch_model, load_model_config, local_folder
 from hafrm_ds.model.lora import check_packages
@@ -70,29 +71,29 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
         log.print(f"the run in {config.output_dir} is finished ({SUMMARY_FILE}): there is nothing to resume")
         return
     config, resume_point = settle_resume_point(config, processes, log)
-    formatter, train_pairs, eval_pairs = prepare_data(config, processes, log)
+    formatter, train_groups, eval_groups = prepare_data(config, processes, log)
     base_licence = base_license(local_folder(config.model))  # now: the folder may be gone after days of training
-    check_training_pairs(train_pairs, config, processes)
-    check_combined_judge(eval_pairs, config, log)
-    sets = named_sets(train_pairs, eval_pairs)
+    check_training_groups(train_groups, config, processes)
+    check_combined_judge(eval_groups, config, log)
+    sets = named_sets(train_groups, eval_groups)
     start = shared_namespace(config, processes)
     data = agree_on_content(sets, start, resume_point, processes)
     reference_source = ReferenceSource.open(config, start, processes, log) if config.objective.uses_reference else None
-    log.write_json(config.output_dir / DATA_REPORT_FILE, {name: pairs.report.to_json() for name, pairs in sets.items()})
+    log.write_json(config.output_dir / DATA_REPORT_FILE, {name: each.report.to_json() for name, each in sets.items()})
 
     processes.start_group()
     engine = load_training_engine(config, processes)
     log.print(trained_share(engine.model))
     config = settle_batch(engine, list(sets.values()), config, log)
     saver = CheckpointSaver(config, engine, processes, log, data, start.name, resume_point)
-    trainer = Trainer(config, engine, train_pairs, eval_pairs, reference_source, saver, log, formatter.tokenizer)
+    trainer = Trainer(config, engine, train_groups, eval_groups, reference_source, saver, log, formatter.tokenizer)
     trainer.load_reference()
     # What could be refused has been: from here on what an earlier start has left is touched, and a signal waits.
     processes.stopping.defer()
     trainer.run()
 
     final_step = trainer.choose_final_weights()
-    counts = {name: pairs.report.total for name, pairs in {"train": train_pairs, **eval_pairs}.items()}
+    counts = {name: each.report.total for name, each in {"train": train_groups, **eval_groups}.items()}
     state = saver.state
     metadata = run_metadata(
         config, base_licence, start, counts, final_step, state.last_evaluation, state.alpha, state.judge
@@ -145,33 +146,54 @@ def settle_resume_point(
     return resume_point.settle(config), resume_point
 
 
-def check_training_pairs(pairs: PreparedPairs, config: TrainConfig, processes: Processes) -> None:
+def check_training_groups(groups: PreparedGroups, config: TrainConfig, processes: Processes) -> None:
     """Raises DataError when there are too few for a step, or none has the margin that the loss is to use."""
-    if len(pairs) < config.batch.global_batch_size:
+    unit, size = groups.unit, config.batch.global_batch_size
+    if len(groups) < size:
         raise DataError(
-            f"data.train has {len(pairs)} usable pairs, fewer than one global batch of "
-            f"{config.batch.global_batch_size} (and this run has {processes.world_size} processes); "
-            "lower --batch.global_batch_size or give more pairs"
+            f"data.train has {len(groups)} usable {unit}, fewer than one global batch of {size} (and this run has "
+            f"{processes.world_size} processes); lower --batch.global_batch_size or give more {unit}"
         )
-    if config.objective.use_margin and pairs.report.margin_faults:
-        raise DataError(f"objective.use_margin is true, but {pairs.report.first_margin_fault}")
-    if config.objective.use_margin and not pairs.report.with_margin:
+    if config.objective.use_margin and groups.report.margin_faults:
+        raise DataError(f"objective.use_margin is true, but {groups.report.first_margin_fault}")
+    if config.objective.use_margin and not groups.report.with_margin:
         raise DataError(
-            f"objective.use_margin is true, but none of the {len(pairs)} pairs of data.train has a margin: the rows "
+            f"objective.use_margin is true, but none of the {len(groups)} {unit} of data.train has a margin: the rows "
             "need a field `margin`, or `score_chosen` and `score_rejected`; or set --objective.use_margin false"
         )
 
 
-def check_combined_judge(eval_pairs: dict[str, PreparedPairs], config: TrainConfig, log: RunLog) -> None:
+def check_orders(sets: dict[str, PreparedGroups], objective: ObjectiveConfig) -> None:
+    """Raises DataError where the loss is that of whole orders, but a set holds comparisons that make none."""
+    if objective.ranking_loss == "pairwise":
+        return
+    for name, groups in sets.items():
+        facts = groups.report.groups
+        if facts is None:
+            continue
+        faults = {
+            "groups whose comparisons contradict one another": facts.contradictory,
+            "groups that have a part of the comparisons of their order": facts.partial,
+            "comparisons with a probability below 1": facts.soft,
+        }
+        if any(faults.values()):
+            what = " and ".join(f"{number:,} {kind}" for kind, number in faults.items() if number)
+            raise DataError(
+                f"{name} has {what}, of which objective.ranking_loss {objective.ranking_loss} cannot make an order; "
+                "set --objective.ranking_loss pairwise"
+            )
+
+
+def check_combined_judge(eval_groups: dict[str, PreparedGroups], config: TrainConfig, log: RunLog) -> None:
     """Say so where the first evaluation set has too few pairs or prompts to fit both heads as one judge.
 
     Raises:
         DataError: evaluation.best_metric asks for that judge.
     """
-    if not (eval_pairs and config.objective.has_combined_judge):
+    if not (eval_groups and config.objective.has_combined_judge):
         return
-    name, pairs = next(iter(eval_pairs.items()))
-    problem = too_few(pairs.prompt_keys[fixed_choice(len(pairs), config.evaluation.max_pairs)])
+    name, groups = next(iter(eval_groups.items()))
+    problem = too_few(EvaluatedSet(groups, fixed_choice(len(groups), config.evaluation.max_pairs)).prompts)
     if problem is None:
         return
     best = config.evaluation.best_metric
@@ -184,7 +206,7 @@ def check_combined_judge(eval_pairs: dict[str, PreparedPairs], config: TrainConf
 
 
 def agree_on_content(
-    sets: dict[str, PreparedPairs], start: Namespace, resume_point: ResumePoint | None, processes: Processes
+    sets: dict[str, PreparedGroups], start: Namespace, resume_point: ResumePoint | None, processes: Processes
 ) -> dict[str, str]:
     """Fingerprints of the sets, the same on all ranks and those of the checkpoint, as the start weights are.
 
@@ -247,9 +269,9 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
     log = RunLog(config, processes, files=False)
     if config.deterministic:
         log.print(use_deterministic_algorithms())
-    _, train_pairs, eval_pairs = prepare_data(config, processes, log)
-    processes.must_agree("data", fingerprints_of(named_sets(train_pairs, eval_pairs)))
-    sets = [train_pairs, *eval_pairs.values()]
+    _, train_groups, eval_groups = prepare_data(config, processes, log)
+    processes.must_agree("data", fingerprints_of(named_sets(train_groups, eval_groups)))
+    sets = [train_groups, *eval_groups.values()]
     source = ReferenceSource.open(config, shared_namespace(config, processes), processes, log)
     processes.start_group()
 
@@ -283,31 +305,32 @@ def compare_options(config: TrainConfig, processes: Processes) -> None:
 
 def prepare_data(
     config: TrainConfig, processes: Processes, log: RunLog
-) -> tuple[ChatFormatter, PreparedPairs, dict[str, PreparedPairs]]:
-    """The formatter, the training pairs, and the pairs of each evaluation set; reported and checked."""
+) -> tuple[ChatFormatter, PreparedGroups, dict[str, PreparedGroups]]:
+    """The formatter, the training groups, and those of each evaluation set; reported and checked."""
     # Fetched from the hub by one rank of each node, and before the process group: a download outlasts a collective.
     tokenizer = processes.in_turns("model", lambda: fetch_model(config.model))
     stock = load_model_config(config.model)
     if warning := check_start(config.model, local_folder(config.model), stock):
         log.warn(warning)
     formatter = config.data.formatter(tokenizer)
-    prepared = partial(prepare_pairs, formatter=formatter, options=config.data.preparation, seed=config.seed)
+    prepared = partial(prepare_groups, formatter=formatter, options=config.data.preparation, seed=config.seed)
 
-    def prepare() -> tuple[PreparedPairs, dict[str, PreparedPairs]]:
+    def prepare() -> tuple[PreparedGroups, dict[str, PreparedGroups]]:
         return (
             prepared(config.data.train, role="train"),
             {name: prepared(sources, role="eval") for name, sources in config.data.eval.items()},
         )
 
-    train_pairs, eval_pairs = processes.in_turns("data", prepare)
-    sets = named_sets(train_pairs, eval_pairs)
-    for name, pairs in sets.items():
+    train_groups, eval_groups = processes.in_turns("data", prepare)
+    sets = named_sets(train_groups, eval_groups)
+    check_orders(sets, config.objective)
+    for name, groups in sets.items():
         log.print(f"\n[bold]{name}[/bold]")
-        log.print(pairs.report.render(with_examples=name == "train"))
+        log.print(groups.report.render(with_examples=name == "train"))
     ModelSizes.of(config.model.name_or_path, stock).check(sets, tokenizer)
-    check_budgets((train_pairs, *eval_pairs.values()), config.batch)
-    return formatter, train_pairs, eval_pairs
+    check_budgets((train_groups, *eval_groups.values()), config)
+    return formatter, train_groups, eval_groups
 
 
-def named_sets(train_pairs: PreparedPairs, eval_pairs: dict[str, PreparedPairs]) -> dict[str, PreparedPairs]:
-    return {"train": train_pairs, **{f"eval {name}": pairs for name, pairs in eval_pairs.items()}}
+def named_sets(train_groups: PreparedGroups, eval_groups: dict[str, PreparedGroups]) -> dict[str, PreparedGroups]:
+    return {"train": train_groups, **{f"eval {name}": each for name, each in eval_groups.items()}}

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import PackedBatch, token_costs
-from hafrm_ds.data.prepared import PreparedPairs
+from hafrm_ds.data.packing import PackedBatch
+from hafrm_ds.data.prepared import PreparedGroups
+from hafrm_ds.data.splitting import TrainingItems
 from hafrm_ds.engine.engine import Engine, TrainingEngine
 from hafrm_ds.engine.scoring import over_all_ranks
 from hafrm_ds.errors import UserError
@@ -25,7 +26,7 @@ ROUNDING = 64
 
 def find_token_budget(
     engine: Engine,
-    pairs: PreparedPairs,
+    groups: PreparedGroups,
     layout: str,
     *,
     longest: int,
@@ -40,16 +41,18 @@ def find_token_budget(
     first step. An engine without optimizer is measured in forward alone. All ranks call this together.
 
     Args:
-        pairs: what the two micro-batches are made of.
-        longest: tokens of the longest pair that a micro-batch must hold.
+        groups: what the two micro-batches are made of.
+        longest: tokens of the longest item that a micro-batch must hold.
         largest_useful: more tokens would change nothing.
 
     Raises:
-        UserError: even the longest pair does not fit.
+        UserError: even the longest item does not fit.
     """
-    costs = token_costs(pairs.lengths, layout)
     usual = SMALLEST_PROBE_ON_GPU if engine.device.type == "cuda" else SMALLEST_PROBE
     smallest = max(longest, min(usual, largest_useful))
+    items = TrainingItems.of(groups, layout, smallest)  # a group that is longer is split in training too
+    usable = items.of_groups(np.arange(len(groups)))
+    costs = items.lengths.costs(layout)[usable]
 
     def probe(batch: PackedBatch) -> Callable[[], None]:
         def work() -> None:
@@ -66,7 +69,7 @@ def find_token_budget(
         return over_all_ranks(dist.ReduceOp.MAX, engine.device, peak_growth_bytes(engine.device, probe(batch)))
 
     small_batch, large_batch = (
-        make_micro_batch(pairs, pairs_worth(costs, layout, num_tokens), layout).batch
+        make_micro_batch(items, usable[groups_worth(costs, layout, num_tokens)], layout).batch
         for num_tokens in (smallest, PROBE_RATIO * smallest)
     )
     try:
@@ -88,8 +91,8 @@ def find_token_budget(
     return max(smallest, int(min(budget, largest_useful)) // ROUNDING * ROUNDING)
 
 
-def pairs_worth(costs: np.ndarray, layout: str, num_tokens: int) -> list[int]:
-    """Positions of pairs of at most `num_tokens` tokens together, or of the longest alone; repeated if there are too
+def groups_worth(costs: np.ndarray, layout: str, num_tokens: int) -> list[int]:
+    """Positions of groups of at most `num_tokens` tokens together, or of the longest alone; repeated if there are too
     few."""
     worth = np.full_like(costs, costs.max()) if layout == "padded" else costs  # beside the longest
     order = np.random.default_rng(0).permutation(len(costs))

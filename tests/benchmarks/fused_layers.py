@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.hardware.measurement import synchronize
 from hafrm_ds.model.hybrid import HybridModel, make_reward_head
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.gpu.benchmark import SHAPES, random_pairs
+from tests.tiny_models import pair_losses
 
 LAYERS, TOKENS = 8, 2048
 WARM_UP, ROUNDS = 3, 10
@@ -43,7 +43,7 @@ def seconds(model: HybridModel, number: int) -> float:
     synchronize(DEVICE)
     started = time.perf_counter()
     scores = model(batch)
-    (bradley_terry_loss(scores.reward) + dpo_loss(scores.logprob, scores.logprob.detach(), 0.1)).mean().backward()
+    pair_losses(scores.reward, scores.logprob, scores.logprob.detach()).mean().backward()
     synchronize(DEVICE)
     model.zero_grad()
     return time.perf_counter() - started

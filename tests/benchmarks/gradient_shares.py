@@ -10,6 +10,7 @@ objective.alpha.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.planning import BatchPlan
-from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.preparation import prepare_groups
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
@@ -38,7 +39,7 @@ def body_gradient(config: TrainConfig, model: HybridModel, batches: Sequence[Mic
     model.zero_grad()
     for each in batches:
         scores = model(each.batch, with_reward=True, with_logprob=objective.uses_policy)
-        loss = joint_loss(objective, weights_at(objective, 0), scores, each.reference, each.margin)
+        loss = joint_loss(objective, weights_at(objective, 0), scores, each.reference, each.comparisons)
         (getattr(loss, loss_name).sum() / NUM_PAIRS).backward()
     body = model.causal_lm.get_decoder().parameters()
     return torch.cat([parameter.grad.float().flatten() for parameter in body])
@@ -48,10 +49,7 @@ def with_references(model: HybridModel, batches: Sequence[MicroBatch]) -> list[M
     """The micro-batches with the log-probs of `model` as those of the reference."""
     with torch.no_grad():
         logprobs = [model(each.batch, with_reward=False, with_logprob=True).logprob for each in batches]
-    return [
-        MicroBatch(each.batch, each.index, each.weight, each.margin, logprob)
-        for each, logprob in zip(batches, logprobs)
-    ]
+    return [replace(each, reference=logprob) for each, logprob in zip(batches, logprobs)]
 
 
 def main() -> None:
@@ -61,7 +59,7 @@ def main() -> None:
     config = load_config(rest, about=__doc__)
     device = torch.device("cpu")
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    pairs = prepare_pairs(
+    pairs = prepare_groups(
         config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
     )
     plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)

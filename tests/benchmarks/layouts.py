@@ -16,9 +16,9 @@ import torch
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import lay_out, padded_rows, token_costs
+from hafrm_ds.data.packing import lay_out, padded_rows
 from hafrm_ds.data.planning import BatchPlan, partition_into_micro_batches
-from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.preparation import prepare_groups
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
@@ -34,7 +34,7 @@ def main() -> None:
     config = load_config(sys.argv[1:])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    pairs = prepare_pairs(
+    pairs = prepare_groups(
         config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
     )
     plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)
@@ -46,7 +46,7 @@ def main() -> None:
         for layout in LAYOUTS:
             model.use_layout(layout, config.model.attention, device)
             index = plan.global_batch(number)
-            costs, rows = token_costs(pairs.lengths, layout)[index], padded_rows(layout, len(index))
+            costs, rows = pairs.lengths.costs(layout)[index], padded_rows(layout, len(index))
             (parts,) = partition_into_micro_batches(costs, 1, config.batch.max_tokens_per_micro_batch, rows)
             micro_batches = [make_micro_batch(pairs, index[part], layout) for part in parts]
             took = sum(seconds(device, joint_step, config, model, each, device) for each in micro_batches)

@@ -24,15 +24,14 @@ from hafrm_ds.data import preparation
 from hafrm_ds.data.content_keys import KEY_BYTES
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import token_costs
 from hafrm_ds.data.planning import BatchPlan, partition_into_micro_batches
-from hafrm_ds.data.preparation import FATE_FEATURES, PAIR_FEATURES, PreparationOptions, fingerprints_of, prepare_pairs
+from hafrm_ds.data.preparation import FATE_FEATURES, GROUP_FEATURES, PreparationOptions, fingerprints_of, prepare_groups
 from hafrm_ds.data.sources import Source
 from tests.tiny_tokenizers import byte_level_tokenizer
 
 WRITTEN_AT_ONCE, ROWS_OF_A_BATCH = 500_000, 1000  # the latter as datasets writes them
 GLOBAL_BATCH_SIZE, NUM_RANKS, MAX_TOKENS = 1024, 64, 8192
-FEATURES = datasets.Features(PAIR_FEATURES | FATE_FEATURES)
+FEATURES = datasets.Features(GROUP_FEATURES | FATE_FEATURES)
 
 
 def write_tokens(file: Path, num_pairs: int) -> None:
@@ -45,12 +44,12 @@ def write_tokens(file: Path, num_pairs: int) -> None:
             rows = np.arange(start, start + number)
             dropped = rows % 50 == 49
 
-            def ids(dropped: np.ndarray = dropped) -> pa.Array:
+            def ids(dropped: np.ndarray) -> pa.Array:
                 lengths = np.where(dropped, 0, generator.integers(4, 12, len(dropped)))
                 offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
                 return pa.ListArray.from_arrays(offsets, pa.array(np.full(offsets[-1], 7, np.int32)))
 
-            def keys(number: int = number) -> pa.Array:
+            def keys(number: int) -> pa.Array:
                 offsets = np.arange(0, KEY_BYTES * (number + 1), KEY_BYTES, dtype=np.int32)
                 content = generator.bytes(KEY_BYTES * number)
                 return pa.Array.from_buffers(pa.binary(), number, [None, pa.py_buffer(offsets), pa.py_buffer(content)])
@@ -58,11 +57,26 @@ def write_tokens(file: Path, num_pairs: int) -> None:
             def text(value: str, number: int = number) -> pa.Array:
                 return pa.repeat(pa.scalar(value, pa.string()), number)
 
-            columns = {name: ids() for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-            columns |= {name: keys() for name in ("prompt_key", "chosen_key", "rejected_key")}
-            columns |= {name: text("") for name in ("deselected", "remarks", "left_out", "marks")}
+            def listed(values: pa.Array, each: int, dropped: np.ndarray = dropped) -> pa.Array:
+                """Some values of each row that is kept; none of others."""
+                sizes = np.where(dropped, 0, each)
+                return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32), values)
+
+            kept = number - int(dropped.sum())
+            comparison = {
+                "better": np.zeros(kept, np.int32),
+                "worse": np.ones(kept, np.int32),
+                "margin": pa.nulls(kept, pa.float32()),
+                "target": np.ones(kept, np.float32),
+                "weight": np.ones(kept, np.float32),
+            }
+            columns = {"prompt_ids": ids(dropped), "prompt_key": keys(number)}
+            columns["response_ids"] = listed(ids(np.zeros(2 * kept, bool)), 2)
+            columns["response_keys"] = listed(keys(2 * kept), 2)
+            arrays = [pa.array(column) for column in comparison.values()]
+            columns["comparisons"] = listed(pa.StructArray.from_arrays(arrays, list(comparison)), 1)
+            columns |= {name: text("") for name in ("deselected", "remarks", "lost", "left_out", "marks")}
             columns |= {
-                "margin": pa.nulls(number, pa.float32()),
                 "source": text("made up"),
                 "id": pa.array([f"pairs.jsonl:{row + 1}" for row in rows.tolist()]),
                 "format": text("explicit_prompt"),
@@ -94,7 +108,7 @@ def rank(folder: Path) -> None:
         return result
 
     replaced = {
-        "read_pairs": lambda *_, **__: rows,
+        "read_groups": lambda *_, **__: rows,
         "selection_key": lambda *_, **__: rows._fingerprint,
         "tokenize_rows": lambda *_, **__: datasets.Dataset.from_file(str(folder / "tokens.arrow")),
     }
@@ -102,13 +116,13 @@ def rank(folder: Path) -> None:
     with mock.patch.multiple(preparation, **known):
         sources = [Source(path="pairs.jsonl")]
         pairs = timed(
-            "prepare", lambda: prepare_pairs(sources, formatter=formatter, options=options, role="train", seed=0)
+            "prepare", lambda: prepare_groups(sources, formatter=formatter, options=options, role="train", seed=0)
         )
     timed("fingerprint", lambda: fingerprints_of({"train": pairs}))
 
     def first_step() -> None:
         index = BatchPlan(len(pairs), GLOBAL_BATCH_SIZE, 0).global_batch(0)
-        costs = token_costs({name: column[index] for name, column in pairs.lengths.items()}, "shared_prefix")
+        costs = pairs.lengths.take(index).costs("shared_prefix")
         parts = partition_into_micro_batches(costs, NUM_RANKS, MAX_TOKENS)
         make_micro_batch(pairs, index[parts[0][0]], "shared_prefix")
 

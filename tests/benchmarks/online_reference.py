@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.planning import DUMMY
-from hafrm_ds.data.prepared import PreparedPairs
+from hafrm_ds.data.prepared import PreparedGroups
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.engine.engine import Engine, load_scoring_engine, load_training_engine
 from hafrm_ds.processes.ranks import Processes, run_entry
@@ -29,17 +29,18 @@ from hafrm_ds.training.saver import CheckpointSaver
 
 @dataclasses.dataclass
 class OnlineReference:
-    """Stands for ReferenceLogprobs: computes the values of a micro-batch when they are asked for."""
+    """Stands for ReferenceLogprobs: computes the values of a micro-batch of pairs when they are asked for."""
 
     engine: Engine
-    pairs: PreparedPairs
+    pairs: PreparedGroups
     layout: str
 
-    def of(self, index: np.ndarray) -> torch.Tensor:
+    def of(self, responses: np.ndarray) -> torch.Tensor:
+        index = np.where(responses == DUMMY, DUMMY, responses // 2)[::2]
         with torch.no_grad():
             batch = make_micro_batch(self.pairs, index.tolist(), self.layout).batch
             logprob = self.engine(batch, with_reward=False).logprob.cpu()
-        return torch.where(torch.from_numpy(index == DUMMY).repeat_interleave(2), 0.0, logprob)
+        return torch.where(torch.from_numpy(responses == DUMMY), 0.0, logprob)
 
 
 def main(arguments: list[str], processes: Processes) -> None:

@@ -17,8 +17,8 @@ import datasets
 from transformers import AutoTokenizer
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import PreparationOptions, prepare_pairs
-from hafrm_ds.data.reading import read_pairs
+from hafrm_ds.data.preparation import PreparationOptions, prepare_groups
+from hafrm_ds.data.reading import read_groups
 from hafrm_ds.data.sources import Source
 
 WORDS = ("the", "tea", "of", "a", "large", "pot", "is", "good", "when", "it", "has", "cooked", "for", "ten", "minutes")
@@ -66,7 +66,7 @@ def time_reading(num_rows: int, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_rows(file := Path(folder, "pairs.jsonl"), name, num_rows)
         start = processor_seconds()
-        rows = read_pairs([Source(path=str(file))], role="train", seed=0, cache_dir=Path(folder, "cache"))
+        rows = read_groups([Source(path=str(file))], role="train", seed=0, cache_dir=Path(folder, "cache"))
         seconds = processor_seconds() - start
         assert len(rows) == num_rows and not any(rows["dropped"][:])
         print(f"{name}: {seconds:.2f} s for {num_rows:,} rows", flush=True)
@@ -80,7 +80,7 @@ def time_preparation(num_rows: int, model: str) -> None:
             max_length=512, truncation="drop", max_dropped_share=0.0, cache_dir=Path(folder, "cache"), num_proc=1
         )
         start = processor_seconds()
-        pairs = prepare_pairs([Source(path=str(file))], formatter=formatter, options=options, role="train", seed=0)
+        pairs = prepare_groups([Source(path=str(file))], formatter=formatter, options=options, role="train", seed=0)
         seconds = processor_seconds() - start
         assert len(pairs) == num_rows
         print(f"read and tokenised: {seconds:.2f} s for {num_rows:,} rows", flush=True)

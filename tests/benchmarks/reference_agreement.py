@@ -17,8 +17,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import prepare_pairs
-from hafrm_ds.data.prepared import ID_COLUMNS
+from hafrm_ds.data.preparation import prepare_groups
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.model.token_logprobs import LOGPROB_VERSION
@@ -29,7 +28,8 @@ from hafrm_ds.reference.store import Namespace, ReferenceStore
 def trl_logprobs(config, pairs, tokenizer) -> np.ndarray:
     """[pairs, 2] by TRL, from our token ids (its own tokenisation of these pairs is compared in tests/)."""
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32)
-    columns = [{name: list(getattr(p, name)) for name in ID_COLUMNS} for p in pairs]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    columns = [dict(zip(names, map(list, (pair.prompt_ids, *pair.responses)), strict=True)) for pair in pairs]
     text = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.DPOConfig(
@@ -50,11 +50,11 @@ def main() -> None:
     config = load_config(sys.argv[2:])
     tokenizer = load_tokenizer(config.model)
     formatter = ChatFormatter.create(tokenizer, config.data.chat_template, config.data.template_date)
-    pairs = prepare_pairs(
+    pairs = prepare_groups(
         config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
     )
     namespace = Namespace(fingerprint_weights(config.model), config.model.dtype, LOGPROB_VERSION)
-    stored = ReferenceStore(Path(sys.argv[1]), namespace).logprobs(pairs.keys.reshape(-1)).reshape(-1, 2)
+    stored = ReferenceStore(Path(sys.argv[1]), namespace).logprobs(pairs.keys).reshape(-1, 2)
     theirs = trl_logprobs(config, pairs, formatter.tokenizer)
     difference = np.abs(stored - theirs)
     print(

@@ -22,7 +22,7 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.planning import BatchPlan
-from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.preparation import prepare_groups
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, synchronize
@@ -35,12 +35,10 @@ WARM_UP = 2
 
 
 def joint_step(config: TrainConfig, model: HybridModel, micro_batch: MicroBatch, device: torch.device) -> None:
-    batch = micro_batch.batch.to(device)
-    scores = model(batch, with_reward=config.objective.uses_reward, with_logprob=config.objective.uses_policy)
+    micro_batch, objective = micro_batch.to(device), config.objective
+    scores = model(micro_batch.batch, with_reward=objective.uses_reward, with_logprob=objective.uses_policy)
     reference = None if scores.logprob is None else scores.logprob.detach()
-    loss = joint_loss(
-        config.objective, weights_at(config.objective, 0), scores, reference, micro_batch.margin.to(device)
-    )
+    loss = joint_loss(objective, weights_at(objective, 0), scores, reference, micro_batch.comparisons)
     loss.total.mean().backward()
     model.zero_grad()
 
@@ -69,7 +67,7 @@ def main() -> None:
     config = load_config(sys.argv[1:])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    pairs = prepare_pairs(
+    pairs = prepare_groups(
         config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
     )
     plan = BatchPlan(len(pairs), config.batch.global_batch_size, config.seed)

@@ -47,12 +47,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hafrm_ds.config import BatchConfig, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.lengths import GroupLengths
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import lay_out, token_costs
+from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.planning import BatchPlan, partition_into_micro_batches
-from hafrm_ds.data.preparation import prepare_pairs
-from hafrm_ds.data.reading import read_pairs
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.preparation import prepare_groups
+from hafrm_ds.data.reading import read_groups
+from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.engine.engine import make_optimizer, parameter_groups
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head, model_inputs, sum_by_response
 from hafrm_ds.model.loading import load_hybrid_model, load_tokenizer
@@ -69,7 +70,7 @@ MAX_LENGTH = 512
 class Batches:
     """The batches of all steps: tokenised for us, and the same rows as messages for TRL."""
 
-    pairs: list[list[TokenizedPair]]
+    pairs: list[list[TokenizedGroup]]
     rows: list[list[dict]]
     tokenizer: PreTrainedTokenizerBase
 
@@ -79,26 +80,27 @@ class Batches:
 
     def tokens(self, step: int) -> int:
         """Prompts once and both answers."""
-        return int(sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in self.pairs[step]))
+        return int(sum(len(pair.prompt_ids) + sum(map(len, pair.responses)) for pair in self.pairs[step]))
 
     def largest(self, layout: str) -> "Batches":
         """The batch with the most tokens, padding included, twice."""
-        groups = [[pair.group for pair in pairs] for pairs in self.pairs]
+        groups = [[pair.ids for pair in pairs] for pairs in self.pairs]
         step = max(range(len(groups)), key=lambda step: lay_out(groups[step], layout).input_ids.numel())
         return Batches([self.pairs[step]] * 2, [self.rows[step]] * 2, self.tokenizer)
 
 
 def load_batches(config: TrainConfig, num_steps: int) -> Batches:
     formatter = ChatFormatter.create(load_tokenizer(config.model), config.data.chat_template, config.data.template_date)
-    prepared = prepare_pairs(
+    prepared = prepare_groups(
         config.data.train, formatter=formatter, options=config.data.preparation, role="train", seed=config.seed
     )
-    messages = read_pairs(config.data.train, role="train", seed=config.seed, cache_dir=config.data.cache_dir)
+    messages = read_groups(config.data.train, role="train", seed=config.seed, cache_dir=config.data.cache_dir)
     place = {name: row for row, name in enumerate(messages["id"])}
     plan = BatchPlan(len(prepared), config.batch.global_batch_size, config.seed)
     pairs = [[prepared[index] for index in plan.global_batch(step)] for step in range(num_steps)]
     rows = [[messages[place[pair.id]] for pair in batch] for batch in pairs]
-    rows = [[{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in batch] for batch in rows]
+    names = ("prompt", "chosen", "rejected")
+    rows = [[dict(zip(names, (row["prompt"], *row["answers"]), strict=True)) for row in batch] for batch in rows]
     return Batches(pairs, rows, formatter.tokenizer)
 
 
@@ -240,7 +242,7 @@ def recipe(config: TrainConfig, batches: Batches) -> Contender:
         reward = head(states.flatten(0, 1)[batch.readout_index])
         result = ResponseScores(reward, logprob, batch.num_tokens)
         loss = joint_loss(
-            config.objective, weights_at(config.objective, number), result, reference_logprob, micro_batch.margin
+            config.objective, weights_at(config.objective, number), result, reference_logprob, micro_batch.comparisons
         ).total.mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_gradient_norm)
@@ -286,9 +288,9 @@ def ours(config: TrainConfig, batches: Batches) -> Contender:
 
     def micro_batches(number: int) -> list[MicroBatch]:
         pairs = batches.pairs[number]
-        names = ("prompt", "chosen", "rejected")
-        lengths = {name: np.array([len(getattr(pair, f"{name}_ids")) for pair in pairs]) for name in names}
-        (parts,) = partition_into_micro_batches(token_costs(lengths, layout), 1, max_tokens)
+        columns = zip(*([len(pair.prompt_ids), *map(len, pair.responses)] for pair in pairs), strict=True)
+        lengths = GroupLengths.of_pairs(*map(np.array, columns))
+        (parts,) = partition_into_micro_batches(lengths.costs(layout), 1, max_tokens)
         return [make_micro_batch(pairs, part, layout) for part in parts]
 
     started = time.perf_counter()
@@ -304,7 +306,7 @@ def ours(config: TrainConfig, batches: Batches) -> Contender:
         for part in micro_batches(number):
             known = reference[number, part.index].flatten()
             scores = model(part.batch)
-            losses = joint_loss(config.objective, weights_at(config.objective, number), scores, known, part.margin)
+            losses = joint_loss(config.objective, weights_at(config.objective, number), scores, known, part.comparisons)
             loss = losses.total.sum() / config.batch.global_batch_size
             optimizer.backward(loss)
             total += loss.item()
@@ -399,7 +401,7 @@ def report(
     contenders: dict[str, Contender], batches: Batches, seconds: dict[str, np.ndarray], peak_gib: dict[str, float]
 ) -> None:
     tokens = sum(batches.tokens(step) for step in range(len(batches.pairs)))
-    padded = sum(lay_out([pair.group for pair in pairs], "padded").input_ids.numel() for pairs in batches.pairs)
+    padded = sum(lay_out([pair.ids for pair in pairs], "padded").input_ids.numel() for pairs in batches.pairs)
     print(
         f"\n{len(batches.pairs)} steps of {len(batches.pairs[0])} pairs: {tokens:,} tokens, {padded:,} in padded rows; "
         f"{torch.get_num_threads()} threads; medians over the steps\n"

@@ -14,6 +14,7 @@ from hafrm_ds.capacity.plan import Machines, Plan
 from hafrm_ds.capacity.planner import lengths_of_sets, uniform_sets, workload_of
 from hafrm_ds.capacity.shapes import count_parameters, model_of_shapes
 from hafrm_ds.capacity.workload import counts
+from hafrm_ds.data.lengths import GroupLengths, starts_of
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import ConfigError, ModelError, run_alone
@@ -222,12 +223,12 @@ def test_of_a_mixture_of_experts_all_are_held_and_sent_and_a_few_computed(tmp_pa
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
 def test_counts_of_lengths_are_those_of_laid_out_batches(layout):
-    items = random_items(1)
-    lengths = {
-        "prompt": np.array([len(item.prompt) for item in items]),
-        "chosen": np.array([len(item.responses[0]) for item in items]),
-        "rejected": np.array([len(item.responses[1]) for item in items]),
-    }
+    items = [*random_items(1), *random_items(2, num_items=2, num_responses=5), *random_items(3, num_responses=3)]
+    lengths = GroupLengths(
+        np.array([len(item.prompt) for item in items]),
+        np.array([len(response) for item in items for response in item.responses]),
+        starts_of(np.array([len(item.responses) for item in items])),
+    )
     cost = ForwardCost.of(tiny_hybrid("llama").causal_lm)
     expected = cost.parts(lay_out(items, layout), with_logprob=True)
     assert cost.parts_of(*counts(lengths, layout, with_logprob=True)) == pytest.approx(expected)
@@ -292,8 +293,8 @@ def test_a_recipe_is_written_that_training_takes(tmp_path, monkeypatch, capsys):
     assert isinstance(written.batch.max_tokens_per_micro_batch, int)
     assert yaml.safe_load(recipe.read_text())["model"]["name_or_path"] == str(model)
     lengths, no_lengths = lengths_of_sets(written)
-    assert len(lengths["prompt"]) == 40
-    assert len(no_lengths["prompt"]) == 0
+    assert len(lengths) == 40
+    assert len(no_lengths) == 0
 
 
 @pytest.mark.parametrize(

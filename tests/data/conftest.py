@@ -2,7 +2,7 @@ import pytest
 
 from hafrm_ds.config import DataConfig
 from hafrm_ds.data.preparation import progress_bars_on_a_terminal
-from hafrm_ds.data.reading import read_pairs
+from hafrm_ds.data.reading import read_groups
 from tests.tiny_tokenizers import byte_level_tokenizer
 
 
@@ -17,7 +17,7 @@ def read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*given, role="train", seed=0):
-        return read_pairs(DataConfig(train=list(given)).train, role=role, seed=seed, cache_dir=tmp_path / "cache")
+        return read_groups(DataConfig(train=list(given)).train, role=role, seed=seed, cache_dir=tmp_path / "cache")
 
     with progress_bars_on_a_terminal():
         yield run

@@ -82,6 +82,16 @@ EXAMPLES = {
     },
     "ratings": {"instruction": "p", "generations": ["b", "a"], "ratings": [2.0, 4.0]},
     "groups": {"prompt": "p", "responses": ["b", "a"], "scores": [0.5, 2.5]},
+    "best_of_n": {
+        "id": "candidates.jsonl:1",
+        "prompt": "p",
+        "model": "m",
+        "pick": "b",
+        "candidates": [
+            {"response": "b", "score": 0.5, "rank": 1, "gold": -1.0},
+            {"response": "a", "score": 0.2, "rank": 2, "gold": 1.0},
+        ],
+    },
     "oasst": {
         "message_tree_id": "1",
         "tree_state": "ready_for_export",

@@ -1,4 +1,4 @@
-"""Random rows and files in every format: whatever they hold, reading gives pairs of their own words or says one line.
+"""Random rows and files in every format: whatever they hold, reading gives groups of their own words or says one line.
 
     python -m tests.data.fuzzing SECONDS [SEED]
 
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from hafrm_ds.data.files import find_tables
-from hafrm_ds.data.formats import detect_format, read_pairs_of, texts_in
-from hafrm_ds.data.pairs import Deselected, Dropped, PreferencePair, Row, parsed_messages
-from hafrm_ds.data.reading import as_features, read_rows, remarks_on
+from hafrm_ds.data.formats import detect_format, read_groups_of, texts_in
+from hafrm_ds.data.pairs import Deselected, Dropped, PreferenceGroup, Row, parsed_messages
+from hafrm_ds.data.reading import as_features, joined_rows, read_rows, remarks_on
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
 from hafrm_ds.scoring.rows import conversations_of
@@ -35,6 +35,7 @@ NAMES = [
     *("prompt", "chosen", "rejected", "instruction", "input", "question", "query", "system", "history", "context"),
     *("messages", "conversations", "trajectory", "turn", "tools", "reasoning", "images", "margin", "score_chosen"),
     *("score_rejected", "source", "response", "responses", "votes", "systemPrompt", "\ud800", "a\nb", "", "x" * 300),
+    *("probability", "scores", "ranks", "comparisons"),
 ]
 WORDS = [
     *("tea", "Human:", "\n\nHuman:", "\n\nAssistant:", "Assistant:", "### Human:", "\r\n\r\nHuman:", "</s>"),
@@ -50,6 +51,21 @@ WITH_TOOLS = {
     "rejected": [{"role": "function_call", "content": '{"name": "f", "arguments": {"y": [1.5, null]}}'}],
     "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}],
 }
+RESPONSES = ["a b", "c", "a b", [{"role": "assistant", "content": "d"}], "e"]
+WITH_GROUPS = [
+    {"prompt": "p", "responses": RESPONSES, "scores": [1, 2.5, 1, None, math.nan]},
+    {"prompt": "p", "responses": RESPONSES, "ranks": [1, 2, 3, 3.0, None]},
+    {"prompt": "p", "responses": RESPONSES, "comparisons": [[0, 1], [2, 3], [3, 0], [0, 2]]},
+    {
+        "prompt": "p",
+        "responses": RESPONSES,
+        "comparisons": [
+            {"better": 1, "worse": 0, "probability": 0.25, "margin": 2, "weight": None},
+            {"better": 4, "worse": 3, "probability": 0.5, "margin": None, "weight": 3},
+        ],
+    },
+    {"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.25, "margin": 3},
+]
 MARKS = ("Human:", "Assistant:", "extra_id", "###", "[", "{")
 """What is read as something else than the words of a text."""
 WORDS_OF_OURS = {"SUBREDDIT:", "TITLE:", "POST:", "TL;DR:", "<think>", "</think>"}
@@ -119,7 +135,7 @@ def changed(value: Any, rng: random.Random, depth: int = 0) -> Any:
 
 
 def any_row(rng: random.Random) -> dict[str, Any]:
-    row = copy.deepcopy(rng.choice([*EXAMPLES.values(), WITH_TOOLS, WITH_TOOLS]))
+    row = copy.deepcopy(rng.choice([*EXAMPLES.values(), WITH_TOOLS, WITH_TOOLS, *WITH_GROUPS * 3]))
     for _ in range(rng.choice([0, 1, 1, 2, 3, 6])):
         row = changed(row, rng, 0) if row else row
         if not isinstance(row, dict):
@@ -133,8 +149,12 @@ def any_source(rng: random.Random) -> Source:
     options: dict[str, Any] = {}
     if rng.random() < 0.2:
         options["single_turn"] = True
+    if rng.random() < 0.4:
+        options["ranking"] = rng.choice(["best", "adjacent"])
     if rng.random() < 0.2:
-        options["ranking"] = "adjacent"
+        options["min_score_gap"] = rng.choice([0.5, 2, 1e-300])
+    if rng.random() < 0.2:
+        options["max_answers"] = rng.choice([2, 3])
     if rng.random() < 0.1:
         options["roles"] = {"x": "user"}
     if rng.random() < 0.1:
@@ -174,7 +194,7 @@ def check_row(fields: dict[str, Any], source: Source) -> str:
     row = Row(fields, "pairs.jsonl:7", "pairs", Row({}, "", "").roles | source.roles)
     try:
         name = detect_format(row)
-        outcomes = read_pairs_of(row, name, source)
+        outcomes = read_groups_of(row, name, source)
     except DataError as error:
         check_message(error, "pairs.jsonl:7: ")
         return "refused"
@@ -184,26 +204,41 @@ def check_row(fields: dict[str, Any], source: Source) -> str:
         json.dumps(features).encode()
         for text in (features["source"], features["remarks"], features["dropped"], features["deselected"]):
             text.encode()
-        assert features["margin"] is None or math.isfinite(features["margin"])
-        if not isinstance(outcome, PreferencePair):
+        if not isinstance(outcome, PreferenceGroup):
             assert isinstance(outcome, Deselected | Dropped)
             continue
+        check_comparisons(features, source)
         whole = words_of(fields) if whole is None else whole
-        for message in (*outcome.prompt, *outcome.chosen, *outcome.rejected):
+        for message in said_in(outcome):
             message["content"].encode()
             if message["role"] == "tool":  # its content may be any JSON
                 continue
             for word in message["content"].split():
                 assert word in WORDS_OF_OURS or word.removeprefix("r/") in whole, f"{word!r} is not in the row"
-        assert outcome.prompt and outcome.chosen and outcome.rejected
-        assert outcome.chosen[-1]["role"] == outcome.rejected[-1]["role"] == "assistant"
-    pairs = [outcome for outcome in outcomes if isinstance(outcome, PreferencePair)]
-    said = "".join(words_of([outcome.prompt + outcome.chosen + outcome.rejected for outcome in pairs]))
-    for column in OF_THE_CONVERSATION if pairs else ():
+        assert outcome.prompt and all(answer[-1]["role"] == "assistant" for answer in outcome.answers)
+    groups = [outcome for outcome in outcomes if isinstance(outcome, PreferenceGroup)]
+    said = "".join(words_of([said_in(outcome) for outcome in groups]))
+    for column in OF_THE_CONVERSATION if groups else ():
         text = fields.get(column)
         if column not in source.ignore_columns and isinstance(text, str) and not any(mark in text for mark in MARKS):
             assert all(word in said for word in text.split()), f"{column} is lost"
-    return "pairs" if pairs else "left out"
+    if any(len(outcome.answers) > 2 for outcome in groups):
+        return "groups"
+    return "pairs" if groups else "left out"
+
+
+def said_in(group: PreferenceGroup) -> list[dict[str, Any]]:
+    return [message for part in (group.prompt, *group.answers) for message in part]
+
+
+def check_comparisons(row: dict[str, Any], source: Source) -> None:
+    """Of a group in FEATURES: every answer is compared, and every comparison is one."""
+    compared = {each[side] for each in row["comparisons"] for side in ("better", "worse")}
+    assert compared == set(range(len(row["answers"]))), f"{compared} of {len(row['answers'])} answers are compared"
+    assert source.max_answers is None or len(compared) <= source.max_answers
+    for each in row["comparisons"]:
+        assert each["better"] != each["worse"] and 0.5 < each["target"] <= 1 and 0 < each["weight"] < math.inf
+        assert each["margin"] is None or math.isfinite(each["margin"])
 
 
 def check_score_row(fields: dict[str, Any]) -> str:
@@ -242,10 +277,11 @@ def check_file(rng: random.Random, folder: Path) -> str:
         content = content[: rng.randrange(len(content))] if rng.random() < 0.2 else content
     path = folder / f"pairs{suffix}"
     path.write_bytes(content)
-    source = Source(path=str(path), name="pairs")
+    source = Source(path=str(path), name="pairs", group_by_prompt=rng.random() < 0.3)
     try:
-        for row in read_rows(find_tables(source, None), source):
+        for row in (joined_rows if source.group_by_prompt else read_rows)(find_tables(source, None), source):
             json.dumps(row).encode()
+            check_comparisons(row, source)
     except DataError as error:
         check_message(error, str(path))
         return "file refused"

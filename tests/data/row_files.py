@@ -48,6 +48,10 @@ def prompts(pairs):
     return [row["prompt"][0]["content"] for row in pairs if not row["deselected"] and not row["dropped"]]
 
 
+def margins(pairs):
+    return [comparison["margin"] for (comparison,) in pairs["comparisons"]]
+
+
 def error_of(read, *given, **options):
     with pytest.raises(DataError) as caught:
         read(*given, **options)

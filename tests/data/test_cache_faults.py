@@ -10,8 +10,7 @@ import pytest
 
 from hafrm_ds.data import preparation
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import PreparationOptions, prepare_pairs
-from hafrm_ds.data.prepared import fingerprint
+from hafrm_ds.data.preparation import PreparationOptions, prepare_groups
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError, in_own_names
 
@@ -35,7 +34,7 @@ def prepare(tmp_path, make_tokenizer, file):
     def prepared(cache_dir=tmp_path / "cache", **options):
         options = PreparationOptions(max_length=200, truncation="drop", cache_dir=cache_dir, **options)
         sources = [Source(path=str(tmp_path / "pairs.jsonl"))]
-        return prepare_pairs(sources, formatter=formatter, options=options, role="eval", seed=0)
+        return prepare_groups(sources, formatter=formatter, options=options, role="eval", seed=0)
 
     return prepared
 
@@ -51,7 +50,7 @@ def test_a_cache_that_cannot_be_written_is_one_message(prepare, tmp_path):
         assert " --cache_dir" in in_own_names(caught.value)
 
 
-@pytest.mark.parametrize("step", ["read_pairs", "tokenize_rows"])
+@pytest.mark.parametrize("step", ["read_groups", "tokenize_rows"])
 def test_a_full_disk_is_one_message(prepare, monkeypatch, step):
     def fail(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -62,12 +61,12 @@ def test_a_full_disk_is_one_message(prepare, monkeypatch, step):
 
 
 def test_damaged_tokens_are_made_anew(prepare, tmp_path):
-    whole = prepare().pairs.to_list()
+    whole = prepare().rows.to_list()
     [tokens] = (tmp_path / "cache").glob("tokenized-*.arrow")
     for content in (tokens.read_bytes()[:700], b"", b"no arrow file"):
         tokens.unlink()  # the old one is mapped into memory
         tokens.write_bytes(content)
-        assert prepare().pairs.to_list() == whole
+        assert prepare().rows.to_list() == whole
 
 
 def test_a_file_that_has_changed_under_the_same_size_and_time_is_read_anew(prepare, file):
@@ -80,16 +79,17 @@ def test_a_file_that_has_changed_under_the_same_size_and_time_is_read_anew(prepa
 
 def test_later_processes_map_what_the_first_has_counted(prepare, tmp_path, monkeypatch):
     first = prepare()
-    monkeypatch.setattr(preparation, "read_pairs", None)  # no row is read again
+    monkeypatch.setattr(preparation, "read_groups", None)  # no row is read again
     again = prepare()
     assert again.report == first.report
-    assert again.fingerprint == first.fingerprint == fingerprint(first.keys, np.full(len(first), np.nan, np.float32))
-    assert again.pairs.to_list() == first.pairs.to_list()
-    mapped = (*again.lengths.values(), again.keys, again.prompt_keys, again.uncut_lengths)
+    assert again.fingerprint == first.fingerprint
+    assert again.rows.to_list() == first.rows.to_list()
+    lengths = (again.lengths.prompt, again.lengths.response)
+    mapped = (*lengths, *again.table, again.keys, again.prompt_keys, again.uncut_lengths)
     assert all(isinstance(column.base, np.memmap) and not column.flags.writeable for column in mapped)
 
 
-@pytest.mark.parametrize("name", ["keys.npy", "facts.json", "chosen.npy", "kept.arrow"])
+@pytest.mark.parametrize("name", ["keys.npy", "facts.json", "response.npy", "better.npy", "kept.arrow"])
 @pytest.mark.parametrize("damage", [b"", b"{}", None])
 def test_damaged_counts_are_made_anew(prepare, tmp_path, file, name, damage):
     with (tmp_path / "pairs.jsonl").open("a") as more:
@@ -102,5 +102,5 @@ def test_damaged_counts_are_made_anew(prepare, tmp_path, file, name, damage):
         (folder / name).write_bytes(damage)
     again = prepare()
     assert len(again) == 9
-    assert again.pairs.to_list() == whole.pairs.to_list()
+    assert again.rows.to_list() == whole.rows.to_list()
     assert np.array_equal(again.keys, whole.keys) and again.report == whole.report

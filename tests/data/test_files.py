@@ -12,7 +12,7 @@ import pytest
 
 from hafrm_ds.data import files as tables
 from hafrm_ds.data.reading import FEATURES
-from tests.data.row_files import error_of, prompts, rows_of, write_lines, write_rows
+from tests.data.row_files import error_of, margins, prompts, rows_of, write_lines, write_rows
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,8 @@ def test_every_kind_of_file(read, path, first_id):
     assert pairs.features == FEATURES
     assert pairs[0] == {
         "prompt": [{"role": "user", "content": "p0"}],
-        "chosen": [{"role": "assistant", "content": "a"}],
-        "rejected": [{"role": "assistant", "content": "b"}],
-        "margin": None,
+        "answers": [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]],
+        "comparisons": [{"better": 0, "worse": 1, "margin": None, "target": 1.0, "weight": 1.0}],
         "source": path.split(".")[0],
         "id": first_id,
         "format": "explicit_prompt",
@@ -54,16 +53,16 @@ def test_values_separated_by_commas_or_tabs(read, path, delimiter):
     content = text.getvalue().encode("utf-8-sig")
     Path(path).write_bytes(gzip.compress(content) if path.endswith("gz") else content)
     pairs = read(path)
-    assert prompts(pairs) == ["p0", "p1"] and pairs["margin"][:] == [0.5, None]
+    assert prompts(pairs) == ["p0", "p1"] and margins(pairs) == [0.5, None]
     assert pairs["id"][:] == [f"{path}:2", f"{path}:4"]
-    assert [rejected[0]["content"] for rejected in pairs["rejected"]] == ['b "x",\ny', ""]
+    assert [rejected[0]["content"] for _, rejected in pairs["answers"]] == ['b "x",\ny', ""]
 
 
 def test_cells_are_labels_flags_and_messages(read):
     header = "prompt,response_0,response_1,better_response_id,safer_response_id,is_response_0_safe,is_response_1_safe\n"
     Path("x.csv").write_text(header + "p,b,a,,1,False,True\np,a,b,0,0,True,False\n")
     pairs = read({"path": "x.csv", "exactly_one_safe": True})
-    assert [chosen[0]["content"] for chosen in pairs["chosen"]] == ["a", "a"]
+    assert [chosen[0]["content"] for chosen, _ in pairs["answers"]] == ["a", "a"]
     messages = """[{'role': 'user', 'content': "it's p"}]"""  # as pandas writes it
     Path("y.csv").write_text('prompt,chosen,rejected\n"' + messages.replace('"', '""') + '",a,b\n')
     assert prompts(read("y.csv")) == ["it's p"]
@@ -89,7 +88,7 @@ def test_json_lines_in_a_json_file(read):
 def test_columns_of_mixed_types_in_json_lines(read):
     message = {"role": "user", "content": "p"}
     write_lines("x.jsonl", [*rows_of(1, votes=3), *rows_of(1, prompt=[message], votes="all", margin=0.5)])
-    assert read("x.jsonl")["margin"][:] == [None, 0.5]
+    assert margins(read("x.jsonl")) == [None, 0.5]
 
 
 def test_a_folder_of_files_is_read_in_order_of_names(read):

@@ -7,8 +7,8 @@ from decimal import Decimal
 import pytest
 from pydantic import ValidationError
 
-from hafrm_ds.data.formats import FORMATS, NO_PAIRS, detect_format, read_pairs_of, speaks_of_conversation
-from hafrm_ds.data.pairs import Deselected, Dropped, Row, assistant, user
+from hafrm_ds.data.formats import FORMATS, NO_PAIRS, detect_format, read_groups_of, speaks_of_conversation
+from hafrm_ds.data.pairs import OF_A_PAIR, Deselected, Dropped, Row, assistant, user
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
 from tests.data.format_rows import BEGIN, END, EXAMPLES, README, table
@@ -39,29 +39,29 @@ def test_a_column_of_the_conversation_that_is_not_read_refuses_the_row(name, col
     with pytest.raises(
         DataError, match="other text in" if name == "implicit_text" else "filled, but not read"
     ) as error:
-        read_pairs_of(row, name, Source(path="x"))
+        read_groups_of(row, name, Source(path="x"))
     assert str(error.value).startswith("pairs.jsonl:7: ") and column in str(error.value)
     assert len(str(error.value)) < 300
-    (pair,) = read_pairs_of(row, name, Source(path="x", ignore_columns=[column]))
+    (pair,) = read_groups_of(row, name, Source(path="x", ignore_columns=[column]))
     assert parts(pair)[1:] == ([assistant("a")], [assistant("b")])
     for empty in (None, "", []):
-        (pair,) = read_pairs_of(Row(row.fields | {column: empty}, row.id, ""), name, Source(path="x"))
+        (pair,) = read_groups_of(Row(row.fields | {column: empty}, row.id, ""), name, Source(path="x"))
         assert parts(pair)[1:] == ([assistant("a")], [assistant("b")])
 
 
 def test_a_word_that_stands_in_the_conversation_by_chance_is_no_repetition():
     fields = {"prompt": "What is tea?", "chosen": "a good drink", "rejected": "no idea"}
     assert "chatHistory: filled, but not read" in error_of(fields | {"chatHistory": ["a"]})
-    assert convert(fields | {"query": "What is tea?"}).chosen == [assistant("a good drink")]
+    assert convert(fields | {"query": "What is tea?"}).answers[0] == [assistant("a good drink")]
 
 
 def test_a_column_that_repeats_the_conversation_loses_nothing():
     """UltraFeedback binarized has `messages`, Capybara `conversation` and `generation_prompt`."""
     messages = [user("p"), assistant("a")]
-    assert convert(PAIR | {"messages": messages}).chosen == [assistant("a")]
+    assert convert(PAIR | {"messages": messages}).answers[0] == [assistant("a")]
     assert "messages: filled, but not read" in error_of(PAIR | {"messages": [user("other"), assistant("a")]})
     fields = {"chosen": messages, "rejected": [user("p"), assistant("b")], "generation_prompt": ["z"]}
-    assert convert(fields | {"conversation": [{"input": "p", "output": "a"}]}).chosen == [assistant("a")]
+    assert convert(fields | {"conversation": [{"input": "p", "output": "a"}]}).answers[0] == [assistant("a")]
 
 
 # ---- prompts of several columns ------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_answers_that_repeat_a_text_lose_it_but_not_two_words_by_chance():
     }
     assert parts(convert(fields))[1:] == ([assistant("Good.")], [assistant("Bad.")])
     fields = {"prompt": "Hi there", "chosen": "Hi there friend", "rejected": "Hi there you"}
-    assert convert(fields).chosen == [assistant("Hi there friend")]
+    assert convert(fields).answers[0] == [assistant("Hi there friend")]
 
 
 # ---- messages ------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_messages_as_json_text():
     expected = ([user("p")], [assistant("a")], [assistant("b")])
     assert parts(convert({"chosen": chosen, "rejected": rejected})) == expected
     assert parts(convert({"prompt": "p", "chosen": chosen, "rejected": rejected})) == expected
-    assert convert(PAIR | {"chosen": '[{"a": 1}]'}).chosen == [assistant('[{"a": 1}]')]
+    assert convert(PAIR | {"chosen": '[{"a": 1}]'}).answers[0] == [assistant('[{"a": 1}]')]
 
 
 def part(text):
@@ -214,7 +214,7 @@ def test_parts_of_text_are_joined_and_images_dropped():
     ("preference", "chosen"), [(1.0000048, "a"), (1.3, "a"), (1, "a"), (1.8, "b"), (1.9998, "b"), (2.0, "b")]
 )
 def test_annotations_of_alpaca_eval_lie_between_1_and_2(preference, chosen):
-    assert convert(EXAMPLES["alpaca_farm"] | {"preference": preference}).chosen == [assistant(chosen)]
+    assert convert(EXAMPLES["alpaca_farm"] | {"preference": preference}).answers[0] == [assistant(chosen)]
 
 
 @pytest.mark.parametrize(
@@ -248,25 +248,15 @@ def test_rows_without_a_preference(name, changes, reason):
 
 
 def test_the_other_answer_may_be_the_better():
-    assert convert(EXAMPLES["helpsteer3"] | {"overall_preference": 3}).chosen == [assistant("b")]
-    assert convert(EXAMPLES["shp"] | {"labels": 0}).chosen == [assistant("b")]
-    assert convert(EXAMPLES["summaries"] | {"choice": 0}).chosen == [assistant("b")]
+    assert convert(EXAMPLES["helpsteer3"] | {"overall_preference": 3}).answers[0] == [assistant("b")]
+    assert convert(EXAMPLES["shp"] | {"labels": 0}).answers[0] == [assistant("b")]
+    assert convert(EXAMPLES["summaries"] | {"choice": 0}).answers[0] == [assistant("b")]
 
 
 def test_summaries_are_of_a_post_with_its_title():
     info = {"subreddit": "tea", "title": "Tea", "post": "I like tea.", "id": "x"}
     prompt = "SUBREDDIT: r/tea\nTITLE: Tea\nPOST: I like tea.\nTL;DR:"
     assert convert(EXAMPLES["summaries"] | {"info": info}).prompt == [user(prompt)]
-
-
-def test_rankings_give_the_best_against_each_other_answer():
-    answers = [{"answer": text, "rank": rank} for text, rank in (("c", 2), ("a", 0), ("b", 1), ("d", 0))]
-    pairs = convert({"prompt": "\n\nHuman: p\n\nAssistant: ", "answers": answers})
-    assert pairs[0] == Deselected("tie")
-    assert [parts(pair)[1:] for pair in pairs[1:]] == [
-        ([assistant("a")], [assistant("b")]),
-        ([assistant("a")], [assistant("c")]),
-    ]
 
 
 # ---- optional numbers ----------------------------------------------------------------------------------------------
@@ -276,12 +266,12 @@ def test_rankings_give_the_best_against_each_other_answer():
 def test_a_margin_that_cannot_be_read_blocks_nothing(value):
     for fields in ({"margin": value}, {"score_chosen": 1, "score_rejected": value}):
         pair = convert(PAIR | fields)
-        assert pair.margin is None
+        assert pair.comparisons == OF_A_PAIR
         assert pair.margin_fault.startswith("pairs.jsonl:7: field ") and len(pair.margin_fault) < 150
 
 
 def test_decimals_are_numbers():
-    assert convert(PAIR | {"score_chosen": Decimal("8.5"), "score_rejected": Decimal(3)}).margin == 5.5
+    assert convert(PAIR | {"score_chosen": Decimal("8.5"), "score_rejected": Decimal(3)}).comparisons[0].margin == 5.5
 
 
 def test_messages_are_bounded():
@@ -303,11 +293,7 @@ def test_columns_of_a_source_name_those_of_any_layout(read):
     message = reading_error(read, {"path": "x.jsonl", "columns": columns})
     assert message.startswith("x.jsonl:1: the source's columns give the name prompt to another column")
     (pair,) = read({"path": "x.jsonl", "columns": columns, "ignore_columns": ["prompt"]})
-    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (
-        [SYSTEM, user("p")],
-        [assistant("a")],
-        [assistant("b")],
-    )
+    assert (pair["prompt"], pair["answers"]) == ([SYSTEM, user("p")], [[assistant("a")], [assistant("b")]])
     del columns["system"]
     options = {"path": "x.jsonl", "columns": columns, "ignore_columns": ["prompt"]}
     (pair,) = read(options)  # "rules" is no name that speaks of the conversation: it is told, as every column not read
@@ -320,7 +306,7 @@ def test_columns_may_swap_names_and_keep_what_they_do_not_name(read):
     write_lines("x.jsonl", [{"prompt": "p", "chosen": "b", "rejected": "a", "score_chosen": 1, "score_rejected": 3}])
     columns = {"chosen": "rejected", "rejected": "chosen", "score_chosen": "score_rejected"}
     (pair,) = read({"path": "x.jsonl", "columns": columns | {"score_rejected": "score_chosen"}})
-    assert (pair["chosen"], pair["rejected"], pair["margin"]) == ([assistant("a")], [assistant("b")], 2.0)
+    assert (pair["answers"], pair["comparisons"][0]["margin"]) == ([[assistant("a")], [assistant("b")]], 2.0)
 
 
 def test_roles_of_a_source(read):
@@ -328,7 +314,7 @@ def test_roles_of_a_source(read):
     write_lines("x.jsonl", [{"chosen": turns[0], "rejected": turns[1]}])
     assert "'Customer', expected one of system, user" in reading_error(read, "x.jsonl")
     (pair,) = read({"path": "x.jsonl", "roles": {"customer": "user", "agent": "assistant"}})
-    assert (pair["prompt"], pair["chosen"]) == ([user("p")], [assistant("a")])
+    assert (pair["prompt"], pair["answers"][0]) == ([user("p")], [assistant("a")])
     assert pair["remarks"] == "role: Customer -> user\nrole: agent -> assistant"
 
 
@@ -337,7 +323,9 @@ def test_roles_of_a_source(read):
     [
         ({"columns": {"promt": "x"}}, "no format has a column 'promt'; did you mean 'prompt'?"),
         ({"roles": {"x": "narrator"}}, "Input should be 'system', 'user', 'assistant' or 'developer'"),
-        ({"ranking": "all"}, "Input should be 'best' or 'adjacent'"),
+        ({"ranking": "first"}, "Input should be 'all', 'best' or 'adjacent'"),
+        ({"min_score_gap": 0}, "Input should be greater than 0"),
+        ({"max_answers": 1}, "Input should be greater than or equal to 2"),
     ],
 )
 def test_faults_of_what_a_source_says(options, fault):
@@ -348,7 +336,7 @@ def test_faults_of_what_a_source_says(options, fault):
 def test_ignored_images_are_left_out():
     fields = PAIR | {"images": ["x.png"]}
     assert convert(fields) == Dropped("has images or other media, which are not supported")
-    assert convert(fields, Source(path="x", ignore_columns=["images"])).chosen == [assistant("a")]
+    assert convert(fields, Source(path="x", ignore_columns=["images"])).answers[0] == [assistant("a")]
 
 
 # ---- more of the layouts -------------------------------------------------------------------------------------------
@@ -356,7 +344,7 @@ def test_ignored_images_are_left_out():
 
 def test_reasoning_beside_the_content_stands_in_front_of_it():
     answer = {"role": "assistant", "content": "a", "reasoning_content": "It is a.\n"}
-    assert convert(PAIR | {"chosen": [answer]}).chosen == [assistant("<think>\nIt is a.\n</think>\n\na")]
+    assert convert(PAIR | {"chosen": [answer]}).answers[0] == [assistant("<think>\nIt is a.\n</think>\n\na")]
 
 
 @pytest.mark.parametrize("key", ["images", "audio"])
@@ -367,7 +355,7 @@ def test_a_message_with_media_beside_its_content_is_dropped(key):
 
 def test_one_answer_that_is_json_is_a_text():
     json_answer = '[{"role": "user", "content": "a chat"}]'
-    assert convert(PAIR | {"chosen": json_answer}).chosen == [assistant(json_answer)]
+    assert convert(PAIR | {"chosen": json_answer}).answers[0] == [assistant(json_answer)]
 
 
 def test_messages_that_numpy_has_printed_are_refused():
@@ -398,19 +386,10 @@ def test_turns_of_helpsteer2_begin_with_marks():
     prompt = "p\n<extra_id_1>Assistant\nx\n<extra_id_1>User\nq"
     pair = convert(EXAMPLES["helpsteer2"] | {"prompt": prompt, "preference_strength": 2})
     assert parts(pair) == ([user("p"), assistant("x"), user("q")], [assistant("b")], [assistant("a")])
-    assert pair.margin == 2
+    assert pair.comparisons[0].margin == 2
 
 
-def test_rankings_give_adjacent_pairs_where_the_source_says_so():
-    row = Row(EXAMPLES["ratings"] | {"generations": list("cabd"), "ratings": [1, 5, 3, 3]}, "x:1", "")
-    outcomes = read_pairs_of(row, "ratings", Source(path="x", ranking="adjacent"))
-    made = [
-        (each.chosen[0]["content"], each.rejected[0]["content"], each.margin) for each in (outcomes[0], outcomes[2])
-    ]
-    assert made == [("a", "b", 2.0), ("d", "c", 2.0)] and outcomes[1] == Deselected("tie")
-
-
-def test_trees_give_pairs_at_every_prompt_with_ranked_replies():
+def test_trees_give_a_group_at_every_prompt_with_ranked_replies():
     def node(role, text, rank=None, replies=(), **more):
         return {"role": role, "text": text, "rank": rank, "replies": list(replies)} | more
 

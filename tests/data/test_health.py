@@ -11,7 +11,7 @@ from hafrm_ds.config import DataConfig
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.health import LengthBias, are_among, cut_shares, overlap, render_health, shared_pairs
-from hafrm_ds.data.preparation import PreparedPairs, prepare_pairs
+from hafrm_ds.data.preparation import PreparedGroups, prepare_groups
 
 
 @pytest.fixture
@@ -19,12 +19,12 @@ def prepare(make_tokenizer, tmp_path):
     """prepare(name, [(prompt, chosen, rejected), ...]) -> pairs, of at most 100 tokens."""
     formatter = ChatFormatter.create(make_tokenizer(), None, "2024-07-26")
 
-    def run(name: str, *rows: tuple[str, str, str]) -> PreparedPairs:
+    def run(name: str, *rows: tuple[str, str, str]) -> PreparedGroups:
         file = tmp_path / f"{name}.jsonl"
         named = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
         file.write_text("".join(json.dumps(row) + "\n" for row in named))
         data = DataConfig(train=str(file), cache_dir=tmp_path / "cache", max_length=100, max_dropped_share=1.0)
-        return prepare_pairs(data.train, formatter=formatter, options=data.preparation, role="train", seed=0)
+        return prepare_groups(data.train, formatter=formatter, options=data.preparation, role="train", seed=0)
 
     return run
 

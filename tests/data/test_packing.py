@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from hafrm_ds.data.comparisons import Comparison, Comparisons
 from hafrm_ds.data.micro_batches import make_micro_batch
-from hafrm_ds.data.packing import ALIGNMENT, lay_out, padded_rows, tensors_of, token_costs
+from hafrm_ds.data.packing import ALIGNMENT, lay_out, padded_rows, tensors_of
 from hafrm_ds.data.planning import DUMMY, partition_by_length
-from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedPair
+from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedGroup
 from tests.tiny_models import random_items
 
 ITEM = PromptWithResponses([10, 11, 12], ([20, 21], [30, 31, 32]))
@@ -63,15 +64,25 @@ def test_every_layout_says_the_same(layout, num_responses):
     assert flat[batch.predict_index].tolist() == previous
 
 
-@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
-def test_token_costs_are_the_tokens_laid_out(layout):
-    item = random_items(seed=9, num_items=1)[0]
-    lengths = {
-        "prompt": np.array([len(item.prompt)]),
-        "chosen": np.array([len(item.responses[0])]),
-        "rejected": np.array([len(item.responses[1])]),
-    }
-    assert token_costs(lengths, layout).tolist() == [lay_out([item], layout).input_ids.numel()]
+def test_responses_know_their_items():
+    for layout in ("shared_prefix", "packed", "padded"):
+        batch = lay_out([ITEM, PromptWithResponses([1], ([2],)), ITEM._replace(responses=([1], [2], [3]))], layout)
+        assert batch.group.tolist() == [0, 0, 1, 2, 2, 2]
+        assert batch.num_groups == 3
+
+
+def test_a_micro_batch_of_groups_by_hand():
+    """A whole group of three, a dummy, and a part that has a quarter of its group's comparisons."""
+    three = TokenizedGroup([1, 2], ([3], [4, 5], [6]), (Comparison(2, 0, 0.5), Comparison(1, 0, weight=2.0)), "", "a")
+    part = TokenizedGroup([7], ([8], [9]), (Comparison(1, 0, target=0.75, weight=0.5),), "", "b", share=0.25)
+    micro_batch = make_micro_batch([three, part], [0, DUMMY, 1], "shared_prefix")
+    expected = Comparisons.of([(3, three.comparisons), (2, [Comparison(0, 1)]), (2, part.comparisons)])
+    assert all(map(torch.equal, tensors_of(micro_batch.comparisons), tensors_of(expected)))
+    assert micro_batch.index.tolist() == [0, DUMMY, 1]
+    assert micro_batch.weight.tolist() == [1, 0, 0.25]
+    assert micro_batch.batch.num_tokens.tolist() == [1, 2, 1, 1, 1, 1, 1]
+    by_comparison = make_micro_batch([three, part], [0, DUMMY, 1], "shared_prefix", normalize_by="comparison")
+    assert by_comparison.weight.tolist() == [3, 0, 0.5]
 
 
 def test_a_padded_pass_over_many_texts_is_hardly_padding():
@@ -96,14 +107,15 @@ def test_a_micro_batch_is_moved_by_one_copy_from_pinned_memory(monkeypatch, layo
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     monkeypatch.setattr(torch.Tensor, "to", to)
-    pair = TokenizedPair([1, 2], [3], [4, 5], margin=0.5, source="", id="")
+    pair = TokenizedGroup([1, 2], ([3], [4, 5]), (Comparison(0, 1, 0.5),), source="", id="")
     micro_batch = make_micro_batch([pair], [0, -1], layout, torch.arange(4.0))
     moved = micro_batch.to(torch.device("cuda"))
     assert sent == [(id(tensor), True) for tensor in pinned]
     assert len(sent) == 1
     own, theirs = list(tensors_of(micro_batch)), list(tensors_of(moved))
-    # weight, margin, reference; ids, positions, three indices or targets, numbers of tokens; a mask, or segments
-    assert len(own) == 3 + 6 + {"padded": 1, "packed": 2, "shared_prefix": 3}[layout]
+    # weight, reference; comparisons; ids, positions, three indices or targets, numbers of tokens, group; a mask, or
+    # segments
+    assert len(own) == 2 + 6 + 7 + {"padded": 1, "packed": 2, "shared_prefix": 3}[layout]
     for ours, there in zip(own, theirs, strict=True):
         assert (there.dtype, there.shape, there.tolist()) == (ours.dtype, ours.shape, ours.tolist())
         assert there.is_contiguous() and there.data_ptr() % ALIGNMENT == 0

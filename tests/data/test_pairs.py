@@ -2,8 +2,8 @@
 
 import pytest
 
-from hafrm_ds.data.formats import FORMATS, NO_PAIRS, detect_format, read_pairs_of
-from hafrm_ds.data.pairs import Deselected, Dropped, PreferencePair, Row, assistant, user
+from hafrm_ds.data.formats import FORMATS, NO_PAIRS, detect_format, read_groups_of
+from hafrm_ds.data.pairs import Comparison, Deselected, Dropped, PreferenceGroup, Row, assistant, user
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
 from tests.data.format_rows import EXAMPLES
@@ -17,13 +17,15 @@ def system(content):
 
 def convert(fields, source=SOURCE):
     row = Row(fields, "pairs.jsonl:7", "pairs")
-    outcomes = read_pairs_of(row, detect_format(row), source)
+    outcomes = read_groups_of(row, detect_format(row), source)
     return outcomes[0] if len(outcomes) == 1 else outcomes
 
 
 def parts(pair):
-    assert isinstance(pair, PreferencePair), pair
-    return pair.prompt, pair.chosen, pair.rejected
+    """Prompt, chosen and rejected answer of a pair."""
+    assert isinstance(pair, PreferenceGroup), pair
+    assert [each[:2] for each in pair.comparisons] == [(0, 1)]
+    return pair.prompt, *pair.answers
 
 
 def error_of(fields, source=SOURCE):
@@ -33,20 +35,21 @@ def error_of(fields, source=SOURCE):
 
 
 MARGINS = {"helpsteer2": 1.0, "ratings": 2.0, "groups": 2.0, "helpsteer3": 2.0, "webgpt": 2.0, "ultrafeedback": 5.0}
+MARGINS |= {"best_of_n": 2.0}
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_recognised_and_gives_the_same_pair(name):
     row = Row(EXAMPLES[name] | {"an": "extra column"}, "pairs.jsonl:7", "pairs")
     assert detect_format(row) == name
-    (pair,) = read_pairs_of(row, name, SOURCE)
+    (pair,) = read_groups_of(row, name, SOURCE)
     assert parts(pair) == (
         [user("p" if name != "summaries" else "POST: p\nTL;DR:")],
         [assistant("a")],
         [assistant("b")],
     )
     assert (pair.source, pair.id, pair.margin_fault) == ("pairs", "pairs.jsonl:7", "")
-    assert pair.margin == MARGINS.get(name)
+    assert pair.comparisons == (Comparison(0, 1, MARGINS.get(name)),)
 
 
 def test_unknown_columns_are_named_with_the_nearest_format():
@@ -231,7 +234,7 @@ SAFE_RLHF = {
 
 @pytest.mark.parametrize(("label", "chosen"), [("helpful", "first"), ("safe", "second")])
 def test_label_decides_between_responses(label, chosen):
-    assert convert(SAFE_RLHF, Source(path="x", label=label)).chosen == [assistant(chosen)]
+    assert convert(SAFE_RLHF, Source(path="x", label=label)).answers[0] == [assistant(chosen)]
 
 
 def test_exactly_one_safe():
@@ -239,7 +242,7 @@ def test_exactly_one_safe():
     assert parts(convert(SAFE_RLHF, source))[1:] == ([assistant("second")], [assistant("first")])
     # As in the paper's code the label decides even where it contradicts the flags.
     contradicting = SAFE_RLHF | {"safer_response_id": 0}
-    assert convert(contradicting, source).chosen == [assistant("first")]
+    assert convert(contradicting, source).answers[0] == [assistant("first")]
     for both in (True, False):
         flags = {"is_response_0_safe": both, "is_response_1_safe": both}
         assert convert(SAFE_RLHF | flags, source) == Deselected("not exactly one safe answer")
@@ -262,7 +265,7 @@ def test_arena_ties(winner):
 
 
 def test_arena_winner():
-    assert convert(EXAMPLES["arena"] | {"winner": "model_a"}).chosen == [assistant("b")]
+    assert convert(EXAMPLES["arena"] | {"winner": "model_a"}).answers[0] == [assistant("b")]
     message = error_of(EXAMPLES["arena"] | {"winner": "model_c"})
     assert message == "pairs.jsonl:7: field 'winner' is the text 'model_c', expected model_a, model_b or a tie"
 
@@ -295,7 +298,7 @@ def test_arena_winner():
 )
 def test_single_turn(fields, single):
     pair = convert(fields, Source(path="x", single_turn=True))
-    assert isinstance(pair, PreferencePair) if single else pair == Deselected("more than one turn")
+    assert isinstance(pair, PreferenceGroup) if single else pair == Deselected("more than one turn")
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,7 @@ def test_single_turn(fields, single):
     ],
 )
 def test_margin(extra, margin):
-    assert convert(EXAMPLES["explicit_prompt"] | extra).margin == margin
+    assert convert(EXAMPLES["explicit_prompt"] | extra).comparisons[0].margin == margin
 
 
 @pytest.mark.parametrize(("own", "source"), [("hh", "hh"), ("", "pairs"), (None, "pairs"), (3, "pairs")])

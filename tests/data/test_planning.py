@@ -10,6 +10,7 @@ from hafrm_ds.data.planning import (
     BatchPlan,
     check_budget,
     imbalance,
+    occupied,
     partition_by_length,
     partition_into_micro_batches,
 )
@@ -17,7 +18,7 @@ from hafrm_ds.errors import DataError
 
 
 def test_every_pair_is_used_once_a_pass_and_passes_differ():
-    plan = BatchPlan(num_pairs=10, global_batch_size=4, seed=3)
+    plan = BatchPlan(num_groups=10, global_batch_size=4, seed=3)
     stream = np.concatenate([plan.global_batch(step) for step in range(5)])
     first, second = stream[:10], stream[10:]
     assert sorted(first) == sorted(second) == list(range(10))
@@ -30,15 +31,22 @@ def test_order_depends_on_the_seed_alone():
 
 
 def test_a_global_batch_larger_than_the_set_spans_several_passes():
-    batch = BatchPlan(num_pairs=3, global_batch_size=7, seed=0).global_batch(0)
+    batch = BatchPlan(num_groups=3, global_batch_size=7, seed=0).global_batch(0)
     assert np.bincount(batch).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
 
 
-def test_pairs_until_are_those_of_the_batches():
-    plan = BatchPlan(num_pairs=100, global_batch_size=8, seed=5)
+def test_groups_until_are_those_of_the_batches():
+    plan = BatchPlan(num_groups=100, global_batch_size=8, seed=5)
     used = np.unique(np.concatenate([plan.global_batch(step) for step in range(6)]))
-    assert plan.pairs_until(6).tolist() == used.tolist()
-    assert plan.pairs_until(13).tolist() == list(range(100))
+    assert plan.groups_until(6).tolist() == used.tolist()
+    assert plan.groups_until(13).tolist() == list(range(100))
+
+
+def partition_by_squares(costs, num_ranks, max_tokens, rows):
+    """Work that grows faster than tokens, as that of attention."""
+    ranks = partition_into_micro_batches(costs, num_ranks, max_tokens, rows, costs**2)
+    assert len(ranks[0]) == len(partition_into_micro_batches(costs, num_ranks, max_tokens, rows)[0])
+    return ranks
 
 
 @given(
@@ -49,7 +57,7 @@ def test_pairs_until_are_those_of_the_batches():
     max_tokens=st.integers(200, 800),
 )
 @settings(max_examples=200, deadline=None)
-@pytest.mark.parametrize("cut", [partition_into_micro_batches, partition_by_length])
+@pytest.mark.parametrize("cut", [partition_into_micro_batches, partition_by_length, partition_by_squares])
 def test_cuts_hold_every_pair_once_within_the_budget_and_equally_often_on_all_ranks(
     cut, widths, num_responses, is_padded, num_ranks, max_tokens
 ):
@@ -70,6 +78,17 @@ def test_micro_batches_are_balanced_and_few():
     loads = np.array([[costs[batch].sum() for batch in batches] for batches in ranks])
     assert loads.shape[1] == -(-costs.sum() // (8 * 2048))
     assert loads.sum(1).max() < 1.05 * loads.sum(1).mean()
+
+
+@pytest.mark.parametrize("max_tokens", [100_000, 5000])
+def test_work_is_balanced_where_it_is_not_the_tokens(max_tokens):
+    """Each of them waits less than by tokens alone, also where the budget leaves little room."""
+    source = np.random.default_rng(0)
+    costs = source.integers(50, 1000, size=128)
+    work = costs * source.uniform(1.0, 4.0, size=128)
+    by_tokens, by_work = (partition_into_micro_batches(costs, 4, max_tokens, work=given) for given in (None, work))
+    assert occupied(costs, [part for own in by_work for part in own]).max() <= max_tokens
+    assert imbalance(work, by_work) < 0.01 < imbalance(work, by_tokens)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -102,4 +121,4 @@ def test_imbalance_is_the_share_of_time_that_ranks_wait():
 
 def test_a_pair_above_the_budget_is_named():
     with pytest.raises(DataError, match=r"1 of 3 pairs.*b.jsonl:2 \(900 tokens\).*max_tokens_per_micro_batch to 900"):
-        check_budget(np.array([10, 900, 20]), 512, ["b.jsonl:1", "b.jsonl:2", "b.jsonl:3"])
+        check_budget(np.array([10, 900, 20]), 512, ["b.jsonl:1", "b.jsonl:2", "b.jsonl:3"], "pairs")

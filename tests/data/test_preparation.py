@@ -8,22 +8,22 @@ from rich.console import Console
 
 from hafrm_ds.config import DataConfig
 from hafrm_ds.data import preparation
+from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import num_processes, prepare_pairs, tokenization_cache_key
+from hafrm_ds.data.preparation import num_processes, prepare_groups, tokenization_cache_key
 from hafrm_ds.data.reading import FEATURES
 from hafrm_ds.data.report import DataReport, count_repeats, percentiles, render_tokens
 from hafrm_ds.data.sources import Source
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.errors import DataError
 
 
 def row(question, chosen, rejected, *, source="one", dropped="", deselected="", margin=None):
     return {
         "prompt": [{"role": "user", "content": question}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-        "margin": margin,
+        "answers": [[{"role": "assistant", "content": answer}] for answer in (chosen, rejected)],
+        "comparisons": [Comparison(0, 1, margin)._asdict()],
         "source": source,
         "format": "explicit_prompt",
         "dropped": dropped,
@@ -42,16 +42,16 @@ def formatter(make_tokenizer):
 
 @pytest.fixture
 def prepare(monkeypatch, tmp_path, formatter):
-    """prepare(rows, formatter=..., seed=..., **data options): prepare_pairs on rows given by hand."""
+    """prepare(rows, formatter=..., seed=..., **data options): prepare_groups on rows given by hand."""
 
     def prepare(rows, *, formatter=formatter, seed=0, **options):
         numbered = [item | {"id": f"pairs.jsonl:{number}"} for number, item in enumerate(rows, start=1)]
         columns = {name: [item[name] for item in numbered] for name in FEATURES}
         dataset = datasets.Dataset.from_dict(columns, features=FEATURES)
-        monkeypatch.setattr(preparation, "read_pairs", lambda sources, **_: dataset)
+        monkeypatch.setattr(preparation, "read_groups", lambda sources, **_: dataset)
         monkeypatch.setattr(preparation, "selection_key", lambda sources, **_: dataset._fingerprint)
         data = DataConfig(train="pairs.jsonl", cache_dir=tmp_path / "cache", **options)
-        return prepare_pairs(
+        return prepare_groups(
             [Source(path="pairs.jsonl")], formatter=formatter, options=data.preparation, role="train", seed=seed
         )
 
@@ -60,17 +60,19 @@ def prepare(monkeypatch, tmp_path, formatter):
 
 def test_pairs_lengths_and_items_agree(prepare, formatter):
     prepared = prepare([row("Q", "good", "bad", margin=0.5), row("Q", "", "bad"), *GOOD_ROWS])
-    assert len(prepared) == len(prepared.pairs) == 21
-    assert prepared.pairs.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "margin", "source", "id"]
-    assert prepared.pairs.features["prompt_ids"].feature.dtype == "int32"
+    assert len(prepared) == len(prepared.rows) == 21
+    assert prepared.rows.column_names == ["prompt_ids", "response_ids", "source", "id"]
+    assert prepared.rows.features["prompt_ids"].feature.dtype == "int32"
     first, second = prepared[0], prepared[np.int64(1)]
-    assert isinstance(first, TokenizedPair)
-    assert formatter.tokenizer.decode([*first.prompt_ids, *first.chosen_ids]) == "user:Q</s>assistant:good</s>"
-    assert (first.margin, first.source, first.id) == (0.5, "one", "pairs.jsonl:1")
-    assert (second.margin, second.id) == (None, "pairs.jsonl:3")
-    for name in ("prompt", "chosen", "rejected"):
-        assert prepared.lengths[name].dtype == np.int64
-        assert prepared.lengths[name].tolist() == [len(ids) for ids in prepared.pairs[f"{name}_ids"]]
+    assert isinstance(first, TokenizedGroup) and prepared.are_pairs and prepared.unit == "pairs"
+    assert formatter.tokenizer.decode([*first.prompt_ids, *first.responses[0]]) == "user:Q</s>assistant:good</s>"
+    assert (first.comparisons, first.source, first.id) == ((Comparison(0, 1, 0.5),), "one", "pairs.jsonl:1")
+    assert (second.comparisons, second.id) == (OF_A_PAIR, "pairs.jsonl:3")
+    lengths = prepared.lengths
+    assert lengths.prompt.dtype == lengths.response.dtype == np.int64
+    assert lengths.prompt.tolist() == [len(ids) for ids in prepared.rows["prompt_ids"]]
+    assert lengths.response.tolist() == [len(ids) for both in prepared.rows["response_ids"] for ids in both]
+    assert lengths.first.tolist() == list(range(0, 43, 2))
 
 
 def test_report_counts_every_row(prepare):
@@ -174,7 +176,7 @@ def test_cut_pairs_are_counted_and_their_full_length_is_reported(prepare):
     assert cut.report.total.cut == 1
     assert cut.report.tokens["conversation"]["max"] == longest - 4
     assert cut.report.tokens["conversation_before_cut"]["max"] == longest
-    assert (cut.lengths["prompt"] + cut.lengths["chosen"]).max() == longest - 4
+    assert (cut.lengths.prompt + cut.lengths.response[::2]).max() == longest - 4
 
 
 def test_identical_after_the_cut_is_dropped_and_counted(prepare):
@@ -210,17 +212,17 @@ def test_second_run_reads_the_cache(prepare, monkeypatch, tmp_path, make_tokeniz
     files = sorted((tmp_path / "cache").iterdir())
     assert [file.name.split("-")[0] for file in files] == ["prepared", "tokenized"]
     calls = []
-    original = preparation.tokenize_pairs
+    original = preparation.tokenize_groups
 
-    def tokenize_pairs(formatter, pairs, *limits):
+    def tokenize_groups(formatter, pairs, *limits):
         calls.extend(pairs := list(pairs))
         return original(formatter, pairs, *limits)
 
-    monkeypatch.setattr(preparation, "tokenize_pairs", tokenize_pairs)
+    monkeypatch.setattr(preparation, "tokenize_groups", tokenize_groups)
 
     again = prepare(GOOD_ROWS)
     assert calls == [] and sorted((tmp_path / "cache").iterdir()) == files
-    assert again.pairs.to_list() == first.pairs.to_list()
+    assert again.rows.to_list() == first.rows.to_list()
     assert again.report == first.report
 
     prepare(GOOD_ROWS, max_length=500)
@@ -248,7 +250,7 @@ def test_cache_key_depends_on_each_part(monkeypatch):
 def test_worker_processes_give_the_same_pairs(prepare):
     alone = prepare(GOOD_ROWS)
     together = prepare(GOOD_ROWS, num_proc=2, max_length=1025)
-    assert together.pairs.to_list() == alone.pairs.to_list()
+    assert together.rows.to_list() == alone.rows.to_list()
 
 
 def test_small_sets_are_tokenised_by_one_process():
@@ -265,8 +267,8 @@ def test_an_evaluation_set_with_a_cap_is_the_same_under_every_seed(formatter, tm
     data = DataConfig(train={"path": str(file), "max_pairs": 5}, cache_dir=tmp_path / "cache")
 
     def ids(role: str, seed: int) -> list[str]:
-        pairs = prepare_pairs(data.train, formatter=formatter, options=data.preparation, role=role, seed=seed)
-        return pairs.pairs["id"][:]
+        pairs = prepare_groups(data.train, formatter=formatter, options=data.preparation, role=role, seed=seed)
+        return pairs.rows["id"][:]
 
     assert ids("eval", 0) == ids("eval", 1)
     assert ids("train", 0) != ids("train", 1)
@@ -305,10 +307,75 @@ def test_percentiles_are_lengths_that_occur():
 
 def test_render_tokens_marks_the_read_out(formatter):
     encode = formatter.tokenizer.encode
-    pair = TokenizedPair(encode("Q:"), encode("ab</s>"), encode("c</s>"), None, "one", "pairs.jsonl:1")
+    pair = TokenizedGroup(encode("Q:"), (encode("ab</s>"), encode("c</s>")), OF_A_PAIR, "one", "pairs.jsonl:1")
     console = Console(file=io.StringIO(), width=120)
     console.print(render_tokens(pair, formatter.tokenizer))
     shown = console.file.getvalue()
     assert "prompt, 2 tokens: 'Q' ':'" in shown
     assert "chosen, 3 tokens, read-out at index 4: 'a' 'b' >>'</s>'<<" in shown
     assert "rejected, 2 tokens, read-out at index 3: 'c' >>'</s>'<<" in shown
+
+
+# ---- groups of more than two answers -------------------------------------------------------------------------------
+
+
+def group(question, answers, comparisons, **fields):
+    return row(question, "", "", **fields) | {
+        "answers": [[{"role": "assistant", "content": answer}] for answer in answers],
+        "comparisons": [Comparison(*each)._asdict() for each in comparisons],
+    }
+
+
+def test_a_group_keeps_what_is_known_of_its_answers(prepare, formatter):
+    comparisons = [(0, 2, 1.5), (2, 1, None, 0.75), (0, 1, 2.0, 1.0, 3.0)]
+    prepared = prepare([group("Q", ["best", "worst", "fair"], comparisons), *GOOD_ROWS])
+    assert not prepared.are_pairs and prepared.unit == prepared.report.unit == "groups"
+    first, pair = prepared[0], prepared[1]
+    decoded = [formatter.tokenizer.decode(ids) for ids in first.responses]
+    assert decoded == ["best</s>", "worst</s>", "fair</s>"]
+    assert first.comparisons == tuple(Comparison(*each) for each in comparisons) and pair.comparisons == OF_A_PAIR
+    assert prepared.compared[:4].tolist() == [[0, 2], [2, 1], [0, 1], [3, 4]]
+    facts = prepared.report.groups
+    assert (facts.answers, facts.comparisons, facts.soft, facts.contradictory) == (43, 23, 1, 0)
+    assert facts.sizes == {"2": 20, "3": 1} and prepared.report.with_margin == 1
+    text = shown(prepared.report)
+    assert "43 answers (groups of so many: 20 of 2, 1 of 3), 23 comparisons, 1 with a probability below 1" in text
+    assert DataReport.from_json(json.loads(json.dumps(prepared.report.to_json()))).groups == facts
+
+
+def test_contradictions_are_counted_and_trained(prepare):
+    circle = group("Q", ["a", "b", "c"], [(0, 1), (1, 2), (2, 0)])
+    orders = [[(0, 1), (0, 2)], [(0, 1), (0, 2), (1, 2)], [(0, 1), (1, 2)], [(0, 1), (0, 1)]]
+    report = prepare([circle, *(group("R", ["a", "b", "c"], order) for order in orders)]).report
+    assert (report.groups.contradictory, report.groups.partial, report.total.kept) == (1, 2, 5)
+    assert "in 1 groups they contradict one another" in shown(report)
+
+
+def test_an_answer_that_cannot_be_used_takes_its_comparisons_with_it(prepare):
+    every = [(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]
+    rows = [
+        group("one is empty", ["a", " ", "c", "d"], every),
+        group("one is too long", ["a", "b" * 200, "c", "d"], every),
+        group("two are the same", ["a", "b", "b", "d"], every),
+        group("one is left", ["a", "", "", ""], every),
+        group("all are compared with one that is empty", ["", "b", "c", "d"], every[:2]),
+    ]
+    prepared = prepare(rows, max_length=60, truncation="drop", max_dropped_share=0.5)
+    assert [len(each.responses) for each in (prepared[0], prepared[1], prepared[2])] == [3, 3, 4]
+    assert [len(each.comparisons) for each in (prepared[0], prepared[1], prepared[2])] == [3, 3, 5]
+    assert prepared[0].comparisons == (Comparison(0, 1), Comparison(0, 2), Comparison(1, 2))
+    report = prepared.report
+    assert report.total.dropped == {"empty answer": 2}
+    assert report.groups.lost == {"empty answer": 1, "longer than max_length": 1, "identical answers": 1}
+    assert "answers or comparisons left out in 1 groups: longer than max_length" in shown(report)
+
+
+def test_the_fingerprint_of_pairs_is_that_of_their_keys_and_margins(prepare):
+    import hashlib
+
+    prepared = prepare([row("Q", "good", "bad", margin=0.5), *GOOD_ROWS])
+    digest = hashlib.sha256(np.ascontiguousarray(prepared.keys.reshape(-1, 2)).view(np.uint8).data)
+    digest.update(np.array([0.5] + [np.nan] * 20, dtype=np.float32).data)
+    assert prepared.fingerprint == digest.hexdigest()
+    answers, orders = ["a", "b", "c"], ([(0, 1), (0, 2)], [(0, 1), (1, 2)], [(0, 1), (0, 2, None, 0.9)])
+    assert len({prepare([group("Q", answers, order)]).fingerprint for order in orders}) == 3

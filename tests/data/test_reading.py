@@ -11,7 +11,7 @@ import pytest
 from hafrm_ds.data import files as tables
 from hafrm_ds.data import reading
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import PreparationOptions, prepare_pairs
+from hafrm_ds.data.preparation import PreparationOptions, prepare_groups
 from hafrm_ds.data.sources import Source
 from tests.data.row_files import error_of, outcomes, rows_of, write_lines
 
@@ -102,7 +102,7 @@ def test_rows_are_read_again_only_when_the_file_or_the_source_changes(read, read
     os.utime("x.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     changed = read("x.jsonl")
     assert len(reads) == 3 and changed._fingerprint != first._fingerprint
-    assert changed[0]["chosen"] == [{"role": "assistant", "content": "c"}]
+    assert changed[0]["answers"][0] == [{"role": "assistant", "content": "c"}]
 
     write_lines("x.jsonl", rows_of(4))
     os.utime("x.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -166,7 +166,7 @@ def test_real_files(read, name, train, test, single_turn):
     path = f"{REAL_DATA}/{name}.jsonl"
     pairs = read(path)
     assert outcomes(pairs) == {"": train + test}
-    assert all(row["prompt"][-1]["role"] == "user" and len(row["chosen"]) == 1 for row in pairs)
+    assert all(row["prompt"][-1]["role"] == "user" and len(row["answers"][0]) == 1 for row in pairs)
     assert outcomes(read(f"{path}?split=test"))[""] == test
     assert outcomes(read({"path": path, "single_turn": True}))[""] == single_turn
 
@@ -177,45 +177,48 @@ CORPUS: dict[str, dict[str, str]] = {name: {} for name in (
 """The sets by name, with the columns of their sources."""
 
 
-def answers_of(row: dict, columns: dict[str, str]) -> list[tuple[str, str]]:
-    """(chosen, rejected) texts of every pair that a row gives, found without the readers: of a group the best answer
-    against each worse one."""
+def answers_of(row: dict, columns: dict[str, str]) -> list[tuple[float, str]]:
+    """(score, text) of the answers of a row, found without the readers: each text that is no blank once, the best
+    first."""
     if "responses" not in row:
-        return [(row[columns.get("chosen", "chosen")], row[columns.get("rejected", "rejected")])]
-    best = max(row["scores"])
-    chosen = row["responses"][row["scores"].index(best)]
-    worse = [(score, text) for score, text in zip(row["scores"], row["responses"]) if score < best]
-    return [(chosen, text) for _, text in sorted(worse, key=lambda each: -each[0])]
+        rated = list(zip((1.0, 0.0), (row[columns.get(name, name)] for name in ("chosen", "rejected"))))
+    else:
+        rated = sorted(zip(row["scores"], row["responses"]), key=lambda each: -each[0])
+    first = {text: score for score, text in reversed(rated) if text.strip()}
+    return [(score, text) for score, text in rated if first.get(text) == score]
 
 
 @pytest.mark.skipif(REAL_DATA is None, reason="HAFRM_REAL_DATA=FOLDER")
 @pytest.mark.parametrize("name", CORPUS)
 def test_texts_of_the_corpus_are_found_again_in_what_is_tokenised(make_tokenizer, tmp_path, name):
-    """Of 200 rows of each set, with the prompt and both answers whole and in their places."""
+    """Of 200 rows of each set, prompt and answers whole and in their places, and all that differ compared."""
     file, columns = tmp_path / f"{name}.jsonl", CORPUS[name]
     with Path(f"{REAL_DATA}/{name}.jsonl").open() as lines:
         file.write_text("".join(line for line, _ in zip(lines, range(200))))
     source = Source(path=str(file), columns=columns)
     formatter = ChatFormatter.create(make_tokenizer(), "text", "2026-01-01")
     options = PreparationOptions(10**6, "drop", max_dropped_share=1, num_proc=1, cache_dir=tmp_path / "cache")
-    prepared = prepare_pairs([source], formatter=formatter, options=options, role="train", seed=0)
+    prepared = prepare_groups([source], formatter=formatter, options=options, role="train", seed=0)
     wanted = []
     for row in map(json.loads, file.open()):
         prompt = row["prompt"] if isinstance(row["prompt"], str) else "".join(each["content"] for each in row["prompt"])
-        wanted += [
-            (prompt + chosen + "</s>", prompt + rejected + "</s>")
-            for chosen, rejected in answers_of(row, columns)
-            if chosen != rejected and chosen.strip() and rejected.strip()
-        ]
+        rated = answers_of(row, columns)
+        places = range(len(rated))
+        pairs = [(better, worse) for better in places for worse in places if rated[better][0] > rated[worse][0]]
+        if pairs:
+            wanted.append(([prompt + text + "</s>" for _, text in rated], pairs))
     found = [
-        tuple(
-            formatter.tokenizer.decode([*pair.prompt_ids, *ids], clean_up_tokenization_spaces=False)
-            for ids in (pair.chosen_ids, pair.rejected_ids)
+        (
+            [
+                formatter.tokenizer.decode([*group.prompt_ids, *ids], clean_up_tokenization_spaces=False)
+                for ids in group.responses
+            ],
+            [each[:2] for each in group.comparisons],
         )
-        for pair in map(prepared.__getitem__, range(len(prepared)))
+        for group in map(prepared.__getitem__, range(len(prepared)))
     ]
     total = prepared.report.total
-    print(f"{name}: {total.read} pairs of 200 rows, {total.kept} kept, {total.deselected} {total.dropped}")
+    print(f"{name}: {total.read} groups of 200 rows, {total.kept} kept, {total.deselected} {total.dropped}")
     assert found == wanted and len(found) > 195
     assert total.dropped.keys() <= {"identical answers", "empty answer"} and total.deselected.keys() <= {"tie"}
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import assistant, user
-from hafrm_ds.data.preparation import PreparationOptions, PreparedPairs, prepare_pairs
+from hafrm_ds.data.preparation import PreparationOptions, PreparedGroups, prepare_groups
 from hafrm_ds.data.rendering_check import (
     ANSWER_REASONING,
     ANSWERS,
@@ -52,12 +52,12 @@ def formatter(make_tokenizer):
 
 @pytest.fixture
 def prepare(tmp_path):
-    def prepared(formatter: ChatFormatter, rows: list[dict], **options) -> PreparedPairs:
+    def prepared(formatter: ChatFormatter, rows: list[dict], **options) -> PreparedGroups:
         file = tmp_path / "pairs.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         given = {"max_length": 500, "truncation": "drop", "cache_dir": tmp_path / "cache"} | options
         sources = [Source(path=str(file))]
-        return prepare_pairs(sources, formatter=formatter, options=PreparationOptions(**given), role="train", seed=0)
+        return prepare_groups(sources, formatter=formatter, options=PreparationOptions(**given), role="train", seed=0)
 
     return prepared
 

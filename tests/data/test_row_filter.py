@@ -23,9 +23,8 @@ def test_rows_outside_the_filter_need_no_format(read):
     assert pairs["format"][:] == ["", "explicit_prompt", "explicit_prompt", ""]
     assert pairs[0] == {
         "prompt": [],
-        "chosen": [],
-        "rejected": [],
-        "margin": None,
+        "answers": [],
+        "comparisons": [],
         "source": "x",
         "id": "x.jsonl:1",
         "format": "",

@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 
+from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.tokenization import (
     EMPTY_ANSWER,
@@ -8,10 +11,12 @@ from hafrm_ds.data.tokenization import (
     IDENTICAL_ANSWERS,
     REFUSED,
     TOO_LONG,
+    UNCOMPARED,
     PromptWithResponses,
-    TokenizedPair,
+    TokenizedGroup,
     fit,
     split_at_prompt,
+    tokenize_groups,
 )
 from tests.tiny_tokenizers import tokenize_pair
 
@@ -68,7 +73,7 @@ def test_read_out_is_the_final_eos_though_eos_also_ends_the_prompt_and_is_the_pa
     tokenizer = formatter.tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     ids = tokenize_pair(formatter, user("Q"), assistant("good"), assistant("bad"), 1000, "drop").ids
-    pair = TokenizedPair(ids.prompt, *ids.responses, margin=None, source="s", id="f:0")
+    pair = TokenizedGroup(ids.prompt, ids.responses, OF_A_PAIR, source="s", id="f:0")
     # user:Q</s>assistant:good</s> has 7 + 10 + 5 tokens, eos at 6 and 21; "bad" is one shorter.
     chosen = ids.prompt + ids.responses[0]
     assert [index for index, token in enumerate(chosen) if token == tokenizer.eos_token_id] == [6, 21]
@@ -78,7 +83,7 @@ def test_read_out_is_the_final_eos_though_eos_also_ends_the_prompt_and_is_the_pa
 def test_read_out_is_the_last_token_of_the_rendering_even_after_the_end_mark(make_tokenizer):
     formatter = ChatFormatter.create(make_tokenizer(None), "chatml", DATE)
     ids = tokenize_pair(formatter, user("Q"), assistant("good"), assistant("bad"), 1000, "drop").ids
-    pair = TokenizedPair(ids.prompt, *ids.responses, margin=None, source="s", id="f:0")
+    pair = TokenizedGroup(ids.prompt, ids.responses, OF_A_PAIR, source="s", id="f:0")
     # Each turn: mark, role, newline, content, mark, newline: 1+4+1+1+1+1 for user, 1+9+1+4+1+1 for the answer.
     assert pair.read_outs[0] == 9 + 17 - 1
     assert formatter.tokenizer.decode((ids.prompt + ids.responses[0])[25]) == "\n"
@@ -98,7 +103,7 @@ def test_read_out_is_the_last_token_of_the_rendering_even_after_the_end_mark(mak
 def test_dropped(formatter, prompt, chosen, rejected, reason):
     result = tokenize_pair(formatter, prompt, chosen, rejected, 100, "drop")
     assert result.outcome == reason
-    assert result.ids == ([], ([], [])) and not result.cut
+    assert result.ids == ([], ()) and result.comparisons == () and not result.cut
 
 
 def test_answers_that_the_template_makes_identical(make_tokenizer):
@@ -126,9 +131,9 @@ def test_refused_by_the_template(make_tokenizer):
 
 
 def test_split_at_prompt_never_passes_the_rendered_prompt():
-    assert split_at_prompt([1, 2, 3, 4], [1, 2, 3, 5], [1, 2]) == ([1, 2], ([3, 4], [3, 5]))
-    assert split_at_prompt([1, 2, 3], [1, 9, 3], [1, 2]) == ([1], ([2, 3], [9, 3]))
-    assert split_at_prompt([1, 2], [1, 2, 3], [1, 2, 3]) == ([1, 2], ([], [3]))
+    assert split_at_prompt([[1, 2, 3, 4], [1, 2, 3, 5]], [1, 2]) == ([1, 2], ([3, 4], [3, 5]))
+    assert split_at_prompt([[1, 2, 3], [1, 9, 3]], [1, 2]) == ([1], ([2, 3], [9, 3]))
+    assert split_at_prompt([[1, 2], [1, 2, 3]], [1, 2, 3]) == ([1, 2], ([], [3]))
 
 
 PAIR = PromptWithResponses([BOS, 10, 11, 12, 13], ([20, 21, 22], [30, 31]))  # conversations of 8 and 7 tokens
@@ -192,3 +197,59 @@ def test_one_answer_is_the_start_of_the_other(formatter):
     # yes, against yes</s>: the end mark alone tells them apart.
     assert result.cut and result.uncut_length == short + len(", of course") + 1
     assert [formatter.tokenizer.decode(ids) for ids in result.ids.responses] == ["yes,", "yes</s>"]
+
+
+# ---- groups of more than two answers -------------------------------------------------------------------------------
+
+
+def tokenized_group(formatter, answers, comparisons, max_length=1000, truncation="drop"):
+    groups = [(user("Q"), [assistant(answer) for answer in answers], comparisons)]
+    return tokenize_groups(formatter, groups, max_length, truncation)[0]
+
+
+def answers_of(formatter, result) -> list[str]:
+    return [formatter.tokenizer.decode(ids).removesuffix("</s>") for ids in result.ids.responses]
+
+
+def all_of(number: int) -> list[Comparison]:
+    return [Comparison(*both) for both in itertools.combinations(range(number), 2)]
+
+
+def test_a_group_has_one_prompt_and_all_its_answers(formatter):
+    comparisons = [Comparison(2, 0, 0.5), Comparison(2, 1, target=0.75, weight=2.0)]
+    result = tokenized_group(formatter, ["good", "bad", "best"], comparisons)
+    assert answers_of(formatter, result) == ["good", "bad", "best"]
+    assert result.ids.prompt == formatter.encode_prompt(user("Q"))
+    assert (result.outcome, result.comparisons, result.lost) == ("", tuple(comparisons), ())
+    assert result.uncut_length == len(formatter.encode(user("Q") + assistant("good")))
+
+
+def test_an_answer_that_cannot_be_used_takes_its_comparisons_along(formatter):
+    """The others move up, and an answer that is compared with nothing any more goes too."""
+    result = tokenized_group(formatter, ["a", " ", "b", "c"], all_of(4))
+    assert answers_of(formatter, result) == ["a", "b", "c"]
+    assert (result.comparisons, result.lost) == (tuple(all_of(3)), (EMPTY_ANSWER,))
+    result = tokenized_group(formatter, ["a", " ", "b", "c"], [Comparison(0, 1), Comparison(3, 2, 0.5)])
+    assert answers_of(formatter, result) == ["b", "c"]
+    assert (result.comparisons, result.lost) == ((Comparison(1, 0, 0.5),), (EMPTY_ANSWER, UNCOMPARED))
+    assert tokenized_group(formatter, ["a", " ", "b"], [Comparison(0, 1), Comparison(1, 2)]).outcome == EMPTY_ANSWER
+
+
+def test_equal_answers_are_not_compared_with_one_another(formatter):
+    result = tokenized_group(formatter, ["a", "b", "a"], all_of(3))
+    assert answers_of(formatter, result) == ["a", "b", "a"]
+    assert (result.comparisons, result.lost) == ((Comparison(0, 1), Comparison(1, 2)), (IDENTICAL_ANSWERS,))
+    assert tokenized_group(formatter, ["a"] * 3, all_of(3)).outcome == IDENTICAL_ANSWERS
+
+
+def test_the_longest_answers_go_until_the_others_fit(formatter):
+    answers = ["a" * 30, "b" * 5, "c" * 20, "d" * 6]
+    room = len(formatter.encode(user("Q") + assistant(answers[3])))
+    result = tokenized_group(formatter, answers, all_of(4), room)
+    assert answers_of(formatter, result) == [answers[1], answers[3]]
+    assert (result.comparisons, result.lost, result.cut) == (tuple(all_of(2)), (TOO_LONG, TOO_LONG), False)
+    assert result.uncut_length == len(formatter.encode(user("Q") + assistant(answers[0])))
+    assert tokenized_group(formatter, answers, all_of(4), room - 1).outcome == TOO_LONG
+    cut = tokenized_group(formatter, answers, all_of(4), room, "cut_response")
+    assert answers_of(formatter, cut) == ["a" * 7, "b" * 5, "c" * 7, "d" * 6]
+    assert cut.cut and cut.comparisons == tuple(all_of(4))

@@ -6,8 +6,8 @@ import pytest
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Row, assistant, user
-from hafrm_ds.data.preparation import PAIR_FEATURES, PreparationOptions, PreparedPairs, prepare_pairs
-from hafrm_ds.data.reading import FEATURES, read_pairs
+from hafrm_ds.data.preparation import GROUP_FEATURES, PreparationOptions, PreparedGroups, prepare_groups
+from hafrm_ds.data.reading import FEATURES, read_groups
 from hafrm_ds.data.sources import Source
 from hafrm_ds.data.tokenization import tokenize_conversation
 from hafrm_ds.errors import DataError
@@ -78,12 +78,12 @@ def formatter(make_tokenizer):
 
 @pytest.fixture
 def prepare(tmp_path):
-    def prepared(formatter: ChatFormatter, rows: list[dict], **options) -> PreparedPairs:
+    def prepared(formatter: ChatFormatter, rows: list[dict], **options) -> PreparedGroups:
         file = tmp_path / "pairs.jsonl"
         write_lines(file, rows)
         given = {"max_length": 5000, "truncation": "drop", "cache_dir": tmp_path / "cache"} | options
         sources = [Source(path=str(file))]
-        return prepare_pairs(sources, formatter=formatter, options=PreparationOptions(**given), role="train", seed=0)
+        return prepare_groups(sources, formatter=formatter, options=PreparationOptions(**given), role="train", seed=0)
 
     return prepared
 
@@ -140,7 +140,7 @@ CALL = calling(call(city="Ulm"))
 def test_every_spelling_of_a_message_is_read_alike(written, read):
     pair = convert(PAIR | {"prompt": [user("p"), written, user("q")], "chosen": [CALL]})
     assert pair.prompt == [user("p") | {"tools": []}, read, user("q")]
-    assert pair.chosen == [CALL]
+    assert pair.answers[0] == [CALL]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_column_of_tools_that_is_ignored():
 
 
 def test_a_column_that_repeats_a_conversation_with_calls_loses_nothing():
-    assert convert(ROW | {"messages": [*ROW["prompt"], *ROW["chosen"]]}).chosen == ROW["chosen"]
+    assert convert(ROW | {"messages": [*ROW["prompt"], *ROW["chosen"]]}).answers[0] == ROW["chosen"]
     assert "context: filled, but not read" in error_of(ROW | {"context": "words of its own"})
 
 
@@ -211,7 +211,7 @@ def test_a_template_that_renders_tools_gets_all_of_them(formatter, prepare):
     hermes = formatter(HERMES)
     prepared = prepare(hermes, [ROW, PAIR, ROW | {"tools": [SCHEMA, OTHER_SCHEMA]}])
     assert prepared.report.total.dropped == prepared.report.left_out == {}
-    for answer, ids in (("chosen", prepared[0].chosen_ids), ("rejected", prepared[0].rejected_ids)):
+    for answer, ids in (("chosen", prepared[0].responses[0]), ("rejected", prepared[0].responses[1])):
         whole = hermes.tokenizer.apply_chat_template(ROW["prompt"] + ROW[answer], tools=[SCHEMA])["input_ids"]
         assert [*prepared[0].prompt_ids, *ids] == whole
     text = prepared.report.examples[0].prompt
@@ -225,11 +225,11 @@ def test_a_template_that_renders_tools_gets_all_of_them(formatter, prepare):
 
 def test_rows_without_tools_are_kept_as_before_beside_rows_with(formatter, tmp_path):
     write_lines(tmp_path / "pairs.jsonl", [PAIR, ROW])
-    rows = read_pairs([Source(path=str(tmp_path / "pairs.jsonl"))], role="train", seed=0, cache_dir=tmp_path)
+    rows = read_groups([Source(path=str(tmp_path / "pairs.jsonl"))], role="train", seed=0, cache_dir=tmp_path)
     assert rows.features == FEATURES and set(FEATURES["prompt"].feature) == {"role", "content"}
-    assert rows[0]["prompt"] == [user("p")] and rows[0]["chosen"] == [assistant("a")]
-    assert "tools" not in PAIR_FEATURES
-    assert json.loads(rows[1]["chosen"][0]["content"]) == ROW["chosen"]
+    assert rows[0]["prompt"] == [user("p")] and rows[0]["answers"][0] == [assistant("a")]
+    assert "tools" not in GROUP_FEATURES
+    assert json.loads(rows[1]["answers"][0][0]["content"]) == ROW["chosen"]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_table_with_tools_reads_as_lines_do(formatter, tmp_path, monkeypatch):
     write_lines("pairs.jsonl", rows)
     options = PreparationOptions(5000, "drop", cache_dir=tmp_path / "cache")
     sets = [
-        prepare_pairs([Source(path=name)], formatter=formatter(HERMES), options=options, role="train", seed=0)
+        prepare_groups([Source(path=name)], formatter=formatter(HERMES), options=options, role="train", seed=0)
         for name in ("pairs.parquet", "pairs.jsonl")
     ]
     assert sets[0].keys.tobytes() == sets[1].keys.tobytes() and len(sets[0]) == 2
@@ -312,4 +312,4 @@ def test_a_row_to_score_is_what_a_pair_is_trained_on(formatter, prepare):
         {"prompt": ROW["prompt"], "responses": [ROW["chosen"], ROW["rejected"], "x"], "tools": [SCHEMA]},
     ):
         ids = tokenize_conversation(hermes, conversations_of(Row(fields, "in.jsonl:1", ""))[1][0])
-        assert [*ids.prompt, *ids.responses[0]] == [*pair.prompt_ids, *pair.chosen_ids]
+        assert [*ids.prompt, *ids.responses[0]] == [*pair.prompt_ids, *pair.responses[0]]

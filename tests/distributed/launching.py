@@ -125,3 +125,19 @@ def write_pairs(path: Path, num_pairs: int, seed: int = 0) -> Path:
             row = {"prompt": text("abcdefg ", 1, 30), "chosen": text("aeiou", 1, 20), "rejected": text("bcdfg", 1, 20)}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def write_groups(path: Path, num_groups: int, seed: int = 0) -> Path:
+    """Groups of two to five scored answers, some of them equal: an answer's score is its number of vowels."""
+    source = random.Random(seed)
+
+    def text(letters: str, low: int, high: int) -> str:
+        return "".join(source.choice(letters) for _ in range(source.randrange(low, high)))
+
+    with path.open("w") as file:
+        for _ in range(num_groups):
+            answers = [text("aeioubcdfg", 1, 20) for _ in range(source.randrange(2, 6))] + [text("aeiou", 20, 25)]
+            scores = [sum(letter in "aeiou" for letter in answer) for answer in answers]
+            row = {"prompt": text("abcdefg ", 1, 30), "responses": answers, "scores": scores}
+            file.write(json.dumps(row) + "\n")
+    return path

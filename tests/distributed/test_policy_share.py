@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from hafrm_ds.config import DataConfig, ModelConfig
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.planning import BatchPlan
-from hafrm_ds.data.preparation import prepare_pairs
+from hafrm_ds.data.preparation import prepare_groups
 from hafrm_ds.engine.checkpoint import read_state
 from hafrm_ds.model.hybrid import make_reward_head
 from hafrm_ds.model.loading import load_tokenizer
@@ -125,7 +125,7 @@ def naive_gradients(folder: Path, model: str, step: int = 0) -> tuple[torch.Tens
     config = ModelConfig(name_or_path=str(folder / model))
     data = DataConfig.model_validate({"train": str(folder / "train.jsonl"), "max_length": 120})
     formatter = ChatFormatter.create(load_tokenizer(config), data.chat_template, data.template_date)
-    pairs = prepare_pairs(data.train, formatter=formatter, options=data.preparation, role="train", seed=0)
+    pairs = prepare_groups(data.train, formatter=formatter, options=data.preparation, role="train", seed=0)
     causal_lm = AutoModelForCausalLM.from_pretrained(folder / model, dtype=torch.float64)
     head = make_reward_head(32, bias=False, init="normal", dtype=torch.float32, seed=0).weight.double()
     body = list(causal_lm.model.parameters())

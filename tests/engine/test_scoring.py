@@ -1,4 +1,4 @@
-"""Scoring a set of pairs: every value at its place, and how often ranks ask one another whether to stop."""
+"""Scoring a set of groups: every value at its place, and how often ranks ask one another whether to stop."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedPair
+from hafrm_ds.data.comparisons import OF_A_PAIR
+from hafrm_ds.data.lengths import GroupLengths, places_of, starts_of
+from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedGroup
 from hafrm_ds.engine import scoring as module
-from hafrm_ds.engine.scoring import Items, OccasionalQuestion, score_items, score_pairs
+from hafrm_ds.engine.scoring import Items, OccasionalQuestion, score_groups, score_items
 from hafrm_ds.objective import ResponseScores
 
 CPU = torch.device("cpu")
@@ -20,15 +22,19 @@ class CountingEngine:
 
     device = CPU
 
+    def __init__(self):
+        self.positions: list[int] = []
+
     def __call__(self, batch, **heads) -> ResponseScores:
+        self.positions.append(batch.num_positions)
         sums = torch.stack([part.sum().float() for part in batch.target_ids.split(batch.num_tokens.tolist())])
         return ResponseScores(reward=sums, logprob=batch.num_tokens.float(), num_tokens=batch.num_tokens)
 
 
-class Pairs(list):
-    """Pairs with their lengths, as PreparedPairs has them."""
+class Groups(list):
+    """Groups with their lengths, as PreparedGroups has them."""
 
-    lengths: dict[str, np.ndarray]
+    lengths: GroupLengths
 
 
 @pytest.fixture
@@ -39,20 +45,31 @@ def group():
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
-def test_every_value_comes_to_its_pair(group, layout):
-    sizes = np.random.default_rng(0).integers(1, 30, size=(7, 3))
-    pairs = [TokenizedPair([9] * p, [2] * c, [3] * r, margin=None, source="", id="") for p, c, r in sizes]
-    prepared = Pairs(pairs)
-    prepared.lengths = dict(zip(("prompt", "chosen", "rejected"), sizes.T))
+@pytest.mark.parametrize("num_responses", [[2] * 7, [2, 5, 3, 2, 4, 3, 8]], ids=["pairs", "groups"])
+@pytest.mark.parametrize("max_tokens", [200, 45])
+def test_every_value_comes_to_its_response(group, layout, num_responses, max_tokens):
+    """Also of groups that are too long for a micro-batch, which keeps its budget."""
+    source, first = np.random.default_rng(0), starts_of(np.array(num_responses))
+    prompt, sizes = source.integers(1, 30, size=7), source.integers(1, 12, size=first[-1])
+    tokens = np.arange(2, 2 + len(sizes))
+    responses = [[token] * size for token, size in zip(tokens, sizes, strict=True)]
+    prepared = Groups(
+        TokenizedGroup([9] * prompt[g], tuple(responses[slice(*first[g : g + 2])]), OF_A_PAIR, "", "") for g in range(7)
+    )
+    prepared.lengths = GroupLengths(prompt, sizes, first)
     index = np.array([6, 0, 3, 2, 5])
+    wanted = places_of(first, index)
 
     def score(**options) -> dict[str, np.ndarray] | None:
-        options = {"layout": layout, "max_tokens": 120, "heads": ("reward", "logprob")} | options
-        return score_pairs(CountingEngine(), prepared, index, **options)
+        options = {"layout": layout, "max_tokens": max_tokens, "heads": ("reward", "logprob")} | options
+        return score_groups(engine, prepared, index, **options)
 
-    scores = score()
-    assert scores["reward"].tolist() == (sizes[index, 1:] * [2, 3]).tolist()
-    assert scores["logprob"].tolist() == sizes[index, 1:].tolist()
+    engine, finished = CountingEngine(), []
+    scores = score(on_progress=finished.append)
+    assert max(engine.positions) <= max_tokens
+    assert sum(finished) == len(index)
+    assert scores["reward"].tolist() == (sizes * tokens)[wanted].tolist()
+    assert scores["logprob"].tolist() == sizes[wanted].tolist()
     assert list(score(heads=("logprob",))) == ["logprob"]
     assert score(must_stop=lambda: True) is None
 

@@ -8,6 +8,7 @@ import pytest
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.evaluation.accuracy import set_metrics
 from hafrm_ds.evaluation.pair_scores import PairScores
+from tests.evaluation.groups import group_scores
 
 REWARD = np.array([[2.0, 1.0], [0.5, 0.5], [-1.0, 0.0], [3.0, 3.0]], dtype=np.float32)  # right, tie, wrong, tie
 LOGPROB = np.array([[-8.0, -9.0], [-7.0, -5.0], [-6.0, -6.0], [-1.0, -2.0]], dtype=np.float32)
@@ -66,3 +67,17 @@ def test_losses_and_margins_are_means_over_pairs():
 )
 def test_what_was_not_scored_has_no_metric(scores, objective, names):
     assert set_metrics(scored(**scores), ObjectiveConfig(**objective)).keys() == names
+
+
+def test_groups_have_the_loss_of_each_group_and_the_order_within_it():
+    groups = [
+        ([(0, 1), (0, 2), (1, 2)], [3.0, 1.0, 2.0]),  # two answers the wrong way round
+        ([(1, 0)], [0.5, 1.0]),
+    ]
+    metrics = set_metrics(group_scores(groups), ObjectiveConfig(alpha=0))
+    first = -np.mean([log_sigmoid(h) for h in (2.0, 1.0, -1.0)])
+    assert metrics["loss/reward"] == pytest.approx((first - log_sigmoid(0.5)) / 2)  # not over the comparisons
+    assert (metrics["pairs"], metrics["groups"], metrics["accuracy/reward"]) == (4, 2, 0.75)
+    assert metrics["reward/mean"] == 1.5  # of each answer once
+    assert (metrics["tau_b/reward"], metrics["top_1/reward"]) == (pytest.approx((1 / 3 + 1) / 2), 1)
+    assert "groups" not in set_metrics(group_scores(groups[1:]), ObjectiveConfig(alpha=0))

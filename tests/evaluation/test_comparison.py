@@ -14,6 +14,7 @@ from hafrm_ds.evaluation.comparison import OTHERS, TWO_MODELS, Judged, Method, c
 from hafrm_ds.evaluation.comparison_tables import points, render_comparison, seeds_in_words
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
+from tests.evaluation.groups import rated_groups
 
 SIZES = {"in": 200, "far": 100, "farther": 50}
 
@@ -233,6 +234,32 @@ def test_two_models_judge_together_better_than_either_and_have_a_name_in_the_tab
     file = io.StringIO()
     Console(file=file, width=200).print(render_comparison(results))
     assert "dpo, implicit reward with Baseline's head" in file.getvalue()
+
+
+def test_comparisons_of_groups_are_paired_by_their_ids_and_resampled_by_prompt():
+    source = np.random.default_rng(0)
+    gold = source.permuted(np.tile(np.arange(4), (80, 1)), axis=1)
+    methods = []
+    for name, noise in (("one", 3.0), ("other", 1.0)):
+        judged = [rated_groups(gold, gold + source.normal(scale=noise, size=gold.shape), name="in") for _ in range(2)]
+        assert len(set(judged[0].ids)) == len(judged[0]) == 80 * 6
+        methods.append(Method(name, "reward", [{"in": Judged.of(scores)} for scores in judged]))
+    results = compare(methods, ["in"], [0, 1], [0, 1])
+    assert results["pairs"] == {"in": 480}
+    right = methods[1].right("in") - methods[0].right("in")
+    value = results["differences"]["other - one"]["in"]
+    assert value["value"] == pytest.approx(right.mean()) and value["low"] > 0
+    assert (value["low"], value["high"]) == pytest.approx(naive_interval(right, np.arange(480) // 6), abs=0.01)
+
+
+def naive_interval(right: np.ndarray, prompts: np.ndarray) -> np.ndarray:
+    """Of the mean of [S, P], where trainings and prompts are drawn."""
+    source, means = np.random.default_rng(1), []
+    of_prompts = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
+    for _ in range(2000):
+        places = np.concatenate([of_prompts[k] for k in source.integers(len(of_prompts), size=len(of_prompts))])
+        means.append(right[source.integers(len(right), size=len(right))][:, places].mean())
+    return np.quantile(means, [0.025, 0.975])
 
 
 def test_a_judge_that_one_training_lacks_is_left_out():

@@ -1,5 +1,6 @@
 """An evaluation from folders to files: against plain transformers code, and stopped and started again."""
 
+import itertools
 import json
 import random
 
@@ -28,6 +29,7 @@ from hafrm_ds.scoring.files import ScoringOptions, score_file
 from tests.data.row_files import write_lines
 from tests.evaluation.benchmarks.rows import rewardbench_row
 from tests.evaluation.test_combined import combine
+from tests.evaluation.test_order import naive_tau
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 NUM_PAIRS = 50
@@ -121,6 +123,47 @@ def test_accuracies_are_those_of_plain_transformers_code(folder, tmp_path, model
         assert by_source == pytest.approx(right[place::2].mean(), abs=1e-12)
     scores = load_all(tmp_path / "out" / "evaluation")["held out"]
     np.testing.assert_allclose(scores.reward, expected, atol=1e-4)
+
+
+def test_groups_of_answers_are_ordered_as_plain_transformers_code_does(folder, tmp_path):
+    """Scored groups, one with a tie, and the texts of the worst comparison."""
+    pairs, source = rows(folder), random.Random(5)
+    given = [
+        {
+            "prompt": one["prompt"],
+            "responses": [one["chosen"], one["rejected"] + "!", two["chosen"] + "?"],
+            "scores": source.choice([[1, 2, 3], [2, 1, 1], [3, 2, 1], [1, 2, 2]]),
+        }
+        for one, two in zip(pairs[:20], pairs[20:40])
+    ]
+    write_lines(tmp_path / "groups.jsonl", given)
+    data = DataConfig(train="unused", eval={"graded": str(tmp_path / "groups.jsonl")}).eval
+    found = run(options_for(folder, "final", tmp_path / "out", data=data))["sets"]["graded"]
+    stock = AutoModelForSequenceClassification.from_pretrained(folder / "classifier").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "classifier")
+    with torch.no_grad():
+        rewards = [
+            [stock(rendered(tokenizer, user(row["prompt"]), assistant(text))).logits[0, 0].item()
+             for text in row["responses"]]
+            for row in given
+        ]  # fmt: skip
+    margins = {
+        (number, better, worse): rewards[number][better] - rewards[number][worse]
+        for number, row in enumerate(given)
+        for better, worse in itertools.permutations(range(3), 2)
+        if row["scores"][better] > row["scores"][worse]
+    }
+    assert (found["pairs"], found["groups"], found["answers"]) == (len(margins), 20, 60)
+    assert found["accuracy"]["reward"]["value"] == pytest.approx(np.mean([each > 0 for each in margins.values()]))
+    taus = [naive_tau(row["scores"], each) for row, each in zip(given, rewards)]
+    assert found["ranking"]["reward"]["tau_b"]["value"] == pytest.approx(np.mean(taus))
+    assert found["ranking"].keys() == found["accuracy"].keys() == {"reward", "logprob"}
+    scores = load_all(tmp_path / "out" / "evaluation")["graded"]
+    assert len(set(scores.ids)) == len(margins)
+    number, better, worse = min(margins, key=lambda each: margins[each])
+    text = scores.texts[scores.mistakes()[0]]
+    assert given[number]["responses"][better] in text.chosen and given[number]["responses"][worse] in text.rejected
+    assert text.id.endswith(f"({better + 1}>{worse + 1})")
 
 
 @pytest.mark.parametrize("model", ["final", "policy"])
@@ -269,6 +312,14 @@ def test_the_combined_judge_is_fitted_on_pairs_that_are_not_tested(folder, judge
     assert json.loads((model / "hafrm.json").read_text())["judge"] == results["judge"]
 
 
+def test_a_fit_on_groups_counts_their_comparisons(folder, judged, tmp_path):
+    texts = [[row["chosen"], row["rejected"] + "!", row["rejected"] + "?", "x"] for row in rows(folder)[:12]]
+    given = [{"prompt": f"question {n}", "responses": each, "ranks": [1, 2, 3, 4]} for n, each in enumerate(texts)]
+    write_lines(tmp_path / "groups.jsonl", given)
+    results = run(fitting(folder, judged[0], tmp_path / "groups.jsonl", tmp_path / "out", save_judge=False))
+    assert (results["judge"]["pairs"], results["judge"]["prompts"]) == (12 * 6, 12)
+
+
 def test_a_fit_that_was_saved_judges_later_sets_and_benchmarks(folder, judged, tmp_path):
     model, pairs, results = judged
     again = run(fitting(folder, model, pairs, model.parent / "out"))  # it is finished, and the model has changed by it
@@ -372,7 +423,7 @@ def test_positions_beyond_those_of_the_model_are_refused_before_it_is_loaded(fol
     monkeypatch.setattr(ModelSizes, "of", classmethod(lambda cls, name, config: ModelSizes(name, 10**6, 20)))
     with pytest.raises(
         DataError,
-        match=r"held out: the longest pair has \d+ tokens, but the model .* knows 20 positions; set --max_length",
+        match=r"held out: the longest pair has \d+ tokens, but .* knows 20 positions; set --max_length",
     ):
         run(options)
     monkeypatch.setattr(ModelSizes, "of", classmethod(lambda cls, name, config: ModelSizes(name, 40, 10**6)))

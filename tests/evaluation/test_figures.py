@@ -12,7 +12,7 @@ from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.figures import benchmark_table, render_evaluation, set_tables
 from hafrm_ds.evaluation.report.results_page import analysis_charts
 from tests.evaluation.benchmarks.rows import judgebench_row, rm_bench_row, summary
-from tests.evaluation.report.folders import pair_scores
+from tests.evaluation.report.folders import graded_scores, pair_scores
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,17 @@ def test_a_hundred_columns_truncate_and_fold_no_figure(sets):
             of_set = [cells(lines[lines.index(name) :], table) for lines in (narrow, wide)]
             figures = [[row[1:] for row in rows if any(row[1:])] for rows in of_set]
             assert figures[0] == figures[1] and figures[0]
+
+
+def test_groups_have_comparisons_and_the_order_within_them():
+    found = analyse(graded_scores())
+    lines = lines_of_sets({"graded": found}, 100)
+    assert max(map(len, lines)) <= 100 and "…" not in "".join(lines) and "pairs" not in "".join(lines)
+    rows = {row[0]: row[1:] for row in cells(lines, "order within groups")}
+    assert rows["top-1"] == [shown(found["ranking"][judge]["top_1"]) for judge in ("reward", "implicit", "logprob")]
+    tau = found["ranking"]["reward"]["tau_b"]
+    assert rows["Kendall's tau-b"][0] == f"{tau['value']:.4g} [{tau['low']:.3g}, {tau['high']:.3g}]"
+    assert rows["NDCG"][0].startswith(f"{found['ranking']['reward']['ndcg']['value']:.3f}"[:4])
 
 
 def test_one_head_has_yardsticks_and_nothing_to_agree_with():

@@ -1,11 +1,15 @@
 """What an evaluation keeps of every pair."""
 
+import dataclasses
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from hafrm_ds.data.report import Example
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.pair_scores import PairScores, load_all
+from tests.evaluation.groups import group_scores
 from tests.test_objective import FIT
 
 REWARD = np.array([[2.0, 1.0], [-1.0, 0.0], [0.5, 0.5], [-4.0, 3.0]], dtype=np.float32)
@@ -55,6 +59,28 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         np.testing.assert_array_equal(getattr(again, name), getattr(scores, name))
     assert again.fit == scores.fit and loaded["other"].fit is None
     assert list(again.judges) == ["reward", "implicit", "logprob", "combined"]
+
+
+def test_a_file_of_pairs_has_no_column_of_groups(tmp_path):
+    scored(reward=REWARD).save(tmp_path)
+    names = pq.read_table(tmp_path / "a%20set.parquet").column_names
+    sides = [f"{name}_{side}" for side in ("chosen", "rejected") for name in ("tokens", "reward")]
+    assert names == ["id", "source", "prompt_key", *sides, "prompt", "chosen", "rejected"]
+    loaded = load_all(tmp_path)["a set"]
+    assert loaded.groups is None and loaded.answers.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    np.testing.assert_array_equal(loaded.answers.values(loaded.reward), REWARD.reshape(-1))
+
+
+def test_groups_are_saved_and_each_answer_is_known_once(tmp_path):
+    rewards = [1.0, 3.0, 2.0]
+    scores = group_scores([([(1, 0), (1, 2)], rewards), ([(0, 2)], rewards)])
+    scores.groups = dataclasses.replace(scores.groups, target=np.float32([1, 0.75, 1]), weight=np.float32([1, 2, 1]))
+    scores.save(tmp_path)
+    loaded = load_all(tmp_path)["set"]
+    for name in ("number", "answers", "target", "weight"):
+        np.testing.assert_array_equal(getattr(loaded.groups, name), getattr(scores.groups, name))
+    assert loaded.answers.group.tolist() == [0, 0, 0, 1, 1]
+    assert loaded.answers.values(loaded.reward).tolist() == [1, 3, 2, 1, 2]
 
 
 def test_another_file_is_refused_by_name(tmp_path):

@@ -17,10 +17,9 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import TrainingEngine
-from hafrm_ds.objective import bradley_terry_loss
 from hafrm_ds.processes.ranks import Processes, choose_allocators
 from tests.gpu.environment import DEVICE, IS_GPU
-from tests.tiny_models import random_items, tiny_hybrid
+from tests.tiny_models import pair_losses, random_items, tiny_hybrid
 
 ITEMS = random_items(seed=3, num_items=6)
 STAGES = (0, 2, 3)
@@ -64,7 +63,7 @@ def step(stage: int) -> str:
         torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
-        loss = bradley_terry_loss(engine(lay_out(ITEMS, "shared_prefix")).reward).mean()
+        loss = pair_losses(engine(lay_out(ITEMS, "shared_prefix")).reward).mean()
     if IS_GPU:
         torch.cuda.set_sync_debug_mode(mode)
     engine.backward(loss, is_last=True)

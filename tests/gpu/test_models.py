@@ -14,9 +14,8 @@ from hafrm_ds.errors import ModelError
 from hafrm_ds.model.attention import KERNELS, import_problem
 from hafrm_ds.model.hybrid import HybridModel, layout_difference, tolerance_of
 from hafrm_ds.model.recomputation import set_gradient_checkpointing
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.gpu.environment import DEVICE, IS_GPU, available_kernels
-from tests.tiny_models import FAMILIES, random_items, tiny_hybrid
+from tests.tiny_models import FAMILIES, pair_losses, random_items, tiny_hybrid
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +42,7 @@ def run(model: HybridModel, layout: str, kernel: str) -> Results:
     model.zero_grad()
     scores = model(lay_out(ITEMS, layout).to(DEVICE))
     reference = torch.full_like(scores.logprob, -20.0)
-    (bradley_terry_loss(scores.reward) + dpo_loss(scores.logprob, reference, beta=0.1)).mean().backward()
+    pair_losses(scores.reward, scores.logprob, reference).mean().backward()
     gradients = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
     return Results(scores.reward.detach(), scores.logprob.detach(), gradients)
 

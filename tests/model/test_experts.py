@@ -15,7 +15,7 @@ from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.objective import ResponseScores
 from tests.tiny_models import EXPERTS, random_items, tiny_hybrid, use_layout
 
-ITEMS = random_items(0)
+ITEMS = [*random_items(0), *random_items(1, num_items=1, num_responses=3)]
 PACKABLE = [family for family in EXPERTS if family != "gpt-oss"]
 LAYOUTS = ("shared_prefix", "packed", "padded")
 
@@ -44,8 +44,8 @@ def test_attention_sinks_keep_a_model_padded():
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_the_loss_of_a_pair_is_transformers_over_its_tokens_with_the_prompt_once(family):
-    """A router sees a prompt's tokens alike in both of its copies: those of one stand for both."""
+def test_the_loss_of_a_group_is_transformers_over_its_tokens_with_the_prompt_once(family):
+    """A router sees a prompt's tokens alike in all of its copies: those of one stand for all."""
     model = tiny_hybrid(family)
     use_layout(model, "padded")
     actual = model(lay_out(ITEMS, "padded"), with_router=True).router
@@ -53,7 +53,9 @@ def test_the_loss_of_a_pair_is_transformers_over_its_tokens_with_the_prompt_once
     for number, (prompt, answers) in enumerate(ITEMS):
         rows = [torch.tensor([[*prompt, *answer]]) for answer in answers]
         of_rows = [model.causal_lm.get_decoder()(row, output_router_logits=True).router_logits for row in rows]
-        logits = tuple(torch.cat([first, second[len(prompt) :]]) for first, second in zip(*of_rows))
+        logits = tuple(
+            torch.cat([first, *(other[len(prompt) :] for other in others)]) for first, *others in zip(*of_rows)
+        )
         expected = load_balancing_loss_func(logits, config.num_local_experts, config.num_experts_per_tok)
         torch.testing.assert_close(actual.loss[number], expected, rtol=1e-5, atol=0)
         tokens = len(prompt) + sum(map(len, answers))

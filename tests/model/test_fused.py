@@ -10,8 +10,7 @@ from hafrm_ds.model import fused
 from hafrm_ds.model.fused import fuse, gated, rms_norm
 from hafrm_ds.model.hybrid import HybridModel, fused_difference
 from hafrm_ds.model.recomputation import set_gradient_checkpointing
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss
-from tests.tiny_models import EXPERTS, FAMILIES, MASKED_WINDOW, random_items, tiny_hybrid, use_layout
+from tests.tiny_models import EXPERTS, FAMILIES, MASKED_WINDOW, pair_losses, random_items, tiny_hybrid, use_layout
 
 CPU = torch.device("cpu")
 ITEMS = random_items(seed=3)
@@ -56,7 +55,7 @@ def run(model: HybridModel) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
     scores = model(lay_out(ITEMS, model.layout))
     reference = torch.full_like(scores.logprob, -20.0)
-    (bradley_terry_loss(scores.reward) + dpo_loss(scores.logprob, reference, beta=0.1)).sum().backward()
+    pair_losses(scores.reward, scores.logprob, reference).sum().backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return torch.cat([scores.reward, scores.logprob]).detach(), torch.cat(gradients)
 

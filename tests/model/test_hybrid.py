@@ -1,6 +1,7 @@
 """The hybrid model against the stock model on padded, separate sequences, for every family."""
 
 import gc
+import itertools
 import random
 
 import pytest
@@ -10,7 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data import packing
+from hafrm_ds.data.comparisons import Comparison, Comparisons
 from hafrm_ds.data.filler import with_filler
 from hafrm_ds.data.packing import lay_out
 from hafrm_ds.data.tokenization import PromptWithResponses
@@ -28,17 +31,20 @@ from hafrm_ds.model.hybrid import (
 )
 from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.model.token_logprobs import HeadTransform
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss
+from hafrm_ds.objective import LossWeights, joint_loss
 from tests.tiny_models import FAMILIES, random_items, tiny_causal_lm, tiny_hybrid, use_layout
 
 
 def run(model: HybridModel, items: list[PromptWithResponses], layout: str):
-    """Rewards, log-probs and gradients of the joint loss in one layout."""
+    """Rewards, log-probs and gradients of the joint loss over all comparisons, the first answer best, in one layout."""
     use_layout(model, layout)
     model.zero_grad()
     scores = model(lay_out(items, layout))
     reference = torch.full_like(scores.logprob, -20.0)
-    (bradley_terry_loss(scores.reward) + dpo_loss(scores.logprob, reference, beta=0.1)).sum().backward()
+    numbers = [len(item.responses) for item in items]
+    every = [[Comparison(*both) for both in itertools.combinations(range(number), 2)] for number in numbers]
+    comparisons = Comparisons.of(list(zip(numbers, every, strict=True)))
+    joint_loss(ObjectiveConfig(), LossWeights(1.0, 1.0), scores, reference, comparisons).total.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return scores.reward.detach(), scores.logprob.detach(), gradients
 
@@ -51,10 +57,20 @@ def assert_gradients_close(actual: dict, expected: dict, tolerance: float) -> No
         assert (actual[name] - expected[name]).abs().max().item() <= tolerance * scale, name
 
 
+ITEMS = {
+    "pairs": random_items(seed=3),
+    "groups": [
+        *random_items(seed=4, num_items=1, num_responses=4),
+        *random_items(seed=5, num_items=1, num_responses=3),
+    ],
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
-def test_layouts_equal_padded_separate_sequences(family, layout):
-    model, items = tiny_hybrid(family), random_items(seed=3)
+@pytest.mark.parametrize("items", ITEMS.values(), ids=ITEMS)
+def test_layouts_equal_padded_separate_sequences(family, layout, items):
+    model = tiny_hybrid(family)
     reward, logprob, gradients = run(model, items, "padded")
     packed_reward, packed_logprob, packed_gradients = run(model, items, layout)
     torch.testing.assert_close(packed_reward, reward, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 from transformers import GPT2Config, LlamaConfig
 
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.preparation import PreparationOptions, prepare_pairs
+from hafrm_ds.data.preparation import PreparationOptions, prepare_groups
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.sizes import ModelSizes, known_positions
@@ -29,7 +29,7 @@ def pairs(formatter, tmp_path_factory):
     rows = [{"prompt": "Why?", "chosen": "Because " * n, "rejected": "No."} for n in (1, 9, 3)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = PreparationOptions(max_length=500, truncation="drop", cache_dir=folder / "cache")
-    return prepare_pairs(
+    return prepare_groups(
         [Source(path=str(folder / "pairs.jsonl"))], formatter=formatter, options=options, role="eval", seed=0
     )
 
@@ -39,7 +39,7 @@ def check(pairs, formatter, **changes) -> None:
 
 
 def test_the_largest_token_id_is_compared_with_the_embedding(pairs, formatter):
-    largest = int(max(max(pairs[n].prompt_ids.max(), pairs[n].chosen_ids.max()) for n in range(3)))
+    largest = int(max(max(pairs[n].prompt_ids.max(), *(ids.max() for ids in pairs[n].responses)) for n in range(3)))
     check(pairs, formatter, vocab_size=largest + 1)
     token = formatter.tokenizer.convert_ids_to_tokens(largest)
     said = f"train: token id {largest:,} ({token!r}) is beyond the embedding of tiny, which has {largest:,} rows (the "
@@ -48,7 +48,7 @@ def test_the_largest_token_id_is_compared_with_the_embedding(pairs, formatter):
 
 
 def test_the_longest_pair_is_compared_with_the_positions(pairs, formatter):
-    longest = max(int(pairs.lengths["prompt"][n] + pairs.lengths["chosen"][n]) for n in range(3))
+    longest = max(len(pairs[n].prompt_ids) + max(map(len, pairs[n].responses)) for n in range(3))
     check(pairs, formatter, max_position_embeddings=longest)
     with pytest.raises(
         DataError,

@@ -2,13 +2,18 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from hafrm_ds.config import ObjectiveConfig
+from hafrm_ds.config import BatchConfig, ObjectiveConfig
+from hafrm_ds.data.comparisons import OF_A_PAIR
+from hafrm_ds.data.lengths import GroupLengths
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import lay_out
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.planning import imbalance, partition_into_micro_batches
+from hafrm_ds.data.tokenization import TokenizedGroup
+from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.objective import joint_loss, weights_at
 from hafrm_ds.training import loop
 from hafrm_ds.training.loop import StepTotals, Trainer
@@ -18,7 +23,7 @@ from tests.tiny_models import random_items, tiny_hybrid, use_layout
 def gradients(parts: list[list[int]]) -> dict[str, torch.Tensor]:
     """Gradients of the mean joint loss over 16 pairs, accumulated over the given micro-batches."""
     items = random_items(seed=11, num_items=16)
-    pairs = [TokenizedPair(i.prompt, *i.responses, margin=None, source="", id=str(n)) for n, i in enumerate(items)]
+    pairs = [TokenizedGroup(i.prompt, i.responses, OF_A_PAIR, source="", id=str(n)) for n, i in enumerate(items)]
     model = tiny_hybrid("llama-tied")
     use_layout(model, "shared_prefix")
     for part in parts:
@@ -27,7 +32,7 @@ def gradients(parts: list[list[int]]) -> dict[str, torch.Tensor]:
         reference = torch.linspace(-60, -5, 2 * len(pairs)).view(-1, 2)[micro_batch.index].view(-1)
         reference = torch.where(micro_batch.weight.repeat_interleave(2) > 0, reference, 0.0)
         objective = ObjectiveConfig()
-        loss = joint_loss(objective, weights_at(objective, 0), scores, reference, micro_batch.margin)
+        loss = joint_loss(objective, weights_at(objective, 0), scores, reference, micro_batch.comparisons)
         ((loss.total * micro_batch.weight).sum() / len(pairs)).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -75,7 +80,7 @@ def recorded():
         events.append(f"lay out {part[0]}")
         return SimpleNamespace(batch=SimpleNamespace(num_positions=7), name=part[0])
 
-    def joint_loss(weights, micro_batch, totals):
+    def joint_loss(weights, micro_batch, batch_weight, totals):
         events.append(f"forward {micro_batch.name}")
         return micro_batch.name
 
@@ -83,7 +88,10 @@ def recorded():
         events.append(f"backward {loss}" + " and reduce" * is_last)
 
     trainer.ahead, trainer.num_steps = None, 2
-    trainer.partition = lambda step: ([[0], [1], [2]] if step == 0 else [[3]], 0.0)
+    trainer.plan = SimpleNamespace(global_batch=lambda step: np.array([step]))
+    trainer.items = SimpleNamespace(of_groups=lambda index: index)
+    trainer.partition = lambda items: ([[0], [1], [2]] if items == [0] else [[3]], 0.0)
+    trainer.weight_of = lambda index: 1.0
     trainer.lay_out, trainer.joint_loss = lay_out, joint_loss
     trainer.engine = SimpleNamespace(backward=backward, device=torch.device("cpu"))
     return trainer, events
@@ -109,17 +117,39 @@ def test_a_step_that_is_computed_again_is_laid_out_again(recorded):
     assert forwards == [f"forward {number}" for number in (0, 1, 2, 0, 1, 2, 3, 3)]
 
 
+@pytest.mark.parametrize("are_pairs", [True, False])
+def test_groups_are_partitioned_by_operations_and_pairs_by_tokens(are_pairs):
+    source = np.random.default_rng(0)
+    lengths = GroupLengths(source.integers(1, 500, 40), source.integers(1, 100, 160), np.arange(41) * 4)
+    trainer = SimpleNamespace(
+        config=SimpleNamespace(
+            batch=BatchConfig(layout="shared_prefix", max_tokens_per_micro_batch=4000), objective=ObjectiveConfig()
+        ),
+        items=SimpleNamespace(lengths=lengths),
+        train_set=SimpleNamespace(groups=SimpleNamespace(are_pairs=are_pairs)),
+        cost=ForwardCost(1.0, 5.0, 0.1, 1.0, 0.0),
+        world_size=2,
+        rank=1,
+    )
+    items = source.permutation(40)[:32]
+    parts, waiting = Trainer.partition(trainer, items)
+    costs = lengths.costs("shared_prefix")[items]
+    work = 3 * costs + 2 * 5 * lengths.all_responses[items] + 3 * 0.1 * lengths.visible_keys("shared_prefix")[items]
+    expected = partition_into_micro_batches(costs, 2, 4000, None, None if are_pairs else work)
+    assert [part.tolist() for part in parts] == [items[part].tolist() for part in expected[1]]
+    assert waiting == imbalance(costs if are_pairs else work, expected)
+
+
 def test_sums_and_largest_values_come_from_one_row(monkeypatch):
     heard: list = []
     trainer = SimpleNamespace(
         engine=SimpleNamespace(device=torch.device("cpu")),
         saver=SimpleNamespace(votes=lambda: [2.0, 0.0], hear=heard.append),
-        plan=SimpleNamespace(global_batch_size=4),
         rank=1,
         world_size=3,
     )
     totals = StepTotals(sums={"loss/total": torch.tensor(3.0).double(), "a": torch.tensor(-1.0).double()})
-    totals.tokens, totals.padding, totals.flops = 10, 1, 5.0
+    totals.tokens, totals.padding, totals.flops, totals.weight = 10, 1, 5.0, 4.0
     totals.expert_load = torch.tensor([[1.0, 3.0]]).double()
     reduced: list[torch.Tensor] = []
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.comparisons import OF_A_PAIR
+from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model import attention
 from hafrm_ds.model.hybrid import HybridModel
@@ -22,7 +23,7 @@ WINDOW = 16
 def random_pairs(*lengths: int) -> Pairs:
     """Pairs whose prompt and responses have so many tokens each."""
     return Pairs(
-        TokenizedPair(item.prompt, *item.responses, margin=None, source="", id="")
+        TokenizedGroup(item.prompt, item.responses, OF_A_PAIR, source="", id="")
         for length in lengths
         for item in random_items(length, 1, prompt_lengths=(length,), response_lengths=(length,))
     )

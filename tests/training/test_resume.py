@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from hafrm_ds.config import TrainConfig, defaults_of, options_of
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.prepared import fingerprint
 from hafrm_ds.engine.checkpoint import CheckpointError
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import truncate_rows
-from hafrm_ds.training.resume import ResumePoint, find_resume_point
+from hafrm_ds.training.resume import ResumePoint, changed_options, find_resume_point
 from tests.engine.test_checkpoint import flip_a_byte, save, state_at, truncate
 
 
@@ -182,7 +183,17 @@ def test_the_fingerprint_of_pairs_knows_their_order_and_margins():
     def print_of(order: list[int], margins: list[float | None]) -> str:
         keys = np.zeros((len(order), 2), KEY_DTYPE)
         keys["low"] = np.array([order, order]).T
-        return fingerprint(keys, np.array(margins, dtype=np.float32))
+        number = len(order)
+        ones = np.ones(number, dtype=np.float32)
+        places = {"better": np.zeros(number, np.int32), "worse": np.ones(number, np.int32)}
+        sizes = {"num_responses": np.full(number, 2), "num_comparisons": np.full(number, 1)}
+        known = {
+            "keys": keys.reshape(-1),
+            "margin": np.array(margins, dtype=np.float32),
+            "target": ones,
+            "weight": ones,
+        }
+        return fingerprint(sizes | places | known)
 
     prints = [
         print_of(*given)
@@ -208,3 +219,28 @@ def test_rows_after_a_step_are_truncated(tmp_path, step, is_due, left):
     file.write_text("".join(rows) + '{"step": 4, "ki')
     truncate_rows(file, step, is_due)
     assert [f"{row['step']} {row['kind']}" for row in map(json.loads, file.read_text().splitlines())] == left
+
+
+def options_with(**objective: object) -> dict:
+    made = TrainConfig(output_dir="run", model={"name_or_path": "m"}, data={"train": "t.jsonl"}, objective=objective)
+    return made.model_dump(mode="json")
+
+
+def test_defaults_are_those_of_a_configuration_without_options():
+    given = {"output_dir", "model.name_or_path", "data.train"}
+    found = {name: value for name, value in options_of(options_with()) if name not in given}
+    assert dict(defaults_of(TrainConfig)) == found
+
+
+@pytest.mark.parametrize("name", ["ranking_loss", "normalize_by", "policy_share_every"])
+def test_an_option_that_an_older_checkpoint_does_not_know_had_its_default(name):
+    saved = options_with()
+    del saved["objective"][name]
+    assert changed_options(saved, options_with()) == {}
+
+
+def test_a_younger_option_that_is_not_left_at_its_default_has_changed():
+    saved = options_with()
+    del saved["objective"]["ranking_loss"]
+    changed = changed_options(saved, options_with(ranking_loss="best"))
+    assert changed == {"objective.ranking_loss": 'objective.ranking_loss: "pairwise" there, "best" here'}

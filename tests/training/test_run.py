@@ -1,15 +1,19 @@
 """The order of a run's stages, and the report at its end."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
+from hafrm_ds.config import ObjectiveConfig
+from hafrm_ds.data.report import GroupFacts
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import DataError
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.run import leave_report, train
+from hafrm_ds.training.run import check_orders, leave_report, train
 from tests.distributed.launching import write_pairs
 from tests.tiny_models import save_tiny_model
 
@@ -85,3 +89,22 @@ def test_a_report_that_cannot_be_drawn_is_a_warning(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"report: {tmp_path / 'report.html'}" in shown
     assert "WARNING no report was drawn: DataError" in shown and "environment.json" in shown
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"contradictory": 2}, "2 groups whose comparisons contradict one another"),
+        (
+            {"partial": 1, "soft": 3},
+            "1 groups that have a part of the comparisons of their order and 3 comparisons with",
+        ),
+        ({}, None),
+    ],
+)
+def test_the_loss_of_whole_orders_refuses_what_makes_none(fault, words):
+    known = {"answers": 9, "comparisons": 9, "sizes": {"3": 3}, "soft": 0, "contradictory": 0, "partial": 0, "lost": {}}
+    sets = {"eval x": SimpleNamespace(report=SimpleNamespace(groups=GroupFacts(**known | fault)))}
+    check_orders(sets, ObjectiveConfig())
+    with pytest.raises(DataError, match=words) if words else nullcontext():
+        check_orders(sets, ObjectiveConfig(ranking_loss="plackett_luce"))

@@ -5,28 +5,30 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.packing import token_costs
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison
+from hafrm_ds.data.lengths import GroupLengths, starts_of
+from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores
 from hafrm_ds.training import token_budget as module
-from hafrm_ds.training.token_budget import SAFE_SHARE, find_token_budget, pairs_worth
+from hafrm_ds.training.token_budget import SAFE_SHARE, find_token_budget, groups_worth
 
 PER_TOKEN, FIXED, FREE = 1000, 50_000, 20_000_000
 
 
 class Pairs(list):
     @property
-    def lengths(self) -> dict[str, np.ndarray]:
-        return {name: np.array([len(getattr(pair, f"{name}_ids")) for pair in self]) for name in NAMES}
-
-
-NAMES = ("prompt", "chosen", "rejected")
+    def lengths(self) -> GroupLengths:
+        return GroupLengths(
+            np.array([len(group.prompt_ids) for group in self]),
+            np.array([len(response) for group in self for response in group.responses]),
+            starts_of(np.array([len(group.responses) for group in self])),
+        )
 
 
 def pairs_of(lengths: list[int]) -> Pairs:
     """Pairs that take so many tokens with a shared prompt."""
-    return Pairs(TokenizedPair([1] * (n - 2), [2], [3], margin=None, source="", id="") for n in lengths)
+    return Pairs(TokenizedGroup([1] * (n - 2), ([2], [3]), OF_A_PAIR, source="", id="") for n in lengths)
 
 
 class ScoringEngine:
@@ -77,6 +79,23 @@ def test_no_more_than_is_useful_and_no_less_than_the_longest_pair_of_any_set(eng
     assert find(engine, [100] * 50, longest=5000, largest_useful=2000) == 5000
 
 
+def test_probes_hold_parts_of_groups_that_are_longer_than_a_micro_batch_must_be(engine, monkeypatch):
+    """Whole, a group of 4,000 tokens would not fit."""
+    eight = TokenizedGroup([1] * 100, tuple([k] * 500 for k in range(8)), (Comparison(0, 1), Comparison(6, 7)), "", "")
+
+    def growth(device, work) -> int:
+        work()
+        if engine.positions > 3000:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return FIXED + PER_TOKEN * engine.positions
+
+    monkeypatch.setattr(module, "peak_growth_bytes", growth)
+    monkeypatch.setattr(module, "SMALLEST_PROBE", 700)
+    options = {"largest_useful": 10**9, "with_reward": True, "with_logprob": True}
+    budget = find_token_budget(engine, Pairs([eight]), "shared_prefix", longest=1100, **options)
+    assert budget >= 1100
+
+
 def test_memory_that_does_not_hold_the_longest_pair_is_an_error_with_advice(engine, monkeypatch):
     def no_room(device, work):
         raise torch.OutOfMemoryError("tried to allocate")
@@ -87,9 +106,9 @@ def test_memory_that_does_not_hold_the_longest_pair_is_an_error_with_advice(engi
 
 
 def test_probes_have_the_longest_pair_and_keep_to_their_size():
-    costs = token_costs(pairs_of([50, 400, 70, 60]).lengths, "shared_prefix")
+    costs = pairs_of([50, 400, 70, 60]).lengths.costs("shared_prefix")
     for num_tokens in (10, 400, 520, 3000):
-        chosen = pairs_worth(costs, "shared_prefix", num_tokens)
+        chosen = groups_worth(costs, "shared_prefix", num_tokens)
         assert chosen[0] == 1
         assert len(chosen) == 1 or costs[chosen].sum() <= num_tokens
-    assert costs[pairs_worth(costs, "shared_prefix", 3000)].sum() > 3000 - 400
+    assert costs[groups_worth(costs, "shared_prefix", 3000)].sum() > 3000 - 400

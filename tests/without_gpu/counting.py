@@ -17,8 +17,8 @@ from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.model.attention import KERNELS
 from hafrm_ds.model.fused import LigerFunctions, fuse
 from hafrm_ds.model.hybrid import HybridModel, RewardHead
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 from tests.gpu.benchmark import SHAPES
+from tests.tiny_models import pair_losses
 
 STARTS_NOTHING = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
@@ -137,10 +137,8 @@ def counted_step(
     with Counting() as counting:
         counting.counts = found[-1]
         scores = model(batch.to(META), with_logprob=with_logprob)
-        loss = bradley_terry_loss(scores.reward)
-        if with_logprob:
-            loss = loss + dpo_loss(scores.logprob, torch.zeros(scores.logprob.shape, device=META), 0.1)
-        loss = loss.mean()
+        reference = torch.zeros(scores.logprob.shape, device=META) if with_logprob else None
+        loss = pair_losses(scores.reward, scores.logprob, reference).mean()
         counting.counts = Counts()
         found.append(counting.counts)
         loss.backward()

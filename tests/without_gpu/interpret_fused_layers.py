@@ -11,8 +11,7 @@ from hafrm_ds.data.packing import lay_out
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.recomputation import set_gradient_checkpointing
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss
-from tests.tiny_models import FAMILIES, random_items, tiny_hybrid, use_layout
+from tests.tiny_models import FAMILIES, pair_losses, random_items, tiny_hybrid, use_layout
 
 ITEMS = random_items(seed=3, num_items=1, prompt_lengths=(5,), response_lengths=(3, 4))
 LAYOUTS = {"gpt-oss": "padded", "granite": "padded"}
@@ -71,7 +70,7 @@ def model_of(family: str, dtype: torch.dtype, fused: bool) -> HybridModel:
 def run(model: HybridModel) -> dict[str, Tensor]:
     scores = model(lay_out(ITEMS, model.layout))
     reference = torch.full_like(scores.logprob, -10.0)
-    (bradley_terry_loss(scores.reward) + dpo_loss(scores.logprob, reference, beta=0.1)).sum().backward()
+    pair_losses(scores.reward, scores.logprob, reference).sum().backward()
     gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
     return {"scores": torch.cat([scores.reward, scores.logprob]).detach(), "gradients": torch.cat(gradients)}
 

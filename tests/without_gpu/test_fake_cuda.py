@@ -1,6 +1,7 @@
 """The forward, the joint loss of the loop and the scoring of the reference pass on a CUDA device that computes nothing:
 no mix of devices, nothing that a host would wait for, no blocking copy. The backward cannot run so (test_meta.py)."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,17 +10,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hafrm_ds.config import TrainConfig
+from hafrm_ds.data.comparisons import OF_A_PAIR
+from hafrm_ds.data.lengths import GroupLengths
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
-from hafrm_ds.data.packing import PackedBatch, lay_out, token_costs
-from hafrm_ds.data.tokenization import TokenizedPair
+from hafrm_ds.data.packing import PackedBatch, lay_out
+from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.engine import scoring
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.model import attention, hybrid
 from hafrm_ds.model.recomputation import set_gradient_checkpointing
-from hafrm_ds.objective import bradley_terry_loss, weights_at
+from hafrm_ds.objective import weights_at
 from hafrm_ds.training import loop
 from hafrm_ds.training.loop import StepTotals, Trainer
-from tests.tiny_models import FAMILIES, random_items
+from tests.tiny_models import FAMILIES, pair_losses, random_items
 from tests.without_gpu.fake_cuda import DEVICE, AsOnCuda, HostWaits, fake_cuda, fake_hybrid
 
 ITEMS = random_items(seed=3, num_items=6)
@@ -51,7 +54,7 @@ def test_forward(monkeypatch, family, layout, kernel):
         use(model, layout, kernel)
         with AsOnCuda():
             scores = model(batch.to(DEVICE))
-            loss = bradley_terry_loss(scores.reward)
+            loss = pair_losses(scores.reward)
     assert (loss.device, scores.logprob.device, scores.reward.dtype) == (DEVICE, DEVICE, torch.float32)
     assert scores.logprob.shape == (2 * len(ITEMS),)
 
@@ -70,9 +73,7 @@ def test_forward_with_gradient_checkpointing(monkeypatch, kernel, kind):
 
 def micro_batch_of(layout: str) -> MicroBatch:
     pairs = [
-        TokenizedPair(
-            list(item.prompt), list(item.responses[0]), list(item.responses[1]), margin=None, source="", id=str(number)
-        )
+        TokenizedGroup(list(item.prompt), tuple(map(list, item.responses)), OF_A_PAIR, source="", id=str(number))
         for number, item in enumerate(ITEMS)
     ]
     return make_micro_batch(pairs, [0, 1, 2, -1, 4], layout, torch.zeros(10))
@@ -99,17 +100,16 @@ def joint_loss(monkeypatch: pytest.MonkeyPatch, layout: str = "shared_prefix", k
         trainer = SimpleNamespace(
             config=config,
             engine=FakeEngine(model),
-            plan=SimpleNamespace(global_batch_size=5),
             world_size=2,
             rank=1,
             cost=ForwardCost(1.0, 1.0, 1.0, 1.0, 1.0),
             counts_experts=False,
             saver=SimpleNamespace(votes=lambda: [0.0, 0.0], hear=lambda votes: None),
         )
-        totals = StepTotals()
+        totals = StepTotals(weight=5.0)
         with AsOnCuda() as copies:
             micro_batch = micro_batch_of(layout).to(DEVICE)
-            loss = Trainer.joint_loss(trainer, weights_at(config.objective, 0), micro_batch, totals)
+            loss = Trainer.joint_loss(trainer, weights_at(config.objective, 0), micro_batch, 5.0, totals)
     return loss, totals, copies, trainer
 
 
@@ -142,11 +142,8 @@ def test_a_step_talks_once_to_the_other_ranks_and_once_to_the_host(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
 def test_scoring_of_the_reference_pass(monkeypatch, layout):
-    lengths = {
-        "prompt": np.array([len(item.prompt) for item in ITEMS]),
-        "chosen": np.array([len(item.responses[0]) for item in ITEMS]),
-        "rejected": np.array([len(item.responses[1]) for item in ITEMS]),
-    }
+    columns = zip(*([len(item.prompt), *map(len, item.responses)] for item in ITEMS), strict=True)
+    lengths = GroupLengths.of_pairs(*map(np.array, columns))
     kept: list[tuple] = []
     # Values are copied behind what computes them, and waited for when the next micro-batch has been launched.
     monkeypatch.setattr(scoring, "in_order", lambda scored, sizes, ranks_on: scored)
@@ -167,7 +164,7 @@ def test_scoring_of_the_reference_pass(monkeypatch, layout):
         with AsOnCuda() as copies:
             scored = scoring.score_items(
                 FakeEngine(model),
-                scoring.Items(lambda position: ITEMS[position], np.full(len(ITEMS), 2), token_costs(lengths, layout)),
+                scoring.Items(lambda position: ITEMS[position], np.full(len(ITEMS), 2), lengths.costs(layout)),
                 ("logprob",),
                 layout=layout,
                 max_tokens=45,
@@ -201,12 +198,12 @@ def test_an_item_in_the_forward_is_found(monkeypatch):
 def test_a_cpu_tensor_in_the_loss_is_found(monkeypatch):
     usual = loop.joint_loss
 
-    def with_cpu_tensor(objective, weights, scores, reference, margin):
-        margin = margin + torch.ones(len(margin))
-        return usual(objective, weights, scores, reference, margin)
+    def with_cpu_tensor(objective, weights, scores, reference, comparisons):
+        margin = comparisons.margin + torch.ones(len(comparisons.margin))
+        return usual(objective, weights, scores, reference, replace(comparisons, margin=margin))
 
     monkeypatch.setattr(loop, "joint_loss", with_cpu_tensor)
-    with pytest.raises(HostWaits, match=r"test_fake_cuda.py:\d+: margin = margin \+ torch.ones"):
+    with pytest.raises(HostWaits, match=r"test_fake_cuda.py:\d+: margin = comparisons.margin \+ torch.ones"):
         joint_loss(monkeypatch)
 
 

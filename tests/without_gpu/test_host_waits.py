@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from hafrm_ds.data.packing import lay_out
-from hafrm_ds.objective import bradley_terry_loss, dpo_loss
-from tests.tiny_models import EXPERTS, FAMILIES, random_items, tiny_hybrid, use_layout
+from tests.tiny_models import EXPERTS, FAMILIES, pair_losses, random_items, tiny_hybrid, use_layout
 from tests.without_gpu.fake_cuda import HostWaits, NoDataDependence
 
 ITEMS = random_items(seed=3, num_items=6)
@@ -27,7 +26,7 @@ def test_a_step_asks_no_tensor_for_its_values(family, layout):
     with NoDataDependence(KNOWN[layout]):
         scores = model(batch, with_router=family in EXPERTS)
         reference = torch.zeros_like(scores.logprob).detach()
-        loss = bradley_terry_loss(scores.reward) + dpo_loss(scores.logprob, reference, 0.1)
+        loss = pair_losses(scores.reward, scores.logprob, reference)
         (loss if scores.router is None else loss + scores.router.loss).mean().backward()
     assert all(p.grad is not None for p in model.reward_head.parameters())
 

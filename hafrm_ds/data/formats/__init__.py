@@ -1,11 +1,11 @@
-"""Row formats: how a row of each published layout becomes a preference pair, and the contract for all of them.
+"""Row formats: how a row of each published layout becomes a group of answers, and the contract for all of them.
 
 A format is a declaration (`FORMATS`): the columns that announce it, those it reads besides, and a pure function from a
-row to `Parts` (prompt, chosen, rejected and perhaps a margin), or to a list of them where a row ranks several answers;
-to `Deselected` when the row is sound but holds no preference (a tie) or is not one that the source asks for; or to
-`Dropped` when the row was asked for but is no usable pair.
+row to `Parts` (prompt, answers and comparisons, made by `pair` for a better and a worse answer), or to a list of them
+where a row holds several prompts; to `Deselected` when the row is sound but holds no preference (a tie) or is not one
+that the source asks for; or to `Dropped` when the row was asked for but is no usable group.
 
-The contract is `read_pairs_of`: nothing of a conversation is lost in silence. A filled column that speaks of the
+The contract is `read_groups_of`: nothing of a conversation is lost in silence. A filled column that speaks of the
 conversation but is read by nobody refuses the file by name, one with images drops the row, and every other column that
 is not read is told by `not_read`.
 """
@@ -29,7 +29,16 @@ from hafrm_ds.data.formats.labelled import (
     of_webgpt,
 )
 from hafrm_ds.data.formats.parts import Made, finished
-from hafrm_ds.data.formats.ranked import of_lists, of_nectar, of_stack_exchange, of_tree, of_ultrafeedback
+from hafrm_ds.data.formats.ranked import (
+    JUDGEMENTS,
+    of_best_of_n,
+    of_groups,
+    of_lists,
+    of_nectar,
+    of_stack_exchange,
+    of_tree,
+    of_ultrafeedback,
+)
 from hafrm_ds.data.pairs import (
     MEDIA,
     MEDIA_NAMES,
@@ -38,7 +47,7 @@ from hafrm_ds.data.pairs import (
     MediaError,
     Message,
     Outcome,
-    PreferencePair,
+    PreferenceGroup,
     Row,
     has_turns,
     names_in_words,
@@ -50,7 +59,7 @@ from hafrm_ds.errors import DataError
 if TYPE_CHECKING:
     from hafrm_ds.data.sources import Source
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 """Part of the cache key of read data: raise it whenever a format makes another outcome of the same row."""
 
 
@@ -93,7 +102,7 @@ def is_whole(answer: Any) -> bool:
     return isinstance(role, str) and ROLES.get(role.lower()) != "assistant"
 
 
-COMMON_COLUMNS = ("margin", "score_chosen", "score_rejected", "source", "tools")
+COMMON_COLUMNS = ("margin", "score_chosen", "score_rejected", "probability", "source", "tools")
 """Read of the rows of every format."""
 
 FORMATS: dict[str, Format] = {
@@ -142,7 +151,14 @@ FORMATS: dict[str, Format] = {
     "ultrafeedback": Format(("instruction", "completions"), of_ultrafeedback, "UltraFeedback (openbmb)"),
     "stack_exchange": Format(("question", "answers"), of_stack_exchange, "Stack Exchange preferences (HuggingFaceH4)"),
     "ratings": lists("instruction", "generations", "ratings", "distilabel", "input"),
-    "groups": lists("prompt", "responses", "scores", "groups of answers, as score.py writes them"),
+    "groups": Format(
+        ("prompt", "responses"),
+        of_groups,
+        "groups of answers with scores (as score.py writes them), ranks or comparisons",
+        (*JUDGEMENTS, *EARLIER),
+        lambda fields: not fields.keys().isdisjoint(JUDGEMENTS),
+    ),
+    "best_of_n": Format(("prompt", "pick", "candidates"), of_best_of_n, "ranked.jsonl of best_of_n.py, with gold"),
     "oasst": Format(("message_tree_id", "prompt"), of_tree, "OpenAssistant, its trees"),
     "implicit_messages": Format(
         ("chosen", "rejected"),
@@ -173,6 +189,7 @@ NO_PAIRS = {
     ),
     "OpenAssistant, message by message": (("message_id", "parent_id", "text"), "its pairs are in the files of trees"),
     "BeaverTails, answer by answer": (("prompt", "response", "is_safe"), "it labels single answers"),
+    "answers that nobody judged": (("prompt", "responses"), "it has neither scores nor ranks nor comparisons"),
     "fine-tuning": (("messages",), "it holds one answer"),
     "fine-tuning with prompts": (("prompt", "completion"), "it holds one answer"),
     "Alpaca, for fine-tuning": (("instruction", "output"), "it holds one answer"),
@@ -220,18 +237,18 @@ def detect_format(row: Row) -> str:
 # ---- the contract --------------------------------------------------------------------------------------------------
 
 
-def read_pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
-    """A row in a known format -> its pairs, one but for rankings, or why there is none.
+def read_groups_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
+    """A row in a known format -> its groups, one but for trees, or why there is none.
 
     Raises:
         DataError: for a field that is missing, null or of the wrong type, and for a column that speaks of the
             conversation but is not read.
     """
-    return read_with_tools(row, partial(pairs_of, format_name=format_name, source=source), source.ignore_columns)
+    return read_with_tools(row, partial(groups_of, format_name=format_name, source=source), source.ignore_columns)
 
 
-def pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
-    """As `read_pairs_of`; raises ToolCallsError for messages that only a `ToolRow` reads."""
+def groups_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
+    """As `read_groups_of`; raises ToolCallsError for messages that only a `ToolRow` reads."""
     unread, ignored = unread_columns(format_name, tuple(row.fields)), source.ignore_columns
     if any(is_filled(row.fields[name]) and name not in ignored for name in unread.media):
         return [Dropped(MEDIA)]
@@ -241,9 +258,9 @@ def pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
         return [Dropped(MEDIA)]
     outcomes = [finished(each, row, source) for each in (made if isinstance(made, list) else [made])]
     lost = [name for name in unread.of_conversation if name not in ignored and may_be_lost(name, row.fields[name])]
-    pairs = [outcome for outcome in outcomes if isinstance(outcome, PreferencePair)]
-    if lost and pairs:
-        said = [message for pair in pairs for message in (*pair.prompt, *pair.chosen, *pair.rejected)]
+    groups = [outcome for outcome in outcomes if isinstance(outcome, PreferenceGroup)]
+    if lost and groups:
+        said = [message for group in groups for part in (group.prompt, *group.answers) for message in part]
         if isinstance(row, ToolRow):  # calls are no contents of messages
             said += [{"content": text} for name in row.fields.keys() - {*lost} for text in texts_in(row.fields[name])]
         if lost := [name for name in lost if not repeats(row.fields[name], said)]:
@@ -251,7 +268,7 @@ def pairs_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
                 f"{row.id}: {names_in_words(lost)}: filled, but not read in rows of format {format_name}; if nothing "
                 f"of the conversation is lost without, name it in ignore_columns of the source"
             )
-    return list(map(row.opened_pair, outcomes)) if isinstance(row, ToolRow) else outcomes
+    return list(map(row.opened_group, outcomes)) if isinstance(row, ToolRow) else outcomes
 
 
 def refuse_lost(row: Row, read: Iterable[str], said: Iterable[Message]) -> None:

@@ -3,7 +3,15 @@
 import os.path
 from typing import TYPE_CHECKING, Any
 
-from hafrm_ds.data.formats.parts import MORE_TURNS, NO_PROMPT, Made, Parts, common_prefix_length, split_conversations
+from hafrm_ds.data.formats.parts import (
+    MORE_TURNS,
+    NO_PROMPT,
+    Made,
+    Parts,
+    common_prefix_length,
+    pair,
+    split_conversations,
+)
 from hafrm_ds.data.pairs import (
     MESSAGES_AS_TEXT,
     Deselected,
@@ -61,7 +69,7 @@ def answers_to(
     chosen, rejected = answers
     repeats_prompt = [is_conversation(answer, prompt) for answer in answers]
     if not any(repeats_prompt):
-        return Parts(earlier + prompt, chosen, rejected)
+        return pair(earlier + prompt, chosen, rejected)
     if not all(repeats_prompt):
         whole, alone = (better, worse) if repeats_prompt[0] else (worse, better)
         raise DataError(f"{row.id}: field {whole!r} is a whole conversation, but field {alone!r} is an answer alone")
@@ -73,7 +81,7 @@ def answers_to(
             f"common beginning ({prompt_length} messages)"
         )
     start = start if contains(start, earlier) else earlier + start
-    return Parts(start, chosen[prompt_length:], rejected[prompt_length:])
+    return pair(start, chosen[prompt_length:], rejected[prompt_length:])
 
 
 def prompt_of(row: Row, question: str) -> tuple[list[Message], bool]:
@@ -229,7 +237,7 @@ def of_texts(row: Row, source: "Source", better: str, worse: str) -> Made:
     prompt = chosen[:length].strip()
     if not prompt or not (prompt.endswith(TURN_ENDS) or chosen[:length].rstrip(" ").endswith("\n")):
         return Dropped(NO_PROMPT)
-    return Parts([user(prompt)], [assistant(chosen[length:].strip())], [assistant(rejected[length:].strip())])
+    return pair([user(prompt)], [assistant(chosen[length:].strip())], [assistant(rejected[length:].strip())])
 
 
 def common_words_length(a: str, b: str) -> int:
@@ -247,4 +255,4 @@ def common_words_length(a: str, b: str) -> int:
 def of_ms_swift(row: Row, source: "Source") -> Made:
     """ms-swift: messages that end with the chosen answer, and the rejected one."""
     messages = row.messages("messages")
-    return Parts(earlier_turns(row) + messages[:-1], messages[-1:], [assistant(row.text("rejected_response"))])
+    return pair(earlier_turns(row) + messages[:-1], messages[-1:], [assistant(row.text("rejected_response"))])

@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from hafrm_ds.data.formats.answers import joined_instruction, messages_or_text
-from hafrm_ds.data.formats.parts import NO_PREFERENCE, TIE, Made, Parts, split_conversations
+from hafrm_ds.data.formats.parts import NO_PREFERENCE, TIE, Made, Parts, pair, split_conversations
 from hafrm_ds.data.pairs import Deselected, Dropped, Message, Row, assistant, user
 from hafrm_ds.errors import DataError
 
@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 
 
 def of_two(
-    row: Row, prompt: list[Message], answers: tuple[str, str], better: int, margin: float | None = None
+    row: Row,
+    prompt: list[Message],
+    answers: tuple[str, str],
+    better: int,
+    margin: float | None = None,
+    target: float = 1.0,
 ) -> Parts:
-    """The pair of two text fields, of which the one at place `better` is preferred by `margin`."""
+    """The pair of two text fields, of which the one at place `better` is preferred by `margin`, or with the probability
+    `target`."""
     texts = [[assistant(row.text(field))] for field in answers]
-    return Parts(prompt, texts[better], texts[1 - better], margin)
+    return pair(prompt, texts[better], texts[1 - better], margin, target)
 
 
 def by_strength(row: Row, prompt: list[Message], answers: tuple[str, str], label: str) -> Made:
@@ -59,14 +65,16 @@ def of_safe_rlhf(row: Row, source: "Source") -> Made:
 
 def of_alpaca_farm(row: Row, source: "Source") -> Made:
     """AlpacaFarm and annotations of AlpacaEval: an instruction with an optional input, two outputs, and a preference
-    from 1 (the first) to 2 (the second), of which 1.5 and all else is a tie."""
+    from 1 (the first) to 2 (the second), of which 1.5 and all else is a tie. What lies between is 1 + the probability
+    that the second is preferred, as the weighted annotators of AlpacaEval 2 give it."""
     if not has_label(row, "preference"):
         return Deselected(NO_PREFERENCE)
     preferred = row.number("preference")
     if preferred == 1.5 or not 1 <= preferred <= 2:
         return Deselected(TIE)
     prompt = [user(joined_instruction(row))]
-    return of_two(row, prompt, ("output_1", "output_2"), int(preferred > 1.5))
+    second = float(preferred) - 1
+    return of_two(row, prompt, ("output_1", "output_2"), int(second > 0.5), target=max(second, 1 - second))
 
 
 def of_arena(row: Row, source: "Source") -> Made:
@@ -156,7 +164,7 @@ def of_summaries(row: Row, source: "Source") -> Made:
         raise DataError(f"{row.id}: field 'info' holds neither a post nor an article")
     text = "\n".join(heads[name] + parts.text(name) for name in parts.fields) + "\nTL;DR:"
     answers = [[assistant(inner_text(row, summary, "summaries", "text").strip())] for summary in summaries]
-    return Parts([user(text)], answers[choice], answers[1 - choice])
+    return pair([user(text)], answers[choice], answers[1 - choice])
 
 
 def inner_text(row: Row, value: Any, field: str, key: str) -> str:

@@ -133,14 +133,15 @@ def curves_chart(
 
 @matplotlib.rc_context(STYLE)
 def histogram_chart(title: str, unit: str, values: dict[str, np.ndarray]) -> Chart:
-    """Name -> values: how often each of them occurs, in the same bins."""
+    """Name -> values: how often each of them occurs, in the same bins. More than two are drawn as outlines alone."""
     values = {name: each.astype(np.float64) for name, each in values.items()}
     edges = histogram_edges(np.concatenate(list(values.values())))
     figure, axes = new_figure()
     for series, each in enumerate(values.values()):
         counts, _ = np.histogram(each, edges)
         colour = series_colour(series)
-        axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22, linewidth=0)
+        if len(values) <= 2:
+            axes.stairs(counts, edges, fill=True, color=colour, alpha=0.22, linewidth=0)
         axes.stairs(counts, edges, color=colour, linewidth=1.6)
         axes.axvline(each.mean(), color=colour, linewidth=1.2, linestyle=(0, (3, 2)))
     axes.set_title("responses")
@@ -171,8 +172,8 @@ def histogram_edges(values: np.ndarray) -> np.ndarray:
 
 
 @matplotlib.rc_context(STYLE)
-def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str, int]) -> Chart:
-    """Confidence against accuracy of each judge, as `calibrate` gives them."""
+def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str, int], unit: str = "pair") -> Chart:
+    """Confidence against accuracy of each judge, as `calibrate` gives them. unit: as `unit_of` gives it."""
     figure, axes = new_figure()
     axes.plot([0.5, 1], [0.5, 1], **NEUTRAL)
     described, lowest = [], 0.5
@@ -192,13 +193,14 @@ def reliability_chart(title: str, calibration: dict[str, dict], series: dict[str
     axes.set_title("accuracy")
     axes.set_xlabel("confidence")
     keys = [Key(f"{judge}, ECE {facts['ece']:.1%}", series[judge]) for judge, facts in calibration.items()]
-    note = "Dashed: perfectly calibrated. Larger dots stand for more pairs."
+    note = f"Dashed: perfectly calibrated. Larger dots stand for more {unit}s."
     return finish(figure, title, described, keys, note)
 
 
 @matplotlib.rc_context(STYLE)
-def coverage_chart(title: str, rows: list[dict], series: dict[str, int]) -> Chart:
-    """Accuracy of each judge on the share of the pairs that it is surest of, as `analyse` gives it."""
+def coverage_chart(title: str, rows: list[dict], series: dict[str, int], unit: str = "pair") -> Chart:
+    """Accuracy of each judge on the share of the pairs that it is surest of, as `analyse` gives it. unit: as `unit_of`
+    gives it."""
     figure, axes = new_figure()
     shares, judges = [each["share"] for each in rows], list(rows[0]["accuracy"])
     for judge in judges:
@@ -207,13 +209,14 @@ def coverage_chart(title: str, rows: list[dict], series: dict[str, int]) -> Char
     write_axis(axes.xaxis, share_text)
     write_axis(axes.yaxis, share_text, ticks=5)
     axes.set_title("accuracy")
-    axes.set_xlabel("share of the pairs, the surest first")
+    axes.set_xlabel(f"share of the {unit}s, the surest first")
     described = [
-        f"{each['share']:.0%} of the pairs: " + ", ".join(f"{judge} {each['accuracy'][judge]:.1%}" for judge in judges)
+        f"{each['share']:.0%} of the {unit}s: "
+        + ", ".join(f"{judge} {each['accuracy'][judge]:.1%}" for judge in judges)
         for each in rows
     ]
     keys = [Key(judge, series[judge]) for judge in judges]
-    return finish(figure, title, described, keys, "Each judge leaves out the pairs with its smallest margins.")
+    return finish(figure, title, described, keys, f"Each judge leaves out the {unit}s with its smallest margins.")
 
 
 @matplotlib.rc_context(STYLE)
@@ -270,8 +273,8 @@ def ends_of(estimate: Estimate) -> tuple[float, float]:
 
 
 @matplotlib.rc_context(STYLE)
-def length_chart(title: str, bins: list[dict], series: dict[str, int]) -> Chart:
-    """Accuracy by the length difference of chosen and rejected, as `analyse` gives it."""
+def length_chart(title: str, bins: list[dict], series: dict[str, int], unit: str = "pair") -> Chart:
+    """Accuracy by the length difference of chosen and rejected, as `analyse` gives it. unit: as `unit_of` gives it."""
     figure, axes = new_figure(bottom=64)
     places = np.arange(len(bins), dtype=float)
     judges = [judge for judge in series if all(judge in each["accuracy"] for each in bins)]
@@ -290,7 +293,7 @@ def length_chart(title: str, bins: list[dict], series: dict[str, int]) -> Chart:
     axes.set_ylim(-0.03, 1.03)
     write_axis(axes.yaxis, share_text)
     axes.set_title("accuracy")
-    axes.set_xlabel("tokens of chosen less rejected; number of pairs")
+    axes.set_xlabel(f"tokens of chosen less rejected; number of {unit}s")
     described = [
         f"{in_one_line(bin_label(each))} tokens: "
         + ", ".join(f"{judge} {each['accuracy'][judge]['value']:.1%}" for judge in judges)

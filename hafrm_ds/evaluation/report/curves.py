@@ -56,6 +56,7 @@ GRADIENT_PANELS = (
 )
 EVALUATION_PANELS = (
     Panel("Accuracy over the steps", "accuracy", of_judges("accuracy", *JUDGES), SHARE),
+    Panel("Order within groups over the steps", "Kendall's tau-b", of_judges("tau_b", *JUDGES)),
     Panel("Loss over the steps", "nats", LOSS_PARTS),
     Panel("Margin over the steps", "chosen less rejected", of_judges("margin", "reward", "implicit", "combined")),
 )

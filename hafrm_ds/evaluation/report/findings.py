@@ -11,6 +11,7 @@ import numpy as np
 
 from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport
+from hafrm_ds.evaluation.figures import unit_of
 from hafrm_ds.evaluation.report.reading import Results, known
 
 WIDE_INTERVAL = 0.03
@@ -85,6 +86,7 @@ def label_noise(contradictions: int, repeats: int) -> float:
 def of_accuracy(name: str, analysis: dict) -> Iterator[Finding]:
     """What the scores of the first set say: its size, lengths, the two heads beside one another, confidence."""
     accuracy = analysis["accuracy"]
+    unit = unit_of(analysis)
     judge, best = next(iter(accuracy.items()))
     if best["low"] is None:
         return
@@ -93,8 +95,8 @@ def of_accuracy(name: str, analysis: dict) -> Iterator[Finding]:
         needed = analysis["pairs"] * (half / 0.01) ** 2
         yield Finding(
             "The size of the test set",
-            f"{name}: {analysis['pairs']:,} pairs give the accuracy to within {100 * half:.1f} points. For 1 point "
-            f"about {needed:,.0f} pairs are needed",
+            f"{name}: {analysis['pairs']:,} {unit}s give the accuracy to within {100 * half:.1f} points. For 1 point "
+            f"about {needed:,.0f} {unit}s are needed",
         )
     length, yardstick = max(analysis["yardsticks"].items(), key=lambda item: item[1]["value"])
     if yardstick["low"] is None:  # of one prompt: an exact interval of the judge's accuracy, none of this
@@ -116,8 +118,8 @@ def of_accuracy(name: str, analysis: dict) -> Iterator[Finding]:
         if right < best["value"] - LARGE_GAP:
             yield Finding(
                 "Length",
-                f"{name}: where the {length} answer is the worse one ({pairs:,} pairs), the {judge} judge is right in "
-                f"{right:.1%}, against {best['value']:.1%} of all",
+                f"{name}: where the {length} answer is the worse one ({pairs:,} {unit}s), the {judge} judge is right "
+                f"in {right:.1%}, against {best['value']:.1%} of all",
             )
     implicit = accuracy.get("implicit")
     if judge == "reward" and implicit is not None and implicit["value"] > best["high"]:

@@ -12,7 +12,16 @@ from hafrm_ds.config import options_of
 from hafrm_ds.data.report import Example
 from hafrm_ds.data.tables import Cell, Table, count, facts_table, number, rounded, share_estimate, short
 from hafrm_ds.evaluation.calibration import sigmoid
-from hafrm_ds.evaluation.figures import JUDGES, benchmark_table, fit_in_words, largest_sources, set_tables, sets_table
+from hafrm_ds.evaluation.figures import (
+    JUDGES,
+    benchmark_table,
+    fit_in_words,
+    largest_sources,
+    set_tables,
+    sets_table,
+    unit_of,
+)
+from hafrm_ds.evaluation.order import GoldOrder
 from hafrm_ds.evaluation.pair_scores import SIDES, PairScores
 from hafrm_ds.evaluation.report.charts import (
     coverage_chart,
@@ -38,6 +47,8 @@ HISTOGRAMS = {
     "implicit": "beta * (log pi - log pi_ref)",
     "combined": "weighted sum of reward and implicit reward",
 }
+RANKS = ("1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th")
+"""Gold ranks whose distributions are drawn, the last one with all below it."""
 
 
 def results_page(results: Results) -> dict[str, Any]:
@@ -58,6 +69,7 @@ def results_page(results: Results) -> dict[str, Any]:
         "accuracies": sets_table({name: each.overview for name, each in results.sets.items()})
         if results.sets
         else None,
+        "unit": unit_of(*(each.overview for each in results.sets.values())),
         "sets": [set_section(name, result) for name, result in results.sets.items()],
         "benchmarks": [benchmark_table(found) for found in results.benchmarks.values()],
         "training": panel_charts(TRAINING_PANELS, results.training)
@@ -88,8 +100,9 @@ def tiles(results: Results) -> Iterator[tuple[str, str, str]]:
     if len(training):
         seconds = known(training, "seconds")
         each = f"{short(rounded(np.median(seconds)))} s each" if len(seconds) else ""
-        pairs = options.get("batch.global_batch_size")
-        yield ("steps", f"{training.index[-1]:,}", ", ".join(filter(None, [pairs and f"{pairs:,} pairs", each])))
+        size, report = options.get("batch.global_batch_size"), results.data.get("train")
+        batch = f"{size:,} {report.unit if report else 'pairs'}" if size else ""
+        yield ("steps", f"{training.index[-1]:,}", ", ".join(filter(None, [batch, each])))
     if len(speeds := known(training, "tokens_per_second")):
         shares = [known(training, name) for name in ("mfu", "mfu_measured")]
         mfu, measured = (f"{np.median(share):.0%}" if len(share) else "" for share in shares)
@@ -127,7 +140,9 @@ def set_section(name: str, result: SetResult) -> dict[str, Any]:
     if scores is not None and scores.step is not None:
         facts.append(f"after step {scores.step:,}")
     if analysis is not None:
-        facts = [f"{analysis['pairs']:,} pairs of {analysis['prompts']:,} prompts", *facts]
+        facts = [f"{analysis['pairs']:,} {unit_of(analysis)}s of {analysis['prompts']:,} prompts", *facts]
+        if "ranking" in analysis:
+            facts.insert(1, f"{analysis['answers']:,} answers in {analysis['groups']:,} groups")
         ties = {judge: number for judge, number in analysis["ties"].items() if number}
         facts += [f"{number:,} ties of {judge}" for judge, number in ties.items()]
         charts += analysis_charts(scores, analysis)
@@ -144,23 +159,42 @@ def set_section(name: str, result: SetResult) -> dict[str, Any]:
 
 
 def analysis_charts(scores: PairScores | None, analysis: dict[str, Any]) -> Iterator[Chart]:
-    series = {judge: JUDGE_SERIES[judge] for judge in JUDGES if judge in analysis["accuracy"]}
-    for judge, unit in HISTOGRAMS.items():
+    series, unit = {judge: JUDGE_SERIES[judge] for judge in JUDGES if judge in analysis["accuracy"]}, unit_of(analysis)
+    order = None if scores is None else GoldOrder.of(scores)
+    for judge, axis in HISTOGRAMS.items():
         if scores is not None and judge in scores.judges:
             values = scores.judges[judge]
-            yield histogram_chart(
-                f"Distribution of the {JUDGES[judge]}", unit, {side: values[:, k] for k, side in enumerate(SIDES)}
-            )
+            if order is None:
+                title, parts = (
+                    f"Distribution of the {JUDGES[judge]}",
+                    {side: values[:, k] for k, side in enumerate(SIDES)},
+                )
+            else:
+                title, parts = (
+                    f"{JUDGES[judge]} by gold rank".capitalize(),
+                    by_rank(order, scores.answers.values(values)),
+                )
+            yield histogram_chart(title, axis, parts)
     if analysis["calibration"]:
-        yield reliability_chart("Reliability", analysis["calibration"], series)
+        yield reliability_chart("Reliability", analysis["calibration"], series, unit)
     if analysis.get("coverage"):  # older results do not say
-        yield coverage_chart("Accuracy of the surest pairs", analysis["coverage"], series)
+        yield coverage_chart(f"Accuracy of the surest {unit}s", analysis["coverage"], series, unit)
     if analysis["by_length_difference"]:
-        yield length_chart("Accuracy by length difference", analysis["by_length_difference"], series)
+        yield length_chart("Accuracy by length difference", analysis["by_length_difference"], series, unit)
     if len(analysis["by_source"]) > 1:
         sources = largest_sources(analysis)
         groups = {f"{source} ({part['pairs']:,})": part["accuracy"] for source, part in sources.items()}
         yield intervals_chart("Accuracy by source", groups, series)
+
+
+def by_rank(order: GoldOrder, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The values of answers, [N], by their gold rank: its name -> values. Groups without an order are left out."""
+    answers = np.concatenate([index.reshape(-1) for index in order.batches])
+    ranks, last = order.rank[answers], len(RANKS) - 1
+    found = {RANKS[rank]: values[answers[ranks == rank]] for rank in np.unique(ranks[ranks < last])}
+    if (lowest := ranks >= last).any():
+        found[f"{RANKS[last]} and below"] = values[answers[lowest]]
+    return found
 
 
 def mistakes(scores: PairScores) -> Iterator[tuple[str, Example, Table]]:

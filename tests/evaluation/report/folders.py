@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from hafrm_ds.config import TrainConfig
+from hafrm_ds.config import ObjectiveConfig, TrainConfig
 from hafrm_ds.data.report import Counts, DataReport, Example, TemplateFacts
+from hafrm_ds.evaluation.accuracy import set_metrics
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, Judged, Method, compare, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
 from hafrm_ds.training.sweep import Arm, arms_of, axes_of
 from tests.evaluation.benchmarks.rows import rm_bench_row, summary
+from tests.evaluation.groups import rated_groups
 from tests.test_objective import FIT
 
 EVIL = "</pre></details><script>alert('&amp;')</script>\x00\x1b[31m\u202e"
@@ -111,6 +113,33 @@ def write_run(folder: Path, *, steps: int = 40, policy: bool = True) -> Path:
     write_rows(folder, [evaluations[0], *training_rows(steps, policy=policy), evaluations[1]])
     best = {"metric": "held out/accuracy/reward", "step": steps, "value": judges["accuracy/reward"]}
     (folder / "summary.json").write_text(json.dumps({"steps": steps, "best": best}))
+    return folder
+
+
+def graded_scores(name: str = "graded", size: int = 4) -> PairScores:
+    """Scores of 40 groups of `size` answers, graded from 1 to 5, by both heads."""
+    generator = np.random.default_rng(0)
+    gold = generator.integers(1, 6, size=(40, size))
+    gold[:, :2] = [1, 5]
+    scores = rated_groups(gold, gold / 2 + generator.normal(size=gold.shape), name=name)
+    places = scores.answers.place
+    scores.logprob = generator.normal(scale=30, size=len(scores.answers.group)).astype(np.float32)[places]
+    scores.reference = np.zeros_like(scores.logprob)
+    return scores
+
+
+def write_group_run(folder: Path) -> Path:
+    """A finished run with one evaluation set, of groups of four answers."""
+    write_run(folder)
+    (folder / SCORES_FOLDER / "held%20out.parquet").unlink()
+    scores = graded_scores()
+    scores.save(folder / SCORES_FOLDER)
+    metrics = set_metrics(scores, ObjectiveConfig())
+    later = metrics | {"tau_b/reward": metrics["tau_b/reward"] + 0.1}
+    evaluations = [
+        {"step": step, "kind": "eval", "set": "graded", **each} for step, each in ((0, metrics), (40, later))
+    ]
+    write_rows(folder, [evaluations[0], *training_rows(40), evaluations[1]])
     return folder
 
 

@@ -4,7 +4,13 @@ import pytest
 
 from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
 from tests.evaluation.report.chromium import DESKTOP, PHONE, PROGRAM, Chromium
-from tests.evaluation.report.folders import write_comparison, write_evaluation, write_run, write_sweep
+from tests.evaluation.report.folders import (
+    write_comparison,
+    write_evaluation,
+    write_group_run,
+    write_run,
+    write_sweep,
+)
 from tests.evaluation.report.test_sweep_page import SHARES_AND_SIZES, planted
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium is installed")
@@ -68,6 +74,7 @@ def pages(tmp_path_factory):
         write_report(write_evaluation(evaluation)),
         write_report(methods),
         write_report(sweep),
+        write_report(write_group_run(folder / "groups")),
     )
 
 

@@ -9,17 +9,22 @@ import pytest
 
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.analysis import analyse
+from hafrm_ds.evaluation.order import GoldOrder
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER
 from hafrm_ds.evaluation.report.charts import MAX_POINTS
 from hafrm_ds.evaluation.report.curves import TRAINING_PANELS, curves_of
+from hafrm_ds.evaluation.report.results_page import by_rank
 from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
+from tests.evaluation.groups import rated_groups
 from tests.evaluation.report.folders import (
     EVIL,
     EVIL_AS_SHOWN,
     changed_config,
+    graded_scores,
     pair_scores,
     training_rows,
     write_evaluation,
+    write_group_run,
     write_rows,
     write_run,
 )
@@ -188,6 +193,30 @@ def test_a_long_run_stays_small_and_says_how(tmp_path):
     points = [len(re.findall("[ML]", path)) for path in re.findall(r' d="([^"]*)"', html)]
     assert MAX_POINTS / 2 < max(points) <= 2 * MAX_POINTS + 2  # of the band: there and back
     assert "20,000 rows of metrics.jsonl; each point is the mean of 67 rows" in html
+
+
+def test_groups_have_comparisons_an_order_and_distributions_by_rank(tmp_path):
+    html = write_report(write_group_run(tmp_path / "groups")).read_text()
+    page, scores = Page(html), graded_scores()
+    found, order = analyse(scores), GoldOrder.of(scores)
+    assert f"{len(scores)} comparisons of 40 prompts · 160 answers in 40 groups" in html
+    assert page.row("accuracy")[0] == "comparisons" and page.row("graded")[0] == f"{len(scores)}"
+    tau = found["ranking"]["reward"]["tau_b"]
+    assert page.row("Kendall's tau-b")[0].startswith(f"{tau['value']:.4g}") and tau["low"] > 0.5
+    assert page.row("top-1")[1].startswith(f"{found['ranking']['implicit']['top_1']['value']:.1%}")
+    assert "Order within groups over the steps" in page.titles
+    assert "Reward head by gold rank" in page.titles
+    best = scores.answers.values(scores.reward)[order.rank == 0]
+    assert f"1st: mean {best.mean():.3g}, deviation {best.std():.3g}; 2nd: mean" in html and "chosen: mean" not in html
+    words = html[html.index("<h2>Evaluation") : html.index("<h2>Training")]
+    assert "pairs" not in re.sub(r"<style.*?</style>", "", words)
+
+
+def test_ranks_beyond_the_eighth_are_drawn_together():
+    scores = rated_groups([range(11), [0, 1]], [range(11), [0, 1]])
+    found = by_rank(GoldOrder.of(scores), scores.answers.values(scores.reward))
+    assert list(found)[-2:] == ["7th", "8th and below"] and found["8th and below"].tolist() == [0, 1, 2, 3]
+    assert found["1st"].tolist() == [1, 10] and found["2nd"].tolist() == [0, 9]
 
 
 def test_an_evaluation_has_its_accuracies_and_benchmarks(tmp_path):
