@@ -55,6 +55,7 @@ Recomputation = Annotated[
     bool | Literal["selective"] | Annotated[str, Field(pattern=r"^every_([2-9]|[1-9][0-9]+)$")],
     in_one_message("must be true, false, selective, or every_N with N above 1, as every_2"),
 ]
+AttributeName = Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
 LayerNames = Annotated[
     Annotated[list[str], Field(min_length=1)] | Literal["all-linear"],
     in_one_message("must be a list of layer names as [q_proj, v_proj], or all-linear"),
@@ -114,6 +115,10 @@ class ModelConfig(Section):
     reward_head_init: Literal["normal", "zero", "from_model"] = "normal"
     """normal: N(0, 1/(hidden size + 1)). zero: all rewards start at 0, as the paper's code intends. from_model: that of
     a finished reward model, the final/ folder of a training or a sequence-classification model with tied embeddings."""
+    attributes: list[AttributeName] = Field(default=[])
+    """Attributes of answers, as [helpfulness, correctness], that a linear head beside the reward head learns to give by
+    regression on the numbers in the rows' `attributes`. It starts at the mean of each, and at the learning rate of the
+    reward head."""
     lora: LoraOptions = LoraOptions()
 
 
@@ -198,6 +203,8 @@ class ObjectiveConfig(Section):
     """Assumed probability that a label is flipped, in the reward loss."""
     reward_centering: NonNegative = 0.0
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around zero. 0.01 is a usual value."""
+    attributes_weight: Positive = 1.0
+    """Weight of the regression of model.attributes: the mean squared error over the known values of a group."""
     alternate_every: Annotated[int, Field(ge=0)] = 0
     """0: both losses at every step. k: blocks of k steps with the policy loss alone, then k with the reward loss alone,
     and so on."""
@@ -450,6 +457,7 @@ class TrainConfig(Section):
                 f"rm_weight is {objective.rm_weight}, alpha is {objective.alpha}"
             )
         problems += share_problems(self)
+        problems += attribute_problems(self)
         if objective.policy_label_smoothing and objective.policy_loss != "dpo":
             problems.append(
                 f"objective.policy_label_smoothing is defined for policy_loss dpo, not for {objective.policy_loss}"
@@ -533,9 +541,11 @@ def share_problems(config: TrainConfig) -> Iterator[str]:
     wrong = " and ".join(fault for fault, is_there in faults.items() if is_there)
     if wrong and (name := next((name for name, is_asked in asked.items() if is_asked), None)):
         yield f"{name} needs both losses in every step, but {wrong}"
+    has_attributes = bool(config.model.attributes)
     measured = next((name for name, is_asked in asked.items() if is_asked), None)
-    if measured and config.model.router_aux_loss is not None:
-        yield f"{measured} measures two losses, but model.router_aux_loss adds a third: leave one of the two out"
+    third = {"model.router_aux_loss": config.model.router_aux_loss is not None, "model.attributes": has_attributes}
+    for name in (name for name, is_there in third.items() if measured and is_there):
+        yield f"{measured} measures two losses, but {name} adds a third: leave one of the two out"
     if objective.policy_share is not None and config.model.reward_head_init == "zero":
         yield (
             "objective.policy_share cannot begin with model.reward_head_init zero: through a head of zeros the reward "
@@ -543,6 +553,20 @@ def share_problems(config: TrainConfig) -> Iterator[str]:
         )
     if objective.policy_share_every is not None and objective.policy_share is None:
         yield "objective.policy_share_every keeps a share, but objective.policy_share is not given"
+
+
+def attribute_problems(config: TrainConfig) -> Iterator[str]:
+    """Contradictions between the attributes of the model and what it is trained for, one message each."""
+    names, objective = config.model.attributes, config.objective
+    if len(set(names)) < len(names) or "reward" in names:
+        yield f"model.attributes {names} must be different names, and none of them reward"
+    if names and not objective.uses_reward:
+        yield "model.attributes stand beside the reward, but objective.rm_weight is 0: leave one of the two out"
+    if not names and objective.attributes_weight != 1:
+        yield (
+            f"objective.attributes_weight is {objective.attributes_weight}, but model.attributes names no attribute: "
+            "leave it out, or name some"
+        )
 
 
 def unknown_best_metric(config: TrainConfig) -> str | None:

@@ -5,7 +5,7 @@ Legend: G groups, N responses of all of them, C comparisons among these. Everyth
 by what the groups of the global batch weigh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,6 +41,7 @@ class ResponseScores(NamedTuple):
     num_tokens: [N] int64, tokens of each response.
     token_logprobs: [M] fp32, log pi of each response token, response after response; None without logprob.
     router: of groups, where it was asked for.
+    attributes: [N, A] fp32, of a model with attributes where the reward head was asked.
     """
 
     reward: Tensor | None
@@ -48,12 +49,19 @@ class ResponseScores(NamedTuple):
     num_tokens: Tensor
     token_logprobs: Tensor | None = None
     router: RouterUse | None = None
+    attributes: Tensor | None = None
 
     def of(self, head: str) -> Tensor:
-        """[N] (or [M]): what the model was asked for, by the name of its field."""
-        values = getattr(self, head)
-        assert values is not None, f"the model was not asked for {head}"
-        return values
+        """[N] (or [M]): what the model was asked for, by the name of its field, or one of `attribute_heads`."""
+        name, _, place = head.partition("/")
+        values = getattr(self, name)
+        assert values is not None, f"the model was not asked for {name}"
+        return values[:, int(place)] if place else values
+
+
+def attribute_heads(names: Sequence[str]) -> tuple[str, ...]:
+    """What `ResponseScores.of` calls each of a model's attributes."""
+    return tuple(f"attributes/{place}" for place in range(len(names)))
 
 
 # ---- losses of comparisons, [N] -> [C] -----------------------------------------------------------------------------
@@ -171,6 +179,25 @@ def summed_over_groups(values: Tensor, comparisons: Comparisons) -> Tensor:
     return values.new_zeros(comparisons.num_groups).index_add(0, group, values)
 
 
+# ---- regression, [N, A] -> [G] -------------------------------------------------------------------------------------
+
+
+def attribute_loss(predicted: Tensor, values: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Mean squared error over the known values of each group; 0 for a group without any. The attributes of HelpSteer2
+    are learned so (Wang et al. 2024), by the regression reward models of NeMo-Aligner. Of a group that is laid out in
+    parts, each part has the mean over its own answers.
+
+    Args:
+        predicted: [N, A]. values: [N, A], NaN where unknown. group: [N] which of the groups each response belongs to.
+    """
+    known = ~values.isnan()
+    errors = torch.where(known, predicted - values.nan_to_num(), 0.0).square()
+    total, number = (
+        predicted.new_zeros(num_groups).index_add(0, group, each.sum(1)) for each in (errors, known.to(predicted.dtype))
+    )
+    return total / number.clamp(min=1)
+
+
 # ---- the joint loss ------------------------------------------------------------------------------------------------
 
 
@@ -202,19 +229,20 @@ class JointLoss:
     """Losses of groups: total [G] and its parts before weighting (None where a part is not computed, as in the block of
     an alternating run in which it weighs nothing).
 
-    The parts are `loss/reward` and `loss/policy` in the rows of training and evaluation alike: the losses that are
+    The parts are `loss/reward` and so on in the rows of training and evaluation alike: the losses that are
     trained, with the margins and label smoothing where the objective uses them. Centering is in the total alone.
-    router: that of the experts' routers, where it is trained.
+    router, attributes: that of the experts' routers and that of the attributes, where they are trained.
     """
 
     total: Tensor
     reward: Tensor | None
     policy: Tensor | None
     router: Tensor | None = None
+    attributes: Tensor | None = None
 
-    def with_router(self, router: Tensor, coefficient: float) -> "JointLoss":
-        """The same with the loss of the routers, [G], in the total."""
-        return replace(self, total=self.total + coefficient * router, router=router)
+    def with_part(self, name: str, loss: Tensor, weight: float) -> "JointLoss":
+        """The same with one more loss, [G], in the total, by the name of its field."""
+        return replace(self, total=self.total + weight * loss, **{name: loss})
 
 
 def joint_loss(

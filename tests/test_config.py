@@ -258,6 +258,13 @@ def test_no_contradiction_with_the_default_of_a_faulty_option_is_named():
         ({"logging.gradient_shares_every": "10", "objective.alpha": "0"}, ["gradient_shares_every", "alpha is 0"]),
         ({"objective.policy_share": "0.5", "objective.alpha": "0.3"}, ["alpha is 0.3 and policy_share 0.5", "null"]),
         ({"objective.policy_share": "1"}, ["objective.policy_share", "less than 1"]),
+        ({"model.attributes": "[a, b, a]"}, ["model.attributes ['a', 'b', 'a']", "different names"]),
+        ({"model.attributes": "[reward]"}, ["none of them reward"]),
+        ({"model.attributes": "[r2/x]"}, ["model.attributes", "pattern"]),
+        ({"model.attributes": "[x]", "objective.rm_weight": "0"}, ["model.attributes", "objective.rm_weight is 0"]),
+        ({"model.attributes": "[x]", "objective.policy_share": "0.5"}, ["two losses", "model.attributes adds a third"]),
+        ({"objective.attributes_weight": "2"}, ["objective.attributes_weight is 2.0", "model.attributes names no"]),
+        ({"model.attributes": "[x]", "objective.attributes_weight": "0"}, ["attributes_weight", "greater than 0"]),
     ],
 )
 def test_contradictions_name_both_sides(options, said):

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,12 @@ from torch import Tensor
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.comparisons import Comparison, Comparisons
 from hafrm_ds.objective import (
+    JointLoss,
     JudgeFit,
     LossWeights,
     ResponseScores,
+    attribute_heads,
+    attribute_loss,
     best_of_rest_loss,
     bradley_terry_loss,
     centering_penalty,
@@ -554,6 +558,41 @@ def test_metrics_of_a_group_are_means_over_its_comparisons():
     metrics = preference_metrics(ResponseScores(reward, None, torch.ones(5)), None, 0.1, comparisons)
     assert metrics["accuracy/reward"].tolist() == [0.75, 0.0]
     assert metrics["margin/reward"].tolist() == [(3 + 2 * 0 + 3) / 4, -2.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_regression_of_attributes_and_its_gradient_against_fp64(seed):
+    """Groups of 1 to 5 answers, some values unknown; in the last group all of them."""
+    source = np.random.default_rng(seed)
+    group = np.repeat(np.arange(7), source.integers(1, 6, 7))
+    predicted, values = (source.normal(2, 3, (len(group), 3)) for _ in range(2))
+    values[(source.random(values.shape) < 0.4) | (group == 6)[:, None]] = np.nan
+    expected, slope = [], np.zeros_like(predicted)
+    for number in range(7):
+        errors = {
+            place: predicted[place] - values[place]
+            for place in np.ndindex(values.shape)
+            if group[place[0]] == number and not math.isnan(values[place])
+        }
+        expected.append(sum(error**2 for error in errors.values()) / max(1, len(errors)))
+        for place, error in errors.items():
+            slope[place] = (number + 1) * 2 * error / len(errors)
+    given = torch.tensor(predicted, dtype=torch.float32, requires_grad=True)
+    loss = attribute_loss(given, torch.tensor(values, dtype=torch.float32), torch.tensor(group), 7)
+    assert_pairs(loss, expected)
+    (loss * torch.arange(1, 8)).sum().backward()
+    torch.testing.assert_close(given.grad.double(), torch.tensor(slope), rtol=1e-5, atol=1e-5)
+
+
+def test_one_more_loss_stands_in_the_total_by_its_weight():
+    loss = JointLoss(fp32([1.0, 2.0]), fp32([1.0, 2.0]), None).with_part("attributes", fp32([3.0, 5.0]), 0.5)
+    assert (loss.total.tolist(), loss.attributes.tolist(), loss.policy) == ([2.5, 4.5], [3.0, 5.0], None)
+
+
+def test_an_attribute_is_asked_for_as_a_head():
+    of_both = fp32([3.0, 4.0, 5.0, 6.0]).view(2, 2)
+    scores = ResponseScores(fp32([1.0, 2.0]), None, torch.tensor([1, 1]), attributes=of_both)
+    assert [scores.of(head).tolist() for head in ("reward", *attribute_heads(["a", "b"]))] == [[1, 2], [3, 5], [4, 6]]
 
 
 def test_metrics_of_a_judge_that_is_not_there_are_left_out():

@@ -1,17 +1,18 @@
 """Tiny random models of each architecture family, and random prompts with responses."""
 
 import random
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from hafrm_ds.data.comparisons import Comparisons
 from hafrm_ds.data.packing import move
 from hafrm_ds.data.tokenization import PromptWithResponses
-from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
+from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_attribute_head, make_reward_head
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
 
 VOCABULARY = 120
@@ -108,12 +109,14 @@ def save_tiny_final(
     bias: bool = False,
     base: str | Path = "example/tiny",
     objective: dict[str, float] | None = None,
+    attributes: Sequence[str] = (),
     **tokenizer_options,
 ) -> Path:
     """A folder as a training leaves it: a tiny model with a reward head of large weights, so that scores differ.
 
     Args:
         base: what it says that it was trained from. objective: options of its training, instead of HaF's.
+        attributes: those that a head of it gives, of which the values of any two answers differ.
     """
     # Here, as tests/gpu takes models from this file where datasets and pyarrow are not installed.
     from hafrm_ds.data.formatting import ChatFormatter
@@ -123,7 +126,11 @@ def save_tiny_final(
     formatter = ChatFormatter.create(byte_level_tokenizer(**tokenizer_options), None, "2024-07-26")
     causal_lm = tiny_causal_lm(family, vocab_size=len(formatter.tokenizer), max_position_embeddings=512).to(dtype)
     head = make_reward_head(32, bias=bias, init="normal", dtype=dtype, seed=0)
-    model = HybridModel(causal_lm, head)
+    attribute_head = make_attribute_head(32, attributes, dtype)
+    if attribute_head is not None:
+        for place, parameter in enumerate(attribute_head.parameters()):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(place))
+    model = HybridModel(causal_lm, head, attribute_head)
     use_layout(model, "shared_prefix")
     save_hybrid_model(
         model,
@@ -133,6 +140,7 @@ def save_tiny_final(
         is_writer=True,
         metadata={
             "base": {"model": str(base), "license": "apache-2.0"},
+            **({"attributes": list(attributes)} if attributes else {}),
             "training": {"steps": 3, "pairs": 24},
             "data": {"train": {"read": 30, "kept": 28, "dropped": 2, "cut": 1}},
             "evaluation": {"held_out": {"pairs": 8, "accuracy/reward": 0.75, "reward/mean": 0.5, "reward/std": 2.0}},

@@ -15,13 +15,15 @@ from hafrm_ds.data.tokenization import Groups, TokenizedGroup
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Groups of one forward pass. Legend: G groups, N responses of all of them.
+    """Groups of one forward pass. Legend: G groups, N responses of all of them, A attributes.
 
     index: [G] position of each group in the data set, or [DUMMY].
     weight: [G] fp32, what each counts in the step: 1, or the number of its comparisons where these count alike; of a
         part of a group its share of that; 0 for a dummy, which is computed but counts nothing.
     comparisons: of the responses.
     reference: [N] fp32, log pi_ref of each response; None if the objective uses none.
+    attributes: [N, A] fp32, what the attributes of the model are by the data, NaN where it does not say; None of a
+        model without.
     """
 
     batch: PackedBatch
@@ -29,6 +31,7 @@ class MicroBatch:
     weight: Tensor
     comparisons: Comparisons
     reference: Tensor | None = None
+    attributes: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         return move(self, device)
@@ -43,6 +46,7 @@ def make_micro_batch(
     layout: str,
     reference: Tensor | None = None,
     normalize_by: str = "group",
+    attributes: Tensor | None = None,
 ) -> MicroBatch:
     """Lay out the groups at `index`; DUMMY is a pair of single tokens.
 
@@ -62,4 +66,5 @@ def make_micro_batch(
         weight=torch.tensor([weight_of(position, group) for position, group in zip(index, chosen, strict=True)]),
         comparisons=Comparisons.of([(len(group.responses), group.comparisons) for group in chosen]),
         reference=reference,
+        attributes=attributes,
     )

@@ -65,6 +65,8 @@ class PreferenceGroup:
     """FILE:ROW with rows counted from 1, or hub/id[split]:ROW. For messages to the user."""
     margin_fault: str = ""
     """Why a margin that the row does give could not be read; "" where there is none or it could."""
+    attributes: tuple[dict[str, float], ...] = ()
+    """Of each answer, name -> value, of what the row rates besides; empty where it rates nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,16 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.lengths import GroupLengths, starts_of
 from hafrm_ds.data.prepared import PreparedGroups, compared, is_of_pairs, save_groups
 from hafrm_ds.data.presets import Role
-from hafrm_ds.data.reading import COMPARISON_FEATURES, MARGIN, NOT_READ, REMARKS, ROLE, read_groups, selection_key
+from hafrm_ds.data.reading import (
+    ATTRIBUTE_FEATURES,
+    COMPARISON_FEATURES,
+    MARGIN,
+    NOT_READ,
+    REMARKS,
+    ROLE,
+    read_groups,
+    selection_key,
+)
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious
 from hafrm_ds.data.report import (
     DataReport,
@@ -65,6 +74,7 @@ GROUP_FEATURES = {
     "prompt_ids": TOKEN_IDS,
     "response_ids": datasets.Sequence(TOKEN_IDS),
     "comparisons": COMPARISON_FEATURES,
+    "attributes": ATTRIBUTE_FEATURES,
     "source": datasets.Value("string"),
     "id": datasets.Value("string"),
 }
@@ -210,9 +220,11 @@ def count_groups(
         "uncut_lengths": uncut[uncut > 0],
     }
     report = summarize(table, kept, columns, formatter, options, role)
+    attributes = attribute_table(pc.list_flatten(table["attributes"]))
+    report.attributes = {name: int((~np.isnan(values)).sum()) for name, values in attributes.items()}
     check_enough_left(report, options)
     check_written(report, table["left_out"].take(kept), formatter)
-    save_groups(folder, tokenized, kept, columns, report)
+    save_groups(folder, tokenized, kept, columns, report, attributes)
 
 
 def columns_of(comparisons: pa.ChunkedArray) -> dict[str, np.ndarray]:
@@ -222,6 +234,18 @@ def columns_of(comparisons: pa.ChunkedArray) -> dict[str, np.ndarray]:
         name: pc.struct_field(comparisons, name).to_numpy().astype(dtype)  # a margin that is not given becomes NaN
         for name, dtype in wanted.items()
     }
+
+
+def attribute_table(of_responses: pa.ChunkedArray) -> dict[str, np.ndarray]:
+    """Attributes of responses as Arrow has them -> name -> [R] fp32, NaN where a response has none of that name."""
+    values = pc.list_flatten(of_responses)
+    names, column = np.unique(pc.struct_field(values, "name").to_numpy().astype(str), return_inverse=True)
+    numbers = pc.struct_field(values, "value").to_numpy()
+    owner = np.repeat(np.arange(len(of_responses)), pc.list_value_length(of_responses).to_numpy())
+    found = {str(name): np.full(len(of_responses), np.nan, dtype=np.float32) for name in names}
+    for place, of_name in enumerate(found.values()):
+        of_name[owner[column == place]] = numbers[column == place]
+    return found
 
 
 def choose_examples(num_pairs: int, num_examples: int, seed: int) -> list[int]:
@@ -289,10 +313,12 @@ def tokenize_batch(batch: dict[str, list], formatter: ChatFormatter, max_length:
             tokenization = next(tokenizations)
             row["dropped"] = tokenization.outcome
         prompt_ids, responses = tokenization.ids
+        attributes = batch["attributes"][number]  # [] of a row without
         row |= {
             "prompt_ids": prompt_ids,
             "response_ids": list(responses),
             "comparisons": [each._asdict() for each in tokenization.comparisons],
+            "attributes": [attributes[place] if attributes else [] for place in tokenization.places],
             "cut": tokenization.cut,
             "uncut_length": tokenization.uncut_length,
             "prompt_key": content_key(tokenization.rendered_prompt, []),

@@ -3,14 +3,15 @@ them, so that a host holds one copy however many processes it runs.
 
     CACHE/prepared-KEY/COLUMN.npy     lengths, keys and comparisons of the groups
     CACHE/prepared-KEY/kept.arrow     their places among the tokenised rows, unless all of these are groups
+    CACHE/prepared-KEY/attributes.npy the attributes of responses, where there are any
     CACHE/prepared-KEY/facts.json     the report, the fingerprint of the groups, the files of the tokenised rows
 
-Legend: G groups, R responses and C comparisons of all of them.
+Legend: G groups, R responses and C comparisons of all of them, A attributes.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from hafrm_ds.data.report import DataReport
 from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.durability import whole_folder
 
-FACTS, KEPT = "facts.json", "kept.arrow"
+FACTS, KEPT, ATTRIBUTES = "facts.json", "kept.arrow", "attributes.npy"
 COMPARISONS = ComparisonTable._fields
 COUNTS = ("prompt", "response", "num_responses", "num_comparisons")
 COLUMNS = (*COUNTS, *COMPARISONS, "keys", "prompt_keys", "uncut_lengths")
@@ -46,7 +47,8 @@ class PreparedGroups:
         left.
     uncut_lengths: int64 tokens of the longest conversation, not truncated, for all groups that could be rendered: also
         for those that were dropped as too long.
-    fingerprint: hash of the groups in order: tokens and comparisons.
+    fingerprint: hash of the groups in order: tokens, comparisons and attributes.
+    attributes: [A, R] fp32, NaN where the data says nothing; None of a set without any. Their names are in the report.
     """
 
     rows: datasets.Dataset
@@ -58,6 +60,7 @@ class PreparedGroups:
     uncut_lengths: np.ndarray
     report: DataReport
     fingerprint: str
+    attributes: np.ndarray | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "PreparedGroups | None":
@@ -72,6 +75,7 @@ class PreparedGroups:
                 rows = datasets.Dataset(rows.data, indices_table=places, fingerprint=folder.name)
             report = DataReport.from_json(facts["report"])
             fingerprint = facts["fingerprint"]
+            attributes = mapped(folder / ATTRIBUTES) if report.attributes else None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid):
             return None
         first_response, first_comparison = (
@@ -79,11 +83,13 @@ class PreparedGroups:
         )
         lengths = GroupLengths(columns.pop("prompt"), columns.pop("response"), first_response)
         table = ComparisonTable(*(columns.pop(name) for name in COMPARISONS))
-        groups = cls(rows, lengths, table, first_comparison, **columns, report=report, fingerprint=fingerprint)
+        said = {"report": report, "fingerprint": fingerprint, "attributes": attributes}
+        groups = cls(rows, lengths, table, first_comparison, **columns | said)
         is_whole = (
             {len(rows)} == {len(lengths), len(groups.prompt_keys), len(first_comparison) - 1}
             and {first_response[-1]} == {len(groups.keys), len(lengths.response)}
             and {first_comparison[-1]} == {*map(len, table)}
+            and (attributes is None or attributes.shape == (len(report.attributes), len(groups.keys)))
         )
         return groups if is_whole else None
 
@@ -123,6 +129,17 @@ class PreparedGroups:
     def comparisons_of(self, index: np.ndarray) -> np.ndarray:
         """Positions in `table` of the comparisons of some groups, group after group."""
         return places_of(self.first_comparison, index)
+
+    def attributes_of(self, names: Sequence[str], responses: np.ndarray) -> np.ndarray:
+        """[N, A] fp32 the values of some attributes of some responses, by their positions among all; NaN where the
+        data says nothing, and for a position below 0, which is a dummy."""
+        found = np.full((len(responses), len(names)), np.nan, dtype=np.float32)
+        known = list(self.report.attributes)
+        for column, name in enumerate(names):
+            if self.attributes is not None and name in known:
+                values = self.attributes[known.index(name)]
+                found[:, column] = np.where(responses < 0, np.nan, values[responses])
+        return found
 
     def __getitem__(self, index: int) -> TokenizedGroup:
         index = int(index)
@@ -164,22 +181,25 @@ def save_groups(
     kept: np.ndarray,
     columns: Mapping[str, np.ndarray],
     report: DataReport,
+    attributes: Mapping[str, np.ndarray],
 ) -> None:
     """Write what `PreparedGroups.open` maps.
 
     Args:
         tokenized: rows on disk, of GROUP_COLUMNS and others.
         kept: [G] places of the groups among them, ascending.
-        columns: those of COLUMNS.
+        columns: those of COLUMNS. attributes: name -> [R], in the order of the report's.
     """
     facts: dict[str, Any] = {
-        "fingerprint": fingerprint(columns),
+        "fingerprint": fingerprint(columns, attributes),
         "files": [str(Path(file["filename"]).absolute()) for file in tokenized.cache_files],
         "report": report.to_json(),
     }
     with whole_folder(folder) as draft:
         for name in COLUMNS:
             np.save(draft / f"{name}.npy", columns[name])
+        if attributes:
+            np.save(draft / ATTRIBUTES, np.stack(list(attributes.values())))
         if len(kept) < len(tokenized):
             places = pa.table({"indices": pa.array(kept, pa.uint64())})  # as datasets names and reads them
             with pa.ipc.new_stream(str(draft / KEPT), places.schema) as writer:
@@ -187,9 +207,9 @@ def save_groups(
         (draft / FACTS).write_text(json.dumps(facts))
 
 
-def fingerprint(columns: Mapping[str, np.ndarray]) -> str:
-    """Hash of groups in order: the keys of their responses and their margins, and for what is no pair all that stands
-    in its comparisons.
+def fingerprint(columns: Mapping[str, np.ndarray], attributes: Mapping[str, np.ndarray]) -> str:
+    """Hash of groups in order: the keys of their responses and their margins, for what is no pair all that stands in
+    its comparisons, and attributes where there are any.
 
     Args:
         columns: of COLUMNS, those of responses and comparisons.
@@ -200,4 +220,7 @@ def fingerprint(columns: Mapping[str, np.ndarray]) -> str:
     if not is_of_pairs(columns["num_responses"], columns["num_comparisons"], table):
         for name in (*counts, "better", "worse", "target", "weight"):
             digest.update(np.ascontiguousarray(columns[name]).data)
+    for name, values in attributes.items():
+        digest.update(name.encode() + b"\0")
+        digest.update(values.data)
     return digest.hexdigest()

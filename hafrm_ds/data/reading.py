@@ -49,11 +49,14 @@ COMPARISON_FEATURES = [
     }
 ]
 """The fields of `Comparison`."""
+ATTRIBUTE_FEATURES = [[{"name": datasets.Value("string"), "value": datasets.Value("float32")}]]
+"""Of each answer."""
 FEATURES = datasets.Features(
     {
         "prompt": MESSAGES,
         "answers": [MESSAGES],
         "comparisons": COMPARISON_FEATURES,
+        "attributes": ATTRIBUTE_FEATURES,
         "source": datasets.Value("string"),
         "id": datasets.Value("string"),
         "format": datasets.Value("string"),
@@ -63,8 +66,8 @@ FEATURES = datasets.Features(
     }
 )
 """One row for each row read. A group is used where both `dropped` (why the row is no usable group) and `deselected`
-(why it is left out) are "". Rows that are no group have empty lists; rows outside the row filter have no format. The
-messages of a conversation with tools are spelled in one (`tool_calls`).
+(why it is left out) are "". Rows that are no group have empty lists, as have those without attributes in that column;
+rows outside the row filter have no format. The messages of a conversation with tools are spelled in one (`tool_calls`).
 `remarks` says what else is to be told of the row, one thing a line: REMARKS."""
 
 NOT_READ, ROLE, MARGIN = "not read: ", "role: ", "margin: "
@@ -245,6 +248,7 @@ def as_features(row: Row, format_name: str, outcome: Outcome, remarks: str = "")
         "prompt": prompt,
         "answers": answers,
         "comparisons": [comparison._asdict() for comparison in group.comparisons],
+        "attributes": [[{"name": name, "value": each[name]} for name in each] for each in group.attributes],
         "source": group.source,
         "id": group.id,
         "format": format_name,
@@ -279,17 +283,22 @@ def join(rows: list[dict[str, Any]], max_answers: int | None) -> None:
     first = rows[0]
     answers: list[Any] = []
     comparisons: list[Comparison] = []
+    attributes: dict[str, Any] = {}
     margin_faults: list[str] = []
     for row in rows:
+        of_row = {json.dumps(answer): each for answer, each in zip(row["answers"], row["attributes"]) if each}
+        attributes = of_row | attributes  # of equal answers those of the first
         places = {place: len(answers) + place for place in range(len(row["answers"]))}
         comparisons += [Comparison(**each).among(places) for each in row["comparisons"]]
         answers += row["answers"]
         lines = row["remarks"].split("\n")
         margin_faults += [line for line in lines if line.startswith(MARGIN)]
         row["remarks"] = "\n".join(line for line in lines if not line.startswith(MARGIN))
-        row |= {"prompt": [], "answers": [], "comparisons": [], "deselected": JOINED} if row is not first else {}
+        nothing: dict[str, Any] = {"prompt": [], "answers": [], "comparisons": [], "attributes": []}
+        row |= nothing | {"deselected": JOINED} if row is not first else {}
     kept, among = best_first(*distinct(tuple(answers), tuple(comparisons)), max_answers)
     first |= {"answers": list(kept), "comparisons": [comparison._asdict() for comparison in among]}
+    first["attributes"] = [attributes.get(json.dumps(answer), []) for answer in kept] if attributes else []
     first["remarks"] = "\n".join(filter(None, [first["remarks"], *margin_faults]))
     if not among:
         first |= {"prompt": [], "deselected": UNCOMPARED}

@@ -215,10 +215,13 @@ class DataReport:
     """Kept pairs whose texts hold any."""
     groups: GroupFacts | None = None
     """What else there is to say where not all groups are pairs."""
+    attributes: dict[str, int] = field(default_factory=dict)
+    """Name -> answers of kept groups that have a value of it."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping for data_report.json."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("groups", None)}
+        left_out: dict[str, Any] = {"groups": None, "attributes": {}}  # of what most sets have not
+        return {name: value for name, value in asdict(self).items() if left_out.get(name, ...) != value}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "DataReport":
@@ -293,6 +296,9 @@ class DataReport:
         if self.with_margin not in (0, kept):  # in the loss the others count with a margin of 0
             share = self.with_margin / kept
             yield f"{self.with_margin} of {kept} {self.unit} ({share:.1%}) have a margin; the others count as 0"
+        if self.attributes:
+            known = names_in_words(f"{name} ({answers:,})" for name, answers in self.attributes.items())
+            yield f"attributes, and the answers that have them: {known}"
         if self.not_read:
             yield f"not read: {names_in_words(self.not_read)}"
         if self.mapped_roles:

@@ -107,6 +107,8 @@ class Tokenization(NamedTuple):
     """Special tokens and marks of templates that stand in the texts of a usable group."""
     lost: tuple[str, ...] = ()
     """Why an answer or comparison of a usable group is left out, for each."""
+    places: tuple[int, ...] = ()
+    """Positions of the responses that are used among the answers of the group."""
 
 
 class Draft:
@@ -256,6 +258,7 @@ def settle_group(
         left_out_of(formatter, group),
         tuple(marks_in([*draft.prompt, *kept], formatter.marks)),
         tuple(draft.lost),
+        tuple(places),
     )
 
 

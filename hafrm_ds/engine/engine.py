@@ -6,7 +6,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -269,18 +269,20 @@ class TrainingEngine(Engine):
 
 
 def parameter_groups(model: HybridModel, config: OptimizerConfig) -> list[dict]:
-    """Trainable parameters in groups: matrices (of the body or its adapters), vectors (never decayed), the reward head.
+    """Trainable parameters in groups: matrices (of the body or its adapters), vectors (never decayed), the heads for
+    the reward and attributes.
 
     A parameter's number of dimensions is read from ds_shape where ZeRO-3 has emptied its own shape.
     """
-    head = set(model.reward_head.parameters())
-    body = [p for p in model.parameters() if p.requires_grad and p not in head]
+    heads = [p for head in model.score_heads for p in head.parameters()]
+    of_heads = set(heads)
+    body = [p for p in model.parameters() if p.requires_grad and p not in of_heads]
     is_matrix = {p: len(full_shape(p)) >= 2 for p in body}
     head_rate = config.reward_head_learning_rate or config.learning_rate
     groups = [
         {"params": [p for p in body if is_matrix[p]], "lr": config.learning_rate, "weight_decay": config.weight_decay},
         {"params": [p for p in body if not is_matrix[p]], "lr": config.learning_rate, "weight_decay": 0.0},
-        {"params": [p for p in head if p.requires_grad], "lr": head_rate, "weight_decay": 0.0},
+        {"params": [p for p in heads if p.requires_grad], "lr": head_rate, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -304,10 +306,19 @@ def make_optimizer(
     return deepspeed_config, torch.optim.AdamW(groups, fused=True, **options)
 
 
-def load_training_engine(config: TrainConfig, processes: Processes) -> TrainingEngine:
-    """Load the model of a run, with its adapters, and put it under DeepSpeed. The process group has been started."""
+def load_training_engine(
+    config: TrainConfig, processes: Processes, attribute_means: Sequence[float] = ()
+) -> TrainingEngine:
+    """Load the model of a run, with its adapters, and put it under DeepSpeed. The process group has been started.
+
+    Args:
+        attribute_means: what the head of model.attributes starts at. Default: 0.
+    """
     deepspeed_config = resolve_deepspeed_config(config, processes.world_size, processes.machine_size)
     model = load_under(deepspeed_config, fresh_model(config, processes.device))
+    if attribute_means and model.attribute_head is not None:
+        with torch.no_grad():  # before it is sharded
+            model.attribute_head.bias.copy_(torch.tensor(attribute_means))
     if config.model.lora.rank:
         add_adapters(model.causal_lm, config.model, config.seed)
     return TrainingEngine(model, config, deepspeed_config)

@@ -17,6 +17,7 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError, in_own_names
 from hafrm_ds.evaluation.analysis import analyse, check
+from hafrm_ds.evaluation.attributes import measure_attributes
 from hafrm_ds.evaluation.combined import CombinedJudge, too_few
 from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.options import EvaluationOptions
@@ -25,7 +26,7 @@ from hafrm_ds.evaluation.questions import EvaluatedBenchmark, read_benchmarks
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.evaluation.scoring import AskedItems, score_parts
 from hafrm_ds.evaluation.sets import EvaluatedSet, pair_sets, prepare_sets, stored_reference
-from hafrm_ds.objective import JudgeFit, judges
+from hafrm_ds.objective import JudgeFit, attribute_heads, judges
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
@@ -136,6 +137,11 @@ class Evaluation:
             "max_tokens_per_micro_batch": self.options.max_tokens_per_micro_batch,
         }
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """What the model is asked, its attributes last."""
+        return (*self.saved.heads, *attribute_heads(self.saved.attributes))
+
     def score(self, folder: Path, processes: Processes, log: Console) -> Scores:
         """Score all sets and benchmarks by the model and the reference, but for the parts that `folder` has. All
         processes call this together; the first gets the scores."""
@@ -150,7 +156,7 @@ class Evaluation:
             deepspeed=self.options.deepspeed,
             max_tokens=self.options.max_tokens_per_micro_batch,
         )
-        values = ask("scoring", self.saved, self.saved.heads, asked)
+        values = ask("scoring", self.saved, self.heads, asked)
         sets = pair_sets(self.sets, self.judged)
         references = {name: sets[name].by_group(each[:, None]) for name, each in self.stored.items() if len(each)}
         if self.reference is not None:
@@ -205,7 +211,9 @@ class Evaluation:
         pair_scores = self.scores_of_set(name, evaluated, scores[f"set {name}"])
         if judge is not None:
             judge.judge(pair_scores)
-        analysis = analyse(pair_scores)
+        analysis, values = analyse(pair_scores), dict(zip(self.heads, np.concatenate(scores[f"set {name}"][0]).T))
+        measured = measure_attributes(evaluated.groups, evaluated.index, values, self.saved.attributes)
+        analysis |= {"attributes": measured} if measured else {}
         pair_scores.keep_texts(evaluated.groups, evaluated.index, self.formatter.tokenizer)
         pair_scores.save(self.options.output_dir / SCORES_FOLDER)
         return analysis

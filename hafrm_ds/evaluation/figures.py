@@ -17,6 +17,7 @@ from hafrm_ds.data.tables import (
     share,
     share_estimate,
 )
+from hafrm_ds.evaluation.attributes import attribute_table
 from hafrm_ds.objective import JudgeFit
 
 JUDGES = {
@@ -113,6 +114,8 @@ def set_tables(analysis: dict[str, Any]) -> list[Table]:
         tables.append(accuracy_table("accuracy where reward head and implicit reward", heads, unit))
     if len(analysis["by_source"]) > 1:
         tables.append(accuracy_table("accuracy by source", largest_sources(analysis), unit))
+    if attributes := analysis.get("attributes"):
+        tables.append(attribute_table(attributes))
     yardsticks = [
         (f"the {kind} answer", [share_estimate(analysis["yardsticks"][kind])]) for kind in ("longer", "shorter")
     ]

@@ -29,13 +29,21 @@ if TYPE_CHECKING:
     from hafrm_ds.model.fused import FusedLayers
 
 
-class RewardHead(nn.Linear):
-    """H -> 1. Its weight has the body's dtype (DeepSpeed shards one dtype at a time); its product is fp32."""
+class ScoreHead(nn.Linear):
+    """H -> A. Its weight has the body's dtype (DeepSpeed shards one dtype at a time); its product is fp32."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[N, H] -> [N, A] fp32."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(states.float(), self.weight.float(), bias)
+
+
+class RewardHead(ScoreHead):
+    """H -> 1."""
 
     def forward(self, states: Tensor) -> Tensor:
         """[N, H] -> [N] fp32."""
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(states.float(), self.weight.float(), bias).squeeze(-1)
+        return super().forward(states).squeeze(-1)
 
 
 class ResponseLogprobs(nn.Module):
@@ -59,7 +67,8 @@ class ResponseLogprobs(nn.Module):
 
 
 class HybridModel(nn.Module):
-    """A causal LM with a reward head beside its LM head. Both read the same forward pass of the body.
+    """A causal LM with a reward head beside its LM head, and perhaps one of attributes, [A, H]. All read the same
+    forward pass of the body.
 
     Attributes:
         layout: of the micro-batches that its attention is set for (`use_layout`); until then every model takes padded.
@@ -68,10 +77,11 @@ class HybridModel(nn.Module):
         fused: what is fused in its layers (`use_fused`); None: nothing.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, reward_head: RewardHead):
+    def __init__(self, causal_lm: PreTrainedModel, reward_head: RewardHead, attribute_head: ScoreHead | None = None):
         super().__init__()
         self.causal_lm = causal_lm
         self.reward_head = reward_head
+        self.attribute_head = attribute_head
         self.response_logprobs = ResponseLogprobs(head_transform(causal_lm.config))
         self.layout = "padded"
         self.uses_stock_logits = False
@@ -127,7 +137,7 @@ class HybridModel(nn.Module):
         """Score the N responses of a micro-batch.
 
         Args:
-            with_reward: read the reward head.
+            with_reward: read the reward head, and that of attributes.
             with_logprob: run the LM head, at the positions that predict a response token and nowhere else.
             idle_heads: the head that is not asked is trained in other steps. It runs on no position, which costs
                 nothing and gives its weights the gradient 0: ZeRO-3 would else step them by their last gradient again,
@@ -135,7 +145,7 @@ class HybridModel(nn.Module):
             with_router: of a mixture of experts that gives its routers' logits, for a batch of pairs, also the use of
             its experts.
         """
-        logprob = reward = per_token = None
+        logprob = reward = per_token = attributes = None
         filled = self.with_filler(batch)
         asked = {"output_router_logits": True} if with_router else {}
         if with_logprob and self.uses_stock_logits:
@@ -152,9 +162,11 @@ class HybridModel(nn.Module):
         elif idle_heads:
             nothing = self.response_logprobs(states[:0], self.lm_head, batch.target_ids[:0]).sum()
         if with_reward:
-            reward = self.reward_head(states[batch.readout_index])
+            read_out = states[batch.readout_index]
+            reward = self.reward_head(read_out)
+            attributes = None if self.attribute_head is None else self.attribute_head(read_out)
         elif idle_heads:
-            nothing = self.reward_head(states[:0]).sum()
+            nothing = torch.cat([head(states[:0]).flatten() for head in self.score_heads]).sum()
         if idle_heads and logprob is None:
             reward = reward + nothing
         elif idle_heads and reward is None:
@@ -163,7 +175,7 @@ class HybridModel(nn.Module):
         if with_router:
             logits = [each[: batch.num_positions] for each in output.router_logits]
             router = router_use(logits, self.causal_lm, batch)
-        return ResponseScores(reward, logprob, batch.num_tokens, per_token, router)
+        return ResponseScores(reward, logprob, batch.num_tokens, per_token, router, attributes)
 
     def with_filler(self, batch: PackedBatch) -> PackedBatch:
         """A micro-batch as the model computes it: where each shape is compiled anew, at one of few sizes."""
@@ -175,9 +187,14 @@ class HybridModel(nn.Module):
     def lm_head(self) -> nn.Linear:
         return self.causal_lm.get_output_embeddings()
 
+    @property
+    def score_heads(self) -> list[ScoreHead]:
+        """The heads that came to the causal LM."""
+        return [self.reward_head] if self.attribute_head is None else [self.reward_head, self.attribute_head]
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """What both losses train: the body or its adapters, with the embedding where the LM head is tied to it."""
-        heads = {*self.reward_head.parameters(), *self.lm_head.parameters()}
+        heads = {parameter for head in (*self.score_heads, self.lm_head) for parameter in head.parameters()}
         heads -= {*self.causal_lm.get_input_embeddings().parameters()}
         return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in heads]
 
@@ -219,6 +236,20 @@ def make_reward_head(hidden_size: int, *, bias: bool, init: str, dtype: torch.dt
             head.weight.normal_(0.0, 1 / math.sqrt(hidden_size + 1), generator=generator)
         if bias:
             head.bias.zero_()
+    return head.to(dtype)
+
+
+def make_attribute_head(hidden_size: int, names: Sequence[str], dtype: torch.dtype) -> ScoreHead | None:
+    """Of zeros, so that it starts with what its bias says of every answer; None where there are no attributes.
+
+    Its bias is to be the mean of each attribute, the best constant. A random weight would add noise to it, which the
+    regression would first have to take back, by way of the body too.
+    """
+    if not names:
+        return None
+    head = ScoreHead(hidden_size, len(names), device="cpu", dtype=torch.float32)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
     return head.to(dtype)
 
 

@@ -14,7 +14,7 @@ from transformers import (
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.hybrid import HybridModel, RewardHead, disable_dropout, make_reward_head
+from hafrm_ds.model.hybrid import HybridModel, RewardHead, disable_dropout, make_attribute_head, make_reward_head
 from hafrm_ds.model.lora import quantization
 from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.model.reward_start import reward_head_of
@@ -78,7 +78,7 @@ def local_folder(config: ModelConfig) -> Path:
 
 
 def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: torch.device) -> HybridModel:
-    """The causal LM with a fresh reward head, in the dtype of the run, dropout off, in train mode.
+    """The causal LM with fresh heads for reward and attributes, in the dtype of the run, dropout off, in train mode.
 
     It is loaded on the CPU, unless its weights are quantised; `device` is where it will run, which decides the
     attention kernel.
@@ -93,6 +93,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     )
     if config.reward_head_init == "from_model":
         take_over_head(head, config)
+    attribute_head = make_attribute_head(hidden_size, config.attributes, dtype)
     options = {}
     if (how := quantization(config.lora, dtype)) is not None:
         options = {"quantization_config": how, "device_map": {"": device}}
@@ -114,7 +115,7 @@ def load_hybrid_model(config: ModelConfig, *, layout: str, seed: int, device: to
     causal_lm.train()
     if config.gradient_checkpointing:
         set_gradient_checkpointing(causal_lm, config.gradient_checkpointing)
-    model = HybridModel(causal_lm, head)
+    model = HybridModel(causal_lm, head, attribute_head)
     model.use_layout(layout, config.attention, device)
     model.use_log_probs(config.log_probs, device)
     model.use_fused(config.fused, device)

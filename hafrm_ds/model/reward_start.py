@@ -16,7 +16,8 @@ from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
 
 REWARD_HEAD_FILE = "reward_head.safetensors"
-"""The head of a model of ours, beside the files of its causal LM."""
+ATTRIBUTE_HEAD_FILE = "attribute_head.safetensors"
+"""The heads of a model of ours, beside the files of its causal LM; the second where it has attributes."""
 SCORE_NAMES = ("score.weight", "classifier.weight", "v_head.summary.weight", "reward_head.weight")
 """The head of a sequence-classification model has one of these names, behind any prefix."""
 

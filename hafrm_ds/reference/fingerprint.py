@@ -11,6 +11,7 @@ from hafrm_ds.config import ModelConfig
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.loading import local_folder
+from hafrm_ds.model.reward_start import ATTRIBUTE_HEAD_FILE, REWARD_HEAD_FILE
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
@@ -45,8 +46,8 @@ def weight_files(folder: Path) -> list[Path]:
     """Files that from_pretrained reads: safetensors if there are any, in order of name."""
     for pattern in WEIGHT_PATTERNS:
         if files := sorted(folder.glob(pattern)):
-            # A trained model's reward head lies beside the policy, and is no part of it.
-            return [file for file in files if file.name != "reward_head.safetensors"]
+            # A trained model's own heads lie beside the policy, and are no part of it.
+            return [file for file in files if file.name not in (REWARD_HEAD_FILE, ATTRIBUTE_HEAD_FILE)]
     return []
 
 

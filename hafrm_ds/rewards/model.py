@@ -7,6 +7,7 @@ from typing import Any
 
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
+from hafrm_ds.objective import attribute_heads
 from hafrm_ds.rewards.reward import Loader, Score
 from hafrm_ds.saved.opening import SavedScorer, identity_of_model, load_scorer
 from hafrm_ds.saved.scorer import Conversation, Scorer
@@ -44,10 +45,16 @@ class ModelReward:
         """As `scores`, of token ids, or of what is wrong with a conversation."""
         known = [each for each in encoded if not isinstance(each, str)]
         values = iter(self.scorer.of_conversations(known, self.ask) if known else ())
-        return [Score.none(each) if isinstance(each, str) else as_score(next(values)) for each in encoded]
+        return [Score.none(each) if isinstance(each, str) else as_score(*next(values)) for each in encoded]
 
-    def ask(self, groups: list[PromptWithResponses]) -> list[float]:
-        return self.scorer.values(groups, (self.head,))[:, 0].tolist()
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of what the model says beside its reward."""
+        return self.scorer.attributes if self.head == "reward" else ()
+
+    def ask(self, groups: list[PromptWithResponses]) -> list[list[float]]:
+        """What is read of it, and its attributes."""
+        return self.scorer.values(groups, (self.head, *attribute_heads(self.attributes))).tolist()
 
     def encode(self, conversation: Conversation) -> PromptWithResponses | str:
         """Its token ids, or what is wrong with it."""
@@ -59,5 +66,6 @@ class ModelReward:
             return str(error)
 
 
-def as_score(value: float) -> Score:
-    return Score(value) if math.isfinite(value) else Score.none(NOT_FINITE)
+def as_score(value: float, *attributes: float) -> Score:
+    is_finite = all(map(math.isfinite, (value, *attributes)))
+    return Score(value, attributes=attributes) if is_finite else Score.none(NOT_FINITE)

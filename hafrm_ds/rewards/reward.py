@@ -20,6 +20,7 @@ class Score:
     """What a reward says of a conversation.
 
     value: None where it could not be computed. error: why, else "".
+    attributes: what a model says beside its reward, in the order of its names for them; () of all else.
     spans: the values of parts of the answer, as of its sentences, of which `value` is the mean; () of a reward that
         gives one value alone.
     """
@@ -27,6 +28,7 @@ class Score:
     value: float | None
     error: str = ""
     spans: tuple[float, ...] = ()
+    attributes: tuple[float, ...] = ()
 
     @classmethod
     def none(cls, error: str) -> "Score":

@@ -98,9 +98,17 @@ def read_out_in_words(metadata: dict[str, Any]) -> str:
         return (
             "It was trained without a reward loss: its reward head says nothing, and `model.score` refuses to ask it.\n"
         )
-    return (
+    said = (
         "The reward is read at the last token of the whole conversation, rendered by the tokenizer's chat template.\n"
     )
+    if (names := metadata.get("attributes")) and metadata["format"] == "sequence-classification":
+        said += (
+            f"The further labels are {', '.join(names)}: the logits plus `label_offsets` of config.json, as the score "
+            "has no bias.\n"
+        )
+    elif names:
+        said += f"`model.rate(messages)` gives {', '.join(names)} beside it.\n"
+    return said
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Reward models as transformers' AutoModelForSequenceClassification with one label: our exports, and other people's."""
+"""Reward models as transformers' AutoModelForSequenceClassification: our exports, and other people's with one label."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,10 @@ from hafrm_ds.objective import ResponseScores
 from hafrm_ds.saved.folder import SavedStockModel
 from hafrm_ds.saved.scorer import Scorer
 
+REWARD_LABEL, LABEL_OFFSETS = "reward", "label_offsets"
+"""The first label of an export with attributes, and the key of its config.json that says what is to be added to each
+logit: `score` has no bias."""
+
 
 @dataclass(frozen=True)
 class SavedClassifier(SavedStockModel):
@@ -24,20 +28,28 @@ class SavedClassifier(SavedStockModel):
 
     @classmethod
     def check(cls, folder: Path, config: PretrainedConfig) -> None:
-        if config.num_labels != 1:
+        if config.num_labels != 1 and not cls.attributes_of(config):
             raise ModelError(
                 f"{folder}: the model has {config.num_labels} labels; a reward model has one, whose logit is the reward"
             )
 
+    @classmethod
+    def attributes_of(cls, config: PretrainedConfig) -> tuple[str, ...]:
+        """The labels of an export of ours behind the first, which is the reward."""
+        names = [config.id2label[place] for place in range(config.num_labels)]
+        return tuple(names[1:]) if hasattr(config, LABEL_OFFSETS) and names[0] == REWARD_LABEL else ()
+
 
 class ClassifierModel(Scorer):
-    """The logit of a sequence-classification model, as its own forward reads it: where that is, is its own affair."""
+    """The logits of a sequence-classification model, as its own forward reads them: where, is its own affair."""
 
     heads = SavedClassifier.heads
 
-    def __init__(self, model: PreTrainedModel, formatter: ChatFormatter, *, max_tokens: int):
+    def __init__(
+        self, model: PreTrainedModel, formatter: ChatFormatter, *, max_tokens: int, attributes: tuple[str, ...] = ()
+    ):
         super().__init__(formatter, model.config, layout="padded", max_tokens=max_tokens)
-        self.model = model
+        self.model, self.attributes = model, attributes
 
     @classmethod
     def load(cls, saved: SavedClassifier, device: torch.device, max_tokens: int) -> "ClassifierModel":
@@ -52,7 +64,8 @@ class ClassifierModel(Scorer):
             raise ModelError(
                 f"{saved.folder}: the weight files lack {', '.join(missing[:5])}, so the scores would be random"
             )
-        return cls(model.eval().requires_grad_(False).to(device), saved.formatter(), max_tokens=max_tokens)
+        model = model.eval().requires_grad_(False).to(device)
+        return cls(model, saved.formatter(), max_tokens=max_tokens, attributes=saved.attributes)
 
     def forward(self, batch: PackedBatch, *, with_reward: bool, with_logprob: bool) -> ResponseScores:
         batch = batch.to(next(self.model.parameters()).device)
@@ -66,4 +79,7 @@ class ClassifierModel(Scorer):
         else:
             ids = torch.where(mask, batch.input_ids, pad)
             logits = self.model(ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        return ResponseScores(logits[:, 0].float(), None, batch.num_tokens)
+        logits, attributes = logits.float(), None
+        if self.attributes:
+            attributes = (logits + logits.new_tensor(getattr(self.model.config, LABEL_OFFSETS)))[:, 1:]
+        return ResponseScores(logits[:, 0], None, batch.num_tokens, attributes=attributes)

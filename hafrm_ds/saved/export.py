@@ -29,8 +29,9 @@ from hafrm_ds.durability import whole_folder
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.hybrid import HybridModel, tolerance_of
 from hafrm_ds.model.loading import load_model_config
-from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
+from hafrm_ds.model.reward_start import ATTRIBUTE_HEAD_FILE, REWARD_HEAD_FILE
 from hafrm_ds.model.sizes import ModelSizes
+from hafrm_ds.saved.classifier import LABEL_OFFSETS, REWARD_LABEL
 from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.pad_token import PadToken, choose_pad_token
 from hafrm_ds.saved.reward_model import HybridRewardModel
@@ -89,7 +90,8 @@ def export_model(
     formatter, sizes = saved.formatter(), ModelSizes.of(str(folder), load_model_config(saved.config))
     for conversation in CONVERSATIONS:  # before the weights are read
         encode_for(sizes, formatter, conversation, DEFAULT_MAX_TOKENS)
-    live = HybridRewardModel(saved.hybrid_model(torch.device("cpu")), formatter, max_tokens=DEFAULT_MAX_TOKENS)
+    model, attributes = saved.hybrid_model(torch.device("cpu")), saved.attributes
+    live = HybridRewardModel(model, formatter, max_tokens=DEFAULT_MAX_TOKENS, attributes=attributes)
     return FORMATS[format](live, saved, output_dir)
 
 
@@ -137,7 +139,8 @@ def stock_log_probs(folder: Path, live: HybridRewardModel, trust_remote_code: bo
 
 
 def export_classifier(live: HybridRewardModel, saved: SavedModel, output_dir: Path) -> Exported:
-    """The body with the reward head as AutoModelForSequenceClassification: one label, whose logit is the reward."""
+    """The body with the reward head as AutoModelForSequenceClassification: one label, whose logit is the reward. Behind
+    it stand attributes, whose bias is in config.json."""
     if "reward" not in saved.heads:
         raise ModelError(f"{saved.folder}: {NO_REWARD}; export the policy")
     if live.model.reward_head.bias is not None:
@@ -151,6 +154,10 @@ def export_classifier(live: HybridRewardModel, saved: SavedModel, output_dir: Pa
     pad = choose_pad_token(live.formatter, embedding.num_embeddings)
     config = copy.deepcopy(causal_lm.config)
     config.num_labels = 1
+    if (attribute_head := live.model.attribute_head) is not None:
+        config.id2label = dict(enumerate((REWARD_LABEL, *saved.attributes)))
+        config.label2id = {name: place for place, name in config.id2label.items()}
+        setattr(config, LABEL_OFFSETS, [0.0, *attribute_head.bias.tolist()])
     config.problem_type = "regression"  # vLLM applies a sigmoid to the score of any other
     config.pad_token_id = pad.id
     if pad.id >= embedding.num_embeddings:
@@ -195,7 +202,8 @@ def classifier_tensors(model: HybridModel, stock_class, config: PretrainedConfig
     """
     with torch.device("meta"):
         stock = stock_class(config)
-    available = tensors_of(model.causal_lm) | {"score.weight": TensorSource.of(model.reward_head.weight)}
+    score = torch.cat([head.weight for head in model.score_heads])
+    available = tensors_of(model.causal_lm) | {"score.weight": TensorSource.of(score)}
     embedding = model.causal_lm.get_input_embeddings().weight
     name_of = {id(parameter): name for name, parameter in model.causal_lm.named_parameters()}
     expected = {name: source.shape for name, source in tensors_of(stock).items()}
@@ -225,7 +233,8 @@ def stock_scores(folder: Path, trust_remote_code: bool) -> list[float]:
     batches = [rendered(tokenizer, conversation) for conversation in CONVERSATIONS]
     batches.append(rendered(tokenizer, CONVERSATIONS, padding=True))
     with torch.no_grad():
-        return torch.cat([stock(**batch).logits[:, 0] for batch in batches]).tolist()
+        logits = torch.cat([stock(**batch).logits for batch in batches])
+    return (logits + torch.tensor(getattr(stock.config, LABEL_OFFSETS, [0.0]))).flatten().tolist()
 
 
 # ---- the adapter ---------------------------------------------------------------------------------------------------
@@ -244,7 +253,8 @@ def export_adapter(live: HybridRewardModel, saved: SavedModel, output_dir: Path)
             "export the policy, which is merged from the quantised weights"
         )
     with whole_folder(output_dir) as draft:
-        for file in (*source.iterdir(), saved.folder / REWARD_HEAD_FILE):
+        heads = [saved.folder / name for name in (REWARD_HEAD_FILE, ATTRIBUTE_HEAD_FILE)]
+        for file in (*source.iterdir(), *filter(Path.is_file, heads)):
             shutil.copyfile(file, draft / file.name)
         write_tokenizer_and_card(draft, live.formatter.tokenizer, saved.metadata | {"format": "adapter"})
         expected = values_of(live)
@@ -281,8 +291,8 @@ def rendered(tokenizer, conversations, **options):
 
 
 def values_of(live: HybridRewardModel) -> list[float]:
-    """The rewards of CONVERSATIONS."""
-    return cast(list[float], live.score(CONVERSATIONS))
+    """The rewards of CONVERSATIONS, and after each the attributes."""
+    return [value for values in live.rate_ids(map(live.encode, CONVERSATIONS)) for value in values]
 
 
 def scores_in_fp32(live: HybridRewardModel, score: Callable[[], list[float]]) -> list[float]:

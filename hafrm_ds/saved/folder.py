@@ -24,7 +24,7 @@ from hafrm_ds.model.loading import (
     load_tokenizer,
     local_folder,
 )
-from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
+from hafrm_ds.model.reward_start import ATTRIBUTE_HEAD_FILE, REWARD_HEAD_FILE
 from hafrm_ds.saved.adapters import merge_adapter, read_adapter_config
 from hafrm_ds.saved.writing import METADATA_FILE
 
@@ -41,13 +41,19 @@ class SavedModel:
     """A trained model on disk, looked at but not loaded. Build it with `open`.
 
     folder: where it lies, tokenizer included. config: how the causal LM is loaded, which for an adapter is its base.
-    metadata: content of hafrm.json. head: tensors of the reward head.
+    metadata: content of hafrm.json. head: tensors of the reward head. attribute_head: of that of attributes, or {}.
     """
 
     folder: Path
     config: ModelConfig
     metadata: dict[str, Any]
     head: dict[str, Tensor]
+    attribute_head: dict[str, Tensor]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of what the model can say of a conversation besides."""
+        return tuple(self.metadata.get("attributes", ()))
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -78,7 +84,8 @@ class SavedModel:
             "trust_remote_code": trust_remote_code,
         }
         folder = local_folder(ModelConfig(**options))
-        metadata, head = read_metadata(folder), read_reward_head(folder)
+        metadata, head = read_metadata(folder), read_head(folder, REWARD_HEAD_FILE)
+        attribute_head = read_head(folder, ATTRIBUTE_HEAD_FILE) if metadata.get("attributes") else {}
         options["name_or_path"], weights = str(folder), folder
         if metadata["format"] == "adapter":
             base = read_adapter_config(folder)
@@ -88,8 +95,8 @@ class SavedModel:
         # The head has the dtype of the body.
         dtype = dtype_of_weights(folder, dtype or str(head["weight"].dtype).removeprefix("torch."))
         options |= STOCK_LAYERS | {"dtype": dtype, "reward_head_bias": "bias" in head}
-        config = ModelConfig.model_validate(options)
-        return cls(folder, config, metadata, head)
+        config = ModelConfig.model_validate(options | {"attributes": metadata.get("attributes", [])})
+        return cls(folder, config, metadata, head, attribute_head)
 
     def formatter(self) -> ChatFormatter:
         """The formatter of the training.
@@ -113,10 +120,12 @@ class SavedModel:
         Inside `engine.engine.sharded_loading` its body is partitioned.
         """
         model = load_hybrid_model(self.config, layout=self.metadata["layout"], seed=0, device=device)
-        try:
-            model.reward_head.load_state_dict(self.head)
-        except RuntimeError as error:
-            raise ModelError(f"{self.folder / REWARD_HEAD_FILE} does not fit the model: {first_line(error)}") from error
+        files = {REWARD_HEAD_FILE: self.head, ATTRIBUTE_HEAD_FILE: self.attribute_head}
+        for head, (file, tensors) in zip(model.score_heads, files.items()):
+            try:
+                head.load_state_dict(tensors)
+            except RuntimeError as error:
+                raise ModelError(f"{self.folder / file} does not fit the model: {first_line(error)}") from error
         if self.metadata["format"] == "adapter":
             merge_adapter(model.causal_lm, self.folder)
         model.uses_stock_logits = self.metadata["uses_stock_logits"]
@@ -129,6 +138,7 @@ class SavedStockModel:
 
     folder: where it lies. config: how it is loaded. metadata: {} but for an export of ours.
     chat_template: name or file of a template for a tokenizer without one. reasoning: as for `ChatFormatter.create`.
+    attributes: names of those that an export of ours gives.
     """
 
     folder: Path
@@ -136,6 +146,7 @@ class SavedStockModel:
     metadata: dict[str, Any]
     chat_template: str | None
     reasoning: str | None = None
+    attributes: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -159,11 +170,16 @@ class SavedStockModel:
         cls.check(folder, stock)
         dtype = dtype_of_weights(folder, dtype or str(stock.dtype or "").removeprefix("torch."))
         config = ModelConfig.model_validate(options | STOCK_LAYERS | {"dtype": dtype})
-        return cls(folder, config, metadata, chat_template, reasoning)
+        return cls(folder, config, metadata, chat_template, reasoning, cls.attributes_of(stock))
 
     @classmethod
     def check(cls, folder: Path, config: PretrainedConfig) -> None:
         """Raises ModelError for a model of this kind that gives no scores."""
+
+    @classmethod
+    def attributes_of(cls, config: PretrainedConfig) -> tuple[str, ...]:
+        """Names of the attributes that a model of this kind gives."""
+        return ()
 
     def formatter(self) -> ChatFormatter:
         return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY, self.reasoning)
@@ -197,12 +213,12 @@ def dtype_of_weights(folder: Path, dtype: str) -> str:
     return dtype
 
 
-def read_reward_head(folder: Path) -> dict[str, Tensor]:
-    file = folder / REWARD_HEAD_FILE
+def read_head(folder: Path, name: str) -> dict[str, Tensor]:
+    file = folder / name
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"the reward head {file} cannot be read: {first_line(error)}") from error
+        raise ModelError(f"the head {file} cannot be read: {first_line(error)}") from error
 
 
 def refuse_pickles(folder: Path, trust_pickle: bool) -> None:

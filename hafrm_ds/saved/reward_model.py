@@ -34,9 +34,10 @@ class HybridRewardModel(Scorer):
         *,
         max_tokens: int,
         heads: tuple[str, ...] = ("reward", "logprob"),
+        attributes: tuple[str, ...] = (),
     ):
         super().__init__(formatter, model.causal_lm.config, layout=model.layout, max_tokens=max_tokens)
-        self.model, self.heads = model, heads
+        self.model, self.heads, self.attributes = model, heads, attributes
 
     @classmethod
     def from_pretrained(
@@ -79,8 +80,8 @@ class HybridRewardModel(Scorer):
 
     @classmethod
     def load(cls, saved: SavedModel, device: torch.device, max_tokens: int) -> "HybridRewardModel":
-        model = saved.hybrid_model(device).to(device)
-        return cls(model, saved.formatter(), max_tokens=max_tokens, heads=saved.heads)
+        model, said = saved.hybrid_model(device).to(device), {"heads": saved.heads, "attributes": saved.attributes}
+        return cls(model, saved.formatter(), max_tokens=max_tokens, **said)
 
     def log_probs(
         self,

@@ -18,7 +18,7 @@ from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversatio
 from hafrm_ds.engine.scoring import Items, score_items
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.sizes import ModelSizes
-from hafrm_ds.objective import ResponseScores
+from hafrm_ds.objective import ResponseScores, attribute_heads
 
 Conversation = list[Message]
 DEFAULT_MAX_TOKENS = 8192
@@ -39,10 +39,12 @@ class Scorer(ABC):
         formatter: messages -> token ids.
         layout: of the micro-batches.
         heads: what it can say of a conversation, of "reward" and "logprob".
+        attributes: names of what it says beside a reward.
         ranks_on: the device of the process group if all its ranks share the work of each call; None: this one alone.
     """
 
     heads: tuple[str, ...]
+    attributes: tuple[str, ...] = ()
     ranks_on: torch.device | None = None
 
     def __init__(self, formatter: ChatFormatter, config: PretrainedConfig, *, layout: str, max_tokens: int):
@@ -59,9 +61,24 @@ class Scorer(ABC):
 
     def score_ids(self, conversations: Iterable[PromptWithResponses]) -> list[float]:
         """Rewards of encoded conversations, in order. Raises ModelError if the model has none to give."""
+        return [reward for reward, *_ in self.rate_ids(conversations)]
+
+    def rate_ids(self, conversations: Iterable[PromptWithResponses]) -> list[list[float]]:
+        """Reward and attributes of encoded conversations, in order. Raises ModelError if the model has no reward."""
         if "reward" not in self.heads:
             raise ModelError(NO_REWARD)
-        return self.of_conversations(conversations, lambda groups: self.values(groups, ("reward",))[:, 0].tolist())
+        heads = ("reward", *attribute_heads(self.attributes))
+        return self.of_conversations(conversations, lambda groups: self.values(groups, heads).tolist())
+
+    def rate(
+        self, messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None = None
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """Reward and attributes of a conversation, by name; {"reward": ...} alone of a model without attributes.
+        Arguments, returns and errors as for `score`."""
+        conversations, is_one = as_conversations(messages, responses)
+        names = ("reward", *self.attributes)
+        values = [dict(zip(names, each)) for each in self.rate_ids(map(self.encode, conversations))]
+        return values[0] if is_one else values
 
     def score(
         self, messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None = None

@@ -24,7 +24,7 @@ class ShardedModel(Scorer):
     def __init__(self, engine: Engine, saved: SavedModel | SavedPolicy, max_tokens: int):
         model = engine.model
         super().__init__(saved.formatter(), model.causal_lm.config, layout=model.layout, max_tokens=max_tokens)
-        self.engine, self.heads = engine, saved.heads
+        self.engine, self.heads, self.attributes = engine, saved.heads, saved.attributes
         self.ranks_on = engine.device
 
     @classmethod

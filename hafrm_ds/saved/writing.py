@@ -23,7 +23,7 @@ from hafrm_ds.data.report import TemplateFacts
 from hafrm_ds.durability import whole_folder
 from hafrm_ds.model.hybrid import HybridModel
 from hafrm_ds.model.lora import adapted_layers
-from hafrm_ds.model.reward_start import REWARD_HEAD_FILE
+from hafrm_ds.model.reward_start import ATTRIBUTE_HEAD_FILE, REWARD_HEAD_FILE
 from hafrm_ds.saved.adapters import merged_tensors, save_adapter
 from hafrm_ds.saved.card import model_card
 from hafrm_ds.saved.tensor_files import Gather, publisher, tensors_of, write_sharded, write_tensors
@@ -42,7 +42,8 @@ def save_hybrid_model(
     is_writer: bool,
     metadata: dict[str, Any],
 ) -> None:
-    """Write the policy as a causal-LM folder, with reward_head.safetensors, hafrm.json and a model card beside it.
+    """Write the policy as a causal-LM folder, with reward_head.safetensors, hafrm.json and a model card beside it; of a
+    model with attributes also attribute_head.safetensors.
 
     Adapters are merged into the policy, and written into adapter/ besides.
 
@@ -53,8 +54,8 @@ def save_hybrid_model(
         gathered: context in which given parameters are whole on every rank (`Engine.gathered`). All ranks call this
             function together.
         is_writer: True on the one rank that writes.
-        metadata: further content of hafrm.json and of the card: base, training, data, evaluation, config, each where
-            known (`hafrm_ds.training.final.run_metadata`).
+        metadata: further content of hafrm.json and of the card: base, attributes (their names), training, data,
+            evaluation, config, each where known (`hafrm_ds.training.final.run_metadata`).
 
     Raises:
         ModelError: what is read back from the disk is not what was written.
@@ -62,6 +63,8 @@ def save_hybrid_model(
     with whole_folder(folder) if is_writer else nullcontext(folder) as draft:
         write_sharded(merged_tensors(model.causal_lm, gathered), draft, is_writer, publisher(model.causal_lm))
         write_tensors(tensors_of(model.reward_head, gathered), draft / REWARD_HEAD_FILE, is_writer)
+        if model.attribute_head is not None:
+            write_tensors(tensors_of(model.attribute_head, gathered), draft / ATTRIBUTE_HEAD_FILE, is_writer)
         if adapted_layers(model.causal_lm):
             if is_writer:
                 (draft / ADAPTER_FOLDER).mkdir()

@@ -17,7 +17,7 @@ from hafrm_ds.processes.parts import claim_folder, leave_together, stamp, work_t
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.rewards.composition import open_reward
 from hafrm_ds.rewards.loading import load_reward_for_job
-from hafrm_ds.rewards.model import OpenedModel
+from hafrm_ds.rewards.model import ModelReward, OpenedModel
 from hafrm_ds.rewards.reward import OpenedReward, Reward
 from hafrm_ds.saved.implicit import SavedCombinedReward, SavedImplicitReward
 from hafrm_ds.saved.opening import Judge
@@ -168,9 +168,10 @@ def score_part(part: Part, input: Path, reward: Reward) -> bytes:
     places = [f"{input.name}:{part.first_line + number}" for number in range(len(lines))]
     rows = [(ScoredRow.read(line.strip(), place), place) for line, place in zip(lines, places) if line.strip()]
     scores = iter(reward.scores([conversation for row, _ in rows for conversation in row.conversations]))
+    attributes = reward.attributes if isinstance(reward, ModelReward) else ()
     written, errors = [], []
     for row, place in rows:
-        line, error = row.written([next(scores) for _ in row.conversations], place)
+        line, error = row.written([next(scores) for _ in row.conversations], place, attributes)
         written.append(line)
         if error:
             errors.append(error)

@@ -1,6 +1,7 @@
 """One line of a file to score: its conversations in, the same row with scores out."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ BESIDE = (*EARLIER, "tools")
 """Columns that are read beside a prompt."""
 SCORES = ("score", "scores")
 """Fields that the output adds, one of them to each row."""
+ATTRIBUTES = "attributes"
+"""What it adds besides for a model that has them: {name: value}, or with `scores` a list of these."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +64,30 @@ class ScoredRow:
             return cls(fields, "score", [], str(error))
         return cls(fields, field, conversations)
 
-    def written(self, scores: list[Score], place: str) -> tuple[bytes, str]:
+    def written(self, scores: list[Score], place: str, attributes: Sequence[str] = ()) -> tuple[bytes, str]:
         """As `scored`, with the row as a line of the output."""
-        fields, error = self.scored(scores, place)
+        fields, error = self.scored(scores, place, attributes)
         return json_line(fields), error
 
-    def scored(self, scores: list[Score], place: str) -> tuple[dict[str, Any], str]:
-        """The scores of its conversations -> (the row with them, what is wrong with the row or "").
+    def scored(self, scores: list[Score], place: str, attributes: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+        """The scores of its conversations, with attributes of these names -> (the row with them, what is wrong with
+        the row or "").
 
         A row that cannot be scored has the score null, and says why in `score_error`.
         """
         error = self.error or next((f"{place}: {score.error}" for score in scores if score.error), "")
         # A file that was scored before: its scores are kept under another name, its errors are made up for.
-        fields = {name: value for name, value in self.fields.items() if name not in (*SCORES, "score_error")}
-        fields |= {f"input_{name}": self.fields[name] for name in SCORES if name in self.fields}
+        added = (*SCORES, ATTRIBUTES) if attributes else SCORES
+        fields = {name: value for name, value in self.fields.items() if name not in (*added, "score_error")}
+        fields |= {f"input_{name}": self.fields[name] for name in added if name in self.fields}
         if error:
             result: dict[str, Any] = {self.field: None, "score_error": error}
         else:
-            values = [score.value for score in scores]
-            result = {self.field: values if self.field == "scores" else values[0]}
+            result = {self.field: [score.value for score in scores]}
+            if attributes:
+                result[ATTRIBUTES] = [dict(zip(attributes, score.attributes, strict=True)) for score in scores]
+            if self.field == "score":
+                result = {name: values[0] for name, values in result.items()}
         return fields | result, error
 
 

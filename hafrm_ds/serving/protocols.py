@@ -112,7 +112,8 @@ def listed(body: Any, name: str) -> list:
 
 
 def openrlhf(body: Any, options: ServingOptions) -> Asked:
-    """{"query": [text], "prompts": [text], "labels": [any]} -> {"rewards": [x], "scores": [x], "extra_logs": {}}."""
+    """{"query": [text], "prompts": [text], "labels": [any]} -> {"rewards": [x], "scores": [x], "extra_logs": {}}.
+    The logs hold a list for each attribute of a model that has them."""
     queries = listed(body, "query")
     columns = [body.get(name) or [None] * len(queries) for name in ("prompts", "labels")]
     if any(not isinstance(column, list) or len(column) != len(queries) for column in columns):
@@ -130,7 +131,9 @@ def openrlhf(body: Any, options: ServingOptions) -> Asked:
 
     def write(answers: list[Answer]) -> dict[str, Any]:
         values = [answer.value for answer in answers]
-        return {"rewards": values, "scores": values, "extra_logs": {}}
+        names = answers[0].attributes if answers else ()
+        logs = {name: [answer.attributes[name] for answer in answers] for name in names}
+        return {"rewards": values, "scores": values, "extra_logs": logs}
 
     asked = Asked(write)
     for number, row in enumerate(zip(queries, *columns)):
@@ -206,10 +209,12 @@ def score(body: Any, options: ServingOptions) -> Asked:
 
     def write_rows(answers: list[Answer]) -> tuple[Any, Faults]:
         left = iter(answers)
+        names = next((tuple(answer.attributes) for answer in answers if not answer.error), ())
         written, faults = [], {}
         for row, place in zip(rows, places):
-            scores = [Score(answer.value, answer.error) for answer in (next(left) for _ in row.conversations)]
-            fields, error = row.scored(scores, place)
+            own = [next(left) for _ in row.conversations]
+            scores = [Score(each.value, each.error, attributes=tuple(each.attributes.values())) for each in own]
+            fields, error = row.scored(scores, place, names)
             written.append(fields)
             if error:
                 faults[place] = error

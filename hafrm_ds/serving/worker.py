@@ -46,12 +46,13 @@ class Question(NamedTuple):
 class Answer(NamedTuple):
     """What is said of one conversation: a score, or a mapping for its tokens; or the reason why there is none.
 
-    tokens: how many it has; 0 where no model has read it.
+    tokens: how many it has; 0 where no model has read it. attributes: what a model says beside its reward, by name.
     """
 
     value: Any
     error: str = ""
     tokens: int = 0
+    attributes: dict[str, float] = {}  # noqa: RUF012  # nobody changes it
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Served:
             return [Answer(score.value, score.error) for score in scores]
         encoded = [self.encode(item) for item in items]
         return [
-            Answer(score.value, score.error, num_tokens(ids))
+            Answer(score.value, score.error, num_tokens(ids), dict(zip(self.reward.attributes, score.attributes)))
             for score, ids in zip(self.reward.of_encoded(encoded), encoded, strict=True)
         ]
 

@@ -66,6 +66,7 @@ def run_metadata(
             "license": base_licence,
             "namespace": asdict(start),
         },
+        **({"attributes": config.model.attributes} if config.model.attributes else {}),
         "training": {"steps": step, "pairs": step * config.batch.global_batch_size} | found,
         "data": {
             name: {

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from statistics import fmean
 
@@ -26,13 +26,22 @@ from hafrm_ds.engine.scoring import score_groups
 from hafrm_ds.engine.shapes import full_shape
 from hafrm_ds.errors import UserError
 from hafrm_ds.evaluation.accuracy import set_metrics
+from hafrm_ds.evaluation.attributes import attribute_metrics
 from hafrm_ds.evaluation.combined import CombinedJudge
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, fixed_choice
 from hafrm_ds.hardware.devices import published_peak
 from hafrm_ds.hardware.flops import ForwardCost
 from hafrm_ds.hardware.measurement import measure_matmul_peak, peak_memory_bytes, synchronize
 from hafrm_ds.model.experts import expert_layers, gives_router_logits, router_loss_coefficient
-from hafrm_ds.objective import JointLoss, LossWeights, joint_loss, preference_metrics, weights_at
+from hafrm_ds.objective import (
+    JointLoss,
+    LossWeights,
+    attribute_heads,
+    attribute_loss,
+    joint_loss,
+    preference_metrics,
+    weights_at,
+)
 from hafrm_ds.reference.offline_pass import GroupSet
 from hafrm_ds.reference.provide import ReferenceSource, provide_reference
 from hafrm_ds.training.logging import RunLog
@@ -60,8 +69,7 @@ class StepTotals:
         batch, weight = micro_batch.batch, micro_batch.weight
         self.tokens += batch.num_positions - batch.num_padding
         self.padding += batch.num_padding
-        losses = {"total": loss.total, "reward": loss.reward, "policy": loss.policy, "router": loss.router}
-        columns = {f"loss/{name}": values for name, values in losses.items()} | metrics
+        columns = {f"loss/{each.name}": getattr(loss, each.name) for each in fields(loss)} | metrics
         for name, values in columns.items():
             if values is not None:
                 total = (values.detach() * weight).sum().double()
@@ -263,10 +271,13 @@ class Trainer:
 
     def lay_out(self, part: np.ndarray) -> MicroBatch:
         """A micro-batch on the device, or on its way there."""
-        reference = self.train_set.reference
-        of_part = None if reference is None else reference.of(self.items.responses(part))
+        reference, names, attributes = self.train_set.reference, self.config.model.attributes, None
+        responses = self.items.responses(part)
+        of_part = None if reference is None else reference.of(responses)
+        if names:
+            attributes = torch.from_numpy(self.train_set.groups.attributes_of(names, responses))
         normalize_by = self.config.objective.normalize_by
-        micro_batch = make_micro_batch(self.items, part, self.config.batch.layout, of_part, normalize_by)
+        micro_batch = make_micro_batch(self.items, part, self.config.batch.layout, of_part, normalize_by, attributes)
         return micro_batch.to(self.engine.device)
 
     def joint_loss(
@@ -289,7 +300,12 @@ class Trainer:
         if scores.router is not None:
             totals.add_load(weight, scores.router.load)
             if self.router_coefficient:
-                loss = loss.with_router(scores.router.loss, self.router_coefficient)
+                loss = loss.with_part("router", scores.router.loss, self.router_coefficient)
+        if scores.attributes is not None:
+            batch, values = micro_batch.batch, micro_batch.attributes
+            assert values is not None
+            regression = attribute_loss(scores.attributes, values, batch.group, batch.num_groups)
+            loss = loss.with_part("attributes", regression, objective.attributes_weight)
         metrics = preference_metrics(scores, reference, objective.beta, micro_batch.comparisons)
         totals.add(micro_batch, loss, metrics)
         totals.flops += self.cost.training_flops(micro_batch.batch, with_logprob=weights.policy > 0)
@@ -388,7 +404,7 @@ class Trainer:
 
     def evaluate(self, step: int) -> bool:
         """Score every evaluation set, log its metrics, remember the best step; False if a signal interrupts it."""
-        objective = self.config.objective
+        objective, attributes = self.config.objective, self.config.model.attributes
         judge: CombinedJudge | None = None
         for place, (name, group_set) in enumerate(self.eval_sets.items()):
             groups, index = group_set.groups, group_set.index
@@ -397,7 +413,7 @@ class Trainer:
                     self.engine,
                     groups,
                     index,
-                    objective.heads,
+                    (*objective.heads, *attribute_heads(attributes)),
                     layout=self.config.batch.layout,
                     max_tokens=self.config.batch.token_budget,
                     on_progress=progress.advance_for_all_ranks,
@@ -411,7 +427,7 @@ class Trainer:
                 judge = CombinedJudge.fitted_on(pair_scores)
             if judge is not None:
                 judge.judge(pair_scores)
-            metrics = set_metrics(pair_scores, objective)
+            metrics = set_metrics(pair_scores, objective) | attribute_metrics(groups, index, scores, attributes)
             if self.log.writes:
                 pair_scores.keep_texts(groups, index, self.tokenizer)
                 pair_scores.save(self.config.output_dir / SCORES_FOLDER)
@@ -477,8 +493,9 @@ def describe(metrics: dict[str, float]) -> str:
             f"MFU {metrics['mfu']:.0%}, {metrics['memory_gib']:.2f} GiB"
         )
     for title, kind, form in (("losses", "loss", "{:.4f}"), ("accuracy", "accuracy", "{:.1%}")):
-        judged = ("reward", "policy", "implicit", "logprob", "combined")
+        judged = ("reward", "policy", "attributes", "implicit", "logprob", "combined")
         names = [name for name in judged if f"{kind}/{name}" in metrics]
         values = " ".join(f"{name} {form.format(metrics[f'{kind}/{name}'])}" for name in names)
         parts += [f"{title}: {values}"] if values else []
-    return "; ".join(parts)
+    r2 = [f"{name.removeprefix('r2/')} {value:.2f}" for name, value in metrics.items() if name.startswith("r2/")]
+    return "; ".join(parts + [f"R2: {' '.join(r2)}"] * bool(r2))

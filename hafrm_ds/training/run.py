@@ -2,11 +2,15 @@
 
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from hafrm_ds.config import BatchConfig, ObjectiveConfig, TrainConfig, options_of
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.pairs import names_in_words
 from hafrm_ds.data.preparation import PreparedGroups, fingerprints_of, prepare_groups
 from hafrm_ds.engine.deepspeed_config import read_deepspeed_json, resolve_deepspeed_config, zero_stage
 from hafrm_ds.engine.engine import (
@@ -82,7 +86,7 @@ def train_to_the_end(config: TrainConfig, processes: Processes, log: RunLog) -> 
     log.write_json(config.output_dir / DATA_REPORT_FILE, {name: each.report.to_json() for name, each in sets.items()})
 
     processes.start_group()
-    engine = load_training_engine(config, processes)
+    engine = load_training_engine(config, processes, attribute_means(train_groups, config.model.attributes))
     log.print(trained_share(engine.model))
     config = settle_batch(engine, list(sets.values()), config, log)
     saver = CheckpointSaver(config, engine, processes, log, data, start.name, resume_point)
@@ -147,7 +151,7 @@ def settle_resume_point(
 
 
 def check_training_groups(groups: PreparedGroups, config: TrainConfig, processes: Processes) -> None:
-    """Raises DataError when there are too few for a step, or none has the margin that the loss is to use."""
+    """Raises DataError when there are too few for a step, or none has a margin or attribute that a loss is to use."""
     unit, size = groups.unit, config.batch.global_batch_size
     if len(groups) < size:
         raise DataError(
@@ -161,6 +165,18 @@ def check_training_groups(groups: PreparedGroups, config: TrainConfig, processes
             f"objective.use_margin is true, but none of the {len(groups)} {unit} of data.train has a margin: the rows "
             "need a field `margin`, or `score_chosen` and `score_rejected`; or set --objective.use_margin false"
         )
+    known = groups.report.attributes
+    if missing := [name for name in config.model.attributes if name not in known]:
+        raise DataError(
+            f"model.attributes names {names_in_words(missing)}, of which none of the {len(groups)} {unit} of "
+            f"data.train has a value in its field `attributes` (known: {names_in_words(known)})"
+        )
+
+
+def attribute_means(groups: PreparedGroups, names: Sequence[str]) -> list[float]:
+    """The mean of each attribute over the answers that have it."""
+    values = groups.attributes_of(names, np.arange(len(groups.keys)))
+    return [float(np.nanmean(column, dtype=np.float64)) for column in values.T]
 
 
 def check_orders(sets: dict[str, PreparedGroups], objective: ObjectiveConfig) -> None:

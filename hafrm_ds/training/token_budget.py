@@ -59,8 +59,8 @@ def find_token_budget(
             with torch.set_grad_enabled(isinstance(engine, TrainingEngine)):
                 scores = engine(batch, with_reward=with_reward, with_logprob=with_logprob)
                 if isinstance(engine, TrainingEngine):
-                    parts = [part.sum() for part in (scores.reward, scores.logprob) if part is not None]
-                    total = torch.stack(parts).sum()
+                    parts = (scores.reward, scores.logprob, scores.attributes)
+                    total = torch.stack([part.sum() for part in parts if part is not None]).sum()
                     engine.backward(0.0 * total, is_last=False)
 
         return work

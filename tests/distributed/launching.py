@@ -128,7 +128,8 @@ def write_pairs(path: Path, num_pairs: int, seed: int = 0) -> Path:
 
 
 def write_groups(path: Path, num_groups: int, seed: int = 0) -> Path:
-    """Groups of two to five scored answers, some of them equal: an answer's score is its number of vowels."""
+    """Groups of three to six scored answers, some of them equal: an answer's score is its number of vowels. They have
+    attributes besides, of which every third answer lacks one."""
     source = random.Random(seed)
 
     def text(letters: str, low: int, high: int) -> str:
@@ -139,5 +140,7 @@ def write_groups(path: Path, num_groups: int, seed: int = 0) -> Path:
             answers = [text("aeioubcdfg", 1, 20) for _ in range(source.randrange(2, 6))] + [text("aeiou", 20, 25)]
             scores = [sum(letter in "aeiou" for letter in answer) for answer in answers]
             row = {"prompt": text("abcdefg ", 1, 30), "responses": answers, "scores": scores}
+            lengths = [None if place % 3 == 2 else len(answer) for place, answer in enumerate(answers)]
+            row["attributes"] = [{"vowels": a, "length": b} for a, b in zip(scores, lengths)]
             file.write(json.dumps(row) + "\n")
     return path

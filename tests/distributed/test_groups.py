@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 4
 OWN_STORE = "reference.store"
+ATTRIBUTES = {"model.attributes": "[vowels, length]", "objective.attributes_weight": 0.05}
 # Name -> (ranks, ZeRO stage, options, the run whose weights it must have).
 RUNS = {
     "one": (1, 0, {}, None),
@@ -33,6 +34,8 @@ RUNS = {
     ),
     "plackett-luce": (1, 0, {"objective.ranking_loss": "plackett_luce"}, None),
     "plackett-luce, zero3": (2, 3, {"objective.ranking_loss": "plackett_luce"}, "plackett-luce"),
+    "attributes": (1, 0, ATTRIBUTES, None),
+    "attributes, zero3": (2, 3, ATTRIBUTES, "attributes"),
 }
 STOPPED = [2, 1, "SIGTERM"]
 
@@ -66,7 +69,7 @@ def runs(tmp_path_factory) -> Path:
             if wanted == ranks
         ]
         if ranks == 2:
-            cases += [[options("stopped", 2, 2, {}), STOPPED], [options("stopped", 2, 3, {}), None]]
+            cases += [[options("stopped", 2, 2, ATTRIBUTES), STOPPED], [options("stopped", 2, 3, ATTRIBUTES), None]]
         result = launch(ranks, "tests/distributed/resume_cases.py", json.dumps(cases), timeout=900)
         assert result.returncode == 0, result.stdout[-6000:]
     return folder
@@ -80,6 +83,27 @@ def test_a_run_has_the_weights_and_losses_of_one_process(runs, name):
         for ours, theirs in zip(rows(runs / name, kind), rows(expected, kind), strict=True):
             for measure in ("loss/reward", "loss/policy", "accuracy/reward", "margin/implicit"):
                 assert ours[measure] == pytest.approx(theirs[measure], abs=1e-4), (kind, ours["step"], measure)
+            for measure in ours.keys() & {"loss/attributes", "r2/vowels", "spearman/length"}:
+                assert ours[measure] == pytest.approx(theirs[measure], rel=1e-3, abs=1e-3)
+
+
+def test_attributes_start_at_their_means_and_are_learned(runs):
+    """And a run of the same rows that names none has nothing of them."""
+    first, last = rows(runs / "attributes", "eval")[0], rows(runs / "attributes", "eval")[-1]
+    assert {name for name in last.keys() - rows(runs / "one", "eval")[-1].keys()} == {
+        "loss/attributes",
+        *(f"{kind}/{name}" for kind in ("r2", "spearman") for name in ("vowels", "length")),
+    }
+    assert -0.1 < first["r2/length"] < 0.01 and last["r2/length"] > first["r2/length"]
+    assert last["loss/attributes"] < first["loss/attributes"]
+    train = rows(runs / "attributes", "train")[0]
+    parts = train["loss/reward"] + 0.2 * train["loss/policy"] + 0.05 * train["loss/attributes"]
+    assert train["loss/total"] == pytest.approx(parts, rel=1e-5)
+    assert not list((runs / "one/final").glob("attribute*"))
+    assert final_weights(runs / "attributes").keys() - final_weights(runs / "one").keys() == {
+        "attribute_head.weight",
+        "attribute_head.bias",
+    }
 
 
 def test_the_objectives_differ(runs):
@@ -88,7 +112,7 @@ def test_the_objectives_differ(runs):
 
 
 def test_a_stopped_run_is_resumed_under_another_stage(runs):
-    assert largest_difference(final_weights(runs / "stopped"), final_weights(runs / "zero3")) < 1e-3
+    assert largest_difference(final_weights(runs / "stopped"), final_weights(runs / "attributes, zero3")) < 1e-3
     steps = [row["step"] for row in rows(runs / "stopped", "train")]
     assert steps == list(range(1, STEPS + 1))
 

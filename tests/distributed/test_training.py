@@ -21,7 +21,11 @@ ZERO_3_FILES = ("zero3_offload_optimizer", "zero3_offload", "zero3_hpz")
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "final/model.safetensors") | load_file(run / "final/reward_head.safetensors")
+    """Those of the policy and of all heads."""
+    final = load_file(run / "final/model.safetensors") | load_file(run / "final/reward_head.safetensors")
+    if (attributes := run / "final/attribute_head.safetensors").is_file():
+        final |= {f"attribute_head.{name}": values for name, values in load_file(attributes).items()}
+    return final
 
 
 def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:

@@ -6,10 +6,12 @@ import sysconfig
 import pytest
 import torch
 
+from hafrm_ds.config import OptimizerConfig
 from hafrm_ds.engine import engine
-from hafrm_ds.engine.engine import buffer_dtypes, check_buffers, check_build_tools
+from hafrm_ds.engine.engine import buffer_dtypes, check_buffers, check_build_tools, parameter_groups
 from hafrm_ds.errors import UserError
-from tests.tiny_models import tiny_causal_lm
+from hafrm_ds.model.hybrid import HybridModel, make_attribute_head
+from tests.tiny_models import tiny_causal_lm, tiny_hybrid
 
 OFFLOADED = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -39,3 +41,13 @@ def test_rotary_frequencies_in_bfloat16_are_refused():
     check_buffers(before, buffer_dtypes(model), "0.19.2")
     with pytest.raises(UserError, match=r"DeepSpeed 0.19.1 .*inv_freq from torch.float32 to torch.bfloat16.* 0.19.5"):
         check_buffers(before, buffer_dtypes(model.bfloat16()), "0.19.1")
+
+
+def test_the_heads_learn_at_a_rate_of_their_own_in_one_order_on_all_ranks():
+    plain = tiny_hybrid("llama-tied")
+    model = HybridModel(plain.causal_lm, plain.reward_head, make_attribute_head(32, ["x", "y"], torch.float32))
+    *body, heads = parameter_groups(model, OptimizerConfig(reward_head_learning_rate=1e-3, weight_decay=0.1))
+    expected = [model.reward_head.weight, model.attribute_head.weight, model.attribute_head.bias]
+    assert len(heads["params"]) == 3 and all(own is each for own, each in zip(heads["params"], expected))
+    assert (heads["lr"], heads["weight_decay"]) == (1e-3, 0.0)
+    assert sum(len(group["params"]) for group in body) == len(list(model.causal_lm.parameters()))

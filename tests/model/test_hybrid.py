@@ -25,6 +25,7 @@ from hafrm_ds.model.hybrid import (
     disable_dropout,
     layout_difference,
     lm_head_difference,
+    make_attribute_head,
     make_reward_head,
     sum_by_response,
     tolerance_of,
@@ -393,3 +394,29 @@ def test_an_idle_head_is_not_read_and_gets_the_gradient_0(family, head):
     getattr(scores, head).sum().backward()
     idle = model.lm_head if head == "reward" else model.reward_head
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in idle.parameters())
+
+
+def test_a_head_of_attributes_reads_where_the_reward_is_read_and_changes_nothing_else():
+    plain, items = tiny_hybrid("llama").bfloat16(), random_items(3)
+    use_layout(plain, "shared_prefix")
+    batch = lay_out(items, "shared_prefix")
+    assert not any("attribute" in name for name in plain.state_dict())
+    assert make_attribute_head(32, [], torch.float32) is None
+    head = make_attribute_head(32, ["x", "y", "z"], torch.bfloat16)
+    model = HybridModel(plain.causal_lm, plain.reward_head, head)
+    model.use_layout("shared_prefix", "auto", torch.device("cpu"))
+    before, start = plain(batch), model(batch)
+    assert start.attributes.shape == (batch.num_responses, 3) and not start.attributes.any()
+    with torch.no_grad():
+        head.weight[1].copy_(model.reward_head.weight[0])
+        head.bias.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    scores = model(batch)
+    for name in ("reward", "logprob", "token_logprobs"):
+        assert torch.equal(scores.of(name), before.of(name))
+    assert scores.attributes.dtype == torch.float32
+    torch.testing.assert_close(scores.attributes[:, 1], scores.reward - 1)
+    assert (scores.attributes[:, [0, 2]] == torch.tensor([0.5, 2.0])).all()
+    assert model(batch, with_reward=False).attributes is None
+    model(batch, with_reward=False, idle_heads=True).logprob.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in head.parameters())
+    assert not {*head.parameters()} & {*model.shared_parameters()}

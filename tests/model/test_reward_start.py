@@ -7,9 +7,9 @@ import transformers
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model.loading import load_hybrid_model, load_model_config
-from hafrm_ds.model.reward_start import check_start, reward_head_of
+from hafrm_ds.model.reward_start import REWARD_HEAD_FILE, check_start, reward_head_of
 from hafrm_ds.saved.export import export_model
-from hafrm_ds.saved.folder import read_reward_head
+from hafrm_ds.saved.folder import read_head
 from tests.tiny_models import SHAPE, save_tiny_final, save_tiny_model
 
 
@@ -62,7 +62,7 @@ def test_a_training_of_ours_gives_both_heads_or_says_that_it_does_not(tmp_path):
     folder = save_tiny_final(tmp_path / "final")
     warning, config = start(folder, reward_head_init="zero")
     assert "has a reward head of its own, which is not used" in warning and "from_model takes it over" in warning
-    saved = read_reward_head(folder)
+    saved = read_head(folder, REWARD_HEAD_FILE)
     assert not torch.equal(load(config).reward_head.weight, saved["weight"])
     warning, config = start(folder, reward_head_init="from_model", reward_head_bias="bias" in saved)
     assert warning == "" and torch.equal(load(config).reward_head.weight, saved["weight"])
@@ -73,14 +73,14 @@ def test_a_bias_is_not_lost(tmp_path):
     with pytest.raises(ModelError, match=r"has a bias: set --model\.reward_head_bias true"):
         start(folder, reward_head_init="from_model")
     _, config = start(folder, reward_head_init="from_model", reward_head_bias=True)
-    assert torch.equal(load(config).reward_head.bias, read_reward_head(folder)["bias"])
+    assert torch.equal(load(config).reward_head.bias, read_head(folder, REWARD_HEAD_FILE)["bias"])
 
 
 def test_an_earlier_export_gives_its_score(tmp_path):
     final = save_tiny_final(tmp_path / "final", pad_token="</s>")
     export_model(final, "sequence-classification", tmp_path / "export")
     head = reward_head_of(tmp_path / "export")
-    torch.testing.assert_close(head["weight"].float(), read_reward_head(final)["weight"].float())
+    torch.testing.assert_close(head["weight"].float(), read_head(final, REWARD_HEAD_FILE)["weight"].float())
 
 
 def test_a_plain_causal_lm_has_no_head_to_take_over(tmp_path):

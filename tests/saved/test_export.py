@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hafrm_ds import HybridRewardModel
+from hafrm_ds import HybridRewardModel, load_judge
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.saved import export, tensor_files
 from hafrm_ds.saved.export import export_model
@@ -234,3 +234,61 @@ def test_readers_with_transformers_4_find_the_rotary_base_and_a_tokenizer_they_k
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attributes_are_further_labels(tmp_path, dtype):
+    """In stock classes the logits plus the offsets of config.json, in ours the values as they are."""
+    names = ("helpfulness", "verbosity")
+    final = save_tiny_final(tmp_path / "final", dtype=dtype, attributes=names, pad_token="</s>")
+    model = HybridRewardModel.from_pretrained(final, dtype="float32")
+    rated = model.rate(CONVERSATIONS)
+    assert [each["reward"] for each in rated] == model.score(CONVERSATIONS)
+    assert all(list(each) == ["reward", *names] for each in rated)
+    assert rated == model.rate(QUESTION, ANSWERS) and model.rate(CONVERSATIONS[0]) == pytest.approx(rated[0])
+
+    folder = tmp_path / "export"
+    assert export_model(final, "sequence-classification", folder).largest_difference < 1e-5
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "reward", "1": "helpfulness", "2": "verbosity"}
+    assert config["label_offsets"] == [0.0, *model.model.attribute_head.bias.tolist()]
+    stock, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer.apply_chat_template(CONVERSATIONS, padding=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        values = stock.float().eval()(**batch).logits + torch.tensor(config["label_offsets"])
+    expected = torch.tensor([list(each.values()) for each in rated])
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+    assert "helpfulness, verbosity: the logits plus `label_offsets`" in (folder / "README.md").read_text()
+    assert "`model.rate(messages)` gives helpfulness, verbosity" in (final / "README.md").read_text()
+
+    reopened = load_judge(folder, dtype="float32")
+    assert reopened.attributes == names
+    torch.testing.assert_close(
+        torch.tensor([list(each.values()) for each in reopened.rate(CONVERSATIONS)]), expected, rtol=1e-4, atol=1e-4
+    )
+    export_model(final, "policy", tmp_path / "policy")
+
+
+def test_an_export_whose_attributes_are_others_is_not_written(tmp_path, monkeypatch):
+    final = save_tiny_final(tmp_path / "final", attributes=["helpfulness"], pad_token="</s>")
+    own = export.stock_scores
+    monkeypatch.setattr(export, "stock_scores", lambda *all_of: [*own(*all_of)[:-1], 0.0])
+    with pytest.raises(ModelError, match="the reopened export gives other scores"):
+        export_model(final, "sequence-classification", tmp_path / "export")
+
+
+def test_a_model_without_attributes_is_saved_as_it_always_was(tmp_path):
+    final = save_tiny_final(tmp_path / "final", pad_token="</s>")
+    assert sorted(file.name for file in final.glob("*.safetensors")) == ["model.safetensors", "reward_head.safetensors"]
+    assert "attributes" not in json.loads((final / "hafrm.json").read_text())
+    export_model(final, "sequence-classification", tmp_path / "export")
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    assert not {"label_offsets", "num_labels"} & config.keys() and config["id2label"] == {"0": "LABEL_0"}
+    assert HybridRewardModel.from_pretrained(final).rate(CONVERSATIONS[0]).keys() == {"reward"}
+
+
+def test_a_folder_without_its_head_of_attributes_is_refused(tmp_path):
+    final = save_tiny_final(tmp_path / "final", attributes=["helpfulness"])
+    (final / "attribute_head.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"the head .*attribute_head.safetensors cannot be read"):
+        HybridRewardModel.from_pretrained(final)

@@ -139,3 +139,25 @@ def test_a_row_that_was_scored_before_keeps_its_score_under_another_name():
 def test_a_number_of_too_many_digits_costs_its_row_alone():
     row = ScoredRow.read(b'{"prompt": "a", "response": "b", "user_id": ' + b"7" * 5000 + b"}", "in.jsonl:2")
     assert row.error == "in.jsonl:2: holds a number of too many digits (4,300 can be read)"
+
+
+@pytest.mark.parametrize(
+    ("row", "rated", "expected"),
+    [
+        ({"response": "b"}, [[1.5, 0.25, 4]], {"score": 1.5, "attributes": {"x": 0.25, "y": 4}}),
+        (
+            {"responses": ["b", "c"]},
+            [[1.5, 0.25, 4], [-1, 2, 3]],
+            {"scores": [1.5, -1], "attributes": [{"x": 0.25, "y": 4}, {"x": 2, "y": 3}]},
+        ),
+    ],
+)
+def test_attributes_stand_beside_the_score(row, rated, expected):
+    fields = {"prompt": "a", "attributes": "of the input"} | row
+    read = ScoredRow.read(json.dumps(fields).encode(), "in.jsonl:1")
+    written, error = read.written([as_score(*values) for values in rated], "in.jsonl:1", ["x", "y"])
+    assert (json.loads(written), error) == ({"prompt": "a"} | row | {"input_attributes": "of the input"} | expected, "")
+    written, _ = read.written([as_score(values[0]) for values in rated], "in.jsonl:1")
+    assert json.loads(written)["attributes"] == "of the input"
+    written, error = read.written([as_score(1.0, float("nan"), 1.0)] * len(rated), "in.jsonl:1", ["x", "y"])
+    assert error == "in.jsonl:1: the score is not finite" and "attributes" not in json.loads(written)

@@ -88,6 +88,16 @@ def test_rows_come_back_with_scores():
     assert faults["rows[1]"] == "rows[1]: the score is not finite"
 
 
+def test_attributes_stand_beside_the_score():
+    answers = [Answer(1.0, attributes={"length": 3.0}), Answer(2.0, attributes={"length": 4.0})]
+    body = {"query": ["a", "b"], "prompts": ["a", "b"], "labels": [0, 1]}
+    assert read("/get_reward", body).response(answers)[0]["extra_logs"] == {"length": [3.0, 4.0]}
+    row = {"prompt": "hi", "responses": ["a", "b"]}
+    written, _ = read("/score", [row, {"prompt": "hi", "response": "c"}]).response([*answers, Answer(None, "no")])
+    assert written["rows"][0] == row | {"scores": [1.0, 2.0], "attributes": [{"length": 3.0}, {"length": 4.0}]}
+    assert written["rows"][1]["score"] is None
+
+
 @pytest.mark.parametrize(
     "path, body",
     [

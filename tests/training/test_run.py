@@ -51,6 +51,18 @@ def test_margins_that_cannot_be_read_stop_a_run_that_uses_margins_alone(tmp_path
             assert "margins.jsonl:7: field 'margin' is the text 'much', expected a finite number" in str(caught.value)
 
 
+def test_an_attribute_that_no_row_has_is_refused_by_name(tmp_path):
+    rows = [
+        {"prompt": f"p{n}", "chosen": "a", "rejected": "b", "attributes": [{"helpful": n}, {"helpful": None}]}
+        for n in range(8)
+    ]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"data.train": tmp_path / "rated.jsonl", "model.attributes": "[helpful, helpfulness, clear]"}
+    said = r"names helpfulness, clear, of which none of the 8 pairs of data.train has a value .* \(known: helpful\)"
+    with pytest.raises(DataError, match=said):
+        train(load_config(options_of(tmp_path, **more)), Processes(0, 0, 1, dist.HashStore()))
+
+
 def test_the_best_by_both_heads_needs_enough_prompts(tmp_path):
     more = {"data.eval": f"{{held: {write_pairs(tmp_path / 'few.jsonl', 20)}}}"}
     more["evaluation.best_metric"] = "held/accuracy/combined"

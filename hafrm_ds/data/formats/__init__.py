@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hafrm_ds.data.formats.answers import EARLIER, answers_to, is_prose, of_ms_swift, without_question
+from hafrm_ds.data.formats.attributes import ATTRIBUTES, with_attributes
 from hafrm_ds.data.formats.labelled import (
     of_alpaca_farm,
     of_arena,
@@ -59,7 +60,7 @@ from hafrm_ds.errors import DataError
 if TYPE_CHECKING:
     from hafrm_ds.data.sources import Source
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 """Part of the cache key of read data: raise it whenever a format makes another outcome of the same row."""
 
 
@@ -78,6 +79,8 @@ class Format:
     """Columns that a row may have besides."""
     recognises: Callable[[dict[str, Any]], bool] = lambda fields: True
     """Tells formats with the same columns apart by the values of a row."""
+    listed: str | None = ""
+    """The column that lists the answers, in the order of `attributes`; "" for pairs, None where there is no such."""
 
 
 def answered(
@@ -91,7 +94,7 @@ def answered(
 def lists(question: str, answers: str, numbers: str, whose: str, *also_reads: str) -> Format:
     """The format of rows with a question, a list of answers and one of their values."""
     make = partial(of_lists, question=question, answers=answers, numbers=numbers)
-    return Format((question, answers, numbers), make, whose, also_reads)
+    return Format((question, answers, numbers), make, whose, also_reads, listed=answers)
 
 
 def is_whole(answer: Any) -> bool:
@@ -102,7 +105,7 @@ def is_whole(answer: Any) -> bool:
     return isinstance(role, str) and ROLES.get(role.lower()) != "assistant"
 
 
-COMMON_COLUMNS = ("margin", "score_chosen", "score_rejected", "probability", "source", "tools")
+COMMON_COLUMNS = ("margin", "score_chosen", "score_rejected", "probability", "source", "tools", ATTRIBUTES)
 """Read of the rows of every format."""
 
 FORMATS: dict[str, Format] = {
@@ -147,9 +150,11 @@ FORMATS: dict[str, Format] = {
     "webgpt": Format(
         ("question", "answer_0", "answer_1", "score_0", "score_1"), of_webgpt, "WebGPT comparisons (OpenAI)"
     ),
-    "nectar": Format(("prompt", "answers"), of_nectar, "Nectar (berkeley-nest)"),
-    "ultrafeedback": Format(("instruction", "completions"), of_ultrafeedback, "UltraFeedback (openbmb)"),
-    "stack_exchange": Format(("question", "answers"), of_stack_exchange, "Stack Exchange preferences (HuggingFaceH4)"),
+    "nectar": Format(("prompt", "answers"), of_nectar, "Nectar (berkeley-nest)", listed=None),
+    "ultrafeedback": Format(("instruction", "completions"), of_ultrafeedback, "UltraFeedback (openbmb)", listed=None),
+    "stack_exchange": Format(
+        ("question", "answers"), of_stack_exchange, "Stack Exchange preferences (HuggingFaceH4)", listed=None
+    ),
     "ratings": lists("instruction", "generations", "ratings", "distilabel", "input"),
     "groups": Format(
         ("prompt", "responses"),
@@ -157,9 +162,12 @@ FORMATS: dict[str, Format] = {
         "groups of answers with scores (as score.py writes them), ranks or comparisons",
         (*JUDGEMENTS, *EARLIER),
         lambda fields: not fields.keys().isdisjoint(JUDGEMENTS),
+        "responses",
     ),
-    "best_of_n": Format(("prompt", "pick", "candidates"), of_best_of_n, "ranked.jsonl of best_of_n.py, with gold"),
-    "oasst": Format(("message_tree_id", "prompt"), of_tree, "OpenAssistant, its trees"),
+    "best_of_n": Format(
+        ("prompt", "pick", "candidates"), of_best_of_n, "ranked.jsonl of best_of_n.py, with gold", listed=None
+    ),
+    "oasst": Format(("message_tree_id", "prompt"), of_tree, "OpenAssistant, its trees", listed=None),
     "implicit_messages": Format(
         ("chosen", "rejected"),
         without_question,
@@ -256,7 +264,11 @@ def groups_of(row: Row, format_name: str, source: "Source") -> list[Outcome]:
         made = FORMATS[format_name].make(row, source)
     except MediaError:
         return [Dropped(MEDIA)]
-    outcomes = [finished(each, row, source) for each in (made if isinstance(made, list) else [made])]
+    all_made = made if isinstance(made, list) else [made]
+    outcomes = [finished(each, row, source) for each in all_made]
+    if is_filled(row.fields.get(ATTRIBUTES)) and ATTRIBUTES not in ignored:
+        listed = FORMATS[format_name].listed
+        outcomes = [with_attributes(outcome, each, row, listed) for outcome, each in zip(outcomes, all_made)]
     lost = [name for name in unread.of_conversation if name not in ignored and may_be_lost(name, row.fields[name])]
     groups = [outcome for outcome in outcomes if isinstance(outcome, PreferenceGroup)]
     if lost and groups:
