@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -137,6 +138,8 @@ class Dispatcher:
     async def start(self) -> list[asyncio.Task]:
         """Start all workers; returns the tasks that feed them. Raises ModelError if a worker cannot load the reward."""
         self.workers = [Worker(number, self.num_workers, self.options) for number in range(self.num_workers)]
+        # A thread for each, which waits for it.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(self.num_workers))
         await asyncio.gather(*(asyncio.to_thread(worker.start) for worker in self.workers))
         return [asyncio.create_task(self.feed(worker)) for worker in self.workers]
 

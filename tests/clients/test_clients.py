@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import math
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ import torch
 
 from hafrm_ds.clients import client as module
 from hafrm_ds.clients.client import RewardClient, RewardError
+from tests.tiny_models import save_tiny_final
 
 PROMPT = [{"role": "user", "content": "hi"}]
 
@@ -127,6 +129,58 @@ def test_trl(server):
     server.plan.append((422, {"rows": [{"score": None}, {"score": 2.0}]}))
     assert served()(prompts=["hi", "hi"], completions=["abc", "a"], **given) == [None, 2.0]
     assert served().__name__ == "hafrm_reward"
+
+
+def trainer_of(folder, reward_funcs):
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    options = {"output_dir": str(folder / "run"), "report_to": [], "use_cpu": True, "bf16": False}
+    return GRPOTrainer(
+        model=str(save_tiny_final(folder / "trained")),
+        reward_funcs=reward_funcs,
+        args=GRPOConfig(**options, num_generations=3, per_device_train_batch_size=3),
+        train_dataset=Dataset.from_list([{"prompt": PROMPT}]),
+    )
+
+
+ANSWERS = ["abc", "a", "yes, it is"]
+COMPLETIONS = [[{"role": "assistant", "content": answer}] for answer in ANSWERS]
+
+
+def test_grpo_trainer_asks_the_server(server, tmp_path):
+    from hafrm_ds.clients.for_trl import served, served_async
+
+    trainer = trainer_of(tmp_path, [served(), served_async()])
+    server.plan += [(422, {"rows": [{"score": 1.0}, {"score": None}, {"score": 3.0}]})]
+    rewards = trainer._calculate_rewards([{"prompt": PROMPT}] * 3, [PROMPT] * 3, COMPLETIONS, [[0]] * 3)
+    assert rewards[:, 0].tolist() == pytest.approx([1.0, math.nan, 3.0], nan_ok=True)
+    assert rewards[:, 1].tolist() == [3.0, 1.0, 10.0]
+
+
+@pytest.mark.distributed
+def test_a_process_beside_a_rank_is_not_partitioned(tmp_path):
+    """A composition gives TRL what it gives elsewhere, with DeepSpeed's ZeRO-3 in the process of the trainer."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from hafrm_ds.clients.for_trl import beside
+    from hafrm_ds.rewards.loading import load_reward
+
+    save_tiny_final(tmp_path / "final")
+    (tmp_path / "f.py").write_text(
+        "def length(prompt, answer):\n    return len(answer) if answer != 'a' else float('nan')"
+    )
+    (tmp_path / "both.yaml").write_text("ensemble: [final, f.py:length]")
+    conversations = [[*PROMPT, *completion] for completion in COMPLETIONS]
+    expected = [score.value for score in load_reward(tmp_path / "both.yaml", device="cpu").scores(conversations)]
+    assert expected[1] is None
+    active = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        reward = beside(tmp_path / "both.yaml")
+    finally:
+        del active
+    values = reward(prompts=[PROMPT] * 3, completions=COMPLETIONS, completion_ids=[[0]] * 3, trainer_state=None)
+    assert values == [pytest.approx(expected[0], abs=1e-5), None, pytest.approx(expected[2], abs=1e-5)]
 
 
 def test_verl(server):
