@@ -1,6 +1,6 @@
 """Requests a second of launch/serve.py under 64 clients of one sample each, against one forward a request.
 
-    python tests/benchmarks/serving.py --model FINAL [--seconds 30] [--clients 64] [--prompt_words 150]
+    python tests/benchmarks/serving.py --model FINAL [--seconds 30] [--clients 64] [--prompt_words 150] [--workers 1]
 
 The samples are 16 prompts with 8 answers each, in words drawn by a fixed seed; a client sends its next when it has its
 answer. Beside the server stands the same model asked by as many clients without HTTP, each request a forward of its
@@ -24,11 +24,11 @@ import numpy as np
 from hafrm_ds.saved.opening import load_judge
 
 ROOT = Path(__file__).parents[2]
-PROMPTS, ANSWERS, ANSWER_WORDS, SEED = 16, 8, 60, 0
+PROMPTS, ANSWERS, SEED = 16, 8, 0
 WORDS = Path(__file__).read_text().split()
 
 
-def samples(prompt_words: int) -> list[tuple[str, str]]:
+def samples(prompt_words: int, answer_words: int) -> list[tuple[str, str]]:
     """(prompt, answer), in an order in which answers to one prompt are not neighbours."""
     source = random.Random(SEED)
 
@@ -36,7 +36,7 @@ def samples(prompt_words: int) -> list[tuple[str, str]]:
         return " ".join(source.choice(WORDS) for _ in range(number))
 
     prompts = [text(prompt_words) for _ in range(PROMPTS)]
-    return [(prompt, text(ANSWER_WORDS)) for _ in range(ANSWERS) for prompt in prompts]
+    return [(prompt, text(answer_words)) for _ in range(ANSWERS) for prompt in prompts]
 
 
 async def load(
@@ -70,9 +70,10 @@ async def main() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--prompt_words", type=int, default=150)
+    parser.add_argument("--answer_words", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
-    given = samples(options.prompt_words)
+    given = samples(options.prompt_words, options.answer_words)
     print("| | requests | requests a second | p50 ms | p99 ms |\n|---|---|---|---|---|")
 
     command = [sys.executable, "launch/serve.py", "--port", "0", "--model", options.model]
@@ -91,7 +92,9 @@ async def main() -> None:
 
             async def served(prompt: str, answer: str) -> float:
                 body = {"prompt": [{"role": "user", "content": prompt}], "response": answer, "label": None}
-                return (await http.post("/reward", json=body)).raise_for_status().json()
+                reply = await http.post("/reward", json=body)
+                assert reply.is_success, reply.text
+                return reply.json()
 
             await served(*given[0])
             took, values = await load(served, given, options.clients, options.seconds)
