@@ -41,11 +41,12 @@ def samples(prompt_words: int, answer_words: int) -> list[tuple[str, str]]:
 
 async def load(
     ask: Callable[[str, str], Awaitable[float]], given: list[tuple[str, str]], clients: int, seconds: float
-) -> tuple[list[float], dict[tuple[str, str], float]]:
-    """Seconds of each request, and the value of each sample."""
+) -> tuple[list[float], float, dict[tuple[str, str], float]]:
+    """Seconds of each request, seconds of them all, and the value of each sample."""
     took: list[float] = []
     values: dict[tuple[str, str], float] = {}
-    end = time.perf_counter() + seconds
+    begin = time.perf_counter()
+    end = begin + seconds
 
     async def client(number: int) -> None:
         while time.perf_counter() < end:
@@ -56,7 +57,7 @@ async def load(
             number += clients
 
     await asyncio.gather(*(client(number) for number in range(clients)))
-    return took, values
+    return took, time.perf_counter() - begin, values
 
 
 def row(name: str, took: list[float], seconds: float) -> str:
@@ -97,8 +98,8 @@ async def main() -> None:
                 return reply.json()
 
             await served(*given[0])
-            took, values = await load(served, given, options.clients, options.seconds)
-        print(row("served", took, options.seconds), flush=True)
+            took, elapsed, values = await load(served, given, options.clients, options.seconds)
+        print(row("served", took, elapsed), flush=True)
     finally:
         server.terminate()
         server.wait()
@@ -111,8 +112,8 @@ async def main() -> None:
             return (await asyncio.to_thread(judge.score, [{"role": "user", "content": prompt}], [answer]))[0]
 
     await alone(*given[0])
-    took, expected = await load(alone, given, options.clients, options.seconds)
-    print(row("one forward a request", took, options.seconds))
+    took, elapsed, expected = await load(alone, given, options.clients, options.seconds)
+    print(row("one forward a request", took, elapsed))
     worst = max(abs(values[each] - expected[each]) for each in values.keys() & expected.keys())
     print(f"\nlargest difference of a value: {worst:.1e}")
 
