@@ -51,6 +51,7 @@ setup(
         "triton": ["triton"],  # for model.log_probs triton; torch's own wheels for CUDA bring the right one
         "lora": ["peft>=0.18"],
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
+        "serve": ["starlette>=1.0", "uvicorn>=0.40", "h11"],  # launch/serve.py
         "wandb": ["wandb"],
         "gpu-test": ["liger-kernel>=0.8.5"],  # tests/gpu compares with it
         "test": [
@@ -65,6 +66,10 @@ setup(
             "types-psutil",
             "trl>=1.16",
             "peft>=0.18",
+            "starlette>=1.0",
+            "uvicorn>=0.40",
+            "h11",
+            "httpx",
         ],
     },
 )

@@ -39,7 +39,10 @@ class ModelReward:
 
     def scores(self, conversations: Sequence[Conversation]) -> list[Score]:
         """Raises UserError if the device has no room for a micro-batch."""
-        encoded = [self.encode(conversation) for conversation in conversations]
+        return self.of_encoded([self.encode(conversation) for conversation in conversations])
+
+    def of_encoded(self, encoded: Sequence[PromptWithResponses | str]) -> list[Score]:
+        """As `scores`, of token ids, or of what is wrong with a conversation."""
         known = [each for each in encoded if not isinstance(each, str)]
         values = iter(self.scorer.of_conversations(known, self.ask) if known else ())
         return [Score.none(each) if isinstance(each, str) else as_score(*next(values)) for each in encoded]

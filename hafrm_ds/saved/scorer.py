@@ -149,7 +149,13 @@ def encode_for(
         DataError: a conversation that the template refuses, is longer than max_tokens or the model knows, or holds
             tokens that the model has no embedding for.
     """
-    ids = tokenize_conversation(formatter, messages)
+    return check_fits(sizes, formatter, tokenize_conversation(formatter, messages), max_tokens)
+
+
+def check_fits(
+    sizes: ModelSizes, formatter: ChatFormatter, ids: PromptWithResponses, max_tokens: int
+) -> PromptWithResponses:
+    """The ids themselves. Raises DataError as `encode_for` does of what is too long or has no embedding."""
     length, max_length = ids.longest_conversation, min(max_tokens, sizes.positions)
     if length > max_length:
         what = "max_tokens" if max_length == max_tokens else "the positions that the model knows"

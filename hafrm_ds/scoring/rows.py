@@ -48,19 +48,29 @@ class ScoredRow:
     @classmethod
     def read(cls, line: bytes, place: str) -> "ScoredRow":
         """A line -> its row. What is wrong with it, named by `place` (FILE:LINE), is kept, not raised."""
-        fields: Any = {}
         try:
-            fields = parse_json(line, place)
-            if not isinstance(fields, dict):
-                found, fields = fields, {}
-                raise DataError(f"{place}: is a {type(found).__name__}, expected an object with fields")
+            return cls.of(parse_json(line, place), place)
+        except DataError as error:
+            return cls({}, "score", [], str(error))
+
+    @classmethod
+    def of(cls, fields: Any, place: str) -> "ScoredRow":
+        """As `read`, of a line that has been parsed."""
+        if not isinstance(fields, dict):
+            return cls({}, "score", [], f"{place}: is a {type(fields).__name__}, expected an object with fields")
+        try:
             field, conversations = conversations_of(Row(fields, place, ""))
         except DataError as error:
             return cls(fields, "score", [], str(error))
         return cls(fields, field, conversations)
 
     def written(self, scores: list[Score], place: str, attributes: Sequence[str] = ()) -> tuple[bytes, str]:
-        """The scores of its conversations, with attributes of these names -> (line of the output, what is wrong with
+        """As `scored`, with the row as a line of the output."""
+        fields, error = self.scored(scores, place, attributes)
+        return json_line(fields), error
+
+    def scored(self, scores: list[Score], place: str, attributes: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+        """The scores of its conversations, with attributes of these names -> (the row with them, what is wrong with
         the row or "").
 
         A row that cannot be scored has the score null, and says why in `score_error`.
@@ -78,7 +88,7 @@ class ScoredRow:
                 result[ATTRIBUTES] = [dict(zip(attributes, score.attributes, strict=True)) for score in scores]
             if self.field == "score":
                 result = {name: values[0] for name, values in result.items()}
-        return json_line(fields | result), error
+        return fields | result, error
 
 
 def json_line(fields: dict[str, Any]) -> bytes:

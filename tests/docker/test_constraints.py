@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-IN_THE_IMAGES = ("cuda", "liger", "lora", "qlora")
+IN_THE_IMAGES = ("cuda", "liger", "lora", "qlora", "serve")
 
 
 def canonical(requirement: str) -> str:

@@ -121,7 +121,8 @@ def test_commands_are_the_files_of_launch(entry_point, word, file):
 
 
 @pytest.mark.parametrize(
-    ("word", "message"), [("fly", "'fly' is no command; there are benchmark"), ("e", "'e' may be evaluate or export")]
+    ("word", "message"),
+    [("fly", "'fly' is no command; there are agreement, benchmark"), ("e", "'e' may be evaluate or export")],
 )
 def test_a_word_that_is_not_one_command_is_refused(entry_point, word, message):
     with pytest.raises(SystemExit, match=message):

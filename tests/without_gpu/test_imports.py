@@ -31,7 +31,10 @@ import deepspeed, hafrm_ds
 from deepspeed.accelerator import get_accelerator
 for module in pkgutil.walk_packages(hafrm_ds.__path__, "hafrm_ds."):
     # Imported where model.log_probs asks for it alone; triton comes with torch's builds for GPUs.
-    if module.name != "hafrm_ds.model.softmax_kernels" or importlib.util.find_spec("triton"):
+    # Those for trainers import the trainer.
+    needed = {"model.softmax_kernels": "triton", "clients.for_swift": "swift", "clients.for_nemo_rl": "nemo_rl",
+              "clients.for_skyrl": "skyrl_gym"}.get(module.name.removeprefix("hafrm_ds."))
+    if needed is None or importlib.util.find_spec(needed):
         importlib.import_module(module.name)
 print("imported for", get_accelerator()._name)
 print("versions:", *(f"{name}=={importlib.metadata.version(name)}" for name in sys.argv[1:]))

@@ -1,0 +1,82 @@
+"""Conversations that come as one text, written by the chat template of the reward model, as trainers send them.
+
+A policy's text often lacks what belongs to a whole rendering: the BOS, which some clients take off, and the template's
+end of an answer, of which a policy writes a part or, if it was stopped, nothing. Both are put right, so that the text
+is scored exactly as the messages that it was made from.
+"""
+
+import os
+from dataclasses import dataclass
+
+from hafrm_ds.data.formatting import PROBE, ChatFormatter
+from hafrm_ds.data.pairs import assistant
+from hafrm_ds.data.tokenization import PromptWithResponses, common_prefix_length
+from hafrm_ds.errors import DataError
+from hafrm_ds.saved.scorer import Conversation, Scorer, check_fits
+
+ANSWER = "An answer, 7c1f09."
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation. prompt: how it begins, up to the answer; "" if that is not known."""
+
+    text: str
+    prompt: str
+
+
+Item = Conversation | Rendered
+"""What a request asks about."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """What every rendering by a chat template has.
+
+    bos: the text that it begins with, "" if there is none. opening: what stands between a question and its answer.
+    ending: what stands behind the answer.
+    """
+
+    name: str
+    bos: str
+    opening: str
+    ending: str
+
+    @classmethod
+    def of(cls, formatter: ChatFormatter) -> "Template":
+        question = PROBE[:1]
+        text = formatter.render([*question, assistant(ANSWER)])
+        before, _, ending = text.rpartition(ANSWER)
+        # Templates of reasoning models open an answer that is given otherwise than one that is to be written.
+        start = before.rindex(question[0]["content"]) + 1 if question[0]["content"] in before else len(before)
+        shared = os.path.commonprefix([before, formatter.render_prompt(question)])  # noqa: RUF071  # of any texts
+        opening = shared[start:]
+        bos = str(formatter.tokenizer.bos_token) if formatter.bos != "none" else ""
+        return cls(formatter.template_name, bos, opening.strip(), ending)
+
+    def whole(self, text: str) -> str:
+        """A rendering with its BOS and its end.
+
+        Raises:
+            DataError: another template has written it, or none.
+        """
+        if self.opening not in text:
+            raise DataError(
+                f"the text lacks {self.opening!r}, so {self.name} has not rendered it; send messages (in `label`, or "
+                "to /score), or start the server with --prompts text if your prompts are the words of a user"
+            )
+        text = text if text.startswith(self.bos) else self.bos + text
+        end = self.ending if text.endswith(self.ending) else self.ending.rstrip()
+        return text.removesuffix(end) + self.ending
+
+
+def encode(scorer: Scorer, template: Template, item: Rendered) -> PromptWithResponses:
+    """A rendered conversation -> token ids. Raises DataError as `Scorer.encode` and `Template.whole` do."""
+    text = template.whole(item.text)
+    prompt = item.prompt if item.prompt.startswith(template.bos) else template.bos + item.prompt
+    ids, prompt_ids = scorer.formatter.encode_rendered([text, prompt])
+    if len(ids) < 2:
+        raise DataError(f"the text has {len(ids)} tokens; there must be two at least")
+    end = min(max(common_prefix_length(ids, prompt_ids), 1), len(ids) - 1)
+    group = PromptWithResponses(ids[:end], (ids[end:],))
+    return check_fits(scorer.sizes, scorer.formatter, group, scorer.max_tokens)
