@@ -72,9 +72,10 @@ rows outside the row filter have no format. The messages of a conversation with 
 
 NOT_READ, ROLE, MARGIN = "not read: ", "role: ", "margin: "
 REMARKS = (NOT_READ, ROLE, MARGIN)
-JOINED = "joined into the group of its prompt"
 """What a remark begins with: the name of a filled column that the format does not read; a role that was read as another
 ("human -> user"); why a margin could not be read."""
+JOINED = "joined into the group of its prompt"
+"""Why a row of a source with group_by_prompt is left out."""
 
 
 def read_groups(sources: list[Source], *, role: Role, seed: int, cache_dir: Path | None) -> datasets.Dataset:
