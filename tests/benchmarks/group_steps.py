@@ -42,7 +42,7 @@ CONTENDERS = ("groups", "pairs of the groups", "pairs in random order")
 class Options(TrainConfig):
     """What is measured."""
 
-    rounds: Annotated[int, Field(ge=1)] = 5
+    rounds: Annotated[int, Field(ge=1)] = 2
     """Steps of each contender that are timed."""
     only: str | None = None
     """Measure the memory of one contender alone."""
