@@ -138,7 +138,7 @@ def naive_gradients(folder: Path, model: str, step: int = 0) -> tuple[torch.Tens
 
     losses = torch.zeros(2, dtype=torch.float64)
     for index in BatchPlan(len(pairs), BATCH, 0).global_batch(step):
-        group = pairs[int(index)].group
+        group = pairs[int(index)].ids
         (chosen, good), (rejected, bad) = (scores(group.prompt, response) for response in group.responses)
         implicit = 0.1 * ((good - good.detach()) - (bad - bad.detach()))  # the policy is still its reference
         losses = losses - F.logsigmoid(torch.stack([chosen - rejected, implicit])) / BATCH
