@@ -86,7 +86,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     own, rest = parser.parse_known_args(arguments)
     log = RunLog(None, processes, files=False)
     trainer = trainer_for_measuring(load_config(rest), WARM_UP + STEPS, processes, log)
-    config, pairs = trainer.config, trainer.train_set.pairs
+    config, lengths = trainer.config, trainer.train_set.groups.lengths
     walls = [trainer.train_step(step)["seconds"] for step in range(WARM_UP + STEPS)][WARM_UP:]
     measured_bytes = peak_memory_bytes(processes.device)
     memory, link = memory_bandwidth(), link_bandwidth()
@@ -94,15 +94,14 @@ def main(arguments: list[str], processes: Processes) -> None:
         return
 
     model = model_of_shapes(config)
-    no_pairs = {name: values[:0] for name, values in pairs.lengths.items()}
     peak = measure_matmul_peak(processes.device, model.causal_lm.dtype)
     device = Device(processes.device.type, peak, 1.0, memory, link, memory, link)
     machines = Machines(device, processes.world_size, 1, own.mfu, device_type=processes.device.type)
     # The plan is of the steps that were timed, which are few and not the average.
     index = np.concatenate([trainer.plan.global_batch(step) for step in range(WARM_UP, WARM_UP + STEPS)])
-    timed = {name: values[index] for name, values in pairs.lengths.items()}
+    timed, none = lengths.take(index), lengths.take(index[:0])
     plan = Plan(
-        config.model_copy(update={"max_steps": STEPS}), model, workload_of(config, model, timed, no_pairs), machines
+        config.model_copy(update={"max_steps": STEPS}), model, workload_of(config, model, timed, none), machines
     )
     option = plan.configured
     planned = option.peak_bytes / 2**30 + own.framework_gib
