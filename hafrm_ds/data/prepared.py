@@ -104,13 +104,13 @@ class PreparedGroups:
 
     @property
     def are_pairs(self) -> bool:
-        """Whether every group is a pair."""
-        return is_of_pairs(self.lengths.num_responses, np.diff(self.first_comparison), self.table)
+        """Whether every group is a pair, as was counted once: steps ask for it."""
+        return self.report.groups is None
 
     @property
     def unit(self) -> str:
-        """What the groups are called."""
-        return "pairs" if self.are_pairs else "groups"
+        """The word for the groups in messages."""
+        return self.report.unit
 
     @property
     def compared(self) -> np.ndarray:

@@ -49,7 +49,10 @@ class TrainingItems:
             first = len(groups) + len(parts)
             items[group] = list(range(first, first + len(found)))
             parts += found
-        return cls(groups, GroupLengths.joined([groups.lengths, lengths_of_parts(groups, parts)]), parts, items)
+        lengths = groups.lengths  # mapped: all processes of a host share them as long as nothing is split
+        if parts:
+            lengths = GroupLengths.joined([lengths, lengths_of_parts(groups, parts)])
+        return cls(groups, lengths, parts, items)
 
     def __len__(self) -> int:
         return len(self.lengths)
