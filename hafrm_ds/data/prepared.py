@@ -30,14 +30,15 @@ from hafrm_ds.durability import whole_folder
 
 FACTS, KEPT, ATTRIBUTES = "facts.json", "kept.arrow", "attributes.npy"
 COMPARISONS = ComparisonTable._fields
-COUNTS = ("prompt", "response", "num_responses", "num_comparisons")
-COLUMNS = (*COUNTS, *COMPARISONS, "keys", "prompt_keys", "uncut_lengths")
+FIRST = {"first_response": "num_responses", "first_comparison": "num_comparisons"}
+"""Where those of each group begin, and the last ones end -> how many each has."""
+COLUMNS = ("prompt", "response", *FIRST, *COMPARISONS, "keys", "prompt_keys", "uncut_lengths")
 GROUP_COLUMNS = ("prompt_ids", "response_ids", "source", "id")
 
 
 @dataclass(frozen=True)
 class PreparedGroups:
-    """The usable groups of a set, in reading order. All arrays but the two `first` are mapped; none can be written to.
+    """The usable groups of a set, in reading order. All arrays are mapped and cannot be written to.
 
     rows: columns prompt_ids (int32 list), response_ids (list of int32 lists), source, id.
     lengths: tokens of the prompts and responses.
@@ -78,9 +79,7 @@ class PreparedGroups:
             attributes = mapped(folder / ATTRIBUTES) if report.attributes else None
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid):
             return None
-        first_response, first_comparison = (
-            starts_of(columns.pop(f"num_{name}s")) for name in ("response", "comparison")
-        )
+        first_response, first_comparison = (columns.pop(name) for name in FIRST)
         lengths = GroupLengths(columns.pop("prompt"), columns.pop("response"), first_response)
         table = ComparisonTable(*(columns.pop(name) for name in COMPARISONS))
         said = {"report": report, "fingerprint": fingerprint, "attributes": attributes}
@@ -197,7 +196,7 @@ def save_groups(
     }
     with whole_folder(folder) as draft:
         for name in COLUMNS:
-            np.save(draft / f"{name}.npy", columns[name])
+            np.save(draft / f"{name}.npy", starts_of(columns[FIRST[name]]) if name in FIRST else columns[name])
         if attributes:
             np.save(draft / ATTRIBUTES, np.stack(list(attributes.values())))
         if len(kept) < len(tokenized):

@@ -76,9 +76,6 @@ class TrainingItems:
             return index
         return np.array([item for group in index.tolist() for item in self.items_of_group.get(group, [group])])
 
-    def group_of(self, item: int) -> int:
-        return item if item < len(self.groups) else self.parts[item - len(self.groups)].group
-
     def responses(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
         """Positions of the items' responses among those of all groups; of [DUMMY] -1 for each of its two."""
         first, found = self.groups.lengths.first, []

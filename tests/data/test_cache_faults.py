@@ -84,7 +84,7 @@ def test_later_processes_map_what_the_first_has_counted(prepare, tmp_path, monke
     assert again.report == first.report
     assert again.fingerprint == first.fingerprint
     assert again.rows.to_list() == first.rows.to_list()
-    lengths = (again.lengths.prompt, again.lengths.response)
+    lengths = (again.lengths.prompt, again.lengths.response, again.lengths.first, again.first_comparison)
     mapped = (*lengths, *again.table, again.keys, again.prompt_keys, again.uncut_lengths)
     assert all(isinstance(column.base, np.memmap) and not column.flags.writeable for column in mapped)
 
