@@ -188,11 +188,11 @@ class ObjectiveConfig(Section):
     policy_loss: Literal["dpo", "ipo", "hinge", "simpo", "sft"] = "dpo"
     """dpo, ipo and hinge use reference log-probs; simpo (length-averaged) and sft (on the chosen answer) need none."""
     ranking_loss: Literal["pairwise", "plackett_luce", "best"] = "pairwise"
-    """What both losses ask of a group of answers. pairwise: the mean over its comparisons. plackett_luce: the
+    """The loss of a group of answers, for both heads. pairwise: the mean over its comparisons. plackett_luce: the
     probability of its whole order. best: the probability of its best answer among all. The last two know no margins, no
     label smoothing and no soft labels, and of the policy losses dpo alone; of a pair they are the loss of pairwise."""
     normalize_by: Literal["group", "comparison"] = "group"
-    """What counts alike in a step: each group, whatever it holds, or each comparison."""
+    """The unit that counts alike in a step: each group, whatever it holds, or each comparison."""
     policy_label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """dpo only: assumed probability that a label is flipped."""
     simpo_gamma: NonNegative = 0.5

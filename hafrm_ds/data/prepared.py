@@ -125,6 +125,10 @@ class PreparedGroups:
         costs = GroupLengths.of_pairs(prompt, better, worse).costs(layout)
         return np.maximum.reduceat(costs, self.first_comparison[:-1]) if len(self) else costs
 
+    def num_comparisons(self, index: np.ndarray) -> np.ndarray:
+        """[G] comparisons of each of some groups."""
+        return self.first_comparison[index + 1] - self.first_comparison[index]
+
     def comparisons_of(self, index: np.ndarray) -> np.ndarray:
         """Positions in `table` of the comparisons of some groups, group after group."""
         return places_of(self.first_comparison, index)
@@ -187,7 +191,7 @@ def save_groups(
     Args:
         tokenized: rows on disk, of GROUP_COLUMNS and others.
         kept: [G] places of the groups among them, ascending.
-        columns: those of COLUMNS. attributes: name -> [R], in the order of the report's.
+        columns: those of COLUMNS, with the numbers of FIRST for its names. attributes: name -> [R], in the order of the report's.
     """
     facts: dict[str, Any] = {
         "fingerprint": fingerprint(columns, attributes),

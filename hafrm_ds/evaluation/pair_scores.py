@@ -138,8 +138,9 @@ class PairScores:
         """
         columns = groups.rows.select(index).select_columns(["id", "source"])[:]
         lengths, table = groups.lengths.take(index), groups.table.take(groups.comparisons_of(index))
-        owner = np.repeat(np.arange(len(index)), np.diff(groups.first_comparison)[index])
-        sides = compared(lengths.first, np.diff(groups.first_comparison)[index], table)  # [P, 2] of the responses
+        sizes = groups.num_comparisons(index)
+        owner = np.repeat(np.arange(len(index)), sizes)
+        sides = compared(lengths.first, sizes, table)  # [P, 2] of the responses
         ids = [columns["id"][place] for place in owner.tolist()]
         grouping = None
         if not groups.are_pairs:
@@ -190,7 +191,7 @@ class PairScores:
 
     def keep_texts(self, groups: PreparedGroups, index: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
         """Keep the texts of the most confident mistakes. `groups` and `index` as for `of`."""
-        first = starts_of(np.diff(groups.first_comparison)[index])
+        first = starts_of(groups.num_comparisons(index))
         for place in self.mistakes():
             owner = int(np.searchsorted(first, place, side="right")) - 1
             self.texts[place] = Example.of(groups[index[owner]], tokenizer, comparison=place - int(first[owner]))
