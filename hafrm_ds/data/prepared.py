@@ -191,7 +191,8 @@ def save_groups(
     Args:
         tokenized: rows on disk, of GROUP_COLUMNS and others.
         kept: [G] places of the groups among them, ascending.
-        columns: those of COLUMNS, with the numbers of FIRST for its names. attributes: name -> [R], in the order of the report's.
+        columns: those of COLUMNS, with the numbers of FIRST for its names. attributes: name -> [R], in the order of the
+            report's.
     """
     facts: dict[str, Any] = {
         "fingerprint": fingerprint(columns, attributes),
