@@ -7,9 +7,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hafrm_ds.data.comparisons import Comparison, Comparisons
+from hafrm_ds.data.comparisons import Comparisons
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import lay_out
+from hafrm_ds.data.pairs import Comparison
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_reward_head
 from hafrm_ds.objective import bradley_terry_loss, centering_penalty, dpo_loss, hinge_loss
 from tests.tiny_models import tiny_causal_lm, use_layout

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hafrm_ds.config import ObjectiveConfig
-from hafrm_ds.data.comparisons import Comparison, Comparisons
+from hafrm_ds.data.comparisons import Comparisons
+from hafrm_ds.data.pairs import Comparison
 from hafrm_ds.objective import (
     JointLoss,
     JudgeFit,
@@ -39,6 +40,7 @@ from hafrm_ds.objective import (
     simpo_loss,
     weights_at,
 )
+from tests.tiny_models import comparisons_of_pairs
 
 REWARD = [1.5, -0.5, -2.0, 0.25, 0.125, 0.125, 3.0, 4.0]  # right, wrong, tied and wrong
 LOGPROB = [-12.0, -30.5, -7.25, -2.0, -40.0, -40.0, -3.0, -9.0]
@@ -49,7 +51,7 @@ FIT = JudgeFit(
 )
 MARGIN = [0.0, 1.0, 2.5, -0.5]
 PAIRS = range(4)
-OF_PAIRS = Comparisons.of_pairs(4)
+OF_PAIRS = comparisons_of_pairs(4)
 WITH_MARGINS = Comparisons.of([(2, [Comparison(0, 1, margin)]) for margin in MARGIN])
 
 
@@ -142,7 +144,7 @@ def test_hinge():
 
 def test_hinge_has_its_kink_at_a_margin_of_1():
     logprob = fp32([1.75, 0, 2.0, 0, 2.25, 0]).requires_grad_()
-    loss = hinge_loss(logprob, torch.zeros(6), Comparisons.of_pairs(3), beta=0.5)
+    loss = hinge_loss(logprob, torch.zeros(6), comparisons_of_pairs(3), beta=0.5)
     assert loss.tolist() == [0.125, 0.0, 0.0]
     loss.sum().backward()
     assert logprob.grad.tolist() == [-0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
@@ -211,7 +213,7 @@ def test_a_difference_of_1e4_either_way_stays_finite(name):
 
 def test_a_pair_far_on_the_wrong_side_still_pulls_with_full_strength():
     reward = fp32([-1e4, 0.0, 1e4, 0.0]).requires_grad_()
-    loss = bradley_terry_loss(reward, Comparisons.of_pairs(2), use_margin=False, label_smoothing=0.0)
+    loss = bradley_terry_loss(reward, comparisons_of_pairs(2), use_margin=False, label_smoothing=0.0)
     assert loss.tolist() == [1e4, 0.0]
     loss.sum().backward()
     assert reward.grad.tolist() == [-1.0, 1.0, 0.0, 0.0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hafrm_ds.data.comparisons import Comparisons
 from hafrm_ds.data.packing import move
+from hafrm_ds.data.pairs import OF_A_PAIR
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.model.hybrid import HybridModel, disable_dropout, make_attribute_head, make_reward_head
 from hafrm_ds.objective import bradley_terry_loss, dpo_loss
@@ -176,9 +177,14 @@ def random_items(
     ]
 
 
+def comparisons_of_pairs(num_pairs: int) -> Comparisons:
+    """The comparisons of pairs whose answers stand as [chosen 0, rejected 0, chosen 1, rejected 1, ...]."""
+    return Comparisons.of([(2, OF_A_PAIR)] * num_pairs)
+
+
 def pair_losses(reward: Tensor, logprob: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
     """[P] of pairs that lie one after another: the loss of Bradley and Terry, and that of DPO of log-probs."""
-    pairs = move(Comparisons.of_pairs(len(reward) // 2), reward.device)
+    pairs = move(comparisons_of_pairs(len(reward) // 2), reward.device)
     loss = bradley_terry_loss(reward, pairs, use_margin=False, label_smoothing=0.0)
     if logprob is None or reference is None:
         return loss

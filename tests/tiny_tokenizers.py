@@ -3,9 +3,8 @@
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.pairs import OF_A_PAIR, Message
 from hafrm_ds.data.tokenization import Tokenization, Truncation, tokenize_groups
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]

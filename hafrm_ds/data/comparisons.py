@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hafrm_ds.data.pairs import OF_A_PAIR, Comparison
+from hafrm_ds.data.pairs import Comparison
 
 
 def is_order(num_answers: int, comparisons: Iterable[Sequence[Any]]) -> bool:
@@ -99,11 +99,6 @@ class Comparisons:
             start += num_answers
         better, worse, group, share, target, margin = (torch.tensor(column) for column in zip(*rows, strict=True))
         return cls(better, worse, group, share, target, margin, len(groups))
-
-    @classmethod
-    def of_pairs(cls, num_pairs: int) -> "Comparisons":
-        """Of pairs whose answers stand as [chosen 0, rejected 0, chosen 1, rejected 1, ...]."""
-        return cls.of([(2, OF_A_PAIR)] * num_pairs)
 
     def difference(self, values: Tensor) -> Tensor:
         """[N] -> [C]: the value of the better answer less that of the worse one."""

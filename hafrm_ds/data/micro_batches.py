@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hafrm_ds.data.comparisons import OF_A_PAIR, Comparisons
+from hafrm_ds.data.comparisons import Comparisons
 from hafrm_ds.data.packing import PackedBatch, lay_out, move
+from hafrm_ds.data.pairs import OF_A_PAIR
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.tokenization import Groups, TokenizedGroup
 

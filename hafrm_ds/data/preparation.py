@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hafrm_ds.data.comparisons import Comparison, ComparisonTable
+from hafrm_ds.data.comparisons import ComparisonTable
 from hafrm_ds.data.content_keys import content_key, keys_of_column
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.lengths import GroupLengths, starts_of
+from hafrm_ds.data.pairs import Comparison
 from hafrm_ds.data.prepared import PreparedGroups, compared, is_of_pairs, save_groups
 from hafrm_ds.data.presets import Role
 from hafrm_ds.data.reading import (

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hafrm_ds.data.comparisons import Comparison
 from hafrm_ds.data.lengths import GroupLengths, starts_of
+from hafrm_ds.data.pairs import Comparison
 from hafrm_ds.data.planning import DUMMY
 from hafrm_ds.data.prepared import PreparedGroups
 from hafrm_ds.data.tokenization import TokenizedGroup

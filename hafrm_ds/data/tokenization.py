@@ -14,9 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jinja2
 
-from hafrm_ds.data.comparisons import Comparison
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.pairs import Comparison, Message
 from hafrm_ds.data.rendering_check import ANSWER_REASONING, is_serious, marks_in
 from hafrm_ds.data.tool_calls import KINDS
 from hafrm_ds.errors import DataError

@@ -23,11 +23,11 @@ import torch
 from pydantic import Field
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.lengths import GroupLengths, starts_of
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import padded_rows
+from hafrm_ds.data.pairs import OF_A_PAIR
 from hafrm_ds.data.planning import BatchPlan, partition_into_micro_batches
 from hafrm_ds.data.preparation import PreparedGroups, prepare_groups
 from hafrm_ds.data.tokenization import TokenizedGroup

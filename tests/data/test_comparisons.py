@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison, Comparisons, ComparisonTable, is_order
+from hafrm_ds.data.comparisons import Comparisons, ComparisonTable, is_order, is_whole_order
+from hafrm_ds.data.pairs import OF_A_PAIR, Comparison
 
 THREE = (3, [Comparison(2, 0, 0.5), Comparison(2, 1, weight=3.0), Comparison(0, 1, target=0.75, weight=0.5)])
 
@@ -27,7 +28,7 @@ def test_groups_that_follow_one_another_by_hand():
 
 
 def test_pairs_have_one_comparison_each_that_counts_whole():
-    pairs = Comparisons.of_pairs(3)
+    pairs = Comparisons.of([(2, OF_A_PAIR)] * 3)
     assert (pairs.better.tolist(), pairs.worse.tolist()) == ([0, 2, 4], [1, 3, 5])
     assert pairs.share.tolist() == pairs.target.tolist() == [1, 1, 1]
 
@@ -63,6 +64,13 @@ def test_comparisons_are_an_order_if_any_permutation_satisfies_them_all(edges):
     )
     assert is_order(5, edges) == satisfied
     assert is_order(5, [Comparison(*edge) for edge in edges]) == satisfied
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(lambda each: each[0] != each[1]), max_size=8))
+def test_a_whole_order_lacks_nothing_that_its_comparisons_imply(edges):
+    implied = {(a, c) for a, b in edges for other, c in edges if b == other}
+    is_whole = len({*edges}) == len(edges) and implied <= {*edges}
+    assert is_whole_order(4, edges) == (is_whole and is_order(4, edges))
 
 
 def test_an_order_of_many_answers_and_one_comparison_against_it():

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hafrm_ds.data.comparisons import Comparison, Comparisons
+from hafrm_ds.data.comparisons import Comparisons
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import ALIGNMENT, lay_out, padded_rows, tensors_of
+from hafrm_ds.data.pairs import Comparison
 from hafrm_ds.data.planning import DUMMY, partition_by_length
 from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedGroup
 from tests.tiny_models import random_items

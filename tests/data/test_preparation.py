@@ -8,9 +8,9 @@ from rich.console import Console
 
 from hafrm_ds.config import DataConfig
 from hafrm_ds.data import preparation
-from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.pairs import OF_A_PAIR, Comparison
 from hafrm_ds.data.preparation import num_processes, prepare_groups, tokenization_cache_key
 from hafrm_ds.data.reading import FEATURES
 from hafrm_ds.data.report import DataReport, count_repeats, percentiles, render_tokens

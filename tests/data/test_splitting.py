@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hafrm_ds.config import ObjectiveConfig
-from hafrm_ds.data.comparisons import Comparison
 from hafrm_ds.data.lengths import GroupLengths, starts_of
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import padded_rows
+from hafrm_ds.data.pairs import Comparison
 from hafrm_ds.data.planning import DUMMY, partition_into_micro_batches
 from hafrm_ds.data.splitting import Slices, TrainingItems
 from hafrm_ds.data.tokenization import Groups, TokenizedGroup

@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 
-from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.pairs import OF_A_PAIR, Comparison
 from hafrm_ds.data.tokenization import (
     EMPTY_ANSWER,
     EMPTY_PROMPT,

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.lengths import GroupLengths, places_of, starts_of
+from hafrm_ds.data.pairs import OF_A_PAIR
 from hafrm_ds.data.tokenization import PromptWithResponses, TokenizedGroup
 from hafrm_ds.engine import scoring as module
 from hafrm_ds.engine.scoring import Items, OccasionalQuestion, score_groups, score_items

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data import packing
-from hafrm_ds.data.comparisons import Comparison, Comparisons
+from hafrm_ds.data.comparisons import Comparisons
 from hafrm_ds.data.filler import with_filler
 from hafrm_ds.data.packing import lay_out
+from hafrm_ds.data.pairs import Comparison
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model import token_logprobs

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from hafrm_ds.config import BatchConfig
-from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.lengths import GroupLengths, starts_of
+from hafrm_ds.data.pairs import OF_A_PAIR
 from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.reference.offline_pass import GroupSet, Responses, StoredValues, Work
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hafrm_ds.config import BatchConfig, ObjectiveConfig
-from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.lengths import GroupLengths
 from hafrm_ds.data.micro_batches import make_micro_batch
 from hafrm_ds.data.packing import lay_out
+from hafrm_ds.data.pairs import OF_A_PAIR
 from hafrm_ds.data.planning import imbalance, partition_into_micro_batches
 from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.hardware.flops import ForwardCost

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.comparisons import OF_A_PAIR
+from hafrm_ds.data.pairs import OF_A_PAIR
 from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.errors import ModelError
 from hafrm_ds.model import attention

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.data.comparisons import OF_A_PAIR, Comparison
 from hafrm_ds.data.lengths import GroupLengths, starts_of
+from hafrm_ds.data.pairs import OF_A_PAIR, Comparison
 from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.errors import UserError
 from hafrm_ds.objective import ResponseScores

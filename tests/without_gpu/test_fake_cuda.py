@@ -10,10 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.data.comparisons import OF_A_PAIR
 from hafrm_ds.data.lengths import GroupLengths
 from hafrm_ds.data.micro_batches import MicroBatch, make_micro_batch
 from hafrm_ds.data.packing import PackedBatch, lay_out
+from hafrm_ds.data.pairs import OF_A_PAIR
 from hafrm_ds.data.tokenization import TokenizedGroup
 from hafrm_ds.engine import scoring
 from hafrm_ds.hardware.flops import ForwardCost
