@@ -40,7 +40,7 @@ def about(options: ServingOptions, opened: OpenedReward) -> dict[str, Any]:
                 + and_what
             )
         else:
-            missing["implicit"] = f"{options.model} has a reward head alone, and no LM head"
+            missing["implicit"] = f"{options.model} has no LM head; serve the final/ folder of a training"
     known = {"model": str(options.model), "scores": scores, "logprobs": logprobs}
     return known | {"reference": None, "beta": None, "weights": None} | found | {"missing": missing}
 

@@ -39,7 +39,7 @@ def said(folder, name, **options):
         ("fitted", {"judge": "implicit"}, "implicit", {"reward": "--judge implicit; leave that out and give --credit"}),
         ("fitted", {"judge": "combined"}, "combined", {"reward": "--judge combined; leave that out and give --credit"}),
         ("base", {"reference": "final"}, "implicit", {"reward": "has no reward head"}),
-        ("classifier", {}, "reward", {"implicit": "has a reward head alone, and no LM head"}),
+        ("classifier", {}, "reward", {"implicit": "has no LM head; serve the final/ folder"}),
         ("f.py:one", {}, "composition", {"implicit": "serve a single model"}),
     ],
 )

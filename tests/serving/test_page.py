@@ -344,6 +344,24 @@ async def test_what_is_missing_is_said_with_what_to_do(monkeypatch, browser, fin
 
 @in_chromium
 @in_loop
+async def test_attributes_stand_below_the_judges(monkeypatch, browser, tmp_path):
+    rows = "[...document.querySelectorAll('#scores tr.beside')].map(row => [row.cells[0].firstChild.data, "
+    rows += "...[...row.querySelectorAll('data')].map(each => parseFloat(each.value))])"
+
+    def steps(up, expected):
+        opened(browser, up)
+        score(browser)
+        for row, (name, (a, b)) in zip(browser.evaluate(rows), expected.items()):
+            assert row == [name, *(pytest.approx(value, abs=1e-4) for value in (a, b, a - b))]
+
+    model = save_tiny_final(tmp_path / "final", attributes=("length", "tone"))
+    async with running(monkeypatch, model=model, page=True) as up:
+        told = [row["attributes"] for row in (await up.post("/score", ROWS)).json()["rows"]]
+        await beside(steps, up, {name: [each[name] for each in told] for name in ("length", "tone")})
+
+
+@in_chromium
+@in_loop
 async def test_the_judge_that_is_served_is_named(monkeypatch, browser, final, tmp_path):
     def steps(up):
         opened(browser, up)
