@@ -161,7 +161,7 @@ def check_same_tokens(trainer, batches: Batches) -> None:
 
     for number, (pairs, batch) in enumerate(zip(batches.pairs, trainer.get_train_dataloader(), strict=True)):
         prompts = [list(pair.prompt_ids) for pair in pairs] * 2
-        answers = [list(pair.chosen_ids) for pair in pairs] + [list(pair.rejected_ids) for pair in pairs]
+        answers = [list(pair.responses[side]) for side in (0, 1) for pair in pairs]
         whole = [prompt + answer for prompt, answer in zip(prompts, answers)]
         assert rows(batch, "attention_mask") == whole, (
             f"{type(trainer).__name__} sees other tokens in step {number + 1}"
