@@ -166,7 +166,7 @@ def make_steps(name: str, num_pairs: int, zero_stage: int = 3) -> tuple[HybridMo
     comparisons = move(comparisons_of_pairs(num_pairs), DEVICE)
 
     def loss_of(scores: ResponseScores) -> torch.Tensor:
-        reference, weights = scores.logprob.detach(), weights_at(config.objective, 0)
+        reference, weights = scores.of("logprob").detach(), weights_at(config.objective, 0)
         return joint_loss(config.objective, weights, scores, reference, comparisons).total.mean()
 
     if timed(name) == "forward and backward":
@@ -218,20 +218,21 @@ def time_steps(name: str, peak_flops: float, log_probs: str) -> list[StepTime]:
     cost = ForwardCost.of(model.causal_lm, full_shape)
     runs = [("shared_prefix", kernel, True) for kernel in available_kernels()]
     runs += [("packed", "auto", True), ("padded", "auto", True)]
-    if model.fused is not None:
+    layers = model.fused
+    if layers is not None:
         runs.append(("shared_prefix", "auto", False))
     times = []
     for layout, kernel, fused in runs:
         model.use_layout(layout, kernel, DEVICE)
         batch = lay_out(pairs, layout)
         reset_peak_memory()
-        with nullcontext() if fused else model.fused.taken_away():
-            seconds = median_seconds(lambda batch=batch: step(batch))
+        with nullcontext() if fused or layers is None else layers.taken_away():
+            seconds = median_seconds(partial(step, batch))
         times.append(
             StepTime(
                 layout,
                 model.causal_lm.config._attn_implementation,
-                model.fused.kind if model.fused is not None and fused else "off",
+                layers.kind if layers is not None and fused else "off",
                 seconds,
                 tokens=batch.num_positions - batch.num_padding,
                 pairs=len(pairs),
