@@ -169,7 +169,9 @@ async def main() -> None:
 
     async def alone(prompt: str, answer: str) -> float:
         async with one_at_a_time:
-            return (await asyncio.to_thread(judge.score, [{"role": "user", "content": prompt}], [answer]))[0]
+            scores = await asyncio.to_thread(judge.score, [{"role": "user", "content": prompt}], [answer])
+            assert isinstance(scores, list)
+            return scores[0]
 
     await alone(*given[0])
     took, elapsed, expected = await load(alone, given, options.clients, options.seconds)
