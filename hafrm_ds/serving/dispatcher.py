@@ -74,7 +74,7 @@ class Worker:
         self.is_ready = True
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Raises WorkerFailed if it dies or hangs, which ends it, or if its device has no room."""
+        """Raises WorkerFailed if it dies or hangs, which ends it."""
         assert self.running is not None
         process, connection = self.running
         try:
@@ -84,15 +84,12 @@ class Worker:
                 raise WorkerFailed(
                     f"worker {self.number} took longer than {self.options.timeout:g} seconds and was ended"
                 )
-            answer = connection.recv()
+            return connection.recv()
         except (EOFError, OSError):
             self.is_ready = False
             status = process.wait()
             self.stop()
             raise WorkerFailed(f"worker {self.number} died (status {status}) while it scored this request") from None
-        if isinstance(answer, str):
-            raise WorkerFailed(f"worker {self.number}: {answer}")
-        return answer
 
     def stop(self) -> None:
         self.is_ready = False

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -43,10 +44,12 @@ class Refused(Exception):
 class Front:
     """The application.
 
-    key: what a request must bring; None if everybody is served. is_draining: only what has come already is answered.
+    judges: what GET /model says of them. key: what a request must bring; None if everybody is served. is_draining: only
+    what has come already is answered.
     """
 
     options: ServingOptions
+    judges: dict[str, Any]
     dispatcher: Dispatcher
     key: str | None
     metrics: Metrics = field(default_factory=Metrics)
@@ -57,6 +60,7 @@ class Front:
         routes += [
             Route("/health", self.health),
             Route("/metrics", self.counted(self.told)),
+            Route("/model", self.counted(self.model)),
             Route("/openapi.json", self.openapi),
         ]
         return Starlette(routes=routes)
@@ -165,6 +169,9 @@ class Front:
 
     async def told(self, request: Request) -> Response:
         return PlainTextResponse(self.metrics.text(self.dispatcher), media_type="text/plain; version=0.0.4")
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self.judges)
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(description())
