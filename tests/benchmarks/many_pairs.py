@@ -76,6 +76,8 @@ def write_tokens(file: Path, num_pairs: int) -> None:
             columns["response_keys"] = listed(keys(2 * kept), 2)
             arrays = [pa.array(column) for column in comparison.values()]
             columns["comparisons"] = listed(pa.StructArray.from_arrays(arrays, list(comparison)), 1)
+            nothing = pa.array([], FEATURES.arrow_schema.field("attributes").type.value_type.value_type)
+            columns["attributes"] = listed(pa.ListArray.from_arrays(np.zeros(2 * kept + 1, np.int32), nothing), 2)
             columns |= {name: text("") for name in ("deselected", "remarks", "lost", "left_out", "marks")}
             columns |= {
                 "source": text("made up"),
