@@ -17,6 +17,7 @@ from hafrm_ds.serving.dispatcher import Dispatcher, QueueFull, WorkerFailed
 from hafrm_ds.serving.metrics import Metrics
 from hafrm_ds.serving.openapi import description
 from hafrm_ds.serving.options import ServingOptions
+from hafrm_ds.serving.page import page
 from hafrm_ds.serving.protocols import ROUTES, Asked, BadRequest
 from hafrm_ds.serving.worker import Answer
 
@@ -63,6 +64,8 @@ class Front:
             Route("/model", self.counted(self.model)),
             Route("/openapi.json", self.openapi),
         ]
+        if self.options.page:
+            routes.append(Route("/", page))
         return Starlette(routes=routes)
 
     def counted(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
