@@ -76,6 +76,9 @@ def write_tokens(file: Path, num_pairs: int) -> None:
             columns["response_keys"] = listed(keys(2 * kept), 2)
             arrays = [pa.array(column) for column in comparison.values()]
             columns["comparisons"] = listed(pa.StructArray.from_arrays(arrays, list(comparison)), 1)
+            columns["attributes"] = pa.array(
+                [[] if each else [[], []] for each in dropped], schema.field("attributes").type
+            )
             columns |= {name: text("") for name in ("deselected", "remarks", "lost", "left_out", "marks")}
             columns |= {
                 "source": text("made up"),
