@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from hafrm_ds.engine.checkpoint import CheckpointError
 from hafrm_ds.errors import ModelError
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import TINY_RUN, as_options, launch, rows, write_pairs
+from tests.distributed.forked_ranks import run_cases
+from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
 
@@ -98,17 +99,11 @@ def setting(tmp_path_factory):
     return folder, options
 
 
-def run_cases(num_ranks: int, cases: list) -> str:
-    result = launch(num_ranks, "tests/distributed/resume_cases.py", json.dumps(cases), timeout=900)
-    assert result.returncode == 0, result.stdout[-6000:]
-    return result.stdout
-
-
 def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
     """Name -> (case that resumes from the checkpoint of "to be refused", pattern of its message)."""
 
     def resumed(name: str = "to be refused", stage: int = 3, **changes) -> list:
-        return [options(name, stage, **changes), None]
+        return [options(name, stage, **changes), "refused"]
 
     other_pairs = write_pairs(folder / "other.jsonl", 60, seed=9)
     checkpoint = folder / "to be refused/checkpoints/step-000005"
