@@ -47,7 +47,7 @@ def main() -> None:
             model.use_layout(layout, config.model.attention, device)
             index = plan.global_batch(number)
             costs, rows = pairs.lengths.costs(layout)[index], padded_rows(layout, len(index))
-            (parts,) = partition_into_micro_batches(costs, 1, config.batch.max_tokens_per_micro_batch, rows)
+            (parts,) = partition_into_micro_batches(costs, 1, config.batch.token_budget, rows)
             micro_batches = [make_micro_batch(pairs, index[part], layout) for part in parts]
             took = sum(seconds(device, joint_step, config, model, each, device) for each in micro_batches)
             if number:

@@ -1,4 +1,4 @@
-"""The cases of resume_cases.py, then steps of a model whose experts are modules of their own, of which each rank
+"""The cases of cases.py, then steps of a model whose experts are modules of their own, of which each rank
 reaches one: `expert_cases.py JSON DEEPSPEED_FILE DEEPSPEED_FILE`.
 
 transformers 5 has the experts of a layer as one parameter. Code that comes with a checkpoint may have a list of them,
@@ -15,7 +15,7 @@ from hafrm_ds.data.packing import lay_out
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import TrainingEngine
 from hafrm_ds.processes.ranks import Processes, run_entry
-from tests.distributed import resume_cases
+from tests.distributed import cases
 from tests.tiny_models import random_items, tiny_hybrid, use_layout
 
 
@@ -55,7 +55,7 @@ def planted_norms(stage_file: str, rank: int, world_size: int) -> list[float]:
 
 
 def main(arguments: list[str], processes: Processes) -> None:
-    resume_cases.main(arguments, processes)
+    cases.main(arguments, processes)
     for stage_file in arguments[-2:]:
         norms = planted_norms(stage_file, dist.get_rank(), dist.get_world_size())
         if processes.rank == 0:

@@ -1,14 +1,11 @@
-"""Runs through the real launcher. A launch costs seconds, so one launch runs many cases, one after another."""
+"""Runs through the real launcher, which costs seconds (`forked_ranks` does without it), and what runs are made of."""
 
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,68 +22,24 @@ def write_stages(folder: Path) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    """One that the system gives to nobody else for the next minute, as its last connection was closed just now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe, socket.create_connection(probe.getsockname()):
+        probe.accept()[0].close()
         return probe.getsockname()[1]
 
 
 def launch(num_ranks: int, script: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """`deepspeed --num_gpus N script arguments`, with stdout and stderr captured together."""
     command = [*COMMAND, "--num_gpus", num_ranks, "--master_port", free_port(), script, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if script.startswith("tests/"):  # what it shares with other tests; an entry file must do without
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
         [str(word) for word in command],
         cwd=REPOSITORY,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
     )
-
-
-def start_ranks(num_ranks: int, script: str, *arguments: str) -> list[subprocess.Popen]:
-    """The processes of a job without a launcher, for jobs that need no process group: they start in seconds."""
-    group = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [sys.executable, script, *arguments],
-            cwd=REPOSITORY,
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-
-
-def end_ranks(ranks: list[subprocess.Popen]) -> str:
-    """Wait for processes that must succeed; returns what they printed."""
-    printed = "".join(rank.communicate(timeout=300)[0] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), printed
-    return printed
-
-
-def kill_ranks(ranks: list[subprocess.Popen], when: Callable[[], bool]) -> None:
-    """SIGKILL to all processes of a job as soon as `when` holds. It must not be over by then."""
-    deadline = time.monotonic() + 120
-    while not when() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for rank in ranks:
-        rank.send_signal(signal.SIGKILL)
-    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * len(ranks), "the job was over before it was killed"
-
-
-def run_jobs(num_ranks: int, jobs: list[tuple[str, list[str]]], timeout: float = 900) -> str:
-    """Run jobs ("train" or "precompute", options) one after another in one launch; returns what was printed."""
-    result = launch(num_ranks, "tests/distributed/job_cases.py", json.dumps(jobs), timeout=timeout)
-    assert result.returncode == 0, result.stdout[-6000:]
-    port = result.args[result.args.index("--master_port") + 1]
-    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "buffers of 66 MiB a rank are left in memory"
-    return result.stdout
 
 
 TINY_RUN = {

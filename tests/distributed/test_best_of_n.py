@@ -9,7 +9,7 @@ from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOption
 from hafrm_ds.evaluation.best_of_n.ranking import rank
 from hafrm_ds.evaluation.best_of_n.sampling import PART
 from hafrm_ds.processes.ranks import Processes
-from tests.distributed.launching import end_ranks, start_ranks
+from tests.distributed.launching import launch
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -27,6 +27,7 @@ def test_two_processes_leave_the_files_of_one(tmp_path):
 
     command = ["launch/best_of_n.py", "--model", model, "--prompts", str(prompts), "--policy", policy]
     command += ["--num_candidates", "3", "--max_new_tokens", "4", "--output_dir", str(tmp_path / "two")]
-    end_ranks(start_ranks(2, *command))
+    result = launch(2, *command)
+    assert result.returncode == 0, result.stdout[-6000:]
     for file in ("candidates.jsonl", "scores-1.jsonl", "ranked.jsonl", "best_of_n.json"):
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()

@@ -19,7 +19,8 @@ from hafrm_ds.objective import JudgeFit
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.sharded import load_for_job
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import as_options, rows, run_jobs, write_pairs
+from tests.distributed.forked_ranks import run_cases
+from tests.distributed.launching import as_options, rows, write_pairs
 from tests.evaluation.test_combined import combine
 from tests.tiny_models import save_tiny_model
 
@@ -68,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
         "checkpoint.keep_last": 3,
     }
     few = {"output_dir": folder / "few", "data.eval": f"{{far: {far}, near: {near}}}"}
-    printed = run_jobs(2, [("train", as_options(chosen | each)) for each in (judged, few)])
+    printed = run_cases(2, [[as_options(chosen | each), None] for each in (judged, few)])
     (folder / "printed").write_text(printed)
     return folder
 

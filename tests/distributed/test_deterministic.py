@@ -1,10 +1,9 @@
 """`deterministic: true` through the launcher: said at the start, and on a CPU no value changes."""
 
-import json
-
 import pytest
 
-from tests.distributed.launching import as_options, launch, rows, run_jobs, write_pairs
+from tests.distributed.forked_ranks import Ranks, run_cases
+from tests.distributed.launching import as_options, rows, write_pairs
 from tests.distributed.test_training import final_weights
 from tests.tiny_models import save_tiny_model
 
@@ -37,7 +36,7 @@ def options(tmp_path):
 
 
 def test_a_training_says_so_and_gives_the_same_weights(options, tmp_path):
-    printed = run_jobs(1, [("train", options("plain")), ("train", options("deterministic", deterministic="true"))])
+    printed = run_cases(1, [[options("plain"), None], [options("deterministic", deterministic="true"), None]])
     assert printed.count(SAID) == 1
     losses = [[row["loss/total"] for row in rows(tmp_path / name, "train")] for name in ("plain", "deterministic")]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
@@ -45,8 +44,9 @@ def test_a_training_says_so_and_gives_the_same_weights(options, tmp_path):
     assert all(plain[name].equal(deterministic[name]) for name in plain | deterministic)
 
 
-def test_an_environment_that_is_not_deterministic_ends_the_start(options, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    result = launch(1, "tests/distributed/job_cases.py", json.dumps([("train", options("x", deterministic="true"))]))
-    assert result.returncode != 0 and "Traceback" not in result.stdout
-    assert "error: deterministic is true, but the environment sets CUBLAS_WORKSPACE_CONFIG to ':0:0'" in result.stdout
+def test_an_environment_that_is_not_deterministic_ends_the_start(options, tmp_path):
+    words, log = options("x", deterministic="true"), tmp_path / "log"
+    ranks = Ranks("launch/train.py", words, log, num_ranks=1, CUBLAS_WORKSPACE_CONFIG=":0:0")
+    assert ranks.wait(120) and ranks.statuses == [1] and "Traceback" not in log.read_text()
+    said = "error: deterministic is true, but the environment sets CUBLAS_WORKSPACE_CONFIG to ':0:0'"
+    assert said in log.read_text()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hafrm_ds.evaluation.pair_scores import PairScores, load_all
-from tests.distributed.launching import end_ranks, kill_ranks, launch, start_ranks
+from tests.distributed.forked_ranks import Ranks, run_ranks
+from tests.distributed.launching import launch
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -37,7 +38,7 @@ def setting(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(setting) -> Path:
     folder, arguments = setting
-    end_ranks(start_ranks(1, "launch/evaluate.py", *arguments("one")))
+    run_ranks(1, "launch/evaluate.py", *arguments("one"))
     return folder / "one"
 
 
@@ -48,9 +49,10 @@ def results(folder: Path) -> tuple[dict, dict[str, PairScores]]:
 def test_killed_and_started_again_on_two_processes_the_numbers_are_those_of_one(setting, undisturbed):
     folder, arguments = setting
     parts = folder / "two" / "parts"
-    ranks = start_ranks(2, "launch/evaluate.py", *arguments("two"))
-    kill_ranks(ranks, lambda: len(list(parts.glob("scoring-*"))) >= 3)
-    printed = end_ranks(start_ranks(2, "launch/evaluate.py", *arguments("two")))
+    ranks = Ranks("launch/evaluate.py", arguments("two"), folder / "log")
+    assert not ranks.wait(120, until=lambda: len(list(parts.glob("scoring-*"))) >= 3)
+    ranks.kill()
+    printed = run_ranks(2, "launch/evaluate.py", *arguments("two"))
     assert "parts of scoring are there already" in printed and "implicit reward" in printed
     (sets, scores), (expected_sets, expected) = results(folder / "two"), results(undisturbed)
     assert sets == expected_sets and sets.keys() == {"near", "elsewhere"}

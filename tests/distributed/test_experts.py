@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 
 from hafrm_ds.saved.export import export_model
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import TINY_RUN, as_options, launch, rows, write_pairs
-from tests.distributed.test_resume import assert_same_files, assert_same_run, run_cases
+from tests.distributed.forked_ranks import run_cases, run_ranks
+from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs, write_stages
+from tests.distributed.test_resume import assert_same_files, assert_same_run
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import EXPERTS, save_tiny_model
 
@@ -48,9 +49,7 @@ def runs(tmp_path_factory) -> tuple[Path, str]:
     for family in EXPERTS:
         save_tiny_model(folder / family, family)
     train_file, test_file = write_pairs(folder / "train.jsonl", 40), write_pairs(folder / "test.jsonl", 6, seed=1)
-    for stage in STAGES:
-        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    write_stages(folder)
 
     def options(name: str, family: str, layout: str, stage: int, **changes) -> list[str]:
         chosen = TINY_RUN | {
@@ -81,10 +80,8 @@ def runs(tmp_path_factory) -> tuple[Path, str]:
         cases.append([options(name, "olmoe", "shared_prefix", after), None])
     recomputed = {"model__gradient_checkpointing": True, "model__dtype": "bfloat16"}
     cases.append([options("recomputed", "olmoe", "shared_prefix", 3, **recomputed), None])
-    planted = (str(folder / "zero0.json"), str(folder / "zero3.json"))
-    result = launch(2, "tests/distributed/expert_cases.py", json.dumps(cases), *planted, timeout=600)
-    assert result.returncode == 0, result.stdout[-6000:]
-    return folder, result.stdout
+    planted = (folder / "zero0.json", folder / "zero3.json")
+    return folder, run_ranks(2, "tests/distributed/expert_cases.py", json.dumps(cases), *planted)
 
 
 @pytest.mark.parametrize("case", CASES)

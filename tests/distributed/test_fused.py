@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import as_options, rows, run_jobs, write_pairs, write_stages
+from tests.distributed.forked_ranks import run_cases
+from tests.distributed.launching import as_options, rows, write_pairs, write_stages
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
 
@@ -29,7 +30,7 @@ def runs(tmp_path_factory) -> tuple[Path, str]:
     train_file, test_file = write_pairs(folder / "train.jsonl", 30), write_pairs(folder / "test.jsonl", 8, seed=1)
     write_stages(folder)
 
-    def job(name: str, fused: str, stage: int, changes: dict) -> tuple[str, list[str]]:
+    def job(name: str, fused: str, stage: int, changes: dict) -> list:
         chosen = {
             "output_dir": folder / name,
             "deepspeed": folder / f"zero{stage}.json",
@@ -47,10 +48,10 @@ def runs(tmp_path_factory) -> tuple[Path, str]:
             "logging.tensorboard": "false",
             "logging.report": "false",
         }
-        return "train", as_options(chosen | changes)
+        return [as_options(chosen | changes), None]
 
     stock = [job("stock", "auto", 0, {}), job("stock-lora", "off", 0, LORA)]
-    return folder, run_jobs(2, stock + [job(name, *how[:3]) for name, how in FUSED.items()])
+    return folder, run_cases(2, stock + [job(name, *how[:3]) for name, how in FUSED.items()])
 
 
 @pytest.mark.parametrize("name", FUSED)

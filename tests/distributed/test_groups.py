@@ -1,12 +1,12 @@
 """Trainings on groups of answers: any ranks, stage, layout and budget give the same, stopped and resumed or not."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.launching import TINY_RUN, as_options, launch, rows, write_groups, write_stages
+from tests.distributed.forked_ranks import run_cases
+from tests.distributed.launching import TINY_RUN, as_options, rows, write_groups, write_stages
 from tests.distributed.test_training import final_weights, largest_difference, stored_values
 from tests.tiny_models import save_tiny_model
 
@@ -70,8 +70,7 @@ def runs(tmp_path_factory) -> Path:
         ]
         if ranks == 2:
             cases += [[options("stopped", 2, 2, ATTRIBUTES), STOPPED], [options("stopped", 2, 3, ATTRIBUTES), None]]
-        result = launch(ranks, "tests/distributed/resume_cases.py", json.dumps(cases), timeout=900)
-        assert result.returncode == 0, result.stdout[-6000:]
+        run_cases(ranks, cases)
     return folder
 
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from hafrm_ds.saved.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX, merged
 from hafrm_ds.training.final import export_checkpoint
+from tests.distributed.forked_ranks import run_cases
 from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs, write_stages
-from tests.distributed.test_resume import assert_same_run, run_cases
+from tests.distributed.test_resume import assert_same_run
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
 

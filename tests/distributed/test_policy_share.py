@@ -24,8 +24,9 @@ from hafrm_ds.engine.checkpoint import read_state
 from hafrm_ds.model.hybrid import make_reward_head
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.training.final import export_checkpoint
+from tests.distributed.forked_ranks import run_cases
 from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs
-from tests.distributed.test_resume import assert_same_run, run_cases
+from tests.distributed.test_resume import assert_same_run
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hafrm_ds.reference.store import SET_ASIDE, open_shard, write_shard
-from tests.distributed.launching import as_options, launch, rows, run_jobs, write_pairs
+from tests.distributed.forked_ranks import run_cases, run_ranks
+from tests.distributed.launching import as_options, rows, write_pairs
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.distributed
 def stored(store: Path) -> dict[bytes, float]:
     """Every value of a store with one namespace, read shard by shard."""
     (namespace,) = [folder for folder in store.iterdir() if folder.is_dir()]
-    values = {}
+    values: dict[bytes, float] = {}
     for shard in (open_shard(path, namespace.name) for path in namespace.glob("*.arrow")):
         values |= dict(zip((key.tobytes() for key in shard.keys), shard.logprob.tolist(), strict=True))
     return values
@@ -43,7 +44,7 @@ def setting(tmp_path_factory):
     offload = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
     (folder / "offload.json").write_text(json.dumps(offload))
 
-    def job(kind: str, name: str, store: str = "store", stage: int = 3, **changes) -> tuple[str, list[str]]:
+    def job(kind: str, name: str, store: str = "store", stage: int = 3, **changes) -> list:
         chosen = {
             "output_dir": folder / name,
             "deepspeed": f"ds_configs/zero{stage}.json",
@@ -58,7 +59,7 @@ def setting(tmp_path_factory):
             "optimizer.learning_rate": 3e-3,
             "reference.store": folder / store,
         }
-        return kind, as_options(chosen, **changes)
+        return [as_options(chosen, **changes), None, kind]
 
     return folder, job
 
@@ -67,7 +68,7 @@ def setting(tmp_path_factory):
 def passes(setting) -> tuple[Path, list[int], str]:
     """One launch: a full pass, then passes over changed data, then trainings that use the store."""
     folder, job = setting
-    output = run_jobs(
+    output = run_cases(
         2,
         [
             job("precompute", "first"),
@@ -82,7 +83,7 @@ def passes(setting) -> tuple[Path, list[int], str]:
             job("train", "computing-again", store="empty-store", reference__on_missing="stop"),
         ],
     )
-    run_jobs(1, [job("precompute", "one-rank", store="one-rank-store", stage=0)])
+    run_cases(1, [job("precompute", "one-rank", store="one-rank-store", stage=0)])
     return folder, computed(output), output
 
 
@@ -149,9 +150,8 @@ def test_missing_and_wrong_values_stop_a_run(setting, passes, tmp_path):
         ),
     }
     file = tmp_path / "cases.json"
-    file.write_text(json.dumps({name: options for name, ((_, options), _) in cases.items()}))
-    result = launch(2, "tests/distributed/refusal_cases.py", file, tmp_path)
-    assert result.returncode == 0, result.stdout[-6000:]
+    file.write_text(json.dumps({name: options for name, ((options, *_), _) in cases.items()}))
+    run_ranks(2, "tests/distributed/refusal_cases.py", file, tmp_path)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for name, (_, pattern) in cases.items():
         printed = [message for message, was_printed in (rank[name] for rank in ranks) if was_printed]
@@ -167,7 +167,7 @@ def test_a_damaged_shard_is_recomputed(setting, passes):
     shard = sorted(namespace.glob("*.arrow"))[0]
     lost = len(open_shard(shard, namespace.name).keys)
     shard.write_bytes(shard.read_bytes()[:-64])
-    output = run_jobs(2, [job("precompute", "repair", store="empty-store")])
+    output = run_cases(2, [job("precompute", "repair", store="empty-store")])
     assert computed(output)[0] >= lost
     assert "is damaged" in output
     assert len(list((namespace / SET_ASIDE).iterdir())) == 1

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.distributed.forked_ranks import Ranks, run_ranks
 from tests.distributed.launching import as_options, launch, write_pairs
 from tests.distributed.test_reference import computed, stored
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
 
+PASS = "launch/precompute_reference.py"
 NUM_PAIRS = 60
 
 
@@ -29,8 +30,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run_pass(folder: Path, store: Path, num_ranks: int = 2, **changes) -> subprocess.CompletedProcess:
-    options = {
+def options(folder: Path, store: Path, **changes) -> list[str]:
+    chosen = {
         "output_dir": folder / "unused",
         "deepspeed": "ds_configs/zero3.json",
         "model.name_or_path": folder / "model",
@@ -41,27 +42,31 @@ def run_pass(folder: Path, store: Path, num_ranks: int = 2, **changes) -> subpro
         "reference.store": store,
         "reference.flush_seconds": 0.05,
     }
-    return launch(num_ranks, "launch/precompute_reference.py", *as_options(options, **changes), timeout=240)
+    return as_options(chosen, **changes)
+
+
+def run_pass(folder: Path, store: Path, num_ranks: int = 2, **changes) -> str:
+    """Returns what it printed."""
+    return run_ranks(num_ranks, PASS, *options(folder, store, **changes), seconds=240)
 
 
 def test_two_jobs_fill_one_store_at_once(folder):
     alone, shared = folder / "alone", folder / "shared"
-    assert run_pass(folder, alone, num_ranks=1).returncode == 0
-    with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(run_pass, folder, shared, num_ranks=1) for _ in range(2)]
-        assert [job.result().returncode for job in jobs] == [0, 0]
+    run_pass(folder, alone, num_ranks=1)
+    for job in [Ranks(PASS, options(folder, shared), folder / f"log {number}", 1) for number in range(2)]:
+        job.finish()
     expected, actual = stored(alone), stored(shared)
     assert actual.keys() == expected.keys()
     torch.testing.assert_close(
         torch.tensor([actual[key] for key in expected]), torch.tensor(list(expected.values())), rtol=1e-5, atol=0
     )
-    assert computed(run_pass(folder, shared, num_ranks=1).stdout) == [0]
+    assert computed(run_pass(folder, shared, num_ranks=1)) == [0]
 
 
 def test_other_weights_under_the_same_path_and_another_max_length_find_nothing_of_the_old(folder):
     store = folder / "changing"
-    assert computed(run_pass(folder, store).stdout) == [2 * NUM_PAIRS]
-    shorter = run_pass(folder, store, data__max_length=40, data__max_dropped_share=1).stdout
+    assert computed(run_pass(folder, store)) == [2 * NUM_PAIRS]
+    shorter = run_pass(folder, store, data__max_length=40, data__max_dropped_share=1)
     (changed,) = computed(shorter)
     assert 0 < changed < 2 * NUM_PAIRS  # pairs that were short enough are the same pairs still
     assert "others of these weights: the data is new, or the chat template, data.max_length" in shorter
@@ -71,13 +76,13 @@ def test_other_weights_under_the_same_path_and_another_max_length_find_nothing_o
     weights["model.norm.weight"] *= 1.01
     save_file(weights, file, metadata={"format": "pt"})
     try:
-        output = run_pass(folder, store).stdout
+        output = run_pass(folder, store)
     finally:
         file.write_bytes(original)
     assert computed(output) == [2 * NUM_PAIRS]
     assert "other weights" in output
     assert len(list(store.iterdir())) == 2
-    assert computed(run_pass(folder, store).stdout) == [0]
+    assert computed(run_pass(folder, store)) == [0]
 
 
 @contextmanager
@@ -93,18 +98,18 @@ def mounted(folder: Path, options: str):
 
 
 @pytest.mark.parametrize(
-    ("options", "pattern"),
+    ("mount", "pattern"),
     [("size=24k", r"cannot be written: the disk is full. What was stored before is good"), ("ro", r"cannot be made")],
 )
-def test_a_full_or_read_only_disk_ends_all_ranks_with_one_message(folder, tmp_path, options, pattern):
-    with mounted(tmp_path / "small", options):
+def test_a_full_or_read_only_disk_ends_all_ranks_with_one_message(folder, tmp_path, mount, pattern):
+    with mounted(tmp_path / "small", mount):
         started = time.monotonic()
-        result = run_pass(folder, tmp_path / "small" / "store")
+        result = launch(2, PASS, *options(folder, tmp_path / "small" / "store"), timeout=240)
         seconds = time.monotonic() - started
         assert result.returncode != 0
         assert result.stdout.count("\nerror: ") == 1, result.stdout[-4000:]
         assert re.search(pattern, result.stdout)
         assert "Traceback" not in result.stdout, result.stdout[-4000:]
         assert seconds < 120
-        if options != "ro":
+        if mount != "ro":
             assert 0 < len(stored(tmp_path / "small" / "store")) < 2 * NUM_PAIRS

@@ -7,16 +7,14 @@ HAFRM_KILLS sets how many times, 3 by default:
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.launching import REPOSITORY, as_options, free_port, write_pairs
+from tests.distributed.forked_ranks import Ranks
+from tests.distributed.launching import as_options, write_pairs
 from tests.distributed.test_reference import stored
 from tests.tiny_models import save_tiny_model
 
@@ -26,7 +24,7 @@ KILLS = int(os.environ.get("HAFRM_KILLS", "3"))
 NUM_PAIRS = 400
 
 
-def start_pass(store: Path, folder: Path) -> list[subprocess.Popen]:
+def start_pass(store: Path, folder: Path) -> Ranks:
     """Two ranks of a pass that writes a shard every few micro-batches."""
     options = {
         "output_dir": folder / "unused",
@@ -39,27 +37,7 @@ def start_pass(store: Path, folder: Path) -> list[subprocess.Popen]:
         "reference.store": store,
         "reference.flush_seconds": 0.05,
     }
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [sys.executable, "launch/precompute_reference.py", *as_options(options)],
-            cwd=REPOSITORY,
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"rank{rank}.log").open("w"),
-        )
-        for rank in (0, 1)
-    ]
-
-
-def wait(ranks: list[subprocess.Popen], seconds: float, until=lambda: False) -> bool:
-    """Wait until all ranks have ended or the condition holds; True if they have ended."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not until():
-        if all(rank.poll() is not None for rank in ranks):
-            return True
-        time.sleep(0.01)
-    return False
+    return Ranks("launch/precompute_reference.py", as_options(options), folder / "log")
 
 
 def shards(store: Path) -> int:
@@ -71,11 +49,10 @@ def test_killed_passes_finish_with_the_same_store(tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", NUM_PAIRS)
     undisturbed = tmp_path / "undisturbed"
     ranks = start_pass(undisturbed, tmp_path)
-    wait(ranks, 120, until=lambda: shards(undisturbed) > 0)
+    ranks.wait(120, until=lambda: shards(undisturbed) > 0)
     started = time.monotonic()
-    assert wait(ranks, 300)
+    ranks.finish()
     writing = time.monotonic() - started
-    assert [rank.returncode for rank in ranks] == [0, 0], (tmp_path / "rank0.log").read_text()
     expected = stored(undisturbed)
     assert len(expected) == 2 * NUM_PAIRS
 
@@ -88,19 +65,12 @@ def test_killed_passes_finish_with_the_same_store(tmp_path):
             # Anywhere from the start of computing to its end; one kill in five while the model is loaded.
             before = shards(store)
             if source.random() > 0.2:
-                wait(ranks, 120, until=lambda store=store, before=before: shards(store) > before)
-            ended = wait(ranks, source.uniform(0, writing))
-        else:
-            ended = wait(ranks, 300)
-        if not ended:
-            source.choice(ranks).send_signal(signal.SIGKILL)
-            kills += 1
-            time.sleep(source.uniform(0, 0.5))
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-            continue
-        assert [rank.returncode for rank in ranks] == [0, 0], (tmp_path / "rank0.log").read_text()
+                ranks.wait(120, until=lambda store=store, before=before: shards(store) > before)
+            if not ranks.wait(source.uniform(0, writing)):
+                ranks.kill(source.randrange(2), source.uniform(0, 0.5))
+                kills += 1
+                continue
+        ranks.finish()
         actual = stored(store)
         assert actual.keys() == expected.keys()
         pair = torch.tensor([(actual[key], expected[key]) for key in expected], dtype=torch.float64)

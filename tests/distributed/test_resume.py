@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from hafrm_ds.engine.checkpoint import CheckpointError
 from hafrm_ds.errors import ModelError
 from hafrm_ds.training.final import export_checkpoint
-from tests.distributed.launching import TINY_RUN, as_options, launch, rows, write_pairs
+from tests.distributed.forked_ranks import run_cases
+from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs
 from tests.distributed.test_training import final_weights, largest_difference
 from tests.tiny_models import save_tiny_model
 
@@ -98,17 +99,11 @@ def setting(tmp_path_factory):
     return folder, options
 
 
-def run_cases(num_ranks: int, cases: list) -> str:
-    result = launch(num_ranks, "tests/distributed/resume_cases.py", json.dumps(cases), timeout=900)
-    assert result.returncode == 0, result.stdout[-6000:]
-    return result.stdout
-
-
 def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
     """Name -> (case that resumes from the checkpoint of "to be refused", pattern of its message)."""
 
     def resumed(name: str = "to be refused", stage: int = 3, **changes) -> list:
-        return [options(name, stage, **changes), None]
+        return [options(name, stage, **changes), "refused"]
 
     other_pairs = write_pairs(folder / "other.jsonl", 60, seed=9)
     checkpoint = folder / "to be refused/checkpoints/step-000005"
@@ -137,14 +132,14 @@ def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
 
 
 @pytest.fixture(scope="module")
-def runs(setting) -> tuple[Path, str]:
+def runs(setting) -> tuple[Path, dict[int, str]]:
     """Straight runs on one and two ranks; runs that are stopped after STOP steps; and their second halves."""
     folder, options = setting
     stop = [STOP, 0, "SIGTERM"]
 
     def changed(place: int, num_ranks: int, fault: list | None) -> list:
         """The halves before (0) or after (1) a change that run on so many ranks."""
-        ways = ((name, change[place], change[2]) for name, change in CHANGES.items())
+        ways = ((name, (before, after)[place], dtype) for name, (before, after, dtype) in CHANGES.items())
         return [[options(name, stage, dtype), fault] for name, (ranks, stage), dtype in ways if ranks == num_ranks]
 
     run_cases(1, changed(0, 1, stop))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import end_ranks, kill_ranks, launch, start_ranks
+from tests.distributed.forked_ranks import Ranks, run_ranks
+from tests.distributed.launching import launch
 from tests.tiny_models import save_tiny_final
 
 pytestmark = pytest.mark.distributed
@@ -42,7 +43,7 @@ def scores(file: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def undisturbed(setting) -> Path:
     folder, arguments = setting
-    end_ranks(start_ranks(1, "launch/score.py", *arguments("one.jsonl")))
+    run_ranks(1, "launch/score.py", *arguments("one.jsonl"))
     return folder / "one.jsonl"
 
 
@@ -51,10 +52,11 @@ def test_killed_and_started_again_every_row_is_there_once_with_the_same_value(se
     parts, source = folder / "killed.jsonl.parts", random.Random(0)
     for _ in range(KILLS):
         target = len(list(parts.glob("part-*"))) + source.randrange(2, 5)
-        ranks = start_ranks(2, "launch/score.py", *arguments("killed.jsonl"))
-        kill_ranks(ranks, lambda target=target: len(list(parts.glob("part-*"))) >= target)
+        ranks = Ranks("launch/score.py", arguments("killed.jsonl"), folder / "log")
+        assert not ranks.wait(120, until=lambda target=target: len(list(parts.glob("part-*"))) >= target)
+        ranks.kill()
     assert 0 < len(list(parts.glob("part-*"))) < -(-NUM_ROWS // 64)
-    printed = end_ranks(start_ranks(2, "launch/score.py", *arguments("killed.jsonl")))
+    printed = run_ranks(2, "launch/score.py", *arguments("killed.jsonl"))
     assert "parts are there already" in printed
     assert (folder / "killed.jsonl").read_bytes() == undisturbed.read_bytes()
 

@@ -10,7 +10,8 @@ import yaml
 from safetensors.torch import load_file
 
 from hafrm_ds import HybridRewardModel
-from tests.distributed.launching import REPOSITORY, as_options, rows, run_jobs, write_pairs
+from tests.distributed.forked_ranks import run_cases
+from tests.distributed.launching import REPOSITORY, as_options, rows, write_pairs
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -55,7 +56,7 @@ def setting(tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(content))
     train_file, test_file = write_pairs(folder / "train.jsonl", 60), write_pairs(folder / "test.jsonl", 15, seed=1)
 
-    def job(name: str, stage: int, **changes) -> tuple[str, list[str]]:
+    def job(name: str, stage: int, **changes) -> list:
         chosen = {
             "output_dir": folder / name,
             "deepspeed": f"ds_configs/zero{stage}.json",
@@ -73,7 +74,7 @@ def setting(tmp_path_factory):
             "optimizer.weight_decay": 0.01,
             "logging.report": "false",
         }
-        return "train", as_options(chosen, **changes)
+        return [as_options(chosen, **changes), None]
 
     return folder, job
 
@@ -86,12 +87,12 @@ def runs(setting):
     untied = {"model__name_or_path": folder / "untied"}
     alternating = {"objective__alternate_every": 2, "max_steps": 8}
     three_pairs = {"batch__global_batch_size": 3, "batch__max_tokens_per_micro_batch": 120}
-    run_jobs(
+    run_cases(
         1,
         [job(f"ranks1-zero{stage}", stage) for stage in range(4)]
         + [job("untied-whole", 0, **untied), job("three-on-one", 0, **three_pairs)],
     )
-    run_jobs(
+    run_cases(
         2,
         [job(f"ranks2-zero{stage}", stage) for stage in range(4)]
         + [
@@ -116,7 +117,7 @@ def runs(setting):
             job("state-space", 0, model__name_or_path=folder / "state-space", data__max_length=60, max_steps=2),
             *(job(f"bfloat16-zero{stage}", stage, model__dtype="bfloat16") for stage in range(4)),
             *(job(name, 3, deepspeed=folder / f"{name}.json") for name in ZERO_3_FILES),
-            ("precompute", job("offloaded-reference", 3, deepspeed=folder / "zero3_offload.json")[1]),
+            [*job("offloaded-reference", 3, deepspeed=folder / "zero3_offload.json"), "precompute"],
         ],
     )
     return folder

@@ -91,4 +91,6 @@ def published(folder: Path, requirement: str, path: str, *, is_source: bool = Fa
             return wheel.read(path).decode()
     with tarfile.open(archive) as source:
         first = source.getnames()[0].partition("/")[0]
-        return source.extractfile(f"{first}/{path}").read().decode()
+        file = source.extractfile(f"{first}/{path}")
+        assert file is not None, f"{path} is no file"
+        return file.read().decode()
