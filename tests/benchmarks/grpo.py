@@ -10,6 +10,7 @@ prints Markdown; memory is the most that a process has had resident.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def score_again(reward: str, asked: list[dict[str, Any]], folder: Path) -> float
     given, scored = folder / "asked.jsonl", folder / "scored.jsonl"
     given.write_text("".join(json.dumps(row) + "\n" for row in asked))
     score = [sys.executable, str(ROOT / "launch" / "score.py"), "--model", reward]
-    subprocess.run([*score, "--input", str(given), "--output", str(scored)], check=True, stdout=subprocess.DEVNULL)
+    words = [*score, "--input", str(given), "--output", str(scored)]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=alone)  # a job of one process, not of this one's
     rows = map(json.loads, scored.read_text().splitlines())
     return max(abs(row["score"] - row["given"]) for row in rows if row["given"] is not None)
 
