@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.layouts --config FILE.yaml [--section.key value ...]
 
-One process, no DeepSpeed. A step is forward and backward of batch.global_batch_size pairs, cut into micro-batches of
+One process, no DeepSpeed. A step is forward and backward of batch.global_batch_size pairs, in micro-batches of
 batch.max_tokens_per_micro_batch tokens as in training. Best-of-8 is one prompt of 400 random tokens with 8 answers of
 60, rewards and log-probs without gradients, against the same 8 texts scored as padded rows and one by one, as they
 would be without sharing. Contenders alternate; medians.

@@ -153,7 +153,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokens.arrow").exists():
         started = time.perf_counter()
-        write_tokens(folder / "tokens.arrow", num_pairs)
+        write_tokens(folder / "draft.arrow", num_pairs)
+        (folder / "draft.arrow").rename(folder / "tokens.arrow")
         print(f"rows written in {time.perf_counter() - started:.0f} s")
     ranks, figures = [], []
     for _ in range(num_ranks):
