@@ -1,6 +1,6 @@
 """Answers and their rewards from one engine: an SGLang server that holds the policy of a trained model.
 
-    python -m sglang.launch_server --model-path runs/mine/final --enable-return-hidden-states
+    python -m sglang.launch_server --model-path runs/mine/final --return-hidden-states-mode last
 
     engine = Engine.open("runs/mine/final", "http://127.0.0.1:30000")
     answers = engine.answers(messages, 8, temperature=0.8, max_new_tokens=512)
@@ -9,11 +9,9 @@
 The body runs in SGLang and the reward head, one vector, here. The states that come with generated text are of no use
 for it: the reward is read at the last token of the whole rendered conversation, which decoding never computes, as it
 ends when its last token is drawn, and what the template closes an answer with comes later. So each conversation is sent
-again, whole, of which SGLang has all but the end in its cache, and its last state is asked for. Each goes in a request
-of its own, as SGLang has given states of a batch to the wrong rows (sgl-project/sglang#4997).
+again, whole, of which SGLang has all but the end in its cache, and its last state is asked for.
 
-Written after SGLang's sources (`return_hidden_states` "last" is of its pull request 30177, July 2026), and tested
-against an imitation of its `/generate` alone.
+Written after the sources of SGLang 0.5.23, and tested against an imitation of its `/generate` alone.
 """
 
 import math
@@ -100,13 +98,11 @@ class Engine:
 
 
 def last_state(answer: Any, hidden_size: int) -> Tensor:
-    """[H] fp32, of the last token that was sent. A server from before "last" gives the states of all tokens that were
-    not in its cache; the last of the first pass is the one. Raises RewardError where there is none."""
+    """[H] fp32, of the last token that was sent. Raises RewardError where there is none."""
     try:
-        states = torch.tensor(answer["meta_info"]["hidden_states"][0], dtype=torch.float32)
-        return states.reshape(-1, hidden_size)[-1]
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        return torch.tensor(answer["meta_info"]["hidden_states"], dtype=torch.float32).reshape(hidden_size)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
-            f"the server has sent no hidden state of size {hidden_size}: it needs --enable-return-hidden-states, and "
-            "the model of this folder"
+            f"the server has sent no hidden state of size {hidden_size}: it needs --return-hidden-states-mode last, "
+            "and the model of this folder"
         ) from error

@@ -25,20 +25,18 @@ def final(tmp_path, request):
 
 @pytest.fixture
 def sglang(final):
-    """`/generate` as SGLang answers it. cached: how many tokens from the left it has no states of any more. how:
-    "last", "all" (a server from before it), or what stands in place of the states."""
+    """`/generate` as SGLang 0.5.23 answers it. sent: what stands in place of the last state; None: that itself."""
     model = AutoModelForCausalLM.from_pretrained(final)
-    set_up = SimpleNamespace(how="last", cached=0, seen=[])
+    set_up = SimpleNamespace(sent=None, seen=[])
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             set_up.seen.append(body)
-            if "return_hidden_states" in body:
+            if body.get("return_hidden_states") == "last":
                 with torch.no_grad():
                     [states] = model.model(torch.tensor([body["input_ids"]])).last_hidden_state.tolist()
-                known = {"last": [states[-1]], "all": [states[set_up.cached :]]}
-                sent = known[set_up.how] if isinstance(set_up.how, str) else set_up.how
+                sent = states[-1] if set_up.sent is None else set_up.sent
                 reply = {"text": "x", "meta_info": {"hidden_states": sent}}
             else:
                 reply = [{"text": f" answer {number}"} for number in range(body["sampling_params"]["n"])]
@@ -59,9 +57,7 @@ def sglang(final):
     listening.server_close()
 
 
-@pytest.mark.parametrize("how", ["last", "all"])
-def test_scores_are_those_of_the_model(final, sglang, how):
-    sglang.how, sglang.cached = how, 7
+def test_scores_are_those_of_the_model(final, sglang):
     conversations = [[*PROMPT, {"role": "assistant", "content": "fine, " * number}] for number in range(1, 6)]
     expected = HybridRewardModel.from_pretrained(final).score(conversations)
     assert [score.value for score in sglang.engine.scores(conversations)] == pytest.approx(expected, abs=1e-5)
@@ -75,10 +71,10 @@ def test_answers_continue_the_rendered_prompt(sglang):
     assert asked["sampling_params"] == {"n": 2, "temperature": 0.5}
 
 
-@pytest.mark.parametrize("sent", [None, [], [[1.0, 2.0]], ["x"]])
+@pytest.mark.parametrize("sent", [[], [1.0, 2.0], [[1.0] * 32] * 2, ["x"], "x"])
 def test_a_server_without_states_gives_no_reward(sglang, sent):
-    sglang.how = sent
-    with pytest.raises(RewardError, match="--enable-return-hidden-states"):
+    sglang.sent = sent
+    with pytest.raises(RewardError, match="--return-hidden-states-mode last"):
         sglang.engine.scores([[*PROMPT, {"role": "assistant", "content": "fine"}]])
 
 
