@@ -36,12 +36,14 @@ timed python -m mypy
 cores="$(nproc)" # before OMP_NUM_THREADS, which nproc obeys
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HAFRM_GPU_TESTS_ON_CPU=1
-timed python -m pytest -q -m "not distributed and not slow" \
-    --numprocesses "$cores" --dist loadfile --durations 15
+side_by_side=(--numprocesses "$cores" --dist loadfile --durations 15)
+timed python -m pytest -q -m "not distributed and not slow and not index" "${side_by_side[@]}"
 [[ "$what" == fast ]] && exit
 
+# The files in which a test is marked so: the others need not be imported.
+marked() { grep -rlE --include='test_*.py' "mark\.$1\b" tests; }
 # These ask a package index, and are skipped where none answers.
-timed python -m pytest -q -rs -m index --numprocesses "$cores" --dist loadfile --durations 15
-
-# These take all cores themselves.
-timed python -m pytest -q -m distributed --durations 15
+timed python -m pytest -q -rs -m index "${side_by_side[@]}" $(marked index)
+# These start several processes, which wait for one another; last those that must not wait for others as well.
+timed python -m pytest -q -m "distributed and not alone" "${side_by_side[@]}" $(marked distributed)
+timed python -m pytest -q -m alone --durations 15 $(marked alone)

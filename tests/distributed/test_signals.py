@@ -22,7 +22,7 @@ from hafrm_ds.processes.stopping import LAUNCHER_LOST, STOPPED_STATUS
 from tests.distributed.launching import LAUNCHER, REPOSITORY, as_options, free_port, rows, write_pairs
 from tests.tiny_models import save_tiny_model
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.alone]
 
 Target = Callable[["Run"], None]
 

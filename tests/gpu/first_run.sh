@@ -34,12 +34,12 @@ test_of() { python3 -m pytest -v --tb=no -rs -p no:cacheprovider -p tests.gpu.te
 
 run_nccl() { python3 -m tests.gpu.first_step; }
 run_kernels() {
-    test_of tests/gpu/test_kernels.py -k "varlen and bfloat16 and (plain or window)" || return
-    test_of tests/gpu/test_token_logprobs.py -m "not slow"
+    test_of tests/gpu/test_kernels.py tests/gpu/test_token_logprobs.py -m "not slow" \
+        -k "varlen and bfloat16 and (plain or window) or test_token_logprobs"
 }
 run_families() {
-    test_of tests/gpu/test_models.py -k "(llama or mistral or gemma2 or qwen2) and (varlen or segmented) and bfloat16_is" || return
-    test_of tests/gpu/test_models.py -k "fused and liger"
+    test_of tests/gpu/test_models.py \
+        -k "(llama or mistral or gemma2 or qwen2) and (varlen or segmented) and bfloat16_is or fused and liger"
 }
 run_stages() { python3 -m tests.gpu.stages "$small"; }
 run_small() { python3 -m tests.gpu.benchmark "$small"; }

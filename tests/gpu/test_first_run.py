@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.launching import free_port
 from tests.gpu.test_slim_wheels import FOLDER, WITH_TORCH_AND_TRANSFORMERS, canonical
 from tests.without_gpu.package_index import requirements
 
@@ -42,6 +43,7 @@ def variables(tmp_path) -> dict[str, str]:
         "HAFRM_GPU_TESTS_ON_CPU": "1",
         "OUT": str(tmp_path / "out"),
         "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(free_port()),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(tmp_path),
     }

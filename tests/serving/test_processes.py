@@ -45,6 +45,7 @@ def line_with(text: str, log: Path, process: subprocess.Popen) -> str:
 
 
 @pytest.mark.distributed
+@pytest.mark.alone
 def test_a_killed_worker_and_a_stopped_server(folder):
     log = folder / "log"
     command = [sys.executable, "launch/serve.py", "--model", folder / "both.yaml", "--port", "0", "--workers", "2"]

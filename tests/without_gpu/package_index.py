@@ -82,15 +82,19 @@ def environment(folder: Path, *arguments: str | Path) -> Path:
 
 
 def published(folder: Path, requirement: str, path: str, *, is_source: bool = False) -> str:
-    """The text of a file in a package, of its wheel or of its source, whose first folder does not count."""
+    """The text of a file in a package, of its wheel or of its source, whose first folder does not count. The package
+    stays in `folder`, where the next call finds it."""
     form = ("--no-binary", ":all:") if is_source else ("--only-binary", ":all:")
-    pip("download", "--no-deps", "--no-build-isolation", *form, "--dest", folder, requirement)
-    (archive,) = folder.iterdir()
+    own = folder / requirement
+    if not list(own.glob("*")):
+        pip("download", "--no-deps", "--no-build-isolation", *form, "--dest", own, requirement)
+    (archive,) = own.iterdir()
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             return wheel.read(path).decode()
     with tarfile.open(archive) as source:
-        first = source.getnames()[0].partition("/")[0]
-        file = source.extractfile(f"{first}/{path}")
+        first = source.next()
+        assert first is not None, f"{archive} is empty"
+        file = source.extractfile(f"{first.name.partition('/')[0]}/{path}")
         assert file is not None, f"{path} is no file"
         return file.read().decode()

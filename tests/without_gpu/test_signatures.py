@@ -125,16 +125,21 @@ def test_the_installed_torch_has_a_signature_that_is_known():
     assert signature_in(source.read_text(), "varlen_attn") in TORCH_VARLEN.values()
 
 
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("packages")
+
+
 @pytest.mark.index
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "requirement", "path"), SOURCES, ids=[f"{each[1]} {each[2]}" for each in SOURCES])
-def test_a_published_signature_is_as_written_here(tmp_path, name, requirement, path):
-    text = published(tmp_path, requirement, path, is_source=requirement.startswith("flash-attn=="))
+def test_a_published_signature_is_as_written_here(packages, name, requirement, path):
+    text = published(packages, requirement, path, is_source=requirement.startswith("flash-attn=="))
     assert signature_in(text, "flash_attn_varlen_func") == PUBLISHED[name]
 
 
 @pytest.mark.index
 @pytest.mark.slow
-def test_the_newest_flash_attention_4_only_adds_to_what_is_known(tmp_path):
+def test_the_newest_flash_attention_4_only_adds_to_what_is_known(packages):
     name, requirement, path = NEWEST
-    assert signature_in(published(tmp_path, requirement, path), "flash_attn_varlen_func").startswith(PUBLISHED[name])
+    assert signature_in(published(packages, requirement, path), "flash_attn_varlen_func").startswith(PUBLISHED[name])
