@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -78,6 +79,8 @@ def main() -> None:
         )
         return values
 
+    # On CPUs transformers starts torch's group alone, and DeepSpeed's partitioning takes this process for the only one.
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
     clock = SecondsOfSteps()
     trainer = GRPOTrainer(
         model=options.policy,
