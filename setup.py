@@ -17,7 +17,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["hafrm_ds", "hafrm_ds.*"]),
-    package_data={"hafrm_ds": ["quickstart.yaml"], "hafrm_ds.evaluation.report": ["templates/*"]},
+    package_data={
+        "hafrm_ds": ["quickstart.yaml", "style.css"],
+        "hafrm_ds.evaluation.report": ["templates/*"],
+        "hafrm_ds.serving": ["page.html"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

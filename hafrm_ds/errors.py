@@ -35,6 +35,10 @@ class ModelError(UserError):
     """A model or tokenizer cannot be used."""
 
 
+class NoRoomError(UserError):
+    """A device has no room for a micro-batch."""
+
+
 def in_own_names(error: "UserError") -> str:
     """The message of an error, with the options of a training by the names that entry files with few options give them:
     --max_length, where a training has data.max_length, and --model, where it has model.name_or_path."""

@@ -11,8 +11,9 @@ prompt share its computation. Routes, all POST, all JSON:
     /score        rows of launch/score.py -> the same rows with score or scores
     /logprobs     rows of launch/score.py -> log-prob of each token, with --credit its implicit reward too
 
-and GET /health, /metrics (Prometheus) and /openapi.json. A row that cannot be scored is answered with status 422, which
-names it, never with a number; a full queue with 503. SIGTERM ends the server when it has answered what it was asked.
+and GET /model, /health, /metrics (Prometheus) and /openapi.json; with --page a page at / that shows two answers side by
+side. A row that cannot be scored is answered with status 422, which names it, never with a number; a full queue with
+503. SIGTERM ends the server when it has answered what it was asked.
 """
 
 import importlib.util

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,7 +33,7 @@ GROUPED = {"num_key_value_heads": 2}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 # Family -> config class and what differs from SHAPE. Windows are shorter than the test sequences, so that they matter.
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", GROUPED),
     "llama-tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
     "mistral": ("MistralConfig", {**GROUPED, "sliding_window": 6}),
@@ -49,9 +50,9 @@ FAMILIES = {
     "granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0, "attention_multiplier": 0.3}),
 }
 
-STATE_SPACE = {"mamba": ("MambaConfig", {"state_size": 8})}
+STATE_SPACE: dict[str, tuple[str, dict[str, Any]]] = {"mamba": ("MambaConfig", {"state_size": 8})}
 """Not of the families: such a layer runs on from one packed answer into the next."""
-MASKED_WINDOW = {
+MASKED_WINDOW: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-moe": (
         "Qwen2MoeConfig",
         {
@@ -68,7 +69,7 @@ MASKED_WINDOW = {
 """Not of the families: its window is in its attention mask alone."""
 
 TWO_OF_FOUR = {**GROUPED, "num_experts_per_tok": 2}
-EXPERTS = {
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3MoeConfig", {**TWO_OF_FOUR, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16}),
     "mixtral": ("MixtralConfig", {**TWO_OF_FOUR, "num_local_experts": 4}),
     "olmoe": ("OlmoeConfig", {**TWO_OF_FOUR, "num_experts": 4}),

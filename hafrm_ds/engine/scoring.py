@@ -16,7 +16,7 @@ from hafrm_ds.data.prepared import PreparedGroups
 from hafrm_ds.data.splitting import Slices
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.engine import Engine
-from hafrm_ds.errors import UserError
+from hafrm_ds.errors import NoRoomError
 from hafrm_ds.objective import ResponseScores
 
 SECONDS_BETWEEN_QUESTIONS = 1.0
@@ -71,7 +71,7 @@ def score_items(
         [sum of sizes] fp32, item after item, the same on all ranks; None if interrupted by must_stop.
 
     Raises:
-        UserError: the device has no room for a micro-batch.
+        NoRoomError: the device has no room for a micro-batch.
     """
     if not len(items):
         return np.empty(0, dtype=np.float32)
@@ -95,7 +95,7 @@ def score_items(
             try:
                 scores = forward(batch, with_reward="reward" in heads, with_logprob="logprob" in heads)
             except torch.OutOfMemoryError as error:
-                raise UserError(
+                raise NoRoomError(
                     f"there is no room for a micro-batch of {batch.num_positions:,} tokens; lower "
                     f"max_tokens_per_micro_batch (now {max_tokens:,}): {error}"
                 ) from error

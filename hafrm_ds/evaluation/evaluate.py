@@ -6,12 +6,14 @@ sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evalua
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.durability import write_whole
@@ -252,19 +254,41 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
     """
     log = Console(processes)
     evaluation = Evaluation.open(options, processes, log)
-    file, folder = options.output_dir / EVALUATION_FILE, options.output_dir / PARTS_FOLDER
-    if processes.from_first("state", lambda: claim_output(file, folder, evaluation.identity())):
-        log.print(f"{file} is there already, for this model and data")
-    else:
+
+    def results(folder: Path) -> dict[str, Any] | None:
         scores = evaluation.score(folder, processes, log)
-        if processes.is_first:
-            results = evaluation.results(scores, processes)
-            write_whole(file, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode())
+        return evaluation.results(scores, processes) if processes.is_first else None
+
+    leave_results(options.output_dir, evaluation.identity, results, processes, log)
+
+
+def leave_results(
+    output_dir: Path,
+    identity: Callable[[], dict[str, Any]],
+    results: Callable[[Path], dict[str, Any] | None],
+    processes: Processes,
+    log: Console,
+) -> None:
+    """Leave evaluation.json and a report, or show them where they are there already. All processes call this together.
+
+    Args:
+        identity: called by the first process; what the results depend on.
+        results: called by all processes with a folder, where they keep what a job that is killed need not do again;
+            gives what evaluation.json says on the first process.
+
+    Raises:
+        DataError: output_dir holds another evaluation.
+    """
+    file, folder = output_dir / EVALUATION_FILE, output_dir / PARTS_FOLDER
+    if processes.from_first("state", lambda: claim_output(file, folder, identity())):
+        log.print(f"{escape(str(file))} is there already, for this model and data")
+    elif found := results(folder):
+        write_whole(file, json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode())
     if processes.is_first:
         shutil.rmtree(folder, ignore_errors=True)
         log.print(render_evaluation(json.loads(file.read_text())))
-        log.print(f"the results are in {options.output_dir}")
-        leave_report(options.output_dir, log)
+        log.print(f"the results are in {escape(str(output_dir))}")
+        leave_report(output_dir, log)
     leave_together(processes)
 
 

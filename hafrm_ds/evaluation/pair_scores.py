@@ -53,6 +53,10 @@ class Grouping:
         ones = np.ones(num_pairs, dtype=np.float32)
         return cls(np.arange(num_pairs), np.tile(np.arange(2, dtype=np.int32), (num_pairs, 1)), ones, ones)
 
+    def names(self, ids: list[str]) -> list[str]:
+        """The id of the group of each comparison -> that of the comparison, with its answers counted from 1 on."""
+        return [f"{id} ({better + 1}>{worse + 1})" for id, (better, worse) in zip(ids, self.answers.tolist())]
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -145,7 +149,7 @@ class PairScores:
         grouping = None
         if not groups.are_pairs:
             grouping = Grouping(owner, np.stack([table.better, table.worse], axis=1), table.target, table.weight)
-            ids = [f"{id} ({better + 1}>{worse + 1})" for id, (better, worse) in zip(ids, grouping.answers.tolist())]
+            ids = grouping.names(ids)
         prompts = [key.tobytes().hex() for key in groups.prompt_keys[index]]
 
         def of_sides(values: np.ndarray | None) -> np.ndarray | None:

@@ -6,13 +6,10 @@ It has no tokenizer of its own, so it is asked about messages, as a file of conv
 sources -> rows of messages -> OUTPUT/parts/asked.jsonl -> OUTPUT/parts/scores.jsonl -> evaluation.json
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 
 from hafrm_ds.data.report import Example
 from hafrm_ds.durability import write_whole
@@ -21,15 +18,12 @@ from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm_ds.evaluation.best_of_n.ranking import identity_of_scorer, read_lines, score
-from hafrm_ds.evaluation.evaluate import PARTS_FOLDER, REASONS_SHOWN, claim_output, hash_of
-from hafrm_ds.evaluation.figures import render_evaluation
+from hafrm_ds.evaluation.evaluate import PARTS_FOLDER, REASONS_SHOWN, hash_of, leave_results
 from hafrm_ds.evaluation.options import EvaluationOptions
-from hafrm_ds.evaluation.pair_rows import compared, rows_of_pairs, text_of
-from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
-from hafrm_ds.evaluation.report.writing import leave_report
+from hafrm_ds.evaluation.pair_rows import compared, grouping_of, rows_of_pairs, text_of
+from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import leave_together
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.scoring.files import ScoringOptions
 from hafrm_ds.scoring.rows import json_line
@@ -61,7 +55,7 @@ def evaluate_reward(options: EvaluationOptions, processes: Processes) -> None:
     if given := [f"--{name}" for name in OF_A_MODEL if name in options.model_fields_set]:
         raise ConfigError([f"{', '.join(given)}: of a single model alone, and {options.model} is none; leave it out"])
     log = Console(processes)
-    file, folder = options.output_dir / EVALUATION_FILE, options.output_dir / PARTS_FOLDER
+    folder = options.output_dir / PARTS_FOLDER
     scoring = ScoringOptions(
         model=Path(options.model),
         input=folder / ASKED_FILE,
@@ -72,22 +66,19 @@ def evaluate_reward(options: EvaluationOptions, processes: Processes) -> None:
     asked = read_asked(options) if processes.is_first else {}
     questions = read_questions(options) if processes.is_first else {}
     asked |= {name: as_rows(each) for name, each in questions.items()}
-    identity = {"reward": identity_of_scorer(scoring), "asked": {name: hash_of(rows) for name, rows in asked.items()}}
-    if processes.from_first("state", lambda: claim_output(file, folder, identity)):
-        log.print(f"{file} is there already, for this reward and data")
-    else:
+
+    def identity() -> dict[str, Any]:
+        return {"reward": identity_of_scorer(scoring), "asked": {name: hash_of(rows) for name, rows in asked.items()}}
+
+    def results(folder: Path) -> dict[str, Any] | None:
         processes.from_first("asked", lambda: write_asked(scoring.input, asked))
         score(options.model, scoring, processes, log)
-        if processes.is_first:
-            results = results_of(options, split(read_lines(scoring.output), asked), questions, log)
-            results |= {"environment": environment(processes.world_size, processes.device), "job": identity}
-            write_whole(file, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False).encode())
-    if processes.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
-        log.print(render_evaluation(json.loads(file.read_text())))
-        log.print(f"the results are in {escape(str(options.output_dir))}")
-        leave_report(options.output_dir, log)
-    leave_together(processes)
+        if not processes.is_first:
+            return None
+        found = results_of(options, split(read_lines(scoring.output), asked), questions, log)
+        return found | {"environment": environment(processes.world_size, processes.device), "job": identity()}
+
+    leave_results(options.output_dir, identity, results, processes, log)
 
 
 # ---- what is asked -------------------------------------------------------------------------------------------------
@@ -146,18 +137,22 @@ def analyse_set(name: str, rows: Rows, options: EvaluationOptions, log: Console)
     if reasons := [reason_of(row) for row in rows if row["scores"] is None]:
         message = f"{name}: {len(reasons):,} of {len(rows):,} pairs could not be scored, the first because {reasons[0]}"
         share = MAX_DROPPED_SHARE if options.max_dropped_share is None else options.max_dropped_share
-        if len(reasons) > share * len(rows):
+        if not scored or len(reasons) > share * len(rows):
             raise DataError(f"{message}. --max_dropped_share is {share}")
         log.warn(message)
+    groups, ids = grouping_of(scored), [row["id"] for row in scored]
+    if groups is not None:
+        ids = groups.names(ids)
     scores = PairScores(
         name,
         None,
         1.0,
-        [row["id"] for row in scored],
+        ids,
         [row["source"] for row in scored],
         [hash_of(row["prompt"]) for row in scored],
         np.array([[len(text_of(answer).split()) for answer in row["responses"]] for row in scored]),
         reward=np.array([row["scores"] for row in scored], dtype=np.float32),
+        groups=groups,
     )
     analysis = analyse(scores)
     for place in scores.mistakes():

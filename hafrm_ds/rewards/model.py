@@ -38,7 +38,7 @@ class ModelReward:
     head: str = "reward"
 
     def scores(self, conversations: Sequence[Conversation]) -> list[Score]:
-        """Raises UserError if the device has no room for a micro-batch."""
+        """Raises NoRoomError if the device has no room for a micro-batch."""
         return self.of_encoded([self.encode(conversation) for conversation in conversations])
 
     def of_encoded(self, encoded: Sequence[PromptWithResponses | str]) -> list[Score]:

@@ -42,7 +42,7 @@ class Reward(Protocol):
         """The score of each conversation, in order. A conversation's own fault is its score's error, never a 0.
 
         Raises:
-            UserError: nothing can be scored, as where the device has no room.
+            NoRoomError: the device has no room for so many.
         """
 
 

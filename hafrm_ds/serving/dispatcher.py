@@ -1,11 +1,12 @@
 """From requests to workers: a queue of questions, from which each idle worker takes a batch.
 
-Whatever waits when a worker becomes idle goes through together, up to about a micro-batch, whoever asked it; the worker
-computes prompts that are equal once. A worker that dies or hangs is started anew, and what it was asked is answered by
-an error.
+What waits when a worker becomes idle goes through together, up to about a micro-batch, whoever asked it. Answers to one
+prompt go together first, as the worker computes an equal prompt once. A worker that dies or hangs is started anew, and
+what it was asked is answered by an error.
 """
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -73,7 +74,7 @@ class Worker:
         self.is_ready = True
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Raises WorkerFailed if it dies or hangs, which ends it, or if its device has no room."""
+        """Raises WorkerFailed if it dies or hangs, which ends it."""
         assert self.running is not None
         process, connection = self.running
         try:
@@ -83,15 +84,12 @@ class Worker:
                 raise WorkerFailed(
                     f"worker {self.number} took longer than {self.options.timeout:g} seconds and was ended"
                 )
-            answer = connection.recv()
+            return connection.recv()
         except (EOFError, OSError):
             self.is_ready = False
             status = process.wait()
             self.stop()
             raise WorkerFailed(f"worker {self.number} died (status {status}) while it scored this request") from None
-        if isinstance(answer, str):
-            raise WorkerFailed(f"worker {self.number}: {answer}")
-        return answer
 
     def stop(self) -> None:
         self.is_ready = False
@@ -103,19 +101,48 @@ class Worker:
             connection.close()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Waiting:
-    """A question in the queue, and where its answer goes."""
+    """A question in the queue, and where its answer goes.
+
+    prompt: what it shares with other answers to its prompt. shared, own: characters of that, and of the rest.
+    """
 
     question: Question
     answer: asyncio.Future[Answer]
+    prompt: str
+    shared: int
+    own: int
 
-    @property
-    def characters(self) -> int:
-        item = self.question.item
+    @classmethod
+    def of(cls, question: Question, answer: asyncio.Future[Answer]) -> "Waiting":
+        item = question.item
         if isinstance(item, Rendered):
-            return len(item.text)
-        return sum(len(message.get("content") or "") for message in item)
+            return cls(question, answer, item.prompt or item.text, len(item.prompt), len(item.text) - len(item.prompt))
+        *shared, own = (len(message.get("content") or "") for message in item)
+        return cls(question, answer, json.dumps(item[:-1], sort_keys=True), sum(shared), own)
+
+
+def choose(queue: Sequence[Waiting], budget: int) -> tuple[list[Waiting], deque[Waiting]]:
+    """What goes through together, and what waits on, in order of arrival. Who has waited longest comes first, with all
+    who share its prompt, then the next, up to `budget` characters; one at least. Whose client has left is in neither.
+    """
+    by_prompt: dict[tuple[Kind, str], list[Waiting]] = {}
+    for each in queue:
+        if not each.answer.done():
+            by_prompt.setdefault((each.question.kind, each.prompt), []).append(each)
+    batch: list[Waiting] = []
+    for group in by_prompt.values():
+        budget -= group[0].shared
+        for each in group:
+            budget -= each.own
+            if budget < 0 and batch:
+                break
+            batch.append(each)
+        if budget < 0:
+            break
+    chosen = set(map(id, batch))
+    return batch, deque(each for each in queue if id(each) not in chosen and not each.answer.done())
 
 
 @dataclass
@@ -152,7 +179,7 @@ class Dispatcher:
         if len(self.queue) + len(items) > self.options.max_queue:
             raise QueueFull
         loop = asyncio.get_running_loop()
-        waiting = [Waiting(Question(kind, item), loop.create_future()) for item in items]
+        waiting = [Waiting.of(Question(kind, item), loop.create_future()) for item in items]
         self.queue.extend(waiting)
         self.arrived.set()
         try:
@@ -199,12 +226,7 @@ class Dispatcher:
             except TimeoutError:
                 return []
             await asyncio.sleep(self.options.max_wait_ms / 1000)
-        batch: list[Waiting] = []
-        while self.queue and (not batch or self.queue[0].characters <= budget):
-            each = self.queue.popleft()
-            if not each.answer.done():  # else its client has left
-                batch.append(each)
-                budget -= each.characters
+        batch, self.queue = choose(self.queue, budget)
         return batch
 
     async def restart(self, worker: Worker) -> None:

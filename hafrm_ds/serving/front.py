@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -16,6 +17,7 @@ from hafrm_ds.serving.dispatcher import Dispatcher, QueueFull, WorkerFailed
 from hafrm_ds.serving.metrics import Metrics
 from hafrm_ds.serving.openapi import description
 from hafrm_ds.serving.options import ServingOptions
+from hafrm_ds.serving.page import page
 from hafrm_ds.serving.protocols import ROUTES, Asked, BadRequest
 from hafrm_ds.serving.worker import Answer
 
@@ -43,10 +45,12 @@ class Refused(Exception):
 class Front:
     """The application.
 
-    key: what a request must bring; None if everybody is served. is_draining: only what has come already is answered.
+    judges: what GET /model says of them. key: what a request must bring; None if everybody is served. is_draining: only
+    what has come already is answered.
     """
 
     options: ServingOptions
+    judges: dict[str, Any]
     dispatcher: Dispatcher
     key: str | None
     metrics: Metrics = field(default_factory=Metrics)
@@ -57,8 +61,11 @@ class Front:
         routes += [
             Route("/health", self.health),
             Route("/metrics", self.counted(self.told)),
+            Route("/model", self.counted(self.model)),
             Route("/openapi.json", self.openapi),
         ]
+        if self.options.page:
+            routes.append(Route("/", page))
         return Starlette(routes=routes)
 
     def counted(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -165,6 +172,9 @@ class Front:
 
     async def told(self, request: Request) -> Response:
         return PlainTextResponse(self.metrics.text(self.dispatcher), media_type="text/plain; version=0.0.4")
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self.judges)
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(description())

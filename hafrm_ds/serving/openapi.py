@@ -1,82 +1,51 @@
-"""The server in OpenAPI 3.1, as GET /openapi.json gives it."""
+"""The server in OpenAPI 3.1, as GET /openapi.json gives it. What a route is for is told by its function in `protocols`.
+
+Here JSON is written as it looks: {"name": str} is an object, whose "name?" may be missing; [float] is a list of
+numbers, a tuple holds alternatives, `Any` is anything.
+"""
 
 from typing import Any
 
 import hafrm_ds
+from hafrm_ds.serving.protocols import ROUTES
 
-TEXT: dict[str, Any] = {"type": "string"}
-NUMBER: dict[str, Any] = {"type": "number"}
-MESSAGES: dict[str, Any] = {
-    "type": "array",
-    "items": {"type": "object", "properties": {"role": TEXT, "content": TEXT}, "required": ["role", "content"]},
+TYPES = {str: "string", float: "number", int: "integer", bool: "boolean", None: "null"}
+MESSAGES = [{"role": str, "content": str}]
+ROW = {"messages?": MESSAGES, "prompt?": (str, MESSAGES), "response?": str, "responses?": [str]}
+ROWS = ({"rows": [ROW]}, [ROW])
+SCORED = {"score?": (float, None), "scores?": ([float], None)}
+TOKENS = {
+    **{"token_ids": [int], "tokens": [str], "logprobs": [float], "logprob": float},
+    **{"reference_logprobs?": [float], "implicit_rewards?": [float], "implicit_reward?": float},
 }
-
-
-def array(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
-def record(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
-    """A JSON object; without properties, any."""
-    return {"type": "object"} | ({"properties": properties, "required": list(required)} if properties else {})
-
-
-ROW = record(messages=MESSAGES, prompt={"anyOf": [TEXT, MESSAGES]}, response=TEXT, responses=array(TEXT))
-ROWS = {"anyOf": [record(("rows",), rows=array(ROW)), array(ROW)]}
-ANSWER_TOKENS = record(
-    ("token_ids", "tokens", "logprobs", "logprob"),
-    token_ids=array({"type": "integer"}),
-    tokens=array(TEXT),
-    logprobs=array(NUMBER),
-    logprob=NUMBER,
-    reference_logprobs=array(NUMBER),
-    implicit_rewards=array(NUMBER),
-    implicit_reward=NUMBER,
-)
-CLASS = record(
-    ("index", "label", "probs", "num_classes"),
-    index={"type": "integer"},
-    label=TEXT,
-    probs=array(NUMBER),
-    num_classes={"type": "integer"},
-)
-POSTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+CLASSES = [{"index": int, "label": str, "probs": [float], "num_classes": int}]
+POSTS: dict[str, tuple[Any, Any]] = {
     "/get_reward": (
-        "OpenRLHF (--reward.remote_url).",
-        record(("query",), query=array(TEXT), prompts=array(TEXT), labels=array({})),
-        record(("rewards", "scores", "extra_logs"), rewards=array(NUMBER), scores=array(NUMBER), extra_logs=record()),
+        {"query": [str], "prompts?": [str], "labels?": [Any]},
+        {"rewards": [float], "scores": [float], "extra_logs": {}},
     ),
-    "/reward": (
-        "slime (--rm-type remote_rm --rm-url).",
-        record(("prompt", "response"), prompt={"anyOf": [TEXT, MESSAGES]}, response=TEXT, label={}),
-        NUMBER,
-    ),
+    "/reward": ({"prompt": (str, MESSAGES), "response": str, "label?": Any}, float),
     "/classify": (
-        "vLLM's, and so verl's; `probs` holds the reward as it is.",
-        record(
-            model=TEXT,
-            messages=MESSAGES,
-            input={"anyOf": [TEXT, array(TEXT)]},
-            use_activation={"enum": [False, None]},
-        ),
-        record(("id", "object", "created", "model", "data", "usage"), data=array(CLASS), usage=record()),
+        {"model?": str, "messages?": MESSAGES, "input?": (str, [str]), "use_activation?": (bool, None)},
+        {"id": str, "object": str, "created": int, "model": str, "data": CLASSES, "usage": {}},
     ),
-    "/score": (
-        "Rows of launch/score.py; the same rows with score, or scores of several responses.",
-        ROWS,
-        record(("rows",), rows=array(ROW)),
-    ),
-    "/logprobs": (
-        "Rows of launch/score.py; the policy's log-prob of each token of the answers, and implicit rewards.",
-        ROWS,
-        record(("rows",), rows=array(record(("answers",), answers=array(ANSWER_TOKENS)))),
-    ),
+    "/score": (ROWS, {"rows": [ROW | SCORED]}),
+    "/logprobs": (ROWS, {"rows": [{"answers": [TOKENS]}]}),
 }
-"""Path -> what it is for, its request and its response."""
-GETS = {
-    "/health": "200 where requests are answered; 503 while the reward is loaded or the server stopped.",
-    "/metrics": "Counters for Prometheus.",
-    "/openapi.json": "This description.",
+"""Path -> its request and its response."""
+MODEL = {
+    **{"model": str, "scores": str, "logprobs": bool, "reference": (str, None), "beta": (float, None)},
+    **{"weights": ([float], None), "missing": {"reward?": str, "implicit?": str, "combined?": str}},
+}
+GETS: dict[str, tuple[str, Any]] = {
+    "/model": (
+        "What is served: what /score gives, whether /logprobs answers, what its implicit rewards are measured against, "
+        "what both heads count in the combined judge, and why a judge is missing.",
+        MODEL,
+    ),
+    "/health": ("200 where requests are answered; 503 while the reward is loaded or the server stopped.", {}),
+    "/metrics": ("Counters for Prometheus.", None),
+    "/openapi.json": ("This description.", {}),
 }
 FAULTS = {
     "400": "The request is not what the route takes.",
@@ -84,48 +53,49 @@ FAULTS = {
     "408": "The body came too slowly.",
     "413": "The body, or the number of conversations, is too large.",
     "422": "Rows that cannot be scored; they are named.",
-    "500": "A worker died, or had no room.",
+    "500": "A worker died.",
     "503": "The queue is full, or the server is being stopped; Retry-After says when to come again.",
     "504": "No answer in time.",
 }
-ERROR = record(
-    ("error",),
-    error=record(
-        ("message", "code"),
-        message=TEXT,
-        code={"type": "integer"},
-        rows=array(record(("row", "error"), row=TEXT, error=TEXT)),
-    ),
-)
+ERROR = {"error": {"message": str, "code": int, "rows?": [{"row": str, "error": str}]}}
+
+
+def schema(shape: Any) -> dict[str, Any]:
+    """The JSON schema of a shape."""
+    if isinstance(shape, list):
+        return {"type": "array", "items": schema(shape[0])}
+    if isinstance(shape, tuple):
+        return {"anyOf": [schema(each) for each in shape]}
+    if isinstance(shape, dict):
+        properties = {name.removesuffix("?"): schema(each) for name, each in shape.items()}
+        required = [name for name in shape if not name.endswith("?")]
+        return {"type": "object", "properties": properties, "required": required}
+    return {} if shape is Any else {"type": TYPES[shape]}
+
+
+def content(shape: Any) -> dict[str, Any]:
+    return {} if shape is None else {"content": {"application/json": {"schema": schema(shape)}}}
 
 
 def description() -> dict[str, Any]:
-    def content(schema: dict[str, Any]) -> dict[str, Any]:
-        return {"content": {"application/json": {"schema": schema}}}
-
     faults = {status: {"description": about} | content(ERROR) for status, about in FAULTS.items()}
     paths: dict[str, Any] = {
         path: {
             "post": {
-                "summary": about,
+                "summary": " ".join((ROUTES[path].__doc__ or "").split()),
                 "requestBody": {"required": True} | content(request),
                 "responses": {"200": {"description": "Scored."} | content(response)} | faults,
             }
         }
-        for path, (about, request, response) in POSTS.items()
+        for path, (request, response) in POSTS.items()
     }
-    paths |= {
-        path: {"get": {"summary": about, "responses": {"200": {"description": about}}}} for path, about in GETS.items()
-    }
+    for path, (about, response) in GETS.items():
+        paths[path] = {"get": {"summary": about, "responses": {"200": {"description": about} | content(response)}}}
+    header, url = {"type": "http", "scheme": "bearer"}, {"type": "apiKey", "in": "query", "name": "key"}
     return {
         "openapi": "3.1.0",
         "info": {"title": "hafrm_ds rewards", "version": hafrm_ds.__version__},
-        "components": {
-            "securitySchemes": {
-                "header": {"type": "http", "scheme": "bearer"},
-                "url": {"type": "apiKey", "in": "query", "name": "key"},
-            }
-        },
+        "components": {"securitySchemes": {"header": header, "url": url}},
         "security": [{"header": []}, {"url": []}, {}],
         "paths": paths,
     }

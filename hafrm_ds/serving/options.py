@@ -34,6 +34,9 @@ class ServingOptions(ScoringSection):
     credit: bool = False
     """Load the reference also where the reward head scores, so that /logprobs gives the implicit reward of each
     token."""
+    page: bool = False
+    """Show the model at /: two answers side by side, what each judge says of them, and with --credit what each token is
+    worth."""
     host: str = "127.0.0.1"
     """Address that is listened on. 0.0.0.0 is all of this machine's; give a --key then."""
     port: Annotated[int, Field(ge=0, le=65535)] = 5000

@@ -1,7 +1,7 @@
 """What each client sends and expects, word for word.
 
 A request's JSON becomes an `Asked`: conversations with the places that name them, and how their values are written.
-What is wrong with a row is kept with its place; a number never stands for it.
+What is wrong with a row is kept with its place; a number never stands for it. `serving.openapi` writes down the JSON.
 """
 
 import json
@@ -112,8 +112,8 @@ def listed(body: Any, name: str) -> list:
 
 
 def openrlhf(body: Any, options: ServingOptions) -> Asked:
-    """{"query": [text], "prompts": [text], "labels": [any]} -> {"rewards": [x], "scores": [x], "extra_logs": {}}.
-    The logs hold a list for each attribute of a model that has them."""
+    """OpenRLHF (--reward.remote_url): a reward for each query, a prompt with its answer. The logs hold a list for each
+    attribute of a model that has them."""
     queries = listed(body, "query")
     columns = [body.get(name) or [None] * len(queries) for name in ("prompts", "labels")]
     if any(not isinstance(column, list) or len(column) != len(queries) for column in columns):
@@ -142,7 +142,7 @@ def openrlhf(body: Any, options: ServingOptions) -> Asked:
 
 
 def slime(body: Any, options: ServingOptions) -> Asked:
-    """{"prompt": text or messages, "response": text, "label": any} -> a number."""
+    """slime (--rm-type remote_rm --rm-url): a bare number."""
     if not isinstance(body, dict) or not {"prompt", "response"} <= body.keys():
         raise BadRequest("expected an object with prompt and response")
     asked = Asked(lambda answers: answers[0].value)
@@ -151,8 +151,8 @@ def slime(body: Any, options: ServingOptions) -> Asked:
 
 
 def vllm(body: Any, options: ServingOptions) -> Asked:
-    """{"model", "messages": [...]} or {"model", "input": text or [text]}, with use_activation false, -> one class each,
-    whose "probability" is the reward."""
+    """vLLM's, and so verl's: messages or input, with use_activation false or null; the "probability" of the one class
+    of each is its reward as it is."""
     if not isinstance(body, dict) or ("messages" in body) == ("input" in body):
         raise BadRequest("expected an object with either messages or input")
     if body.get("use_activation"):
@@ -192,26 +192,28 @@ def messages_of(messages: Any) -> Conversation:
     return conversations_of(Row({"messages": messages}, "the row", ""))[1][0]
 
 
-def rows_of(body: Any) -> tuple[list[ScoredRow], list[str]]:
-    rows = listed({"rows": body} if isinstance(body, list) else body, "rows")
-    places = [f"rows[{number}]" for number in range(len(rows))]
-    return [ScoredRow.of(fields, place) for fields, place in zip(rows, places)], places
+def rows_of(body: Any, asked: Asked) -> list[tuple[ScoredRow, str]]:
+    """The rows of a request with their places; their conversations are asked about."""
+    listed_rows = listed({"rows": body} if isinstance(body, list) else body, "rows")
+    places = [f"rows[{number}]" for number in range(len(listed_rows))]
+    rows = [(ScoredRow.of(fields, place), place) for fields, place in zip(listed_rows, places)]
+    for row, place in rows:
+        asked.items += row.conversations
+        asked.places += [place] * len(row.conversations)
+    return rows
 
 
 def score(body: Any, options: ServingOptions) -> Asked:
-    """{"rows": [row of launch/score.py]} or the list alone -> {"rows": [the row with score or scores]}. A row that
-    cannot be scored has the score null and the reason in score_error, and the status is 422."""
-    rows, places = rows_of(body)
+    """Rows of launch/score.py: the same rows with score, or scores of several responses. A row that cannot be scored
+    has the score null and the reason in score_error, and the status is 422."""
     asked = Asked(lambda answers: None)
-    for row, place in zip(rows, places):
-        asked.items += row.conversations
-        asked.places += [place] * len(row.conversations)
+    rows = rows_of(body, asked)
 
     def write_rows(answers: list[Answer]) -> tuple[Any, Faults]:
         left = iter(answers)
         names = next((tuple(answer.attributes) for answer in answers if not answer.error), ())
         written, faults = [], {}
-        for row, place in zip(rows, places):
+        for row, place in rows:
             own = [next(left) for _ in row.conversations]
             scores = [Score(each.value, each.error, attributes=tuple(each.attributes.values())) for each in own]
             fields, error = row.scored(scores, place, names)
@@ -225,19 +227,17 @@ def score(body: Any, options: ServingOptions) -> Asked:
 
 
 def logprobs(body: Any, options: ServingOptions) -> Asked:
-    """{"rows": [row of launch/score.py]} or the list alone -> {"rows": [{"answers": [tokens of each answer]}]}."""
-    rows, places = rows_of(body)
+    """Rows of launch/score.py: of each answer the policy's log-prob of each token, and implicit rewards. The texts in
+    tokens, joined, are the answer with the end that the template writes; of a character that several tokens make up,
+    the last has it all and the others are empty."""
 
     def write(answers: list[Answer]) -> dict[str, Any]:
         left = iter(answers)
-        return {"rows": [{"answers": [next(left).value for _ in row.conversations]} for row in rows]}
+        return {"rows": [{"answers": [next(left).value for _ in row.conversations]} for row, _ in rows]}
 
     asked = Asked(write, "logprobs")
-    for row, place in zip(rows, places):
-        if row.error:
-            asked.faults[place] = row.error
-        asked.items += row.conversations
-        asked.places += [place] * len(row.conversations)
+    rows = rows_of(body, asked)
+    asked.faults = {place: row.error for row, place in rows if row.error}
     return asked
 
 

@@ -6,7 +6,10 @@ is scored exactly as the messages that it was made from.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
 from hafrm_ds.data.pairs import assistant
@@ -15,6 +18,8 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.saved.scorer import Conversation, Scorer, check_fits
 
 ANSWER = "An answer, 7c1f09."
+TOKENS_OF_A_CHARACTER = 8
+"""More than the bytes of any: what is no text after as many never will be."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +85,29 @@ def encode(scorer: Scorer, template: Template, item: Rendered) -> PromptWithResp
     end = min(max(common_prefix_length(ids, prompt_ids), 1), len(ids) - 1)
     group = PromptWithResponses(ids[:end], (ids[end:],))
     return check_fits(scorer.sizes, scorer.formatter, group, scorer.max_tokens)
+
+
+# ---- back to texts ---------------------------------------------------------------------------------------------------
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; joined it is the text. A token that ends within a character adds nothing, and
+    the one that completes the character all of it.
+
+    Args:
+        before: ids that stand in front; some tokenizers write a first token otherwise than a later one.
+    """
+
+    def decode(first: int, end: int) -> str:
+        return tokenizer.decode(tokens[first:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    tokens = [*map(int, before[-TOKENS_OF_A_CHARACTER:]), *ids]
+    known = len(tokens) - len(ids)  # so many tokens are told
+    start, found = 0, []
+    for end in range(known + 1, len(tokens) + 1):
+        text = decode(start, end)
+        is_open = text.endswith("\ufffd") and end < min(len(tokens), known + TOKENS_OF_A_CHARACTER)
+        found.append("" if is_open else text[len(decode(start, known)) :])
+        if not is_open:
+            start, known = known, end
+    return found

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.serving.dispatcher import Dispatcher
 from hafrm_ds.serving.front import Front
+from hafrm_ds.serving.judges import about
 from hafrm_ds.serving.options import ServingOptions
 
 HEADER_SECONDS = 20
@@ -71,12 +72,12 @@ def serve(options: ServingOptions, say: Callable[[str], None]) -> None:
         ConfigError, ModelError: the reward cannot be used, or the address.
     """
     key = options.secret()
-    options.open()  # what is wrong is said before a process is started
+    judges = about(options, options.open())  # what is wrong is said before a process is started
     listener = listen(options)
     if not options.is_local and key is None:
         say(f"warning: {options.host} can be reached from other machines, and there is no --key")
     num_workers = options.workers or max(1, torch.cuda.device_count())
-    asyncio.run(run(options, key, listener, num_workers, say))
+    asyncio.run(run(options, judges, key, listener, num_workers, say))
 
 
 def listen(options: ServingOptions) -> socket.socket:
@@ -89,11 +90,16 @@ def listen(options: ServingOptions) -> socket.socket:
 
 
 async def run(
-    options: ServingOptions, key: str | None, listener: socket.socket, num_workers: int, say: Callable[[str], None]
+    options: ServingOptions,
+    judges: dict[str, Any],
+    key: str | None,
+    listener: socket.socket,
+    num_workers: int,
+    say: Callable[[str], None],
 ) -> None:
-    """Raises ModelError if the reward cannot be loaded."""
+    """Arguments as `Front` has them. Raises ModelError if the reward cannot be loaded."""
     dispatcher = Dispatcher(options, num_workers, say)
-    front = Front(options, dispatcher, key)
+    front = Front(options, judges, dispatcher, key)
     config = uvicorn.Config(
         front.application(),
         http=PatientProtocol,

@@ -1,9 +1,10 @@
 """A worker process (`main`): it holds the reward on one device and answers batches of questions.
 
 It gets its options, sends "" when the reward is loaded, else what is wrong. Then it gets batches, and sends their
-answers or, where nothing can be scored, one message for the whole batch.
+answers.
 """
 
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -13,11 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from hafrm_ds.data.packing import share_prompts
 from hafrm_ds.data.tokenization import PromptWithResponses
-from hafrm_ds.errors import DataError, ModelError, UserError
+from hafrm_ds.errors import DataError, ModelError, NoRoomError, UserError
 from hafrm_ds.hardware.devices import refuse_untried
-from hafrm_ds.rewards.model import ModelReward, OpenedModel
+from hafrm_ds.rewards.model import NOT_FINITE, ModelReward, OpenedModel
 from hafrm_ds.rewards.reward import Loader, OpenedReward, Reward, Score
 from hafrm_ds.saved.classifier import SavedClassifier
 from hafrm_ds.saved.implicit import ImplicitRewardModel, SavedImplicitReward
@@ -25,7 +25,7 @@ from hafrm_ds.saved.opening import BASE, open_reference, trained_beta
 from hafrm_ds.saved.policy import PolicyModel
 from hafrm_ds.saved.scorer import Scorer
 from hafrm_ds.serving.options import ServingOptions
-from hafrm_ds.serving.rendered import Item, Rendered, Template, encode
+from hafrm_ds.serving.rendered import Item, Rendered, Template, encode, pieces
 
 Kind = Literal["score", "logprobs"]
 NO_MESSAGES = (
@@ -64,21 +64,23 @@ class Policy:
     beta: float
 
     def of_tokens(self, encoded: Sequence[PromptWithResponses]) -> list[dict[str, Any]]:
-        """Of the answer of each conversation: its tokens with the log-prob and the implicit reward of each."""
-        groups, places = share_prompts(list(encoded))
-        found: dict[int, dict[str, Any]] = {}
-        columns = [each.token_logprobs(groups) if each else None for each in (self.scorer, self.reference)]
-        for number, place in enumerate(places):
-            logprobs, reference = (column[number] if column else None for column in columns)
-            assert logprobs is not None
-            ids = [int(token) for token in encoded[place].responses[0]]
-            tokens = [self.scorer.formatter.tokenizer.decode([token]) for token in ids]
-            found[place] = {"token_ids": ids, "tokens": tokens, "logprobs": logprobs, "logprob": sum(logprobs)}
-            if reference is not None:
-                rewards = [self.beta * (ours - theirs) for ours, theirs in zip(logprobs, reference, strict=True)]
-                found[place] |= {"reference_logprobs": reference, "implicit_rewards": rewards}
-                found[place]["implicit_reward"] = sum(rewards)
-        return [found[place] for place in range(len(encoded))]
+        """Of the answer of each conversation: its tokens with the log-prob and the implicit reward of each. The texts
+        of the tokens, joined, are the answer as the template writes it (`pieces`)."""
+        ours, theirs = (
+            each.of_conversations(encoded, each.token_logprobs) if each else None
+            for each in (self.scorer, self.reference)
+        )
+        assert ours is not None
+        found = []
+        for number, (prompt, (response,)) in enumerate(encoded):
+            ids, logprobs = [int(token) for token in response], ours[number]
+            tokens = pieces(self.scorer.formatter.tokenizer, prompt, ids)
+            found.append({"token_ids": ids, "tokens": tokens, "logprobs": logprobs, "logprob": sum(logprobs)})
+            if theirs is not None:
+                rewards = [self.beta * (our - their) for our, their in zip(logprobs, theirs[number], strict=True)]
+                found[-1] |= {"reference_logprobs": theirs[number], "implicit_rewards": rewards}
+                found[-1]["implicit_reward"] = sum(rewards)
+        return found
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,20 @@ class Served:
         return cls(reward, policy, Template.of(reward.scorer.formatter))
 
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
-        """In order. Raises UserError if the device has no room."""
+        """In order. Questions that the device has no room for together are asked in halves; one that it has no room for
+        alone has the error for its answer."""
+        try:
+            return self.together(questions)
+        except (NoRoomError, torch.OutOfMemoryError) as error:
+            if len(questions) == 1:
+                return [Answer(None, str(error))]
+        # Here the error is gone, and with it what its forward held.
+        torch.cuda.empty_cache()
+        half = len(questions) // 2
+        return self.answers(questions[:half]) + self.answers(questions[half:])
+
+    def together(self, questions: Sequence[Question]) -> list[Answer]:
+        """As `answers`. Raises NoRoomError, or torch.OutOfMemoryError of a reward that is no model."""
         found: dict[int, Answer] = {}
         for kind, ask in (("score", self.scores), ("logprobs", self.logprobs)):
             places = [place for place, question in enumerate(questions) if question.kind == kind]
@@ -128,9 +143,7 @@ class Served:
         encoded = [ONE_MESSAGE if is_prompt_alone(item) else self.encode(item) for item in items]
         known = [ids for ids in encoded if not isinstance(ids, str)]
         values = iter(self.policy.of_tokens(known) if known else ())
-        return [
-            Answer(None, ids) if isinstance(ids, str) else Answer(next(values), "", num_tokens(ids)) for ids in encoded
-        ]
+        return [Answer(None, ids) if isinstance(ids, str) else of_finite(next(values), ids) for ids in encoded]
 
     def encode(self, item: Item) -> PromptWithResponses | str:
         """Its token ids, or what is wrong with it."""
@@ -141,6 +154,11 @@ class Served:
             return encode(self.reward.scorer, self.template, item)
         except DataError as error:
             return str(error)
+
+
+def of_finite(value: dict[str, Any], ids: PromptWithResponses) -> Answer:
+    is_finite = math.isfinite(value["logprob"] + value.get("implicit_reward", 0.0))  # which are sums over all tokens
+    return Answer(value if is_finite else None, "" if is_finite else NOT_FINITE, num_tokens(ids))
 
 
 def is_prompt_alone(item: Item) -> bool:
@@ -200,7 +218,4 @@ def main(descriptor: int) -> None:
             questions = connection.recv()
         except (EOFError, OSError):
             return
-        try:
-            connection.send(served.answers(questions))
-        except UserError as error:
-            connection.send(str(error))
+        connection.send(served.answers(questions))

@@ -57,7 +57,8 @@ def main() -> None:
     print(f"{options.dtype}, {options.heads} heads, {options.kv_heads} key-value heads of {options.head_dim}\n")
     print("| prompts x (prompt + answers) | kernel | ms, forward | ms, forward and backward |\n|---|---|---|---|")
     for shape, items in SHAPES.items():
-        segments = lay_out(items, "shared_prefix").segments.to(device)
+        segments = lay_out(items, "shared_prefix").to(device).segments
+        assert segments is not None
         counts = [(sum(segments.q_lengths), options.heads), *[(sum(segments.k_lengths), options.kv_heads)] * 2]
         inputs = [torch.randn(*count, options.head_dim, device=device).to(dtype).requires_grad_() for count in counts]
         upstream = torch.randn_like(inputs[0])

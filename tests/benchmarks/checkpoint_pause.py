@@ -33,7 +33,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     processes.start_group()
     engine = load_training_engine(config, processes)
     config = settle_batch(engine, [train_pairs], config, log)
-    saver = CheckpointSaver(config, engine, processes, log, {}, None, None)
+    saver = CheckpointSaver(config, engine, processes, log, data={}, reference="", resume_point=None)
     trainer = Trainer(config, engine, train_pairs, {}, None, saver, log, formatter.tokenizer)
     log.start(config, 0)
     trainer.train_step(0)

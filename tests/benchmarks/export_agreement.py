@@ -1,6 +1,6 @@
 """Scores and log-probs of exports in stock classes against those of the model they were made from.
 
-    python tests/benchmarks/export_agreement.py FINAL CLASSIFIER POLICY ROWS.jsonl NUM_ROWS
+    python -m tests.benchmarks.export_agreement FINAL CLASSIFIER POLICY ROWS.jsonl NUM_ROWS
 
 CLASSIFIER and POLICY are the two exports of FINAL; rows have `prompt` and `responses`, each a text or messages. Prints
 a line for each dtype.

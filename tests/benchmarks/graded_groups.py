@@ -28,7 +28,8 @@ NUM_RESAMPLES = 10_000
 
 def groups(count: int, seed: int, noise: float, topics: slice) -> list[dict]:
     """Rows `prompt, responses, scores`; answers of a group differ."""
-    rng, of_noise, rows = random.Random(f"groups {seed}"), random.Random(f"noise {seed}"), []
+    rng, of_noise = random.Random(f"groups {seed}"), random.Random(f"noise {seed}")
+    rows: list[dict] = []
     while len(rows) < count:
         topic = rng.choice(WORLD["topics"][topics])
         thing = rng.choice(topic["things"])
@@ -88,8 +89,9 @@ def table(comparisons: dict[str, Path]) -> None:
             for measure in MEASURES:
                 values = {seed: each[set_name][measure] for seed, each in by_seed.items() if measure in each[set_name]}
                 cells.append(f"{np.mean(list(values.values())):.3f}" if values else "")
-                base = {seed: each[set_name].get(measure) for seed, each in found[yardstick].items()}
-                both = [seed for seed in values if base.get(seed) is not None]
+                others = found[yardstick].items()
+                base = {seed: each[set_name][measure] for seed, each in others if measure in each[set_name]}
+                both = [seed for seed in values if seed in base]
                 if method != yardstick and len(both) > 1:
                     gains = np.array([values[seed] - base[seed] for seed in both])
                     means = gains[generator.integers(len(gains), size=(NUM_RESAMPLES, len(gains)))].mean(axis=1)

@@ -77,7 +77,7 @@ def main() -> None:
     print("| weights | reward loss | alpha times policy loss | share of the second | cosine |\n|---|---|---|---|---|")
     for name, model in models.items():
         reward = body_gradient(config, model, batches, "reward")
-        policy = config.objective.alpha * body_gradient(config, model, batches, "policy")
+        policy = weights_at(config.objective, 0).policy * body_gradient(config, model, batches, "policy")
         norms = [float(vector.norm()) for vector in (reward, policy)]
         cosine = float(reward @ policy) / (norms[0] * norms[1])
         print(f"| {name} | {norms[0]:.3g} | {norms[1]:.3g} | {norms[1] / sum(norms):.0%} | {cosine:+.2f} |")

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.group_steps --config FILE.yaml [--section.key value ...] [--rounds N]
 
-One process, no DeepSpeed. A step is forward and backward of the joint loss over batch.global_batch_size groups, cut
-into micro-batches of batch.max_tokens_per_micro_batch tokens as in training:
+One process, no DeepSpeed. A step is forward and backward of the joint loss over batch.global_batch_size groups, in
+micro-batches of batch.max_tokens_per_micro_batch tokens as in training:
 
 groups: each group as it is, its answers behind one prompt. pairs of the groups: every comparison as a pair, all of them
     in the step. pairs in random order: the comparisons of the whole set shuffled, of which a step takes as many.

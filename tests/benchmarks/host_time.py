@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.engine.deepspeed_config import load_config
+from hafrm_ds.engine.engine import TrainingEngine
 from hafrm_ds.model.attention import Kernel, segment_attention
 from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.training.benchmark import trainer_for_measuring
@@ -60,33 +62,23 @@ def main(arguments: list[str], processes: Processes) -> None:
 
         return run
 
-    trainer.engine = engine = Timed(engine, timed)
-    for step in range(WARM_UP + STEPS):
-        if step == WARM_UP:
-            for values in times.values():
-                values.clear()
-        trainer.train_step(step)
+    with mock.patch.multiple(
+        TrainingEngine,
+        __call__=timed("forward", TrainingEngine.__call__),
+        backward=timed("backward", TrainingEngine.backward),
+        step=timed("step", TrainingEngine.step),
+    ):
+        for step in range(WARM_UP + STEPS):
+            if step == WARM_UP:
+                for values in times.values():
+                    values.clear()
+            trainer.train_step(step)
     forward, backward, between = (1e3 * statistics.median(times[name]) for name in ("forward", "backward", "between"))
     print(
         f"| {engine.stage} | {config.model.gradient_checkpointing} | {forward / LAYERS:.2f} | "
         f"{backward / LAYERS:.2f} | {between:.2f} | {len(times['forward']) / STEPS:.1f} |",
         flush=True,
     )
-
-
-class Timed:
-    """An engine whose forward, backward and step are timed."""
-
-    def __init__(self, engine, timed: Callable):
-        self.engine = engine
-        self.forward = timed("forward", engine)
-        self.backward, self.step = timed("backward", engine.backward), timed("step", engine.step)
-
-    def __call__(self, *arguments, **options):
-        return self.forward(*arguments, **options)
-
-    def __getattr__(self, name: str):
-        return getattr(self.engine, name)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.layouts --config FILE.yaml [--section.key value ...]
 
-One process, no DeepSpeed. A step is forward and backward of batch.global_batch_size pairs, cut into micro-batches of
+One process, no DeepSpeed. A step is forward and backward of batch.global_batch_size pairs, in micro-batches of
 batch.max_tokens_per_micro_batch tokens as in training. Best-of-8 is one prompt of 400 random tokens with 8 answers of
 60, rewards and log-probs without gradients, against the same 8 texts scored as padded rows and one by one, as they
 would be without sharing. Contenders alternate; medians.
@@ -47,7 +47,7 @@ def main() -> None:
             model.use_layout(layout, config.model.attention, device)
             index = plan.global_batch(number)
             costs, rows = pairs.lengths.costs(layout)[index], padded_rows(layout, len(index))
-            (parts,) = partition_into_micro_batches(costs, 1, config.batch.max_tokens_per_micro_batch, rows)
+            (parts,) = partition_into_micro_batches(costs, 1, config.batch.token_budget, rows)
             micro_batches = [make_micro_batch(pairs, index[part], layout) for part in parts]
             took = sum(seconds(device, joint_step, config, model, each, device) for each in micro_batches)
             if number:

@@ -1,6 +1,6 @@
 """Prepared pairs by the million: seconds and memory of the processes of one host, from tokenised rows to a first batch.
 
-    python tests/benchmarks/many_pairs.py FOLDER [NUM_PAIRS] [RANKS]
+    python -m tests.benchmarks.many_pairs FOLDER [NUM_PAIRS] [RANKS]
 
 Writes made-up tokenised rows into FOLDER (about 200 bytes a pair; reading and tokenising are timed by reading.py), then
 starts one process after another, as a run does, each of which prepares the set, plans the first step and lays out a
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import datasets
@@ -75,6 +76,8 @@ def write_tokens(file: Path, num_pairs: int) -> None:
             columns["response_keys"] = listed(keys(2 * kept), 2)
             arrays = [pa.array(column) for column in comparison.values()]
             columns["comparisons"] = listed(pa.StructArray.from_arrays(arrays, list(comparison)), 1)
+            nothing = pa.array([], FEATURES.arrow_schema.field("attributes").type.value_type.value_type)
+            columns["attributes"] = listed(pa.ListArray.from_arrays(np.zeros(2 * kept + 1, np.int32), nothing), 2)
             columns |= {name: text("") for name in ("deselected", "remarks", "lost", "left_out", "marks")}
             columns |= {
                 "source": text("made up"),
@@ -107,13 +110,12 @@ def rank(folder: Path) -> None:
         seconds[what] = time.perf_counter() - started
         return result
 
-    replaced = {
+    replaced: dict[str, Any] = {
         "read_groups": lambda *_, **__: rows,
         "selection_key": lambda *_, **__: rows._fingerprint,
         "tokenize_rows": lambda *_, **__: datasets.Dataset.from_file(str(folder / "tokens.arrow")),
     }
-    known = {name: value for name, value in replaced.items() if hasattr(preparation, name)}
-    with mock.patch.multiple(preparation, **known):
+    with mock.patch.multiple(preparation, **replaced):
         sources = [Source(path="pairs.jsonl")]
         pairs = timed(
             "prepare", lambda: prepare_groups(sources, formatter=formatter, options=options, role="train", seed=0)
@@ -135,6 +137,12 @@ def rank(folder: Path) -> None:
     sys.stdin.readline()
 
 
+def told(process: subprocess.Popen) -> dict[str, Any]:
+    """The next figures that a process prints."""
+    assert process.stdout is not None
+    return json.loads(process.stdout.readline())
+
+
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
     if len(sys.argv) > 2 and sys.argv[2] == "rank":
@@ -145,20 +153,22 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokens.arrow").exists():
         started = time.perf_counter()
-        write_tokens(folder / "tokens.arrow", num_pairs)
+        write_tokens(folder / "draft.arrow", num_pairs)
+        (folder / "draft.arrow").rename(folder / "tokens.arrow")
         print(f"rows written in {time.perf_counter() - started:.0f} s")
     ranks, figures = [], []
     for _ in range(num_ranks):
-        command = [sys.executable, __file__, str(folder), "rank"]
+        command = [sys.executable, "-m", "tests.benchmarks.many_pairs", str(folder), "rank"]
         ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        figures.append(json.loads(ranks[-1].stdout.readline()))
+        figures.append(told(ranks[-1]))
     for each in ("measure\n", "end\n"):
         for process in ranks:
+            assert process.stdin is not None
             process.stdin.write(each)
             process.stdin.flush()
         if each == "measure\n":
             for process, found in zip(ranks, figures):
-                found.update(json.loads(process.stdout.readline()))
+                found.update(told(process))
     size = (folder / "tokens.arrow").stat().st_size
     print(f"{figures[0]['pairs']:,} pairs, {size / 2**30:.2f} GiB of tokenised rows\n")
     names = list(figures[0]["seconds"])

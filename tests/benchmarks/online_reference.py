@@ -7,7 +7,7 @@ is run on every micro-batch, as trainers without a cache do; then with log-probs
 relative difference of the losses and the time of both; looking values up and computing missing ones is not timed.
 """
 
-import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from hafrm_ds.data.prepared import PreparedGroups
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.engine.engine import Engine, load_scoring_engine, load_training_engine
 from hafrm_ds.processes.ranks import Processes, run_entry
+from hafrm_ds.reference.offline_pass import ReferenceLogprobs
 from hafrm_ds.reference.provide import ReferenceSource, shared_namespace
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
@@ -27,9 +28,9 @@ from hafrm_ds.training.run import prepare_data
 from hafrm_ds.training.saver import CheckpointSaver
 
 
-@dataclasses.dataclass
-class OnlineReference:
-    """Stands for ReferenceLogprobs: computes the values of a micro-batch of pairs when they are asked for."""
+@dataclass(frozen=True)
+class OnlineReference(ReferenceLogprobs):
+    """Computes the values of a micro-batch of pairs when they are asked for; none is known before."""
 
     engine: Engine
     pairs: PreparedGroups
@@ -39,7 +40,7 @@ class OnlineReference:
         index = np.where(responses == DUMMY, DUMMY, responses // 2)[::2]
         with torch.no_grad():
             batch = make_micro_batch(self.pairs, index.tolist(), self.layout).batch
-            logprob = self.engine(batch, with_reward=False).logprob.cpu()
+            logprob = self.engine(batch, with_reward=False).of("logprob").cpu()
         return torch.where(torch.from_numpy(responses == DUMMY), 0.0, logprob)
 
 
@@ -61,7 +62,8 @@ def main(arguments: list[str], processes: Processes) -> None:
             trainer.load_reference()
         else:
             frozen = load_scoring_engine(config, processes)
-            trainer.train_set.reference = OnlineReference(frozen, pairs, config.batch.layout)
+            unknown = np.full(len(pairs.keys), np.nan, dtype=np.float32)
+            trainer.train_set.reference = OnlineReference(unknown, frozen, pairs, config.batch.layout)
         dist.barrier()
         steps[name] = [trainer.train_step(step) for step in range(trainer.num_steps)]
     losses = {name: np.array([step["loss/total"] for step in rows]) for name, rows in steps.items()}

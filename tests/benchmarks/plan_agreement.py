@@ -84,8 +84,9 @@ def main(arguments: list[str], processes: Processes) -> None:
     parser.add_argument("--framework_gib", type=float, default=0.0)
     parser.add_argument("--mfu", type=float, default=1.0)
     own, rest = parser.parse_known_args(arguments)
-    log = RunLog(None, processes, files=False)
-    trainer = trainer_for_measuring(load_config(rest), WARM_UP + STEPS, processes, log)
+    config = load_config(rest)
+    log = RunLog(config, processes, files=False)
+    trainer = trainer_for_measuring(config, WARM_UP + STEPS, processes, log)
     config, lengths = trainer.config, trainer.train_set.groups.lengths
     walls = [trainer.train_step(step)["seconds"] for step in range(WARM_UP + STEPS)][WARM_UP:]
     measured_bytes = peak_memory_bytes(processes.device)

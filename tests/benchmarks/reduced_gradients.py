@@ -46,7 +46,9 @@ def loss_of(forward: Callable, batch: PackedBatch) -> Tensor:
 
 def gradient(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> Tensor:
     """Of all parameters in one vector, fp64."""
-    return torch.cat([of(parameter).double().flatten() for parameter in model.parameters()])
+    parts = [part for parameter in model.parameters() if (part := of(parameter)) is not None]
+    assert len(parts) == len(list(model.parameters()))
+    return torch.cat([part.double().flatten() for part in parts])
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -85,7 +87,7 @@ def ring_errors() -> dict[int, float]:
         total = torch.zeros_like(gradients[0]).bfloat16()
         for each in gradients[:size]:
             total += (each / size).bfloat16()
-        errors[size] = relative(total.double(), sum(gradients[:size]) / size)
+        errors[size] = relative(total.double(), torch.stack(gradients[:size]).mean(0))
     return errors
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ def counted(folder: Path, work: Callable[[], object]) -> tuple[int, int]:
         os.close(descriptor)
     before = counters()
     work()
-    return tuple(after - first for first, after in zip(before, counters()))
+    after = counters()
+    return after[0] - before[0], after[1] - before[1]
 
 
 def shares(layout: Layout, num_ranks: int, rank: int) -> Iterator[tuple[str, int, int]]:
@@ -67,7 +69,7 @@ def measure(checkpoint: Path, num_ranks: int) -> None:
                 for key in KEYS:
                     shards.copy_into(torch.zeros(numel), name, key, start)
 
-        check, _ = counted(checkpoint, lambda rank=rank: damaged_file(checkpoint, files.items(), rank, num_ranks))
+        check, _ = counted(checkpoint, partial(damaged_file, checkpoint, files.items(), rank, num_ranks))
         asked, from_disk = counted(checkpoint, take)
         print(f"| {rank} of {num_ranks} | {check / MIB:,.1f} | {asked / MIB:,.1f} | {from_disk / MIB:,.1f} |")
 

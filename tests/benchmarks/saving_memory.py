@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hafrm_ds.config import ModelConfig, TrainConfig
+from hafrm_ds.config import DataConfig, ModelConfig, TrainConfig
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.sources import Source
 from hafrm_ds.engine.engine import load_training_engine
+from hafrm_ds.engine.shapes import full_numel
 from hafrm_ds.model.loading import load_tokenizer
 from hafrm_ds.processes.ranks import Processes, run_entry
 from hafrm_ds.saved.writing import save_hybrid_model
@@ -38,12 +40,15 @@ def main(arguments: list[str], processes: Processes) -> None:
         json.dumps({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}})
     )
     config = TrainConfig(
-        output_dir=out, deepspeed=json_file, model=ModelConfig(name_or_path=source), data={"train": "."}
+        output_dir=Path(out),
+        deepspeed=json_file,
+        model=ModelConfig(name_or_path=source),
+        data=DataConfig(train=[Source(path=".")]),
     )
     formatter = ChatFormatter.create(load_tokenizer(config.model), None, config.data.template_date)
     processes.start_group()
     engine = load_training_engine(config, processes)
-    sizes = [p.ds_numel * p.element_size() for p in engine.model.parameters()]
+    sizes = [full_numel(p) * p.element_size() for p in engine.model.parameters()]
     dist.barrier()
     forget_peak()
     before = resident("VmRSS")

@@ -1,10 +1,14 @@
 """Requests a second of launch/serve.py under 64 clients of one sample each, against one forward a request.
 
     python tests/benchmarks/serving.py --model FINAL [--seconds 30] [--clients 64] [--prompt_words 150] [--workers 1]
+    python tests/benchmarks/serving.py --model FINAL --soak_minutes 60
 
 The samples are 16 prompts with 8 answers each, in words drawn by a fixed seed; a client sends its next when it has its
 answer. Beside the server stands the same model asked by as many clients without HTTP, each request a forward of its
 own, one after the other: the most that a server without merging could reach. Loading is not counted.
+
+--soak_minutes: then requests come at random moments, at 80% of the rate that the clients reached, for so long; a line
+every minute says how they fared, and what the server's processes have resident.
 """
 
 import argparse
@@ -20,11 +24,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 
 from hafrm_ds.saved.opening import load_judge
 
 ROOT = Path(__file__).parents[2]
 PROMPTS, ANSWERS, SEED = 16, 8, 0
+TOLERANCE = 1e-3
+"""Of a value under another batching; in bfloat16 take a model with float32 weights to see less."""
 WORDS = Path(__file__).read_text().split()
 
 
@@ -60,6 +67,54 @@ async def load(
     return took, time.perf_counter() - begin, values
 
 
+async def soak(
+    ask: Callable[[str, str], Awaitable[float]],
+    given: list[tuple[str, str]],
+    expected: dict[tuple[str, str], float],
+    rate: float,
+    minutes: int,
+    server: psutil.Process,
+) -> None:
+    """Requests at random moments, `rate` a second on average, whether or not those before are answered."""
+    source = random.Random(SEED)
+    print(f"\n{rate:.1f} requests a second\n")
+    print("| minute | answered | failed | wrong | p50 ms | p99 ms | MiB resident |\n|---|---|---|---|---|---|---|")
+    took: list[float] = []
+    failed: list[str] = []
+    wrong: list[float] = []
+    running: set[asyncio.Task[None]] = set()
+
+    async def request(sample: tuple[str, str]) -> None:
+        started = time.perf_counter()
+        try:
+            difference = abs(await ask(*sample) - expected[sample])
+        except (httpx.HTTPError, AssertionError) as error:
+            failed.append(repr(error))
+            return
+        took.append(time.perf_counter() - started)
+        wrong.extend([difference] * (difference > TOLERANCE))
+
+    begin = due = time.perf_counter()
+    for minute in range(1, minutes + 1):
+        while due < begin + 60 * minute:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            task = asyncio.create_task(request(source.choice(given)))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            due += source.expovariate(rate)
+        resident = sum(each.memory_info().rss for each in (server, *server.children(recursive=True))) / 2**20
+        p50, p99 = (1000 * np.percentile(took or [np.nan], each) for each in (50, 99))
+        print(
+            f"| {minute} | {len(took):,} | {len(failed)} | {len(wrong)} | {p50:,.0f} | {p99:,.0f} | {resident:,.0f} |"
+        )
+        for each in failed[:3]:
+            print(each)
+        sys.stdout.flush()
+        for seen in (took, failed, wrong):
+            seen.clear()
+    await asyncio.gather(*running)
+
+
 def row(name: str, took: list[float], seconds: float) -> str:
     p50, p99 = (1000 * np.percentile(took, each) for each in (50, 99))
     return f"| {name} | {len(took):,} | {len(took) / seconds:.1f} | {p50:,.0f} | {p99:,.0f} |"
@@ -73,6 +128,7 @@ async def main() -> None:
     parser.add_argument("--prompt_words", type=int, default=150)
     parser.add_argument("--answer_words", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--soak_minutes", type=int, default=0)
     options = parser.parse_args()
     given = samples(options.prompt_words, options.answer_words)
     print("| | requests | requests a second | p50 ms | p99 ms |\n|---|---|---|---|---|")
@@ -99,7 +155,11 @@ async def main() -> None:
 
             await served(*given[0])
             took, elapsed, values = await load(served, given, options.clients, options.seconds)
-        print(row("served", took, elapsed), flush=True)
+            print(row("served", took, elapsed), flush=True)
+            if options.soak_minutes:
+                rate = 0.8 * len(took) / elapsed
+                await soak(served, given, values, rate, options.soak_minutes, psutil.Process(server.pid))
+                return
     finally:
         server.terminate()
         server.wait()
@@ -109,7 +169,9 @@ async def main() -> None:
 
     async def alone(prompt: str, answer: str) -> float:
         async with one_at_a_time:
-            return (await asyncio.to_thread(judge.score, [{"role": "user", "content": prompt}], [answer]))[0]
+            scores = await asyncio.to_thread(judge.score, [{"role": "user", "content": prompt}], [answer])
+            assert isinstance(scores, list)
+            return scores[0]
 
     await alone(*given[0])
     took, elapsed, expected = await load(alone, given, options.clients, options.seconds)

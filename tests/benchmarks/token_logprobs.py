@@ -18,7 +18,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +38,7 @@ def fused(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return token_logprobs(hidden, weight, None, targets, HeadTransform())
 
 
-CONTENDERS = {"full": full_logits, "fused": fused}
+CONTENDERS: dict[str, Callable[..., torch.Tensor]] = {"full": full_logits, "fused": fused}
 COUNTED = ((128_256, 2048), (128_256, 4096), (256_000, 3584))
 """(V, H) of Llama-3.2-1B, Llama-3.1-8B and Gemma-2-9B."""
 COUNTED_TOKENS = 5002
@@ -120,7 +122,7 @@ def measure(name: str, num_tokens: int, vocabulary: int, hidden_size: int) -> st
         seconds[with_backward] = time.perf_counter() - started
 
     run(True, 64)
-    peaks = [peak_growth_bytes(device, lambda each=each: run(each)) / 2**20 for each in (False, True)]
+    peaks = [peak_growth_bytes(device, partial(run, each)) / 2**20 for each in (False, True)]
     return (
         f"| {name} | {num_tokens:,} | {peaks[0]:,.0f} | {peaks[1]:,.0f} | {seconds[False]:.2f} | {seconds[True]:.2f} |"
     )

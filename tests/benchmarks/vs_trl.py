@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -161,7 +162,7 @@ def check_same_tokens(trainer, batches: Batches) -> None:
 
     for number, (pairs, batch) in enumerate(zip(batches.pairs, trainer.get_train_dataloader(), strict=True)):
         prompts = [list(pair.prompt_ids) for pair in pairs] * 2
-        answers = [list(pair.chosen_ids) for pair in pairs] + [list(pair.rejected_ids) for pair in pairs]
+        answers = [list(pair.responses[side]) for side in (0, 1) for pair in pairs]
         whole = [prompt + answer for prompt, answer in zip(prompts, answers)]
         assert rows(batch, "attention_mask") == whole, (
             f"{type(trainer).__name__} sees other tokens in step {number + 1}"
@@ -225,6 +226,7 @@ def recipe(config: TrainConfig, batches: Batches) -> Contender:
     )
     model = HybridModel(policy, head)
     _, optimizer = make_optimizer(parameter_groups(model, config.optimizer), config.optimizer, {})
+    assert optimizer is not None
 
     def scores(causal_lm: nn.Module, batch) -> tuple[Tensor, Tensor]:
         """Hidden states [rows, width, H] and summed log-probs [N]."""
@@ -263,7 +265,9 @@ class MasterWeights:
             group["params"] = [nn.Parameter(weight.detach().float()) for weight in group["params"]]
         self.masters = [master for group in groups for master in group["params"]]
         self.max_gradient_norm = config.max_gradient_norm
-        _, self.optimizer = make_optimizer(groups, config, {})
+        _, optimizer = make_optimizer(groups, config, {})
+        assert optimizer is not None
+        self.optimizer = optimizer
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -281,7 +285,7 @@ class MasterWeights:
 
 
 def ours(config: TrainConfig, batches: Batches) -> Contender:
-    max_tokens = config.batch.max_tokens_per_micro_batch
+    max_tokens = config.batch.token_budget
     model = load_hybrid_model(config.model, layout="shared_prefix", seed=config.seed, device=torch.device("cpu"))
     layout = model.layout
     optimizer = MasterWeights(model, config.optimizer)
@@ -326,10 +330,10 @@ class Entry:
 
 
 CONTENDERS = {
-    "trl_dpo_fp32": Entry("TRL DPO, fp32 weights", lambda *run: trl_dpo(*run, torch.float32)),
-    "trl_dpo_bf16": Entry("TRL DPO, bf16 weights", lambda *run: trl_dpo(*run, torch.bfloat16)),
-    "trl_reward_fp32": Entry("TRL reward, fp32 weights", lambda *run: trl_reward(*run, torch.float32)),
-    "trl_reward_bf16": Entry("TRL reward, bf16 weights", lambda *run: trl_reward(*run, torch.bfloat16)),
+    "trl_dpo_fp32": Entry("TRL DPO, fp32 weights", partial(trl_dpo, dtype=torch.float32)),
+    "trl_dpo_bf16": Entry("TRL DPO, bf16 weights", partial(trl_dpo, dtype=torch.bfloat16)),
+    "trl_reward_fp32": Entry("TRL reward, fp32 weights", partial(trl_reward, dtype=torch.float32)),
+    "trl_reward_bf16": Entry("TRL reward, bf16 weights", partial(trl_reward, dtype=torch.bfloat16)),
     "recipe": Entry("the recipe's way", recipe),
     "ours": Entry("ours", ours, "shared_prefix"),
 }

@@ -119,7 +119,7 @@ class Case:
         folder.mkdir()
         os.environ["HAFRM_LOGS"] = str(folder)
 
-    def submit(self, script: str, *words, sbatch=()) -> str:
+    def submit(self, script: str | Path, *words, sbatch=()) -> str:
         given = [*SBATCH, f"--output={self.folder}/%x-%j.log", *sbatch]
         job = call("sbatch", "--parsable", *given, script, *words)
         say(f"job {job}: sbatch {' '.join(sbatch)} {script}")
@@ -131,7 +131,7 @@ class Case:
 
     def wait(self, job: str, seconds: float, state: str = "COMPLETED") -> None:
         """Until the job has ended; shows each change of its state on the way."""
-        seen = []
+        seen: list[str] = []
 
         def ended() -> bool:
             now = facts_of(job)
@@ -298,7 +298,7 @@ def main() -> None:
     with cluster(folder):
         say(call("sinfo", "--version"))
         for name in chosen:
-            say(f"---- {name}: {' '.join(CASES[name].__doc__.split())}")
+            say(f"---- {name}: {' '.join((CASES[name].__doc__ or '').split())}")
             CASES[name](Case(folder / name, setting))
         finished = (folder / "finished-jobs").read_text()
         print("".join(f"          {line}\n" for line in finished.splitlines()))

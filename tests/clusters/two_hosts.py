@@ -222,7 +222,7 @@ def disagreement(hosts: list[Host], folder: Path) -> None:
         ("weights", weights, other / "model/model.safetensors", "- hostb: weights is"),
         ("address", None, None, "hosta is a loopback address on hosta itself"),
     ):
-        if place is not None:
+        if file is not None and place is not None:
             hosts[1].put(file, place)
         else:
             hosts[0].know(folder, ADDRESSES | {"hosta": "127.0.1.1"})

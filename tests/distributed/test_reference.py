@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 def stored(store: Path) -> dict[bytes, float]:
     """Every value of a store with one namespace, read shard by shard."""
     (namespace,) = [folder for folder in store.iterdir() if folder.is_dir()]
-    values = {}
+    values: dict[bytes, float] = {}
     for shard in (open_shard(path, namespace.name) for path in namespace.glob("*.arrow")):
         values |= dict(zip((key.tobytes() for key in shard.keys), shard.logprob.tolist(), strict=True))
     return values

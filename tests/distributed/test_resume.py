@@ -132,14 +132,14 @@ def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
 
 
 @pytest.fixture(scope="module")
-def runs(setting) -> tuple[Path, str]:
+def runs(setting) -> tuple[Path, dict[int, str]]:
     """Straight runs on one and two ranks; runs that are stopped after STOP steps; and their second halves."""
     folder, options = setting
     stop = [STOP, 0, "SIGTERM"]
 
     def changed(place: int, num_ranks: int, fault: list | None) -> list:
         """The halves before (0) or after (1) a change that run on so many ranks."""
-        ways = ((name, change[place], change[2]) for name, change in CHANGES.items())
+        ways = ((name, (before, after)[place], dtype) for name, (before, after, dtype) in CHANGES.items())
         return [[options(name, stage, dtype), fault] for name, (ranks, stage), dtype in ways if ranks == num_ranks]
 
     run_cases(1, changed(0, 1, stop))

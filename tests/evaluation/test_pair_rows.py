@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
+
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.data.sources import Source
-from hafrm_ds.evaluation.pair_rows import compared, rows_of_pairs, text_of
+from hafrm_ds.evaluation.pair_rows import compared, grouping_of, rows_of_pairs, text_of
 
 
 def test_rows_are_the_pairs_that_are_used(tmp_path):
@@ -21,7 +23,7 @@ def test_rows_are_the_pairs_that_are_used(tmp_path):
         "source": "x",
         "prompt": [user("a")],
         "responses": [[assistant("b")], [assistant("c")]],
-        "comparisons": [[0, 1]],
+        "comparisons": [[0, 1, 1.0, 1.0]],
     }
     assert [row["source"] for row in found] == ["x", "y"]
     rows_of_one = rows_of_pairs([Source(path=str(tmp_path / "pairs.jsonl"))], tmp_path / "cache", 1)
@@ -29,12 +31,21 @@ def test_rows_are_the_pairs_that_are_used(tmp_path):
 
 
 def test_a_comparison_has_its_own_answers_and_scores():
-    row = {"id": "x", "responses": ["a", "b", "c"], "comparisons": [[2, 0], [1, 0]], "scores": [1.0, 2.0, 3.0]}
+    row = {
+        "id": "x",
+        "responses": ["a", "b", "c"],
+        "comparisons": [[2, 0, 1.0, 1.0], [1, 0, 0.8, 2.0]],
+        "scores": [1.0, 2.0, 3.0],
+    }
     assert [(each["responses"], each["scores"]) for each in compared([row])] == [
         (["c", "a"], [3.0, 1.0]),
         (["b", "a"], [2.0, 1.0]),
     ]
     assert [each["scores"] for each in compared([row | {"scores": None}])] == [None, None]
+    groups = grouping_of(compared([row, row]))
+    assert groups.number.tolist() == [0, 0, 1, 1] and groups.answers.tolist() == [[2, 0], [1, 0]] * 2
+    assert groups.target == pytest.approx([1, 0.8] * 2) and groups.weight.tolist() == [1, 2] * 2
+    assert grouping_of(compared([row | {"comparisons": [[0, 1, 1.0, 1.0]]}] * 2)) is None
 
 
 def test_the_text_of_several_messages():
@@ -47,4 +58,4 @@ def test_a_group_is_one_row_with_all_its_comparisons(tmp_path):
     source = Source(path=str(tmp_path / "groups.jsonl"))
     [found] = rows_of_pairs([source], tmp_path / "cache", None)
     assert [text_of(answer) for answer in found["responses"]] == ["c", "b", "d"]
-    assert sorted(found["comparisons"]) == [[0, 1], [0, 2], [1, 2]]
+    assert sorted(each[:2] for each in found["comparisons"]) == [[0, 1], [0, 2], [1, 2]]

@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from hafrm_ds.errors import ConfigError, DataError
+from hafrm_ds.evaluation.evaluate import evaluate
 from hafrm_ds.evaluation.options import EvaluationOptions
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.evaluation.reward_evaluation import evaluate_reward
@@ -110,6 +111,35 @@ def test_pairs_that_cannot_be_scored_are_left_out_up_to_a_share(folder, tmp_path
     assert "1 of 31 pairs could not be scored" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(DataError, match=r"--max_dropped_share is 0\.01"):
         run(options_for(folder, tmp_path / "other", max_dropped_share=0.01, **changed))
+
+
+def test_groups_are_evaluated_as_those_of_a_model(folder, tmp_path):
+    """A composition of one model alone, on answers that are scored with ties, against the model itself."""
+    source = random.Random(1)
+    rows = [
+        {
+            "prompt": f"q{number}",
+            "responses": ["x" * source.randrange(1, 9) + str(n) for n in range(4)],
+            "scores": [source.randrange(3) for _ in range(4)],
+        }
+        for number in range(20)
+    ]
+    write_lines(tmp_path / "groups.jsonl", rows)
+    (tmp_path / "one.yaml").write_text(f"model: {folder}/final")
+    asked = {"data": [str(tmp_path / "groups.jsonl")]}
+    composed = run(options_for(folder, tmp_path / "out", model=str(tmp_path / "one.yaml"), **asked))
+    options = options_for(folder, tmp_path / "model", model=str(folder / "final"), dtype="float32", **asked)
+    evaluate(options, Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore()))
+    plain = json.loads((tmp_path / "model" / "evaluation.json").read_text())
+    [[found], [expected]] = (list(each["sets"].values()) for each in (composed, plain))
+    assert [found[name] for name in ("pairs", "groups", "answers")] == [
+        expected[name] for name in ("pairs", "groups", "answers")
+    ]
+    for name in ("accuracy", "ranking"):
+        assert found[name]["reward"] == expected[name]["reward"]
+    assert [each.ids for each in load_all(tmp_path / "out" / "evaluation").values()] == [
+        each.ids for each in load_all(tmp_path / "model" / "evaluation").values()
+    ]
 
 
 def test_options_of_a_model_are_refused(folder, tmp_path):

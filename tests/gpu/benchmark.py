@@ -31,7 +31,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hafrm_ds.config import TrainConfig
-from hafrm_ds.data.packing import PackedBatch, lay_out
+from hafrm_ds.data.packing import PackedBatch, lay_out, move
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import TrainingEngine
@@ -46,6 +46,7 @@ from hafrm_ds.processes.ranks import Processes, choose_allocators
 from tests.gpu.environment import DEVICE, IS_ALLOWED_ON_CPU, IS_GPU, available_kernels, hardware, table
 from tests.gpu.liger import IS_AVAILABLE as HAS_LIGER
 from tests.gpu.liger import liger_logprobs
+from tests.tiny_models import comparisons_of_pairs
 
 MICRO_BATCH_TOKENS = 8192 if IS_GPU else 256
 PROMPT_TOKENS, ANSWER_TOKENS = (32, 384), (16, 256)
@@ -148,8 +149,8 @@ def num_parameters(name: str) -> int:
     return sum(parameter.numel() for parameter in random_causal_lm(name, torch.device("meta")).parameters())
 
 
-def make_steps(name: str, zero_stage: int = 3) -> tuple[HybridModel, Callable[[PackedBatch], None]]:
-    """The model and what is timed."""
+def make_steps(name: str, num_pairs: int, zero_stage: int = 3) -> tuple[HybridModel, Callable[[PackedBatch], None]]:
+    """The model and what is timed: a step on a micro-batch of `num_pairs` pairs."""
     config = TrainConfig.model_validate(
         {
             "output_dir": "unused",
@@ -162,10 +163,11 @@ def make_steps(name: str, zero_stage: int = 3) -> tuple[HybridModel, Callable[[P
     disable_dropout(causal_lm)
     head = make_reward_head(SHAPES[name].hidden_size, bias=False, init="normal", dtype=DTYPE, seed=0)
     model = HybridModel(causal_lm.train(), head.to(DEVICE))
+    comparisons = move(comparisons_of_pairs(num_pairs), DEVICE)
 
     def loss_of(scores: ResponseScores) -> torch.Tensor:
-        reference, margin = scores.logprob.detach(), torch.zeros(len(scores.reward) // 2, device=DEVICE)
-        return joint_loss(config.objective, weights_at(config.objective, 0), scores, reference, margin).total.mean()
+        reference, weights = scores.of("logprob").detach(), weights_at(config.objective, 0)
+        return joint_loss(config.objective, weights, scores, reference, comparisons).total.mean()
 
     if timed(name) == "forward and backward":
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -209,26 +211,28 @@ def reset_peak_memory() -> None:
 def time_steps(name: str, peak_flops: float, log_probs: str) -> list[StepTime]:
     """shared_prefix under every kernel, then packed under the best, and padded under the model's stock attention, with
     fused layers where Liger is installed; at last shared_prefix without."""
-    model, step = make_steps(name)
+    pairs = random_pairs(SHAPES[name].vocab_size, MICRO_BATCH_TOKENS)
+    model, step = make_steps(name, len(pairs))
     model.use_log_probs(log_probs, DEVICE)
     model.use_fused("auto", DEVICE)
-    cost, pairs = ForwardCost.of(model.causal_lm, full_shape), random_pairs(SHAPES[name].vocab_size, MICRO_BATCH_TOKENS)
+    cost = ForwardCost.of(model.causal_lm, full_shape)
     runs = [("shared_prefix", kernel, True) for kernel in available_kernels()]
     runs += [("packed", "auto", True), ("padded", "auto", True)]
-    if model.fused is not None:
+    layers = model.fused
+    if layers is not None:
         runs.append(("shared_prefix", "auto", False))
     times = []
     for layout, kernel, fused in runs:
         model.use_layout(layout, kernel, DEVICE)
         batch = lay_out(pairs, layout)
         reset_peak_memory()
-        with nullcontext() if fused else model.fused.taken_away():
-            seconds = median_seconds(lambda batch=batch: step(batch))
+        with nullcontext() if fused or layers is None else layers.taken_away():
+            seconds = median_seconds(partial(step, batch))
         times.append(
             StepTime(
                 layout,
                 model.causal_lm.config._attn_implementation,
-                model.fused.kind if model.fused is not None and fused else "off",
+                layers.kind if layers is not None and fused else "off",
                 seconds,
                 tokens=batch.num_positions - batch.num_padding,
                 pairs=len(pairs),

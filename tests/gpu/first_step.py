@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -58,12 +59,12 @@ def step(stage: int) -> str:
     model = tiny_hybrid("llama").bfloat16().to(DEVICE)
     engine = TrainingEngine(model, config, resolve_deepspeed_config(config, 1))
     model.use_layout("shared_prefix", "auto", DEVICE)
-    mode = torch.cuda.get_sync_debug_mode() if IS_GPU else None
+    mode = torch.cuda.get_sync_debug_mode() if IS_GPU else 0
     if IS_GPU:
         torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
-        loss = pair_losses(engine(lay_out(ITEMS, "shared_prefix")).reward).mean()
+        loss = pair_losses(engine(lay_out(ITEMS, "shared_prefix")).of("reward")).mean()
     if IS_GPU:
         torch.cuda.set_sync_debug_mode(mode)
     engine.backward(loss, is_last=True)
@@ -84,7 +85,7 @@ def bound() -> str:
 def main() -> int:
     choose_allocators()
     results = [tried("process group", group)]
-    results += [tried(f"one step under ZeRO {stage}", lambda stage=stage: step(stage)) for stage in STAGES]
+    results += [tried(f"one step under ZeRO {stage}", partial(step, stage)) for stage in STAGES]
     if IS_GPU:
         tried("a bound device on one rank", bound)
     return 0 if all(results) else 1

@@ -39,9 +39,10 @@ BLOCK_MIB = (128, 256, 1024, 2048) if IS_GPU else (1, 16)
 def step_under(name: str, stage: int) -> str:
     """Time of a step and what the host waited for; its profile goes to a file."""
     choose_allocators()
-    model, step = make_steps(name, stage)
+    pairs = random_pairs(SHAPES[name].vocab_size, MICRO_BATCH_TOKENS)
+    model, step = make_steps(name, len(pairs), stage)
     model.use_layout("shared_prefix", "auto", DEVICE)
-    batch = lay_out(random_pairs(SHAPES[name].vocab_size, MICRO_BATCH_TOKENS), "shared_prefix")
+    batch = lay_out(pairs, "shared_prefix")
     reset_peak_memory()
     seconds = median_seconds(lambda: step(batch))
     memory = peak_memory_bytes(DEVICE) / 2**30

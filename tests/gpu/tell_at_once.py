@@ -3,9 +3,10 @@
 import pytest
 
 
-@pytest.hookimpl
+@pytest.hookimpl(trylast=True)  # after pytest's own, which makes the reporter
 def pytest_configure(config: pytest.Config) -> None:
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    plugins = config.pluginmanager.get_plugins()
+    (reporter,) = (each for each in plugins if isinstance(each, pytest.TerminalReporter))
 
     class TellAtOnce:
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

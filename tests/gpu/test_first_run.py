@@ -55,7 +55,7 @@ def summary(out: str) -> dict[str, str]:
 
 
 def test_it_runs_through_with_the_slim_list_alone(variables):
-    command = ["bash", SCRIPT, "nccl", "kernels", "families", "small", "joint"]
+    command = ["bash", str(SCRIPT), "nccl", "kernels", "families", "small", "joint"]
     result = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:]
     passed = dict.fromkeys(("nccl", "kernels", "families", "small"), "passed")

@@ -89,7 +89,9 @@ def outputs(tmp_path_factory):
 
 
 def computed(output: str) -> int:
-    return int(re.search(r"different responses: ([\d,]+) computed", output)[1].replace(",", ""))
+    found = re.search(r"different responses: ([\d,]+) computed", output)
+    assert found is not None, output[-6000:]
+    return int(found[1].replace(",", ""))
 
 
 def test_the_second_reference_pass_computes_nothing(outputs):

@@ -111,6 +111,7 @@ def errors(
 ) -> dict[str, tuple[float, float]]:
     """For the output and each gradient: the largest error, and the largest that is allowed."""
     segments = lay_out(*case).segments
+    assert segments is not None
     visible = mask(segments, rule.window)
     states = random_states(len(visible), heads, dtype)
     on_device = segments.to(DEVICE)
@@ -193,6 +194,7 @@ def top_left(segments: AttentionSegments, window: int | None) -> Tensor:
     """[T, T] bool: `visible_tokens` with the mistake that a kernel is most likely to make."""
     visible = visible_tokens(segments, window)
     rows = torch.arange(len(visible)).split(segments.q_lengths)
+    assert segments.key_index is not None
     keys = segments.key_index.split(segments.k_lengths)
     for own_rows, own_keys in zip(rows, keys, strict=True):
         visible[own_rows[:, None], own_keys] = torch.ones(len(own_rows), len(own_keys), dtype=torch.bool).tril()

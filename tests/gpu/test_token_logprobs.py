@@ -22,11 +22,13 @@ TRANSFORMS = {
 }
 
 
-def triton_logprobs(*arguments) -> Tensor:
+def triton_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: HeadTransform
+) -> Tensor:
     """As `token_logprobs`, under model.log_probs triton."""
     from hafrm_ds.model.softmax_kernels import TritonSoftmax
 
-    return token_logprobs(*arguments, softmax=TritonSoftmax())
+    return token_logprobs(hidden, weight, bias, targets, transform, TritonSoftmax())
 
 
 ERROR_FACTORS = {token_logprobs: 2, triton_logprobs: 2, liger_logprobs: 4}

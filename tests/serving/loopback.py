@@ -1,6 +1,7 @@
 """A server in the event loop of a test, on a free port of this machine, whose workers are threads, not processes."""
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -12,8 +13,19 @@ import torch
 from hafrm_ds.errors import ModelError
 from hafrm_ds.serving import dispatcher, server
 from hafrm_ds.serving.dispatcher import Worker
+from hafrm_ds.serving.judges import about
 from hafrm_ds.serving.options import ServingOptions
 from hafrm_ds.serving.worker import Answer, Question, Served
+
+
+def in_loop(scenario):
+    """Makes a coroutine a test, which gets the fixtures that it names."""
+
+    @functools.wraps(scenario)
+    def test(**fixtures):
+        asyncio.run(asyncio.wait_for(scenario(**fixtures), 60))
+
+    return test
 
 
 class Alive:
@@ -49,6 +61,13 @@ class ThreadWorker(Worker):
 def lengths(questions: Sequence[Question]) -> list[Answer]:
     """A reward without a model: how long the answer is."""
     return [Answer(float(len(question.item[-1]["content"]))) for question in questions]
+
+
+OF_LENGTHS = {
+    **{"model": "lengths", "scores": "composition", "logprobs": False, "missing": {}},
+    **dict.fromkeys(("reference", "beta", "weights")),
+}
+"""What such a server says of its judges."""
 
 
 def worker_of(answers: Callable[[Sequence[Question]], list[Answer]], faults: Sequence[str] = ()) -> type[ThreadWorker]:
@@ -91,7 +110,8 @@ async def running(monkeypatch, worker: type[Worker] = ThreadWorker, num_workers:
     chosen = ServingOptions(**{"model": "lengths", "port": 0} | options)
     listener = server.listen(chosen)
     port, said = listener.getsockname()[1], []
-    task = asyncio.create_task(server.run(chosen, chosen.secret(), listener, num_workers, said.append))
+    judges = about(chosen, chosen.open()) if chosen.model.exists() else OF_LENGTHS
+    task = asyncio.create_task(server.run(chosen, judges, chosen.secret(), listener, num_workers, said.append))
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
         try:
             for _ in range(600):

@@ -3,11 +3,14 @@
 import pytest
 
 from hafrm_ds.data.pairs import assistant, user
+from hafrm_ds.serving.dispatcher import Dispatcher
+from hafrm_ds.serving.front import Front
 from hafrm_ds.serving.openapi import description
 from hafrm_ds.serving.options import ServingOptions
 from hafrm_ds.serving.protocols import ROUTES, BadRequest, messages_in, without_end
 from hafrm_ds.serving.rendered import Rendered
 from hafrm_ds.serving.worker import Answer
+from tests.serving.loopback import OF_LENGTHS, in_loop, lengths, running, worker_of
 
 RENDERED = ServingOptions(model="m")
 TEXT = ServingOptions(model="m", prompts="text")
@@ -147,5 +150,66 @@ def test_the_end_of_an_answer():
     assert without_end("", marks) == ""
 
 
+# ---- what is written down --------------------------------------------------------------------------------------------
+
+
+def fits(value, schema) -> bool:
+    """Whether a value is what a JSON schema of ours says; what an object has beside its properties is free."""
+    if "anyOf" in schema:
+        return any(fits(value, each) for each in schema["anyOf"])
+    kinds = {"object": dict, "array": list, "string": str, "number": (int, float), "integer": int, "boolean": bool}
+    kind = schema.get("type")
+    if kind is None or kind == "null":
+        return kind is None or value is None
+    if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        return False
+    if kind == "array":
+        return all(fits(each, schema["items"]) for each in value)
+    known = schema.get("properties", {})
+    return kind != "object" or (
+        set(schema["required"]) <= value.keys() and all(fits(value[name], known[name]) for name in known.keys() & value)
+    )
+
+
 def test_the_description_has_all_routes():
-    assert {path for path, methods in description()["paths"].items() if "post" in methods} == set(ROUTES)
+    described = {path: set(methods) for path, methods in description()["paths"].items()}
+    front = Front(RENDERED, OF_LENGTHS, Dispatcher(RENDERED, 1, print), None)
+    served = {route.path: set(route.methods) - {"HEAD"} for route in front.application().routes}
+    assert described == {path: {method.lower() for method in methods} for path, methods in served.items()}
+    assert fits(OF_LENGTHS, schema_of("/model", "get")) and not fits({}, schema_of("/model", "get"))
+
+
+def schema_of(path, method="post"):
+    return description()["paths"][path][method]["responses"]["200"]["content"]["application/json"]["schema"]
+
+
+TOKENS = {"token_ids": [1, 2], "tokens": ["a", "b"], "logprobs": [-1.0, -2.0], "logprob": -3.0}
+
+
+@pytest.mark.parametrize(
+    "path, body, answer, others",
+    [
+        ("/get_reward", {"query": ["ab"], "prompts": ["a"], "labels": [None]}, Answer(1.5), {"query": "ab"}),
+        ("/reward", {"prompt": HI, "response": "yes"}, Answer(1.5), {"prompt": HI}),
+        ("/classify", {"messages": HI, "use_activation": False}, Answer(1.5, tokens=2), {"input": 3}),
+        ("/classify", {"model": "m", "input": "a"}, Answer(1.5, tokens=2), {"input": "a", "model": 3}),
+        ("/score", {"rows": [{"prompt": HI, "response": "a"}]}, Answer(1.5), {"rows": {}}),
+        ("/score", [{"messages": [*HI, assistant("a")]}], Answer(1.5), [{"messages": "hi"}]),
+        ("/logprobs", [{"prompt": "a", "responses": ["b"]}], Answer(TOKENS), {"row": []}),
+    ],
+)
+def test_the_description_is_of_what_comes_and_goes(path, body, answer, others):
+    asked_for = description()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert fits(body, asked_for) and not fits(others, asked_for)
+    response, faults = read(path, body).response([answer])
+    assert not faults and fits(response, schema_of(path)) and not fits("text", schema_of(path))
+
+
+@in_loop
+async def test_a_fault_is_as_described(monkeypatch):
+    async with running(monkeypatch, worker_of(lengths)) as up:
+        for path, body, status in (("/score", [{}], "422"), ("/score", 3, "400")):
+            reply = await up.post(path, body)
+            content = description()["paths"][path]["post"]["responses"][status]["content"]
+            assert reply.status_code == int(status) and fits(reply.json(), content["application/json"]["schema"])
+        assert (await up.client.get("/openapi.json")).json() == description()

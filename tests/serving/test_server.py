@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from hafrm_ds.scoring.files import ScoringOptions, score_file
 from hafrm_ds.serving import front, server
 from hafrm_ds.serving.dispatcher import WorkerFailed
 from hafrm_ds.serving.options import ServingOptions
-from tests.serving.loopback import ThreadWorker, lengths, running, worker_of
+from tests.serving.loopback import ThreadWorker, in_loop, lengths, running, worker_of
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 FUNCTIONS = """
@@ -40,16 +39,6 @@ ROW = {"prompt": "hi", "response": "yes"}
 def final(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return save_tiny_final(folder / "final", base=save_tiny_model(folder / "policy"))
-
-
-def in_loop(scenario):
-    """Makes a coroutine a test, which gets the fixtures that it names."""
-
-    @functools.wraps(scenario)
-    def test(**fixtures):
-        asyncio.run(asyncio.wait_for(scenario(**fixtures), 60))
-
-    return test
 
 
 # ---- the same values -------------------------------------------------------------------------------------------------

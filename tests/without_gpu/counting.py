@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.model.attention import KERNELS
 from hafrm_ds.model.fused import LigerFunctions, fuse
 from hafrm_ds.model.hybrid import HybridModel, RewardHead
+from hafrm_ds.model.token_logprobs import Block
 from tests.gpu.benchmark import SHAPES
 from tests.tiny_models import pair_losses
 
@@ -67,8 +69,9 @@ class Counting(TorchDispatchMode):
             tensors = [*tree_leaves((args, kwargs or {})), *tree_leaves(result)]
             if name in ("mm", "addmm", "addmm_"):
                 left, right = args[:2] if name == "mm" else args[1:3]
+                (rows, inner), columns = left.shape, right.shape[1]
                 self.counts.kernels[name] += 1
-                self.counts.products.append(Product(*left.shape, right.shape[1], bytes_of(tensors)))
+                self.counts.products.append(Product(rows, inner, columns, bytes_of(tensors)))
             else:
                 self.counts.add(name, tensors)
         return result
@@ -87,7 +90,7 @@ def bytes_of(tensors: Iterable[object]) -> int:
 def counted_ops(counts: list[Counts]) -> SimpleNamespace:
     """Stand-ins of Liger's functions that add what theirs would start to counts[-1]."""
 
-    def counted(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    def counted(function: Any) -> type[torch.autograd.Function]:
         forward_kernels, backward_kernels = LIGER_KERNELS[function.__name__]
 
         class Counted(function):
@@ -156,8 +159,8 @@ class OneKernel:
     counts: list[Counts]
     whole_rows: bool = False
 
-    def fold(self, block: Tensor, *arguments) -> None:
-        self.counts[-1].add("fold", [block])
+    def fold(self, block: Block, *arguments) -> None:
+        self.counts[-1].add("fold", [block.products])
 
-    def differentiate(self, block: Tensor, *arguments) -> None:
-        self.counts[-1].add("differentiate", [block, block])
+    def differentiate(self, block: Block, *arguments) -> None:
+        self.counts[-1].add("differentiate", [block.products, block.products])

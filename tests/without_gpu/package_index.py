@@ -93,5 +93,8 @@ def published(folder: Path, requirement: str, path: str, *, is_source: bool = Fa
         with zipfile.ZipFile(archive) as wheel:
             return wheel.read(path).decode()
     with tarfile.open(archive) as source:
-        first = source.next().name.partition("/")[0]
-        return source.extractfile(f"{first}/{path}").read().decode()
+        first = source.next()
+        assert first is not None, f"{archive} is empty"
+        file = source.extractfile(f"{first.name.partition('/')[0]}/{path}")
+        assert file is not None, f"{path} is no file"
+        return file.read().decode()

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hafrm_ds import __version__
@@ -60,7 +60,7 @@ def named_results(folders: list[Path]) -> list[Results]:
 def write(file: Path, template: str, page: Any) -> Path:
     """Render a page into a file, which is there whole or not at all."""
     environment = Environment(
-        loader=PackageLoader("hafrm_ds.evaluation.report"),
+        loader=ChoiceLoader([PackageLoader("hafrm_ds.evaluation.report"), PackageLoader("hafrm_ds", ".")]),  # style.css
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -74,8 +74,8 @@ class Chromium:
         message, self.waiting = self.waiting.split(b"\0", 1)
         return json.loads(message)
 
-    def open(self, file: Path, width: int, scheme: str) -> None:
-        """Load a file in a window of `width` CSS pixels whose user prefers "light" or "dark"."""
+    def open(self, page: Path | str, width: int, scheme: str) -> None:
+        """Load a file or an address in a window of `width` CSS pixels whose user prefers "light" or "dark"."""
         is_phone = width < 600
         self.send(
             "Emulation.setDeviceMetricsOverride",
@@ -86,7 +86,7 @@ class Chromium:
         )
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
-        self.send("Page.navigate", url=file.as_uri())
+        self.send("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self.next_message())
 
