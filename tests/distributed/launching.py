@@ -62,7 +62,7 @@ def as_options(values: dict, **changes: object) -> list[str]:
 
 
 def rows(run: Path, kind: str) -> list[dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = (run / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()  # the last may be half written
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
