@@ -1,6 +1,6 @@
 """A training step of hafrm_ds against TRL's trainers and against the way of the official recipe, on the same pairs.
 
-    python tests/benchmarks/vs_trl.py MODEL DATA [--steps N] [--pairs N] [--threads N] [--only NAME ...]
+    python tests/benchmarks/vs_trl.py MODEL DATA [--steps N] [--pairs N] [--threads N] [--only NAME ...] [--fused KIND]
 
 Trains one model (a folder or hub id) on the same preference pairs (a source with prompt, chosen and rejected, for
 example 'pairs.jsonl?split=train') with each contender, all in one process and in turns: every contender makes one
@@ -287,6 +287,7 @@ class MasterWeights:
 def ours(config: TrainConfig, batches: Batches) -> Contender:
     max_tokens = config.batch.token_budget
     model = load_hybrid_model(config.model, layout="shared_prefix", seed=config.seed, device=torch.device("cpu"))
+    model.use_fused(config.model.fused, torch.device("cpu"))
     layout = model.layout
     optimizer = MasterWeights(model, config.optimizer)
 
@@ -430,6 +431,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="pairs a step (default 8)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch (default: all cores)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--fused", default="off", help="model.fused of ours (default off)")
     parser.add_argument(
         "--measure-memory", action="store_true", help="print the peak memory, in GiB, of two steps of one contender"
     )
@@ -439,7 +441,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     config = TrainConfig(
         output_dir=Path("unused"),
-        model=ModelConfig(name_or_path=options.model),
+        model=ModelConfig(name_or_path=options.model, fused=options.fused),
         data=DataConfig(train=options.data, max_length=MAX_LENGTH, truncation="drop", max_dropped_share=1),
         batch=BatchConfig(global_batch_size=options.pairs),
     )
@@ -451,7 +453,7 @@ def main() -> None:
         print(peak_gib_of_this_process())
         return
     arguments = [options.model, options.data, "--steps", str(options.steps), "--pairs", str(options.pairs)]
-    arguments += ["--threads", str(options.threads)]
+    arguments += ["--threads", str(options.threads), "--fused", options.fused]
     peak_gib = {name: peak_gib_alone(name, arguments) for name in options.only}
     contenders = {name: CONTENDERS[name].make(config, batches) for name in options.only}
     report(contenders, batches, run_in_turns(contenders, options.steps), peak_gib)
