@@ -124,8 +124,9 @@ class Waiting:
 
 
 def choose(queue: Sequence[Waiting], budget: int) -> tuple[list[Waiting], deque[Waiting]]:
-    """What goes through together, and what waits on, in order of arrival. Who has waited longest comes first, with all
-    who share its prompt, then the next, up to `budget` characters; one at least. Whose client has left is in neither.
+    """Choose what goes through together; returns that and what waits on, in order of arrival. Who has waited longest
+    comes first, with all who share its prompt, then the next, up to `budget` characters, and one at least. Questions
+    whose client has left are in neither.
     """
     by_prompt: dict[tuple[Kind, str], list[Waiting]] = {}
     for each in queue:

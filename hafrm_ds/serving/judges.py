@@ -46,7 +46,7 @@ def about(options: ServingOptions, opened: OpenedReward) -> dict[str, Any]:
 
 
 def beside_the_head(options: ServingOptions, saved: Saved) -> tuple[dict[str, Any], dict[str, str]]:
-    """Of a model that scores by its reward head, with its reference beside it: what is there and what is missing."""
+    """Say which judges a model has that scores by its reward head with its reference beside it, and why others lack."""
     beta = trained_beta(saved)
     found = {"reference": options.reference or base_of(saved), "beta": beta}
     try:

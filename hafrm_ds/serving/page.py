@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 STYLE = "/* hafrm_ds/style.css */"
-"""Where the look of all pages is put in."""
+"""The place in the page where style.css, the look of all pages, is put in."""
 
 
 async def page(request: Request) -> Response:
