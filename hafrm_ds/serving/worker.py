@@ -218,4 +218,8 @@ def main(descriptor: int) -> None:
             questions = connection.recv()
         except (EOFError, OSError):
             return
-        connection.send(served.answers(questions))
+        try:
+            answers = served.answers(questions)
+        except UserError as error:  # the reward can score nothing, whoever asks
+            answers = [Answer(None, str(error))] * len(questions)
+        connection.send(answers)
