@@ -4,9 +4,10 @@
     python tests/benchmarks/serving.py --model FINAL --soak_minutes 60
     python tests/benchmarks/serving.py --model FINAL --vllm http://127.0.0.1:8000
 
-The samples are 16 prompts with 8 answers each, in words drawn by a fixed seed; a client sends its next when it has its
-answer. Beside the server stands the same model asked by as many clients without HTTP, each request a forward of its
-own, one after the other: the most that a server without merging could reach. Loading is not counted.
+The samples are 16 prompts with 8 answers each, then 16 others, as an RL trainer asks, in words drawn by a fixed seed;
+none is asked twice. A client sends its next when it has its answer. Beside the server stands the same model asked by as
+many clients without HTTP, each request a forward of its own, one after the other: the most that a server without merging
+could reach. Loading is not counted.
 
 --vllm: ask this server too, of the same model (`vllm serve EXPORT --runner pooling --convert classify`), which is idle
 while the others are measured.
@@ -33,21 +34,24 @@ import psutil
 from hafrm_ds.saved.opening import load_judge
 
 ROOT = Path(__file__).parents[2]
-PROMPTS, ANSWERS, SEED = 16, 8, 0
+PROMPTS, ANSWERS, BLOCKS, SEED = 16, 8, 64, 0
 TOLERANCE = 1e-3
 """Of a value under another batching; in bfloat16 take a model with float32 weights to see less."""
 WORDS = Path(__file__).read_text().split()
 
 
 def samples(prompt_words: int, answer_words: int) -> list[tuple[str, str]]:
-    """(prompt, answer), in an order in which answers to one prompt are not neighbours."""
+    """(prompt, answer), in BLOCKS of prompts, in each of which answers to one prompt are not neighbours."""
     source = random.Random(SEED)
 
     def text(number: int) -> str:
         return " ".join(source.choice(WORDS) for _ in range(number))
 
-    prompts = [text(prompt_words) for _ in range(PROMPTS)]
-    return [(prompt, text(answer_words)) for _ in range(ANSWERS) for prompt in prompts]
+    found = []
+    for _ in range(BLOCKS):
+        prompts = [text(prompt_words) for _ in range(PROMPTS)]
+        found += [(prompt, text(answer_words)) for _ in range(ANSWERS) for prompt in prompts]
+    return found
 
 
 async def load(
@@ -185,7 +189,7 @@ async def main() -> None:
             print(row("served", took, elapsed), flush=True)
             if options.soak_minutes:
                 rate = 0.8 * len(took) / elapsed
-                await soak(served, given, values, rate, options.soak_minutes, psutil.Process(server.pid))
+                await soak(served, list(values), values, rate, options.soak_minutes, psutil.Process(server.pid))
                 return
     finally:
         server.terminate()
