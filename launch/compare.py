@@ -7,8 +7,9 @@
 Takes the options of training. --seeds N (default 3) trains each with the seeds SEED to SEED + N - 1 of --seed, and
 --seeds M-N with the seeds M to N; --alphas and --betas train HaF for each value of objective.alpha and objective.beta,
 and DPO for each beta; --sweep trains every combination of the values of any options. The first set of data.eval is
-taken for the training distribution, all others for out of distribution. Results are written after every seed. A
-comparison that was stopped resumes when it is started again.
+taken for the training distribution, all others for out of distribution. Results are written after every seed. With
+--refusals PROMPTS it measures what the trainings refuse, too. A comparison that was stopped resumes when it is started
+again.
 """
 
 import re
@@ -34,6 +35,12 @@ def increasing(seeds: str) -> str:
     return seeds
 
 
+def known_prompts(words: Any) -> list[str]:
+    from hafrm_ds.evaluation.refusal.prompts import known_parts  # it imports datasets, which takes a while
+
+    return known_parts(words)
+
+
 SeedRange = Annotated[str, Field(pattern=r"^\d+-\d+$"), AfterValidator(increasing)]
 Seeds = Annotated[PositiveInt | SeedRange, in_one_message("must be a whole number above 0, or a range as 3-22")]
 
@@ -51,6 +58,9 @@ class CompareOptions(TrainConfig):
     """Train every combination of the values of these options: {optimizer.learning_rate: [1e-5, 1e-4], epochs: [1, 3]}.
     Of objective.policy_share 0 is Baseline and 1 is DPO. data.train.FIELD is a field of every training source:
     {data.train.portion: [":80", ":320"]} are the first 80 and 320 pairs."""
+
+    refusals: Annotated[list[str], BeforeValidator(known_prompts)] = Field(default=[])
+    """Prompts, as launch/refusals.py takes them: measure what the trainings refuse when all are done."""
 
     @property
     def all_seeds(self) -> range:
@@ -70,7 +80,7 @@ def main(arguments: list[str], processes: Processes) -> None:
     sweep = {axis.name: axis.to_json() for axis in axes} if options.sweep else None
     train_script = Path(__file__).with_name("train.py")
     with sole_owner(options.output_dir, processes):
-        train_and_compare(options.run, arms, options.all_seeds, train_script, processes, sweep)
+        train_and_compare(options.run, arms, options.all_seeds, train_script, processes, sweep, options.refusals)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def help_of(script: str) -> str:
 
 def test_the_map_shows_every_room():
     section = (ROOT / "README.md").read_text().split("## The map of the house")[1].split("\n## ")[0]
-    shown = re.findall(r"^ {6}(\S+)|;\s+(\S+\.py):", section, re.MULTILINE)
+    shown = re.findall(r"^ {6}(\S+)|;\s+(\S+(?:\.py|/)):", section, re.MULTILINE)
     inside = {first or second for first, second in shown}
     there = {
         file.name + "/" * file.is_dir()

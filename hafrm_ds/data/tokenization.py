@@ -8,7 +8,7 @@ An answer that cannot be used is left out with the comparisons that it stands in
 dropped, as a pair is with either of its answers.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -293,7 +293,8 @@ def split_at_prompt(conversations: Sequence[list[int]], rendered_prompt: list[in
     return PromptWithResponses(conversations[0][:end], tuple(ids[end:] for ids in conversations))
 
 
-def common_prefix_length(*sequences: Sequence[int]) -> int:
+def common_prefix_length(*sequences: Sequence[Hashable]) -> int:
+    """How many items, tokens or characters, all sequences begin with alike."""
     shortest = min(len(sequence) for sequence in sequences)
     for index, tokens in enumerate(zip(*sequences)):  # stops at the shortest sequence
         if len(set(tokens)) > 1:

@@ -3,17 +3,13 @@
 sources -> pairs -> scores of every pair (and of the reference) -> OUTPUT/evaluation/SET.parquet -> evaluation.json
 """
 
-import hashlib
 import json
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.durability import write_whole
@@ -25,13 +21,12 @@ from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.options import EvaluationOptions
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
 from hafrm_ds.evaluation.questions import EvaluatedBenchmark, read_benchmarks
-from hafrm_ds.evaluation.report.writing import leave_report
+from hafrm_ds.evaluation.results import hash_of, leave_results
 from hafrm_ds.evaluation.scoring import AskedItems, score_parts
 from hafrm_ds.evaluation.sets import EvaluatedSet, pair_sets, prepare_sets, stored_reference
 from hafrm_ds.objective import JudgeFit, attribute_heads, judges
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import claim_folder, leave_together
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import (
     BASE,
@@ -46,7 +41,6 @@ from hafrm_ds.saved.opening import (
 from hafrm_ds.saved.policy import SavedPolicy
 from hafrm_ds.saved.writing import METADATA_FILE
 
-PARTS_FOLDER = "parts"
 REASONS_SHOWN = 5
 
 
@@ -259,37 +253,7 @@ def evaluate(options: EvaluationOptions, processes: Processes) -> None:
         scores = evaluation.score(folder, processes, log)
         return evaluation.results(scores, processes) if processes.is_first else None
 
-    leave_results(options.output_dir, evaluation.identity, results, processes, log)
-
-
-def leave_results(
-    output_dir: Path,
-    identity: Callable[[], dict[str, Any]],
-    results: Callable[[Path], dict[str, Any] | None],
-    processes: Processes,
-    log: Console,
-) -> None:
-    """Leave evaluation.json and a report, or show them where they are there already. All processes call this together.
-
-    Args:
-        identity: called by the first process; what the results depend on.
-        results: called by all processes with a folder, where they keep what a job that is killed need not do again;
-            gives what evaluation.json says on the first process.
-
-    Raises:
-        DataError: output_dir holds another evaluation.
-    """
-    file, folder = output_dir / EVALUATION_FILE, output_dir / PARTS_FOLDER
-    if processes.from_first("state", lambda: claim_output(file, folder, identity())):
-        log.print(f"{escape(str(file))} is there already, for this model and data")
-    elif found := results(folder):
-        write_whole(file, json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode())
-    if processes.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
-        log.print(render_evaluation(json.loads(file.read_text())))
-        log.print(f"the results are in {escape(str(output_dir))}")
-        leave_report(output_dir, log)
-    leave_together(processes)
+    leave_results(options.output_dir / EVALUATION_FILE, render_evaluation, evaluation.identity, results, processes, log)
 
 
 def save_judge(folder: Path, fit: JudgeFit) -> None:
@@ -297,22 +261,3 @@ def save_judge(folder: Path, fit: JudgeFit) -> None:
     file = folder / METADATA_FILE
     metadata = json.loads(file.read_text()) | {"judge": fit.to_json()}
     write_whole(file, (json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def hash_of(content: Any) -> str:
-    """SHA-256 of a JSON-serialisable value."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def claim_output(file: Path, folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the evaluation is finished; raises DataError if evaluation.json is of another one."""
-    if not file.exists():
-        claim_folder(folder, identity)
-        return False
-    try:
-        same = json.loads(file.read_text())["job"] == identity
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise DataError(f"{file} holds another evaluation; choose another --output_dir")
-    return True

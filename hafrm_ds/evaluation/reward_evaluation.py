@@ -18,10 +18,12 @@ from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.benchmarks.benchmark import Question
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
 from hafrm_ds.evaluation.best_of_n.ranking import identity_of_scorer, read_lines, score
-from hafrm_ds.evaluation.evaluate import PARTS_FOLDER, REASONS_SHOWN, hash_of, leave_results
+from hafrm_ds.evaluation.evaluate import REASONS_SHOWN
+from hafrm_ds.evaluation.figures import render_evaluation
 from hafrm_ds.evaluation.options import EvaluationOptions
 from hafrm_ds.evaluation.pair_rows import compared, grouping_of, rows_of_pairs, text_of
-from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores
+from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
+from hafrm_ds.evaluation.results import PARTS_FOLDER, hash_of, leave_results
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
@@ -78,7 +80,7 @@ def evaluate_reward(options: EvaluationOptions, processes: Processes) -> None:
         found = results_of(options, split(read_lines(scoring.output), asked), questions, log)
         return found | {"environment": environment(processes.world_size, processes.device), "job": identity()}
 
-    leave_results(options.output_dir, identity, results, processes, log)
+    leave_results(options.output_dir / EVALUATION_FILE, render_evaluation, identity, results, processes, log)
 
 
 # ---- what is asked -------------------------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ from hafrm_ds.errors import DataError, UserError
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, TWO_MODELS, Judged, Method, compare, run_folder, two_models
 from hafrm_ds.evaluation.comparison_tables import render_comparison, seeds_in_words
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, load_all
+from hafrm_ds.evaluation.refusal.job import measure_refusals
+from hafrm_ds.evaluation.refusal.measures import REFUSALS_FOLDER
+from hafrm_ds.evaluation.refusal.options import RefusalOptions
 from hafrm_ds.evaluation.report.reading import SUMMARY_FILE
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.processes.console import Console
@@ -49,6 +52,7 @@ def train_and_compare(
     train_script: Path,
     processes: Processes,
     sweep: Mapping[str, Any] | None = None,
+    refusals: Sequence[str] = (),
 ) -> None:
     """Train every arm with every seed, where that is not done yet, and compare them on every set of data.eval.
 
@@ -58,6 +62,7 @@ def train_and_compare(
     Args:
         train_script: launch/train.py, which each training is a run of.
         sweep: what comparison.json says of the swept options; None where nothing is swept.
+        refusals: prompts, as launch/refusals.py takes them, on which the refusals of all trainings are measured.
 
     Raises:
         Stopped: a signal has ended it; the same command resumes it.
@@ -97,11 +102,33 @@ def train_and_compare(
                     log.print(render_comparison(results))
                 log.print(f"\nthe results of {seeds_in_words(results)} are in {file}")
                 leave_report(config.output_dir, log)
+    if refusals:
+        measure_refusals(refusals_of(config, runs, refusals), processes.for_job("refusals"))
+        if processes.is_first:
+            leave_report(config.output_dir, log)
     leave_together(processes)
 
 
 Runs = Mapping[int, Mapping[str, TrainConfig]]
 """Seed -> name of an arm -> the configuration of its training."""
+
+
+def refusals_of(config: TrainConfig, runs: Runs, prompts: Sequence[str]) -> RefusalOptions:
+    """The measurement of what the trainings refuse, and the weights that they started from."""
+    models = {"start": config.model.name_or_path}
+    models |= {
+        f"{name}-seed{seed}": str(run.output_dir / "final")
+        for seed, of_seed in runs.items()
+        for name, run in of_seed.items()
+    }
+    return RefusalOptions(
+        models=models,
+        prompts=list(prompts),
+        output_dir=config.output_dir / REFUSALS_FOLDER,
+        chat_template=config.data.chat_template,
+        trust_remote_code=config.model.trust_remote_code,
+        cache_dir=config.data.cache_dir,
+    )
 
 
 def check_same_data(arms: Sequence[Arm], runs: Mapping[str, TrainConfig]) -> None:

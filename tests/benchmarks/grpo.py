@@ -59,8 +59,10 @@ def score_again(reward: str, asked: list[dict[str, Any]], folder: Path) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("policy", "reward", "data", "output_dir"):
-        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--policy", required=True)
+    parser.add_argument("--reward", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output_dir", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--local_rank", type=int)
     options = parser.parse_args()

@@ -17,6 +17,7 @@ def rows_of(count, **fields):
 
 def write_lines(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def write_rows(path, rows):

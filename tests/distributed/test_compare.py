@@ -11,6 +11,7 @@ import pytest
 
 from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.processes.stopping import STOPPED_STATUS
+from tests.data.row_files import write_lines
 from tests.distributed.launching import REPOSITORY, as_options, write_pairs
 from tests.tiny_models import save_tiny_model
 
@@ -79,9 +80,16 @@ def test_a_comparison_is_stopped_goes_on_and_is_not_done_twice(tmp_path):
         accuracy = results["methods"][name]["accuracy"]["far"]["value"]
         assert accuracy == pytest.approx(((margins > 0) + 0.5 * (margins == 0)).mean())
 
-    third = start(tmp_path)
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl", [{"prompt": f"say {n}", "label": "safe" if n % 2 else "unsafe"} for n in range(20)]
+    )
+    third = start(tmp_path, refusals=prompts)
     printed = third.communicate(timeout=120)[0]
-    assert third.returncode == 0 and printed.count("is finished") == 3 and "haf - baseline" in printed
+    assert third.returncode == 0 and printed.count("is finished") == 3 and "haf - baseline" in printed, printed[-4000:]
+    refusals = json.loads((tmp_path / "out" / "refusals" / "refusals.json").read_text())
+    assert list(refusals["arms"]) == ["start", "baseline-seed0", "dpo-seed0", "haf-seed0"]
+    assert refusals["probes"]["openings"]["changes"]["haf-seed0"]["logit"]["shift"]["value"] != 0
+    assert "What is refused" in (tmp_path / "out" / "report.html").read_text()
     changed = start(tmp_path, optimizer__learning_rate=2e-3)
     printed = changed.communicate(timeout=120)[0]
     assert changed.returncode == 1 and "baseline-seed0 holds a finished run with other options" in printed

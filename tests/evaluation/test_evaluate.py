@@ -247,7 +247,9 @@ def test_results_of_two_evaluations_never_mix(folder, tmp_path):
         options.model_copy(update={"model": str(folder / "classifier")}),
         options.model_copy(update={"max_pairs": 11}),
     ):
-        with pytest.raises(DataError, match=r"evaluation\.json holds another evaluation; choose another --output_dir"):
+        with pytest.raises(
+            DataError, match=r"evaluation\.json holds the results of another job; choose another --output_dir"
+        ):
             run(changed)
 
 

@@ -88,7 +88,7 @@ def test_a_composition_is_evaluated_by_the_values_that_it_gives(folder, tmp_path
     capsys.readouterr()
     assert run(options_for(folder, tmp_path / "out")) == found
     assert "is there already" in capsys.readouterr().out
-    with pytest.raises(DataError, match="holds another evaluation"):
+    with pytest.raises(DataError, match="holds the results of another job"):
         run(options_for(folder, tmp_path / "out", max_pairs=5))
 
 

@@ -30,7 +30,7 @@ from hafrm_ds.data.rendering_check import is_serious
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.best_of_n.options import SamplingOptions
-from hafrm_ds.evaluation.best_of_n.samplers import Request, Sampler, TransformersSampler, VllmSampler, choose_sampler
+from hafrm_ds.generation.samplers import SAMPLERS, Request, Sampler, choose_sampler
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.console import Console
@@ -122,8 +122,13 @@ class SamplingJob:
             folder.mkdir(exist_ok=True)
 
         def load() -> Callable[[Path], bytes]:
-            kind = VllmSampler if self.sampler == "vllm" else TransformersSampler
-            sampler = kind(self.policy, self.formatter, self.options, processes)
+            sampler = SAMPLERS[self.sampler](
+                self.policy,
+                self.formatter,
+                processes,
+                max_new_tokens=self.options.max_new_tokens,
+                top_p=self.options.top_p,
+            )
             return lambda file: self.sample_part(parts[file], sampler)
 
         work_through(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from hafrm_ds.data.tables import MINUS, Estimate, printable, rounded, short
@@ -237,10 +238,7 @@ def intervals_chart(
     y, described = 0.0, []
     ends = [neutral]
     for group, intervals in groups.items():
-        label = in_one_line(printable(group))
-        label = label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
-        box = {"facecolor": CARD, "edgecolor": "none", "pad": 1.5}  # over the lines of the grid
-        axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", bbox=box)
+        label = write_label(axes, group, y)
         y += 1
         for name, each in intervals.items():
             colour = series_colour(series[name])
@@ -266,10 +264,69 @@ def intervals_chart(
     return finish(figure, title, described, keys, "Bars: 95% intervals.")
 
 
+def write_label(axes: Axes, name: str, y: float) -> str:
+    """Write the name of a group at the left of a chart of rows; returns it as it stands there."""
+    label = in_one_line(printable(name))
+    label = label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…"
+    box = {"facecolor": CARD, "edgecolor": "none", "pad": 1.5}  # over the lines of the grid
+    axes.text(0, y, label, transform=axes.get_yaxis_transform(), va="center", bbox=box)
+    return label
+
+
 def ends_of(estimate: Estimate) -> tuple[float, float]:
     """The ends of its interval; without one the value itself."""
     low, high = (estimate["value"] if end is None else end for end in (estimate["low"], estimate["high"]))
     return low, high
+
+
+@matplotlib.rc_context(STYLE)
+def distributions_chart(title: str, rows: Mapping[str, Mapping[str, list[float]]], names: tuple[str, ...]) -> Chart:
+    """Distributions below one another: row -> name -> quantiles at 5, 25, 50, 75 and 95%."""
+    figure, axes = new_figure(height=int(44 + 15 * sum(1.3 + len(each) for each in rows.values())), left=8, top=4)
+    axes.axvline(0, **NEUTRAL)
+    y, described = 0.0, []
+    for row, of_names in rows.items():
+        label = write_label(axes, row, y)
+        y += 1
+        for name, (lowest, low, middle, high, highest) in of_names.items():
+            colour = series_colour(names.index(name))
+            axes.plot([lowest, highest], [y, y], color=colour, linewidth=1.4)
+            axes.plot([low, high], [y, y], color=colour, linewidth=6, alpha=0.45, solid_capstyle="butt")
+            axes.plot([middle], [y], color=colour, marker="o", markersize=6)
+            y += 1
+        medians = ", ".join(f"{name} {short(each[2])}" for name, each in of_names.items())
+        described.append(f"{label}: medians {medians}")
+        y += 0.3
+    axes.set_ylim(y - 0.5, -0.6)
+    write_axis(axes.xaxis, short, ticks=6)
+    axes.yaxis.set_visible(False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("logit; at 0 refusing is as probable as complying")
+    keys = [Key(name, number, "dot") for number, name in enumerate(names)]
+    return finish(figure, title, described, keys, "Dots: medians. Bars: the middle half. Lines: 90%.")
+
+
+@matplotlib.rc_context(STYLE)
+def moves_chart(title: str, moves: Mapping[str, Mapping[str, Estimate]]) -> Chart:
+    """Arrows from no change to (shift, discrimination), each with its intervals."""
+    figure, axes = new_figure(height=300)
+    axes.axhline(0, **NEUTRAL)
+    axes.axvline(0, **NEUTRAL)
+    described = []
+    for number, (name, each) in enumerate(moves.items()):
+        colour, shift, discrimination = series_colour(number), each["shift"], each["discrimination"]
+        tip = (shift["value"], discrimination["value"])
+        axes.annotate("", xy=tip, xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6})
+        axes.plot(ends_of(shift), [tip[1]] * 2, color=colour, linewidth=1)
+        axes.plot([tip[0]] * 2, ends_of(discrimination), color=colour, linewidth=1)
+        described.append(f"{name}: shift {short(tip[0])}, discrimination {short(tip[1])}")
+    axes.margins(0.12)
+    write_axis(axes.xaxis, short, ticks=6)
+    write_axis(axes.yaxis, short, ticks=6)
+    axes.set_title("discrimination: harmful less benign, logits")
+    axes.set_xlabel("shift: all prompts alike, logits")
+    keys = [Key(name, number) for number, name in enumerate(moves)]
+    return finish(figure, title, described, keys, "Thin lines: 95% intervals.")
 
 
 @matplotlib.rc_context(STYLE)

@@ -1,5 +1,5 @@
-"""report.html: one file that needs nothing else, for a run, an evaluation, several of them side by side, or a
-comparison of methods or of rewards."""
+"""report.html: one file that needs nothing else, for a run, an evaluation, several of them side by side, a comparison
+of methods or of rewards, or what models refuse."""
 
 import json
 from dataclasses import replace
@@ -15,10 +15,12 @@ from hafrm_ds.data.tables import printable
 from hafrm_ds.durability import write_whole
 from hafrm_ds.evaluation.agreement import AGREEMENT_FILE
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE
+from hafrm_ds.evaluation.refusal.measures import REFUSALS_FILE, REFUSALS_FOLDER
 from hafrm_ds.evaluation.report.agreement_page import agreement_page
 from hafrm_ds.evaluation.report.comparison_page import comparison_page
 from hafrm_ds.evaluation.report.methods_page import methods_page
 from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_comparison, read_results
+from hafrm_ds.evaluation.report.refusal_page import refusal_page
 from hafrm_ds.evaluation.report.results_page import results_page
 from hafrm_ds.processes.console import Console
 
@@ -26,8 +28,8 @@ REPORT_FILE = "report.html"
 
 
 def write_report(folder: Path, file: Path | None = None) -> Path:
-    """The page of a run, whatever state it is in, of an evaluation, or of a comparison of methods or rewards; returns
-    the file.
+    """The page of a run, whatever state it is in, of an evaluation, of a comparison of methods or rewards, or of
+    refusals; returns the file.
 
     Args:
         file: default: FOLDER/report.html.
@@ -38,11 +40,15 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
     file = file or folder / REPORT_FILE
     if (folder / COMPARISON_FILE).exists():
         comparison, runs = read_comparison(folder)
+        measured = folder / REFUSALS_FOLDER / REFUSALS_FILE
+        refusals = {"refusals": refusal_page(json.loads(measured.read_text())) if measured.exists() else None}
         if "sweep" in comparison:  # there may be thousands of runs, which no page lays side by side
-            return write(file, "sweep.html", methods_page(comparison, []))
-        return write(file, "methods.html", methods_page(comparison, named_results(runs)))
+            return write(file, "sweep.html", methods_page(comparison, []) | refusals)
+        return write(file, "methods.html", methods_page(comparison, named_results(runs)) | refusals)
     if (folder / AGREEMENT_FILE).exists():
         return write(file, "agreement.html", agreement_page(json.loads((folder / AGREEMENT_FILE).read_text())))
+    if (folder / REFUSALS_FILE).exists():
+        return write(file, "refusals.html", refusal_page(json.loads((folder / REFUSALS_FILE).read_text())))
     return write(file, "results.html", results_page(read_results(folder)))
 
 

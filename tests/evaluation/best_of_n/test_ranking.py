@@ -19,8 +19,9 @@ from hafrm_ds.errors import ConfigError, DataError, ModelError, UserError
 from hafrm_ds.evaluation.best_of_n import ranking, sampling
 from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOptions
 from hafrm_ds.evaluation.best_of_n.ranking import rank, read_candidates
-from hafrm_ds.evaluation.best_of_n.samplers import Answer, Request, TransformersSampler
 from hafrm_ds.evaluation.best_of_n.sampling import SamplingJob
+from hafrm_ds.generation import samplers
+from hafrm_ds.generation.samplers import GREEDY, Answer, Request, TransformersSampler
 from hafrm_ds.options import read
 from hafrm_ds.processes import parts
 from hafrm_ds.processes.ranks import Processes
@@ -206,8 +207,7 @@ def test_every_prompt_has_different_answers_under_its_own_seed(folder, sampled, 
 
 def test_each_draw_has_its_own_temperature(folder):
     policy = open_model(folder / "policy")
-    options = SamplingOptions(prompts=Path("unused"), policy="unused", top_p=1.0, max_new_tokens=5)
-    sampler = TransformersSampler(policy, policy.formatter(), options, alone())
+    sampler = TransformersSampler(policy, policy.formatter(), alone(), max_new_tokens=5)
     prompt = policy.formatter().encode_prompt([{"role": "user", "content": "abc"}])
     ids = torch.tensor([prompt])
     with torch.no_grad():
@@ -218,16 +218,33 @@ def test_each_draw_has_its_own_temperature(folder):
         answers = sampler.answers_to(Request(prompt, (1e-4, 3.0, 1e-4, 3.0), seed))
         assert answers[0] == answers[2] == best
         assert best not in (answers[1], answers[3]) and answers[1] != answers[3]
+    options = SamplingOptions(prompts=Path("unused"), policy="unused")
     drawn = [sampling.request_for(prompt, number, 0, options) for number in range(200)]
     temperatures = [each for request in drawn for each in request.temperatures]
     assert 0.5 <= min(temperatures) < 0.51 and 1.19 < max(temperatures) <= 1.2
     assert len({request.seed for request in drawn}) == 200
 
 
+def test_greedy_answers_of_many_prompts_are_those_of_each_alone(tmp_path):
+    policy = open_model(save_tiny_model(tmp_path, "gpt-neox"))
+    sampler = TransformersSampler(policy, policy.formatter(), alone(), max_new_tokens=12)
+    texts = ["abc", "a much longer prompt than the others", "d", "what? " * 5]
+    prompts = [policy.formatter().encode_prompt([{"role": "user", "content": text}]) for text in texts]
+    together = sampler.answers([Request(prompt, (GREEDY,), 0) for prompt in prompts])
+    assert len({answer.text for [answer] in together}) > 1
+    for prompt, [answer] in zip(prompts, together, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(12):
+                ids = torch.cat([ids, sampler.model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        assert answer == sampler.read(ids[0, len(prompt) :].tolist())
+    assert sampler.answers([]) == []
+
+
 def test_an_answer_ends_at_the_first_stop_token(folder):
     policy = open_model(folder / "policy")
     formatter = policy.formatter()
-    sampler = TransformersSampler(policy, formatter, SamplingOptions(prompts=Path("unused"), policy="unused"), alone())
+    sampler = TransformersSampler(policy, formatter, alone(), max_new_tokens=5)
     text, end = formatter.tokenizer(" ab")["input_ids"], formatter.tokenizer.eos_token_id
     assert sampler.read([*text, end, *text]) == Answer("ab", True)
     assert sampler.read(text) == Answer("ab", False)
@@ -283,7 +300,7 @@ def test_a_policy_without_room_for_the_prompts_is_refused_before_it_is_loaded(
     policy = save_tiny_model(tmp_path / "policy")
     config = json.loads((policy / "config.json").read_text())
     (policy / "config.json").write_text(json.dumps(config | changes))
-    monkeypatch.setattr(sampling, "TransformersSampler", None)
+    monkeypatch.setitem(samplers.SAMPLERS, "transformers", None)
     with pytest.raises(DataError, match=message):
         rank(sampling_of(folder, tmp_path / "out", policy=str(policy)), alone())
     assert not (tmp_path / "out").exists()

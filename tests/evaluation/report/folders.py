@@ -14,6 +14,11 @@ from hafrm_ds.evaluation.accuracy import set_metrics
 from hafrm_ds.evaluation.analysis import analyse
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, Judged, Method, compare, run_folder
 from hafrm_ds.evaluation.pair_scores import EVALUATION_FILE, SCORES_FOLDER, PairScores
+from hafrm_ds.evaluation.refusal.measures import REFUSALS_FILE, Refusals, agreement, changes_from_first, describe
+from hafrm_ds.evaluation.refusal.probes import OPENINGS, QUESTION, Openings, wording
+from hafrm_ds.evaluation.refusal.subjects import Arm as DefendedArm
+from hafrm_ds.evaluation.refusal.subjects import arms_of as refusal_arms
+from hafrm_ds.evaluation.refusal.writing import REWRITE
 from hafrm_ds.training.sweep import Arm, arms_of, axes_of
 from tests.evaluation.benchmarks.rows import rm_bench_row, summary
 from tests.evaluation.groups import rated_groups
@@ -220,6 +225,38 @@ def write_sweep(
     results = compare(methods, ["near", "far"], seeds, seeds, {axis.name: axis.to_json() for axis in axes})
     (folder / COMPARISON_FILE).write_text(json.dumps(results))
     return results
+
+
+def write_refusals(folder: Path) -> Path:
+    """The results of launch/refusals.py: two models with a system message and rewriting, by both heads."""
+    numbers = np.random.default_rng(0)
+    models = ("start", "runs/mine/final")
+    arms = {arm.name: arm for model in models for arm in refusal_arms(model, system=True, rewrite=True)}
+    harmful = np.arange(120) % 2 == 0
+    names, categories = [str(place) for place in range(120)], [f"category {place % 7}" for place in range(120)]
+
+    def logits(arm: DefendedArm) -> np.ndarray:
+        separated = (arm.model != "start") * np.where(harmful, 2.0, 0.5) + arm.system * 1.0
+        return numbers.normal(size=120) - 1 + separated + arm.rewrite * np.where(harmful, 0.3, -0.2)
+
+    probes = {}
+    for probe in (OPENINGS, QUESTION):
+        measured = {name: Refusals(names, harmful, categories, logits(arm)) for name, arm in arms.items()}
+        probes[probe] = {
+            "first": "start",
+            "arms": {name: describe(each) for name, each in measured.items()},
+            "changes": changes_from_first(measured, {name: arm.parts("start") for name, arm in arms.items()}),
+        }
+    verdicts = agreement(numbers.random(100) > 0.4, numbers.random(100) > 0.5, names[:100])
+    results = {
+        "prompts": {"harmful": 60, "benign": 60, "repeated": 0},
+        "probes": probes,
+        "generated": {name: {OPENINGS: verdicts} for name in arms},
+        "wording": wording(Openings()) | {"system": "Be good.", "rewrite": REWRITE},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REFUSALS_FILE).write_text(json.dumps(results))
+    return folder
 
 
 def changed_config(folder: Path, section: str, **values) -> None:

@@ -2,12 +2,14 @@
 
 import pytest
 
+from hafrm_ds.evaluation.refusal.measures import REFUSALS_FOLDER
 from hafrm_ds.evaluation.report.writing import write_comparison_report, write_report
 from tests.evaluation.report.chromium import DESKTOP, PHONE, PROGRAM, Chromium
 from tests.evaluation.report.folders import (
     write_comparison,
     write_evaluation,
     write_group_run,
+    write_refusals,
     write_run,
     write_sweep,
 )
@@ -68,6 +70,7 @@ def pages(tmp_path_factory):
     sweep = folder / "sweep"
     write_sweep(sweep, SHARES_AND_SIZES | {"data.train.portion": [":80", ":320"]}, planted)
     write_comparison(methods, {"baseline": [0.6], "haf-alpha0.2-beta0.1": [0.8]}, range(2))
+    write_refusals(methods / REFUSALS_FOLDER)
     return (
         write_report(runs[0]),
         write_comparison_report(runs, folder / "both.html"),
@@ -75,6 +78,7 @@ def pages(tmp_path_factory):
         write_report(methods),
         write_report(sweep),
         write_report(write_group_run(folder / "groups")),
+        write_report(write_refusals(folder / "refused")),
     )
 
 

@@ -1,8 +1,8 @@
-"""Who draws the answers of a policy: transformers, one prompt at a time, or vLLM, all prompts at once."""
+"""Who draws the answers of a policy: transformers or vLLM."""
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -12,10 +12,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.errors import ModelError
-from hafrm_ds.evaluation.best_of_n.options import SamplingOptions
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.policy import SavedPolicy
+
+GREEDY = 0.0
+"""The temperature at which the most probable token is taken each time."""
 
 
 class Request(NamedTuple):
@@ -34,7 +36,7 @@ class Answer(NamedTuple):
 
 
 class Sampler(Protocol):
-    def answers(self, requests: list[Request]) -> list[list[Answer]]:
+    def answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
         """The answers to each request, one for each of its temperatures."""
 
 
@@ -71,10 +73,17 @@ class TemperatureOfEachRow(LogitsProcessor):
 
 
 class TransformersSampler:
-    """Draws the answers to one prompt at a time, all at once: what a prompt gets does not depend on any other."""
+    """Draws the answers to one prompt at a time, all at once: what a prompt gets does not depend on any other. Greedy
+    answers are drawn for all prompts of a call together, in rows that are padded on the left."""
 
     def __init__(
-        self, policy: SavedModel | SavedPolicy, formatter: ChatFormatter, options: SamplingOptions, processes: Processes
+        self,
+        policy: SavedModel | SavedPolicy,
+        formatter: ChatFormatter,
+        processes: Processes,
+        *,
+        max_new_tokens: int,
+        top_p: float = 1.0,
     ):
         processes.use_device()
         # The padded layout runs under the model's own attention, which can keep a cache.
@@ -82,19 +91,31 @@ class TransformersSampler:
         self.model = policy.hybrid_model(processes.device).causal_lm.to(processes.device)
         self.tokenizer = formatter.tokenizer
         self.stop_ids = stop_ids(self.model.generation_config.eos_token_id, formatter)
+        self.pad_id = self.stop_ids[0] if self.stop_ids else 0
         # Instead of the model's own, which may bring penalties and a top_k.
-        self.model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=options.top_p,
-            max_new_tokens=options.max_new_tokens,
-            eos_token_id=self.stop_ids or None,
-            pad_token_id=self.stop_ids[0] if self.stop_ids else 0,
-        )
+        both = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": self.stop_ids or None,
+            "pad_token_id": self.pad_id,
+        }
+        self.model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=top_p, **both)
+        self.greedy = GenerationConfig(do_sample=False, **both)
 
-    def answers(self, requests: list[Request]) -> list[list[Answer]]:
+    def answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
+        if all(request.temperatures == (GREEDY,) for request in requests):
+            return [[answer] for answer in self.greedy_answers([request.prompt_ids for request in requests])]
         return [self.answers_to(request) for request in requests]
+
+    @torch.no_grad()
+    def greedy_answers(self, prompts: Sequence[list[int]]) -> list[Answer]:
+        longest = max(map(len, prompts), default=0)
+        if not longest:
+            return []
+        rows = [[self.pad_id] * (longest - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        ids, attention_mask = (torch.tensor(each, device=self.model.device) for each in (rows, mask))
+        drawn = self.model.generate(ids, attention_mask=attention_mask, generation_config=self.greedy)
+        return [self.read(row) for row in drawn[:, longest:].tolist()]
 
     @torch.no_grad()
     def answers_to(self, request: Request) -> list[Answer]:
@@ -122,17 +143,23 @@ class VllmSampler:
     """
 
     def __init__(
-        self, policy: SavedModel | SavedPolicy, formatter: ChatFormatter, options: SamplingOptions, processes: Processes
+        self,
+        policy: SavedModel | SavedPolicy,
+        formatter: ChatFormatter,
+        processes: Processes,
+        *,
+        max_new_tokens: int,
+        top_p: float = 1.0,
     ):
         import vllm
 
-        self.options, self.params = options, vllm.SamplingParams
+        self.max_new_tokens, self.top_p, self.params = max_new_tokens, top_p, vllm.SamplingParams
         with only_own_gpu(processes):
             self.engine = vllm.LLM(
                 model=str(policy.folder), dtype=policy.config.dtype, trust_remote_code=policy.config.trust_remote_code
             )
 
-    def answers(self, requests: list[Request]) -> list[list[Answer]]:
+    def answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
         prompts, params = [], []
         for request in requests:
             for draw, temperature in enumerate(request.temperatures):
@@ -140,8 +167,8 @@ class VllmSampler:
                 params.append(
                     self.params(
                         temperature=temperature,
-                        top_p=self.options.top_p,
-                        max_tokens=self.options.max_new_tokens,
+                        top_p=self.top_p,
+                        max_tokens=self.max_new_tokens,
                         seed=request.seed + draw,
                     )
                 )
@@ -151,6 +178,13 @@ class VllmSampler:
     @staticmethod
     def read(drawn: Any) -> Answer:
         return Answer(drawn.text.strip(), drawn.finish_reason == "stop")
+
+
+SAMPLERS: dict[str, type[TransformersSampler] | type[VllmSampler]] = {
+    "transformers": TransformersSampler,
+    "vllm": VllmSampler,
+}
+"""By the names that `choose_sampler` gives."""
 
 
 @contextmanager

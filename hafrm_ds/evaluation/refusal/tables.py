@@ -1,0 +1,125 @@
+"""What models refuse (`evaluation.refusal.job`) in words and as tables, for the terminal and its page."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from hafrm_ds.data.tables import (
+    NOTHING,
+    Cell,
+    Estimate,
+    Table,
+    as_text,
+    count,
+    estimate_cell,
+    share_estimate,
+)
+from hafrm_ds.evaluation.refusal.measures import DISCRIMINATION, SHIFT
+from hafrm_ds.evaluation.refusal.probes import OPENINGS, QUESTION, REWARD
+from hafrm_ds.evaluation.refusal.prompts import BENIGN, HARMFUL
+
+TITLES = {
+    OPENINGS: "Policy: openings of refusals against openings of compliances",
+    QUESTION: "Policy: asked whether it refuses",
+    REWARD: "Reward head: answers that refuse against answers that comply",
+}
+
+
+def heading(results: dict[str, Any]) -> str:
+    prompts = results["prompts"]
+    repeated = f"; {prompts['repeated']:,} stood there twice" if prompts["repeated"] else ""
+    return f"{prompts[HARMFUL]:,} harmful and {prompts[BENIGN]:,} benign prompts{repeated}"
+
+
+def render_refusals(results: dict[str, Any]) -> RenderableType:
+    """The tables one after another."""
+    tables = (table.to_rich() for table in refusal_tables(results))
+    return Group(as_text(heading(results)), *tables)
+
+
+def refusal_tables(results: dict[str, Any]) -> list[Table]:
+    """Of each probe what the arms refuse and what moved it, and the probe beside generated answers."""
+    tables = []
+    for probe, found in results["probes"].items():
+        tables += [probe_table(TITLES[probe], found)] + (changes_tables(found) if found["changes"] else [])
+    return tables + [generated_table(results["generated"])] * bool(results["generated"])
+
+
+def probe_table(title: str, found: dict[str, Any]) -> Table:
+    """Mean probabilities of refusing, and how well they tell harmful from benign prompts."""
+    rows = [
+        (
+            name,
+            [
+                *(share_estimate(each[part] and each[part]["probability"]) for part in (HARMFUL, BENIGN)),
+                estimate_cell(each["auroc"], "{:.3f}".format, "{:.2f}".format),
+                share_estimate(each["missed"]),
+                share_estimate(each["over_refusal"]),
+            ],
+        )
+        for name, each in found["arms"].items()
+    ]
+    header = ("Probability of refusing", f"{HARMFUL} [95%]", f"{BENIGN} [95%]", "AUROC", "missed", "over-refusal")
+    return Table(rows, header, caption=title)
+
+
+def changes_tables(found: dict[str, Any]) -> list[Table]:
+    """How each arm differs from the first: in points of the probability, and as logits with what it is called."""
+    parts = (HARMFUL, BENIGN, SHIFT, DISCRIMINATION)
+    points, logits = [], []
+    for name, each in found["changes"].items():
+        points.append((name, [points_cell(each["probability"][part]) for part in parts]))
+        called = [Cell(each["mechanism"] or NOTHING), Cell(each.get("combination", NOTHING))]
+        logits.append((name, [*(logit_cell(each["logit"][part]) for part in parts), *called]))
+    against = f"against {found['first']} [95%]"
+    return [
+        Table(points, (f"Points, {against}", *parts)),
+        Table(logits, (f"Logits, {against}", *parts, "mechanism", "combination"), texts=2),
+    ]
+
+
+def points_cell(value: Estimate | None) -> Cell:
+    """A change of a probability, in percentage points."""
+    return estimate_cell(value, lambda each: f"{100 * each:+.1f}", lambda each: f"{100 * each:+.0f}")
+
+
+def logit_cell(value: Estimate | None) -> Cell:
+    """A change of a logit."""
+    return estimate_cell(value, "{:+.2f}".format, "{:+.1f}".format)
+
+
+def generated_table(generated: dict[str, Any]) -> Table:
+    """The probe of the openings beside answers that were generated."""
+    rows = []
+    for name, verdicts in generated.items():
+        for by, each in verdicts.items():
+            refused, total = each["refused"], each["prompts"]
+            cells = [
+                count(total),
+                count(refused["both"] + refused["probe"]),
+                count(refused["both"] + refused["answers"]),
+            ]
+            cells += [
+                share_estimate(each["agreement"]),
+                Cell(NOTHING if each["kappa"] is None else f"{each['kappa']:.2f}"),
+            ]
+            rows.append((name if len(verdicts) == 1 else f"{name}, by {by}", cells))
+    return Table(
+        rows, ("Generated answers", "prompts", "refused by the probe", "by the answer", "agree [95%]", "kappa")
+    )
+
+
+def categories_table(found: dict[str, Any]) -> Table | None:
+    """Mean probability of refusing in each category, for each arm; None without categories."""
+    arms = found["arms"]
+    first = next(iter(arms.values()))["categories"]
+    if not first:
+        return None
+    rows = [
+        (
+            f"{each['category'] or 'without a category'} ({each['label']}, {each['prompts']:,})",
+            [share_estimate(arm["categories"][place]["probability"]) for arm in arms.values()],
+        )
+        for place, each in enumerate(first)
+    ]
+    return Table(rows, ("Category", *arms))

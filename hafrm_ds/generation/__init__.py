@@ -1,0 +1,1 @@
+"""Answers drawn from the policy head of a model."""
