@@ -129,7 +129,7 @@ class Dialogue:
 
     def question(self, turn: Turn) -> list[Message]:
         """What the supervisor is sent about a draft."""
-        scenario, hidden = self.scenario, self.scenario.hidden_from(turn.seat)
+        scenario = self.scenario
         facts = "\n".join(filled(f"{name}: {{{name}}}", self.case) for name in scenario.fields)
         system = f"{filled(scenario.seats.supervisor.system, self.case)}\n\nThe case:\n{facts}"
         said = {
@@ -138,9 +138,9 @@ class Dialogue:
             "draft": turn.draft,
             "rules": "\n".join(f"- {rule}" for rule in scenario.rules[turn.seat]),
             "no_problem": scenario.no_problem,
-            "secrets": filled(scenario.secrets, {"seat": turn.seat, "hidden": hidden}) if hidden else "",
+            "hidden": ", ".join(scenario.hidden_from(turn.seat)) or "-",
         }
-        return [{"role": "system", "content": system}, user(filled(scenario.advice, said).strip())]
+        return [{"role": "system", "content": system}, user(filled(scenario.advice, said))]
 
     def without_mark(self, text: str) -> tuple[str, bool]:
         """A message without the end mark, and whether it had one."""

@@ -113,10 +113,12 @@ def write_results(files: list[Path], failed: dict[int, str], scenario: Scenario,
         outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in figures["outcomes"].items())
         log.print(f"{speaker}: {figures['messages']:,} messages: {outcomes or 'none'}")
     words = report["words"]
-    if pairs:
-        log.print(
-            f"{len(pairs):,} pairs in {scenario.output_dir / 'pairs.jsonl'}; words of a correction "
-            f"{words['chosen']:.1f}, of a draft {words['rejected']:.1f}; longer are {words['share_chosen_longer']:.0%}"
-        )
-    else:
+    if not pairs:
         log.warn("no pair: no draft of the seat that is to be trained was corrected")
+        return
+    log.print(
+        f"{len(pairs):,} pairs in {scenario.output_dir / 'pairs.jsonl'}; words of a correction "
+        f"{words['chosen']:.1f}, of a draft {words['rejected']:.1f}; longer are {words['share_chosen_longer']:.0%}"
+    )
+    if repeats := len(pairs) - report["different_pairs"]:
+        log.warn(f"{repeats:,} pairs repeat another one: do the endpoints draw at random, and heed temperatures?")

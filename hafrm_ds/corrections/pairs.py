@@ -4,6 +4,7 @@ A correction of the seat that is to be trained is a pair: the prompt is what the
 chosen, the draft rejected.
 """
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -61,6 +62,9 @@ def figures_of(records: Sequence[Record], pairs: Sequence[dict[str, Any]]) -> di
         "ends": Counter(record["end"] for record in records),
         "seats": seats,
         "pairs": len(pairs),
+        "different_pairs": len(
+            {json.dumps([pair[side] for side in ("prompt", "chosen", "rejected")]) for pair in pairs}
+        ),
         "words": {
             "chosen": chosen,
             "rejected": rejected,

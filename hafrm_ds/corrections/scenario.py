@@ -38,8 +38,7 @@ The rules for the {seat}:
 {rules}
 
 If the draft keeps all rules, answer exactly: {no_problem}
-If not, say in a few words what to change. {secrets}"""
-SECRETS = "Do not tell the {seat} any of these: {hidden}."
+If not, say in a few words what to change. The {seat} must not learn from you: {hidden}."""
 REWRITE = """{last}
 
 (You have drafted this answer, which has not been sent:
@@ -103,9 +102,8 @@ class Scenario(Section):
     no_problem: str = "no problem"
     """What the supervisor says of a draft that is to be sent as it is."""
     advice: str = ADVICE
-    """What the supervisor is asked, with {history}, {seat}, {draft}, {rules}, {no_problem} and {secrets}."""
-    secrets: str = SECRETS
-    """Of `advice`, where a seat may not see all fields, with {seat} and {hidden}."""
+    """What the supervisor is asked, with {history}, {seat}, {draft}, {rules}, {no_problem} and {hidden}, the names of
+    the fields that the seat may not see."""
     rewrite: str = REWRITE
     """What a seat is told after advice, in place of the last message, with {last}, {draft} and {advice}."""
     dialogues: PositiveInt | None = None

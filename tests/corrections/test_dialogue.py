@@ -48,7 +48,7 @@ def test_each_seat_sees_what_it_may_see_and_the_supervisor_everything(tmp_path):
     for messages in chief:
         assert all(f"{name}: {value}" in messages[0]["content"] for name, value in CASES[0].items())
         assert "- Ask where the customer is." in messages[1]["content"]
-        assert "Do not tell the assistant any of these: name, trouble, cover, code." in messages[1]["content"]
+        assert "The assistant must not learn from you: name, trouble, cover, code." in messages[1]["content"]
 
 
 def test_an_advised_draft_is_rewritten_from_advice_draft_and_last_message(tmp_path):

@@ -47,7 +47,7 @@ def test_the_pairs_are_the_corrections_of_the_trained_seat(tmp_path):
     assert figures["share_corrected"] == len(rows) / figures["messages"] == figures["share_advised"]
     longer = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows]
     assert report["words"]["difference"] == pytest.approx(statistics.fmean(longer)) and min(longer) > 0
-    assert report["words"]["share_chosen_longer"] == 1.0
+    assert report["words"]["share_chosen_longer"] == 1.0 and report["different_pairs"] == report["pairs"] == len(rows)
 
 
 def test_our_reader_takes_every_row_and_refuses_no_column(tmp_path):
@@ -58,6 +58,15 @@ def test_our_reader_takes_every_row_and_refuses_no_column(tmp_path):
     for group, row in zip(groups, rows):
         assert group["prompt"] == row["prompt"]
         assert [answer[0]["content"] for answer in group["answers"]] == [row["chosen"], row["rejected"]]
+
+
+def test_pairs_that_repeat_one_another_are_told(tmp_path, capsys):
+    said = played(
+        customer="Hello?", chief="Ask.", desk=lambda body: "Where?" if "advice" in last_said(body) else "Yes."
+    )
+    _, _, _, report = run(tmp_path, said, dialogues=4)
+    assert (report["pairs"], report["different_pairs"]) == (12, 3)
+    assert "9 pairs repeat another one" in capsys.readouterr().out
 
 
 def test_a_seat_that_is_supervised_and_not_trained_makes_no_pairs(tmp_path):
