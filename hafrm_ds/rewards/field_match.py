@@ -66,14 +66,14 @@ class FieldMatch:
         known = self.known.get(key_of(conversation[:-1]))
         if known is None:
             return Score.none(f"{self.file.name} has no row of this prompt")
-        text = str(conversation[-1]["content"])
+        text = conversation[-1].get("content") or ""
         found = json_object(text) or dict(LINE.findall(text))
         spoken = {str(name): spelled(value) for name, value in found.items()}
         return Score(sum(spoken.get(name) == value for name, value in known.items()) / len(known))
 
 
 def key_of(prompt: Conversation) -> str:
-    return json.dumps([[message["role"], str(message["content"]).strip()] for message in prompt])
+    return json.dumps([[message["role"], (message.get("content") or "").strip()] for message in prompt])
 
 
 def spelled(value: Any) -> str:

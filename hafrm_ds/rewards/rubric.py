@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from hafrm_ds.config import NonNegative, Positive, PositiveInt
-from hafrm_ds.data.pairs import user
+from hafrm_ds.data.pairs import Message, user
 from hafrm_ds.options import Section
 from hafrm_ds.rewards.endpoint import Chat, Endpoint, Unanswered, Unusable, insist, json_object, seed_of
 from hafrm_ds.rewards.reward import Loader, Score
@@ -45,10 +45,10 @@ COMPARE = """Compare two answers to this conversation.
 {conversation}
 
 Answer A:
-{first}
+{0}
 
 Answer B:
-{second}
+{1}
 
 Say for each criterion which answer is the better one, "A" or "B", or "tie":
 """
@@ -161,8 +161,8 @@ class Rubric:
 
     def compare(self, first: Conversation, second: Conversation) -> float | str:
         """What the first of two answers gets where they are shown in this order, or why there is nothing."""
-        answers = {"first": first[-1]["content"], "second": second[-1]["content"]}
-        asked = COMPARE.format(conversation=in_words(first[:-1]), **answers)
+        answers = text_of(first[-1]), text_of(second[-1])
+        asked = COMPARE.format(*answers, conversation=in_words(first[:-1]))
         return self.mean(asked, lambda verdict, name, criterion: WORTH[verdict[name]])
 
     def mean(self, question: str, worth: Callable[[Verdict, str, Criterion], float]) -> float | str:
@@ -211,8 +211,13 @@ def score_of(values: list[float | str]) -> Score:
     return Score(statistics.fmean(each for each in values if not isinstance(each, str)))
 
 
+def text_of(message: Message) -> str:
+    """Its content; "" of a message that only calls a tool."""
+    return message.get("content") or ""
+
+
 def in_words(conversation: Conversation) -> str:
-    return "\n\n".join(f"{message['role']}:\n{message['content']}" for message in conversation)
+    return "\n\n".join(f"{message['role']}:\n{text_of(message)}" for message in conversation)
 
 
 def schema_of(values: dict[str, list[Any]]) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch.distributed as dist
 
 from hafrm_ds.data.pairs import assistant, user
 from hafrm_ds.errors import ConfigError
-from hafrm_ds.rewards.composition import read_composition
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.rewards.composition import open_reward, read_composition
 from hafrm_ds.rewards.endpoint import EndpointError
 from hafrm_ds.rewards.loading import load_reward
+from hafrm_ds.scoring.files import ScoringOptions, score_file
 from tests.rewards.scripted import Answer, in_turn, last_said, scripted
 
 RUBRIC = """
@@ -146,6 +149,25 @@ def test_answers_to_a_prompt_are_compared_by_weight_with_ties_half(tmp_path):
         scores = load(tmp_path, endpoint.url, rubric=COMPARE).scores(conversations)
     assert [score.value for score in scores] == [0.875, 0.125, None]
     assert "stands alone" in scores[2].error
+
+
+def test_a_file_of_answers_is_compared_and_resumed_by_the_rubric_alone(tmp_path):
+    def script(body):
+        first, second = shown(body)
+        return json.dumps({"a": "A" if len(first) > len(second) else "B", "b": "tie"})
+
+    rows = [{"prompt": "Why?", "responses": ["A long answer.", "Short."]}, {"prompt": "What?", "response": "Alone."}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"input": tmp_path / "in.jsonl", "output": tmp_path / "out.jsonl", "model": tmp_path / "rubric.yaml"}
+    with scripted(script) as endpoint:
+        (tmp_path / "rubric.yaml").write_text(COMPARE.format(url=endpoint.url))
+        identity = open_reward(tmp_path / "rubric.yaml").identity()
+        processes = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
+        assert score_file(ScoringOptions(**options), processes) == 1
+    scored = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert scored[0]["scores"] == [0.875, 0.125] and "stands alone" in scored[1]["score_error"]
+    (tmp_path / "rubric.yaml").write_text(COMPARE.format(url="http://elsewhere/v1"))
+    assert open_reward(tmp_path / "rubric.yaml").identity() == identity  # where the judge listens is no part of it
 
 
 @pytest.mark.parametrize(
