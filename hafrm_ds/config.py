@@ -458,6 +458,7 @@ class TrainConfig(Section):
             )
         problems += share_problems(self)
         problems += attribute_problems(self)
+        problems += reward_loss_problems(self)
         if objective.policy_label_smoothing and objective.policy_loss != "dpo":
             problems.append(
                 f"objective.policy_label_smoothing is defined for policy_loss dpo, not for {objective.policy_loss}"
@@ -567,6 +568,23 @@ def attribute_problems(config: TrainConfig) -> Iterator[str]:
             f"objective.attributes_weight is {objective.attributes_weight}, but model.attributes names no attribute: "
             "leave it out, or name some"
         )
+
+
+def reward_loss_problems(config: TrainConfig) -> Iterator[str]:
+    """Contradictions between what is trained and the sources that train the policy loss alone, one message each."""
+    objective, apart = config.objective, [source for source in config.data.train if not source.reward_loss]
+    for name, sources in config.data.eval.items():
+        if not all(source.reward_loss for source in sources):
+            yield f"data.eval {name}: reward_loss is of training sources; leave it out"
+    if not apart:
+        return
+    named = f"data.train: reward_loss is false for {', '.join(source.label_in_reports for source in apart)}, but"
+    if not objective.uses_policy:
+        yield f"{named} objective.alpha is 0: these pairs would train nothing"
+    elif not objective.uses_reward:
+        yield f"{named} objective.rm_weight is 0: no pair trains the reward loss; leave it out"
+    elif len(apart) == len(config.data.train):
+        yield f"{named} there is no other source: the reward head would get no gradient, while its body is trained"
 
 
 def unknown_best_metric(config: TrainConfig) -> str | None:

@@ -251,11 +251,14 @@ def joint_loss(
     scores: ResponseScores,
     reference: Tensor | None,
     comparisons: Comparisons,
+    trains_reward: Tensor | None = None,
 ) -> JointLoss:
     """rm_weight * L_reward + alpha * L_policy for each group (HAF-RM, L_H), of what the model was asked for.
 
     Args:
         reference: [N] log pi_ref, where the policy loss uses it.
+        trains_reward: [G] 1 for a group that trains the reward loss, and 0 for one whose reward loss is none; None
+            where all do.
     """
     reward = policy = None
     parts = []
@@ -265,6 +268,8 @@ def joint_loss(
         if objective.reward_centering:
             penalty = comparisons.mean(centering_penalty(scores.reward, comparisons))
             centered = reward + objective.reward_centering * penalty
+        if trains_reward is not None:
+            reward, centered = reward * trains_reward, centered * trains_reward
         parts.append(weights.reward * centered)
     if scores.logprob is not None and objective.uses_policy:
         policy = policy_loss(objective, scores.logprob, reference, scores.num_tokens, comparisons)

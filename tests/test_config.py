@@ -220,6 +220,16 @@ def test_no_contradiction_with_the_default_of_a_faulty_option_is_named():
     [
         ({"objective.alpha": "0", "objective.rm_weight": "0"}, ["objective.alpha", "objective.rm_weight"]),
         ({"objective.alternate_every": "5", "objective.alpha": "0"}, ["alternate_every is 5", "alpha is 0.0"]),
+        ({"data.train": "[{path: a, reward_loss: false}]"}, ["reward_loss is false for a, but", "no other source"]),
+        (
+            {"data.train": "[{path: a, reward_loss: false}, {path: b}]", "objective.alpha": "0"},
+            ["reward_loss is false for a, but objective.alpha is 0: these pairs would train nothing"],
+        ),
+        (
+            {"data.train": "[{path: a, reward_loss: false}, {path: b}]", "objective.rm_weight": "0"},
+            ["reward_loss is false for a, but objective.rm_weight is 0: no pair trains the reward loss"],
+        ),
+        ({"data.eval": "{held: {path: a, reward_loss: false}}"}, ["data.eval held: reward_loss is of training"]),
         ({"objective.policy_label_smoothing": "0.1", "objective.policy_loss": "ipo"}, ["label_smoothing", "ipo"]),
         ({"objective.use_margin": "true", "objective.rm_weight": "0"}, ["use_margin", "objective.rm_weight is 0"]),
         ({"evaluation.every_steps": "5"}, ["evaluation.every_steps is 5", "data.eval"]),

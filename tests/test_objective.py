@@ -506,6 +506,19 @@ def test_joint_loss_of_one_part():
     assert alone.reward is None
 
 
+def test_groups_that_train_the_policy_alone_send_no_gradient_to_the_reward_head():
+    objective = ObjectiveConfig(rm_weight=0.5, alpha=0.2, reward_centering=0.01)
+    reward, logprob = fp32(REWARD).requires_grad_(), fp32(LOGPROB).requires_grad_()
+    given = (objective, weights_at(objective, 0), scores_of(reward, logprob), fp32(REFERENCE), WITH_MARGINS)
+    whole, joint = joint_loss(*given), joint_loss(*given, torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    assert torch.equal(joint.reward[::2], whole.reward[::2]) and joint.reward[1::2].tolist() == [0.0, 0.0]
+    assert torch.equal(joint.policy, whole.policy) and torch.equal(joint.total[::2], whole.total[::2])
+    assert torch.equal(joint.total[1::2], 0.2 * whole.policy[1::2])
+    joint.total.sum().backward()
+    assert reward.grad.view(4, 2)[1::2].tolist() == [[0.0, 0.0]] * 2 and reward.grad.view(4, 2)[::2].all()
+    assert logprob.grad.all()
+
+
 def test_a_part_of_weight_0_sends_no_gradient():
     reward, logprob = fp32(REWARD).requires_grad_(), fp32(LOGPROB).requires_grad_()
     joint = joint_loss(

@@ -23,6 +23,7 @@ class MicroBatch:
         part of a group its share of that; 0 for a dummy, which is computed but counts nothing.
     comparisons: of the responses.
     reference: [N] fp32, log pi_ref of each response; None if the objective uses none.
+    trains_reward: [G] fp32, 1 for a group that trains the reward loss and 0 for one that does not; None where all do.
     attributes: [N, A] fp32, what the attributes of the model are by the data, NaN where it does not say; None of a
         model without.
     """
@@ -32,6 +33,7 @@ class MicroBatch:
     weight: Tensor
     comparisons: Comparisons
     reference: Tensor | None = None
+    trains_reward: Tensor | None = None
     attributes: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -61,11 +63,13 @@ def make_micro_batch(
             return 0.0
         return group.share if normalize_by == "group" else sum(each.weight for each in group.comparisons)
 
+    trains_reward = [group.trains_reward for group in chosen]
     return MicroBatch(
         batch=lay_out([group.ids for group in chosen], layout),
         index=np.asarray(index, dtype=np.int64),
         weight=torch.tensor([weight_of(position, group) for position, group in zip(index, chosen, strict=True)]),
         comparisons=Comparisons.of([(len(group.responses), group.comparisons) for group in chosen]),
         reference=reference,
+        trains_reward=None if all(trains_reward) else torch.tensor(trains_reward, dtype=torch.float32),
         attributes=attributes,
     )

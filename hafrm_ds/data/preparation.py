@@ -67,7 +67,7 @@ SMALL_SET = 2000
 """Rows below which starting worker processes takes longer than the tokenising itself."""
 MAX_PROCESSES = 16
 NUM_EXAMPLES = 3
-PREPARED_VERSION = 3
+PREPARED_VERSION = 4
 """Raise it whenever what is counted of a set changes."""
 
 TOKEN_IDS = datasets.Sequence(datasets.Value("int32"))
@@ -76,6 +76,7 @@ GROUP_FEATURES = {
     "response_ids": datasets.Sequence(TOKEN_IDS),
     "comparisons": COMPARISON_FEATURES,
     "attributes": ATTRIBUTE_FEATURES,
+    "trains_reward": datasets.Value("bool"),
     "source": datasets.Value("string"),
     "id": datasets.Value("string"),
 }
@@ -93,7 +94,7 @@ FATE_FEATURES = {
     "left_out": datasets.Value("string"),
     "marks": datasets.Value("string"),
 }
-CARRIED = ("source", "id", "format", "dropped", "deselected", "remarks")
+CARRIED = ("trains_reward", "source", "id", "format", "dropped", "deselected", "remarks")
 """Columns of read_groups that tokenising hands on; it adds to `dropped`."""
 
 
@@ -216,6 +217,7 @@ def count_groups(
         "num_responses": sizes(responses)[kept],
         "num_comparisons": sizes(comparisons)[kept],
         **columns_of(pc.list_flatten(comparisons)),
+        "trains_reward": table["trains_reward"].to_numpy()[kept],
         "keys": keys_of_column(pc.list_flatten(table["response_keys"])),
         "prompt_keys": keys_of_column(table["prompt_key"])[kept],
         "uncut_lengths": uncut[uncut > 0],
@@ -376,6 +378,7 @@ def summarize(
         template=TemplateFacts.of(formatter),
         examples=[],
         with_margin=int(with_margin.sum()),
+        policy_alone=int((~columns["trains_reward"]).sum()),
         not_read=list(remarks[NOT_READ]),
         mapped_roles=remarks[ROLE],
         margin_faults=sum(margin_faults.values()),

@@ -32,7 +32,7 @@ FACTS, KEPT, ATTRIBUTES = "facts.json", "kept.arrow", "attributes.npy"
 COMPARISONS = ComparisonTable._fields
 FIRST = {"first_response": "num_responses", "first_comparison": "num_comparisons"}
 """Where those of each group begin, and the last ones end -> how many each has."""
-COLUMNS = ("prompt", "response", *FIRST, *COMPARISONS, "keys", "prompt_keys", "uncut_lengths")
+COLUMNS = ("prompt", "response", *FIRST, *COMPARISONS, "trains_reward", "keys", "prompt_keys", "uncut_lengths")
 GROUP_COLUMNS = ("prompt_ids", "response_ids", "source", "id")
 
 
@@ -43,12 +43,13 @@ class PreparedGroups:
     rows: columns prompt_ids (int32 list), response_ids (list of int32 lists), source, id.
     lengths: tokens of the prompts and responses.
     table: the comparisons, those of group g from first_comparison[g] to first_comparison[g + 1], which is [G + 1].
+    trains_reward: [G] bool, whether a group trains the reward loss; else it trains that of the policy alone.
     keys: [R] KEY_DTYPE, content keys of the responses.
     prompt_keys: [G] KEY_DTYPE, keys of the prompts before any truncation: groups of one prompt share it, whatever was
         left.
     uncut_lengths: int64 tokens of the longest conversation, not truncated, for all groups that could be rendered: also
         for those that were dropped as too long.
-    fingerprint: hash of the groups in order: tokens, comparisons and attributes.
+    fingerprint: hash of the groups in order: tokens, comparisons, attributes, and which of them train the reward loss.
     attributes: [A, R] fp32, NaN where the data says nothing; None of a set without any. Their names are in the report.
     """
 
@@ -56,6 +57,7 @@ class PreparedGroups:
     lengths: GroupLengths
     table: ComparisonTable
     first_comparison: np.ndarray
+    trains_reward: np.ndarray
     keys: np.ndarray
     prompt_keys: np.ndarray
     uncut_lengths: np.ndarray
@@ -85,7 +87,7 @@ class PreparedGroups:
         said = {"report": report, "fingerprint": fingerprint, "attributes": attributes}
         groups = cls(rows, lengths, table, first_comparison, **columns | said)
         is_whole = (
-            {len(rows)} == {len(lengths), len(groups.prompt_keys), len(first_comparison) - 1}
+            {len(rows)} == {len(lengths), len(groups.prompt_keys), len(groups.trains_reward), len(first_comparison) - 1}
             and {first_response[-1]} == {len(groups.keys), len(lengths.response)}
             and {first_comparison[-1]} == {*map(len, table)}
             and (attributes is None or attributes.shape == (len(report.attributes), len(groups.keys)))
@@ -154,6 +156,7 @@ class PreparedGroups:
             comparisons=self.table.take(slice(*self.first_comparison[index : index + 2])).rows(),
             source=row["source"][0].as_py(),
             id=row["id"][0].as_py(),
+            trains_reward=bool(self.trains_reward[index]),
         )
 
 
@@ -213,7 +216,7 @@ def save_groups(
 
 def fingerprint(columns: Mapping[str, np.ndarray], attributes: Mapping[str, np.ndarray]) -> str:
     """Hash of groups in order: the keys of their responses and their margins, for what is no pair all that stands in
-    its comparisons, and attributes where there are any.
+    its comparisons, attributes where there are any, and which groups train the reward loss where not all of them do.
 
     Args:
         columns: of COLUMNS, those of responses and comparisons.
@@ -224,6 +227,8 @@ def fingerprint(columns: Mapping[str, np.ndarray], attributes: Mapping[str, np.n
     if not is_of_pairs(columns["num_responses"], columns["num_comparisons"], table):
         for name in (*counts, "better", "worse", "target", "weight"):
             digest.update(np.ascontiguousarray(columns[name]).data)
+    if not columns["trains_reward"].all():
+        digest.update(np.packbits(columns["trains_reward"]).data)
     for name, values in attributes.items():
         digest.update(name.encode() + b"\0")
         digest.update(values.data)

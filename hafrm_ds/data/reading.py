@@ -57,6 +57,7 @@ FEATURES = datasets.Features(
         "answers": [MESSAGES],
         "comparisons": COMPARISON_FEATURES,
         "attributes": ATTRIBUTE_FEATURES,
+        "trains_reward": datasets.Value("bool"),
         "source": datasets.Value("string"),
         "id": datasets.Value("string"),
         "format": datasets.Value("string"),
@@ -67,8 +68,9 @@ FEATURES = datasets.Features(
 )
 """One row for each row read. A group is used where both `dropped` (why the row is no usable group) and `deselected`
 (why it is left out) are "". Rows that are no group have empty lists, as have those without attributes in that column;
-rows outside the row filter have no format. The messages of a conversation with tools are spelled in one (`tool_calls`).
-`remarks` says what else is to be told of the row, one thing a line: REMARKS."""
+rows outside the row filter have no format. `trains_reward` is the `reward_loss` of the source. The messages of a
+conversation with tools are spelled in one (`tool_calls`). `remarks` says what else is to be told of the row, one thing
+a line: REMARKS."""
 
 NOT_READ, ROLE, MARGIN = "not read: ", "role: ", "margin: "
 REMARKS = (NOT_READ, ROLE, MARGIN)
@@ -190,7 +192,7 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
             if not isinstance(content, dict):
                 raise DataError(f"{row.id}: is {in_words(content)}, expected an object with fields")
             if not row_filter.passes(content):
-                yield as_features(row, "", Deselected(row_filter.description))
+                yield as_features(row, "", Deselected(row_filter.description), source)
                 continue
             if source.columns:
                 row = Row(renamed(row, source), row.id, label, roles)
@@ -205,7 +207,7 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
             outcomes = read_groups_of(row, format_name, source)
             remarks = remarks_on(row, format_name)
             for outcome in outcomes:
-                yield as_features(row, format_name, outcome, remarks)
+                yield as_features(row, format_name, outcome, source, remarks)
                 remarks = ""  # of a row with several groups, once
     row_filter.check_some_passed(source.path)
 
@@ -239,7 +241,7 @@ def remarks_on(row: Row, format_name: str) -> str:
     return "\n".join(lines + [f"{ROLE}{written} -> {role}" for written, role in row.mapped_roles.items()])
 
 
-def as_features(row: Row, format_name: str, outcome: Outcome, remarks: str = "") -> dict[str, Any]:
+def as_features(row: Row, format_name: str, outcome: Outcome, source: Source, remarks: str = "") -> dict[str, Any]:
     """What became of a row -> a row of FEATURES."""
     group = outcome if isinstance(outcome, PreferenceGroup) else PreferenceGroup([], (), (), row.source, row.id)
     prompt, answers = group.prompt, list(group.answers)
@@ -250,6 +252,7 @@ def as_features(row: Row, format_name: str, outcome: Outcome, remarks: str = "")
         "answers": answers,
         "comparisons": [comparison._asdict() for comparison in group.comparisons],
         "attributes": [[{"name": name, "value": each[name]} for name in each] for each in group.attributes],
+        "trains_reward": source.reward_loss,
         "source": group.source,
         "id": group.id,
         "format": format_name,

@@ -200,6 +200,8 @@ class DataReport:
     examples: list[Example]
     with_margin: int = 0
     """Kept pairs that have a margin."""
+    policy_alone: int = 0
+    """Kept pairs of sources whose reward_loss is false."""
     not_read: list[str] = field(default_factory=list)
     """Columns that are filled in some row, but that its format does not read."""
     mapped_roles: dict[str, int] = field(default_factory=dict)
@@ -220,7 +222,7 @@ class DataReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain mapping for data_report.json."""
-        left_out: dict[str, Any] = {"groups": None, "attributes": {}}  # of what most sets have not
+        left_out: dict[str, Any] = {"groups": None, "attributes": {}, "policy_alone": 0}  # of what most sets have not
         return {name: value for name, value in asdict(self).items() if left_out.get(name, ...) != value}
 
     @classmethod
@@ -293,6 +295,8 @@ class DataReport:
             for reason, groups in self.groups.lost.items():
                 yield f"answers or comparisons left out in {groups:,} groups: {reason}"
         kept = self.total.kept
+        if self.policy_alone:
+            yield f"{self.policy_alone:,} of {kept:,} {self.unit} train the policy loss alone (reward_loss: false)"
         if self.with_margin not in (0, kept):  # in the loss the others count with a margin of 0
             share = self.with_margin / kept
             yield f"{self.with_margin} of {kept} {self.unit} ({share:.1%}) have a margin; the others count as 0"

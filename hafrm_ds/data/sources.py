@@ -93,6 +93,9 @@ class Source(BaseModel):
     are rounded down. In YAML it needs quotes."""
     max_pairs: Annotated[int, Field(ge=1)] | None = None
     """Cap: a seeded random choice of this many pairs."""
+    reward_loss: bool = True
+    """false: the pairs of this training source train the policy loss alone, as pairs that the reward head has labelled
+    should."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of this source in a mix, relative to the other weights. Without weights every pair of every source is used;
     with them no pair is used twice, so the source that is scarcest for its weight sets the size of the mix."""

@@ -52,6 +52,8 @@ class TokenizedGroup:
     id: str
     share: float = 1.0
     """How much of its group's comparisons it has, for a part of a group that is too long for a micro-batch."""
+    trains_reward: bool = True
+    """Whether it trains the reward loss; else it trains that of the policy alone."""
 
     @property
     def ids(self) -> "PromptWithResponses":

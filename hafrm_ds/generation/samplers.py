@@ -39,6 +39,9 @@ class Sampler(Protocol):
     def answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
         """The answers to each request, one for each of its temperatures."""
 
+    def one_each(self, prompts: Sequence[Sequence[int]], temperature: float = GREEDY, seed: int = 0) -> list[Answer]:
+        """One answer to each prompt, drawn for all of them together: they depend on what is asked in one call."""
+
 
 def stop_ids(eos: int | list[int] | None, formatter: ChatFormatter) -> list[int]:
     """Tokens that end an answer: those of the generation config, and the tokenizer's eos."""
@@ -73,8 +76,8 @@ class TemperatureOfEachRow(LogitsProcessor):
 
 
 class TransformersSampler:
-    """Draws the answers to one prompt at a time, all at once: what a prompt gets does not depend on any other. Greedy
-    answers are drawn for all prompts of a call together, in rows that are padded on the left."""
+    """Draws the answers to one prompt at a time, all at once: what a prompt gets does not depend on any other. Where one
+    answer to each of many prompts is asked for, their rows are padded on the left."""
 
     def __init__(
         self,
@@ -102,20 +105,30 @@ class TransformersSampler:
         self.greedy = GenerationConfig(do_sample=False, **both)
 
     def answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        if all(request.temperatures == (GREEDY,) for request in requests):
-            return [[answer] for answer in self.greedy_answers([request.prompt_ids for request in requests])]
         return [self.answers_to(request) for request in requests]
 
     @torch.no_grad()
-    def greedy_answers(self, prompts: Sequence[list[int]]) -> list[Answer]:
+    def one_each(self, prompts: Sequence[Sequence[int]], temperature: float = GREEDY, seed: int = 0) -> list[Answer]:
         longest = max(map(len, prompts), default=0)
         if not longest:
             return []
-        rows = [[self.pad_id] * (longest - len(ids)) + ids for ids in prompts]
+        torch.manual_seed(seed)
+        device = self.model.device
+        rows = [[self.pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
         mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        ids, attention_mask = (torch.tensor(each, device=self.model.device) for each in (rows, mask))
-        drawn = self.model.generate(ids, attention_mask=attention_mask, generation_config=self.greedy)
+        drawn = self.model.generate(
+            torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=self.greedy if temperature == GREEDY else None,
+            logits_processor=self.at([temperature] * len(rows)),
+        )
         return [self.read(row) for row in drawn[:, longest:].tolist()]
+
+    def at(self, temperatures: Sequence[float]) -> LogitsProcessorList:
+        """What divides the logits of each row by its temperature; nothing where all are greedy."""
+        if not any(temperatures):
+            return LogitsProcessorList()
+        return LogitsProcessorList([TemperatureOfEachRow(torch.tensor(temperatures, device=self.model.device))])
 
     @torch.no_grad()
     def answers_to(self, request: Request) -> list[Answer]:
@@ -126,7 +139,7 @@ class TransformersSampler:
             ids,
             attention_mask=torch.ones_like(ids),
             num_return_sequences=len(request.temperatures),
-            logits_processor=LogitsProcessorList([TemperatureOfEachRow(torch.tensor(request.temperatures).to(device))]),
+            logits_processor=self.at(request.temperatures),
         )
         return [self.read(row) for row in drawn[:, ids.shape[1] :].tolist()]
 
@@ -174,6 +187,10 @@ class VllmSampler:
                 )
         drawn = iter([result.outputs[0] for result in self.engine.generate(prompts, params, use_tqdm=False)])
         return [[self.read(next(drawn)) for _ in request.temperatures] for request in requests]
+
+    def one_each(self, prompts: Sequence[Sequence[int]], temperature: float = GREEDY, seed: int = 0) -> list[Answer]:
+        requests = [Request(list(ids), (temperature,), seed + place) for place, ids in enumerate(prompts)]
+        return [answer for [answer] in self.answers(requests)]
 
     @staticmethod
     def read(drawn: Any) -> Answer:

@@ -296,7 +296,7 @@ class Trainer:
             with_router=self.counts_experts,
         )
         weight, reference = micro_batch.weight, micro_batch.reference
-        loss = joint_loss(objective, weights, scores, reference, micro_batch.comparisons)
+        loss = joint_loss(objective, weights, scores, reference, micro_batch.comparisons, micro_batch.trains_reward)
         if scores.router is not None:
             totals.add_load(weight, scores.router.load)
             if self.router_coefficient:

@@ -85,6 +85,7 @@ def write_tokens(file: Path, num_pairs: int) -> None:
                 "format": text("explicit_prompt"),
                 "dropped": pa.array(np.where(dropped, "identical answers", "").tolist(), pa.string()),
                 "cut": pa.array(np.zeros(number, bool)),
+                "trains_reward": pa.array(np.ones(number, bool)),
                 "uncut_length": pa.array(np.where(dropped, 0, 30)),
             }
             table = pa.table({name: columns[name] for name in schema.names}).cast(schema)

@@ -1,11 +1,15 @@
-"""Requests a second of launch/serve.py under 64 clients of one sample each, against one forward a request.
+"""Requests a second of launch/serve.py under 64 clients of one sample each, against one forward a request and vLLM.
 
     python tests/benchmarks/serving.py --model FINAL [--seconds 30] [--clients 64] [--prompt_words 150] [--workers 1]
     python tests/benchmarks/serving.py --model FINAL --soak_minutes 60
+    python tests/benchmarks/serving.py --model FINAL --vllm http://127.0.0.1:8000
 
 The samples are 16 prompts with 8 answers each, in words drawn by a fixed seed; a client sends its next when it has its
 answer. Beside the server stands the same model asked by as many clients without HTTP, each request a forward of its
 own, one after the other: the most that a server without merging could reach. Loading is not counted.
+
+--vllm: ask this server too, of the same model (`vllm serve EXPORT --runner pooling --convert classify`), which is idle
+while the others are measured.
 
 --soak_minutes: then requests come at random moments, at 80% of the rate that the clients reached, for so long; a line
 every minute says how they fared, and what the server's processes have resident.
@@ -120,6 +124,28 @@ def row(name: str, took: list[float], seconds: float) -> str:
     return f"| {name} | {len(took):,} | {len(took) / seconds:.1f} | {p50:,.0f} | {p99:,.0f} |"
 
 
+async def measure_vllm(
+    address: str, given: list[tuple[str, str]], options: argparse.Namespace, values: dict[tuple[str, str], float]
+) -> None:
+    """The line of a vLLM server, and how far its values are from ours."""
+    async with httpx.AsyncClient(
+        base_url=address, timeout=300, limits=httpx.Limits(max_connections=options.clients)
+    ) as http:
+        model = (await http.get("/v1/models")).json()["data"][0]["id"]
+
+        async def classified(prompt: str, answer: str) -> float:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            body = {"model": model, "messages": messages, "add_generation_prompt": False, "use_activation": False}
+            reply = await http.post("/classify", json=body)
+            assert reply.is_success, reply.text
+            return reply.json()["data"][0]["probs"][0]
+
+        await classified(*given[0])
+        took, elapsed, theirs = await load(classified, given, options.clients, options.seconds)
+    print(row("vLLM", took, elapsed), flush=True)
+    print(f"largest difference of a value: {max(abs(values[each] - theirs[each]) for each in values.keys() & theirs)}")
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -129,6 +155,7 @@ async def main() -> None:
     parser.add_argument("--answer_words", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--soak_minutes", type=int, default=0)
+    parser.add_argument("--vllm")
     options = parser.parse_args()
     given = samples(options.prompt_words, options.answer_words)
     print("| | requests | requests a second | p50 ms | p99 ms |\n|---|---|---|---|---|")
@@ -163,6 +190,9 @@ async def main() -> None:
     finally:
         server.terminate()
         server.wait()
+
+    if options.vllm:
+        await measure_vllm(options.vllm, given, options, values)
 
     judge = load_judge(options.model)
     one_at_a_time = asyncio.Lock()

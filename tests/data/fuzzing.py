@@ -200,7 +200,7 @@ def check_row(fields: dict[str, Any], source: Source) -> str:
         return "refused"
     whole = None
     for outcome in outcomes:
-        features = as_features(row, name, outcome, remarks_on(row, name))
+        features = as_features(row, name, outcome, source, remarks_on(row, name))
         json.dumps(features).encode()
         for text in (features["source"], features["remarks"], features["dropped"], features["deselected"]):
             text.encode()

@@ -36,6 +36,7 @@ def test_every_kind_of_file(read, path, first_id):
         "answers": [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]],
         "comparisons": [{"better": 0, "worse": 1, "margin": None, "target": 1.0, "weight": 1.0}],
         "attributes": [],
+        "trains_reward": True,
         "source": path.split(".")[0],
         "id": first_id,
         "format": "explicit_prompt",

@@ -113,6 +113,23 @@ def test_rows_are_read_again_only_when_the_file_or_the_source_changes(read, read
     assert len(reads) == 5
 
 
+def test_pairs_keep_which_losses_their_source_trains(make_tokenizer, tmp_path):
+    for name in ("human", "own"):
+        write_lines(tmp_path / f"{name}.jsonl", rows_of(3))
+    sources = [Source(path=str(tmp_path / "human.jsonl")), Source(path=str(tmp_path / "own.jsonl"), reward_loss=False)]
+    formatter = ChatFormatter.create(make_tokenizer(), None, "2024-07-26")
+
+    def prepare(sources):
+        options = PreparationOptions(max_length=100, truncation="drop", cache_dir=tmp_path / "cache")
+        return prepare_groups(sources, formatter=formatter, options=options, role="train", seed=0)
+
+    both = prepare(sources)
+    assert [both[place].trains_reward for place in range(6)] == [True] * 3 + [False] * 3
+    assert both.report.policy_alone == 3 and both.report.to_json()["policy_alone"] == 3
+    plain = prepare([sources[0], sources[1].model_copy(update={"reward_loss": True})])
+    assert plain.fingerprint != both.fingerprint and "policy_alone" not in plain.report.to_json()
+
+
 def test_nothing_is_kept_of_a_file_with_an_error(read):
     write_lines("x.jsonl", [*rows_of(2), {"prompt": "p"}])
     for _ in range(2):

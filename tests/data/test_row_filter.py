@@ -26,6 +26,7 @@ def test_rows_outside_the_filter_need_no_format(read):
         "answers": [],
         "comparisons": [],
         "attributes": [],
+        "trains_reward": True,
         "source": "x",
         "id": "x.jsonl:1",
         "format": "",

@@ -46,6 +46,34 @@ def test_one_micro_batch_and_eight_give_the_same_gradients():
         assert (cut[name] - gradient).abs().max().item() < 1e-5 * scale, name
 
 
+def test_what_trains_the_policy_alone_gives_the_reward_head_no_gradient_in_any_micro_batch():
+    """The gradient of the head is that of the other pairs alone, however they are laid out."""
+    items = random_items(seed=11, num_items=6)
+    trains = [True, False, False, True, False, True]
+    pairs = [
+        TokenizedGroup(each.prompt, each.responses, OF_A_PAIR, "", str(n), trains_reward=trains[n])
+        for n, each in enumerate(items)
+    ]
+
+    def head_gradient(parts: list[list[int]]) -> torch.Tensor:
+        model = tiny_hybrid("llama-tied")
+        use_layout(model, "shared_prefix")
+        objective = ObjectiveConfig()
+        for part in parts:
+            each = make_micro_batch(pairs, part, "shared_prefix")
+            reference = torch.zeros(len(each.batch.readout_index))
+            weights = weights_at(objective, 0)
+            loss = joint_loss(objective, weights, model(each.batch), reference, each.comparisons, each.trains_reward)
+            (loss.total.sum() / len(pairs)).backward()
+        return model.reward_head.weight.grad
+
+    assert make_micro_batch(pairs, [0, 3], "shared_prefix").trains_reward is None
+    expected = head_gradient([[0, 3, 5]])
+    for parts in ([list(range(6))], [[0, 1], [2, 4], [3], [5]]):
+        assert (head_gradient(parts) - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert head_gradient([[1, 2, 4]]).abs().max() == 0
+
+
 def test_a_dummy_changes_no_gradient():
     whole, with_dummy = gradients([list(range(16))]), gradients([[-1], list(range(16))])
     for name, gradient in whole.items():

@@ -21,7 +21,7 @@ from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOption
 from hafrm_ds.evaluation.best_of_n.ranking import rank, read_candidates
 from hafrm_ds.evaluation.best_of_n.sampling import SamplingJob
 from hafrm_ds.generation import samplers
-from hafrm_ds.generation.samplers import GREEDY, Answer, Request, TransformersSampler
+from hafrm_ds.generation.samplers import Answer, Request, TransformersSampler
 from hafrm_ds.options import read
 from hafrm_ds.processes import parts
 from hafrm_ds.processes.ranks import Processes
@@ -225,20 +225,24 @@ def test_each_draw_has_its_own_temperature(folder):
     assert len({request.seed for request in drawn}) == 200
 
 
-def test_greedy_answers_of_many_prompts_are_those_of_each_alone(tmp_path):
+def test_answers_to_many_prompts_at_once_are_those_to_each_alone(tmp_path):
     policy = open_model(save_tiny_model(tmp_path, "gpt-neox"))
     sampler = TransformersSampler(policy, policy.formatter(), alone(), max_new_tokens=12)
     texts = ["abc", "a much longer prompt than the others", "d", "what? " * 5]
     prompts = [policy.formatter().encode_prompt([{"role": "user", "content": text}]) for text in texts]
-    together = sampler.answers([Request(prompt, (GREEDY,), 0) for prompt in prompts])
-    assert len({answer.text for [answer] in together}) > 1
-    for prompt, [answer] in zip(prompts, together, strict=True):
+    together = sampler.one_each(prompts)
+    assert len({answer.text for answer in together}) > 1
+    for prompt, answer in zip(prompts, together, strict=True):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             for _ in range(12):
                 ids = torch.cat([ids, sampler.model(ids).logits[:, -1:].argmax(-1)], dim=1)
         assert answer == sampler.read(ids[0, len(prompt) :].tolist())
-    assert sampler.answers([]) == []
+    assert sampler.one_each(prompts, temperature=1e-4, seed=5) == together
+    drawn = sampler.one_each(prompts, temperature=1.0, seed=5)
+    assert drawn != together and drawn == sampler.one_each(prompts, temperature=1.0, seed=5)
+    assert drawn != sampler.one_each(prompts, temperature=1.0, seed=6)
+    assert sampler.one_each([]) == []
 
 
 def test_an_answer_ends_at_the_first_stop_token(folder):
