@@ -12,7 +12,7 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import is_serious
 from hafrm_ds.errors import ModelError
-from hafrm_ds.generation.samplers import Request, TransformersSampler
+from hafrm_ds.generation.samplers import TransformersSampler
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.ranks import Processes
@@ -61,9 +61,9 @@ class PolicySeat:
         return identity_of_model(self.saved)
 
     def reply(self, messages: Sequence[Message], *, temperature: float, max_tokens: int, seed: int) -> Reply:
-        request = Request(self.prompt_ids(list(messages)), (temperature,), seed)
+        ids = self.prompt_ids(list(messages))
         with self.turn:
-            [[answer]] = self.sampler.answers([request])
+            [answer] = self.sampler.one_each([ids], temperature, seed)
         return Reply(answer.text, answer.ended)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
