@@ -90,7 +90,7 @@ def test_training_and_inspection_take_the_pairs_as_they_are(undisturbed, tmp_pat
     save_tiny_model(tmp_path / "model")
     shared = ["--model.name_or_path", tmp_path / "model", "--model.dtype", "float32", "--data.train", undisturbed]
     shared += ["--data.max_length", "400", "--output_dir", tmp_path / "run", "--batch.global_batch_size", "4"]
-    shared += ["--max_steps", "2", "--deepspeed", "ds_configs/zero0.json"]
+    shared += ["--max_steps", "2", "--deepspeed", "ds_configs/zero0.json", "--reference.store", tmp_path / "store"]
     printed = finished(start("launch/inspect_data.py", *shared))
     assert "explicit_prompt" in printed
     finished(start("launch/train.py", *shared, "--batch.max_tokens_per_micro_batch", "1024"))
