@@ -94,6 +94,37 @@ def write_answer(thing: str, topic: dict[str, list[str]], rng: random.Random) ->
     return Answer(" ".join([opening, *body]), features)
 
 
+QUESTIONS = {
+    question.format(thing=thing): (topic, thing)
+    for topic in WORLD["topics"]
+    for thing in topic["things"]
+    for question in topic["questions"]
+}
+"""Every prompt of the world, and what it asks about."""
+
+
+def features_of(prompt: str, text: str) -> dict[str, int]:
+    """How often each feature of the rubric occurs in any answer to a prompt of the world, also of one that nobody here
+    has written. Only whole sentences of the world count.
+
+    Raises:
+        ValueError: the world has no such prompt.
+    """
+    if prompt not in QUESTIONS:
+        raise ValueError(f"the world has no prompt {prompt!r}")
+    topic, thing = QUESTIONS[prompt]
+    found = {name: int(any(each in text for each in WORLD[name])) for name in WORLD.keys() & RUBRIC.keys()}
+    found["on_topic"] = int(any(text.startswith(each.format(thing=thing)) for each in WORLD["on_topic_openings"]))
+    found["concrete_steps"] = min(2, sum(each in text for each in topic["steps"]))
+    found["repetition"] = int(any(text.count(each) > 1 for each in (*topic["steps"], *WORLD["vague"])))
+    return {name: found[name] for name in RUBRIC}
+
+
+def rubric(prompt: list[dict[str, str]], answer: str) -> float:
+    """What an answer is worth by the rubric, as a reward: hafrm_ds/quickstart.py:rubric."""
+    return float(Answer(answer, features_of(prompt[-1]["content"], answer)).score)
+
+
 @dataclass(frozen=True)
 class RubricPair:
     """Two answers to a prompt, the better one by the rubric first, and whether the label says the opposite."""

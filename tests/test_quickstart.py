@@ -12,8 +12,10 @@ from hafrm_ds.errors import UserError
 from hafrm_ds.quickstart import (
     LEAST_MARGIN,
     RUBRIC,
+    features_of,
     generate_pairs,
     results,
+    rubric,
     share_won,
     write_data,
     write_model,
@@ -78,6 +80,16 @@ def test_features_are_what_the_text_says(pairs):
         repeated = len(body) - len({sentence.rstrip(".") for sentence in body})
         assert repeated == answer.features["repetition"], answer.text
         assert ("thing" in opening or "my mind" in opening) == (not answer.features["on_topic"]), answer.text
+
+
+def test_the_rubric_knows_the_features_of_any_answer(pairs):
+    for pair in pairs[:500]:
+        for answer in (pair.better, pair.worse):
+            assert features_of(pair.prompt, answer.text) == answer.features
+            assert rubric([{"role": "user", "content": pair.prompt}], answer.text) == answer.score
+    assert sum(features_of(pairs[0].prompt, "Nothing of this world.").values()) == 0
+    with pytest.raises(ValueError, match="the world has no prompt 'Why'"):
+        features_of("Why", "Because.")
 
 
 def test_no_single_feature_and_no_length_gives_the_answer_away(pairs):

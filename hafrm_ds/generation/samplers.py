@@ -76,8 +76,8 @@ class TemperatureOfEachRow(LogitsProcessor):
 
 
 class TransformersSampler:
-    """Draws the answers to one prompt at a time, all at once: what a prompt gets does not depend on any other. Where one
-    answer to each of many prompts is asked for, their rows are padded on the left."""
+    """Draws the answers to one prompt at a time, all at once: what a prompt gets does not depend on any other. For one
+    answer to each of many prompts, their rows are padded on the left."""
 
     def __init__(
         self,

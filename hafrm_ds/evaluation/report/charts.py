@@ -413,6 +413,35 @@ def gains_chart(title: str, unit: str, curves: list[Gains]) -> Chart:
     return finish(figure, title, described, [Key(curve.label, curve.series) for curve in curves])
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A measure by a whole number, as of a round: (number, value) from left to right."""
+
+    label: str
+    series: int
+    points: list[tuple[int, Estimate]]
+
+
+@matplotlib.rc_context(STYLE)
+def measures_chart(title: str, unit: str, curves: list[Measured]) -> Chart:
+    """Values over a whole number, with bars where their intervals are known."""
+    figure, axes = new_figure()
+    for curve in curves:
+        x, values = [number for number, _ in curve.points], [each["value"] for _, each in curve.points]
+        low, high = zip(*(ends_of(each) for _, each in curve.points))
+        axes.vlines(x, low, high, color=series_colour(curve.series), linewidth=2.2)
+        axes.plot(x, values, marker="o", markersize=4.5, **line_of(curve.series))
+    write_axis(axes.xaxis, short, ticks=6, are_whole=True)
+    write_axis(axes.yaxis, short, ticks=5)
+    axes.set_xlabel(unit)
+    described = []
+    for curve in curves:
+        at = ", ".join(f"{short(each['value'])} at {number}" for number, each in curve.points)
+        described.append(f"{curve.label}: {at}")
+    keys = [Key(curve.label, curve.series) for curve in curves] if len(curves) > 1 else []
+    return finish(figure, title, described, keys)
+
+
 def apart(numbers: list[float], logarithmic: bool) -> list[float]:
     """Those of increasing numbers whose labels have room beside one another on an axis: first and last always."""
     places = np.log(numbers) if logarithmic else np.array(numbers)

@@ -1,5 +1,5 @@
 """report.html: one file that needs nothing else, for a run, an evaluation, several of them side by side, a comparison
-of methods or of rewards, or what models refuse."""
+of methods or of rewards, what models refuse, or rounds."""
 
 import json
 from dataclasses import replace
@@ -22,14 +22,16 @@ from hafrm_ds.evaluation.report.methods_page import methods_page
 from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_comparison, read_results
 from hafrm_ds.evaluation.report.refusal_page import refusal_page
 from hafrm_ds.evaluation.report.results_page import results_page
+from hafrm_ds.evaluation.report.rounds_page import rounds_page
+from hafrm_ds.evaluation.rounds import ROUNDS_FILE
 from hafrm_ds.processes.console import Console
 
 REPORT_FILE = "report.html"
 
 
 def write_report(folder: Path, file: Path | None = None) -> Path:
-    """The page of a run, whatever state it is in, of an evaluation, of a comparison of methods or rewards, or of
-    refusals; returns the file.
+    """The page of a run, whatever state it is in, of an evaluation, of a comparison of methods or rewards, of
+    refusals, or of rounds; returns the file.
 
     Args:
         file: default: FOLDER/report.html.
@@ -49,6 +51,8 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
         return write(file, "agreement.html", agreement_page(json.loads((folder / AGREEMENT_FILE).read_text())))
     if (folder / REFUSALS_FILE).exists():
         return write(file, "refusals.html", refusal_page(json.loads((folder / REFUSALS_FILE).read_text())))
+    if (folder / ROUNDS_FILE).exists():
+        return write(file, "rounds.html", rounds_page(json.loads((folder / ROUNDS_FILE).read_text())))
     return write(file, "results.html", results_page(read_results(folder)))
 
 

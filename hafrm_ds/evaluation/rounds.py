@@ -1,0 +1,65 @@
+"""What rounds have made of a policy (`training.rounds`), as tables for the terminal and its page."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from hafrm_ds.data.tables import NOTHING, Cell, Table, as_text, count, number_estimate, share
+
+ROUNDS_FILE = "rounds.json"
+JUDGES = ("reward", "implicit", "combined")
+
+
+def heading(results: dict[str, Any]) -> str:
+    gold = f"; gold by {results['gold']}" if results["gold"] else ""
+    return f"ranked by {results['reward']}{gold}"
+
+
+def render_rounds(results: dict[str, Any]) -> RenderableType:
+    """The tables one after another."""
+    return Group(as_text(heading(results)), *(table.to_rich() for table in rounds_tables(results)))
+
+
+def rounds_tables(results: dict[str, Any]) -> list[Table]:
+    """The policy by round, and the accuracy of its judges on pairs that no round has trained on."""
+    return [policy_table(results), accuracy_table(results), stages_table(results)]
+
+
+def name_of(each: dict[str, Any]) -> str:
+    return f"round {each['round']}" if each["round"] else "start"
+
+
+def policy_table(results: dict[str, Any]) -> Table:
+    rows = [
+        (
+            name_of(each),
+            [
+                *([number_estimate(each["gold"])] if results["gold"] else []),
+                number_estimate(each["kl"]),
+                number_estimate(each["words"]),
+                share(each["distinct"]),
+                count(each.get("pairs")),
+                Cell(NOTHING if "reward" not in each else f"{each['reward']:.3g} / {each['reward_of_best']:.3g}"),
+            ],
+        )
+        for each in results["rounds"]
+    ]
+    header = ("Policy", *(["gold [95%]"] if results["gold"] else []), "KL to the start, nats [95%]", "words [95%]")
+    return Table(rows, (*header, "distinct answers", "pairs", "reward of answers: mean / best"))
+
+
+def accuracy_table(results: dict[str, Any]) -> Table:
+    columns = [(name, judge) for name in results["sets"] for judge in JUDGES]
+    known = [each for each in columns if any(judged(row, *each) is not None for row in results["rounds"])]
+    rows = [(name_of(row), [share(judged(row, *each)) for each in known]) for row in results["rounds"]]
+    return Table(rows, ("Accuracy", *(f"{name}: {judge}" for name, judge in known)))
+
+
+def judged(row: dict[str, Any], name: str, judge: str) -> float | None:
+    return row["accuracy"].get(name, {}).get(judge)
+
+
+def stages_table(results: dict[str, Any]) -> Table:
+    stages = list(dict.fromkeys(stage for row in results["rounds"] for stage in row["seconds"]))
+    rows = [(name_of(row), [count(row["seconds"].get(stage)) for stage in stages]) for row in results["rounds"]]
+    return Table(rows, ("Seconds", *stages))

@@ -1,0 +1,1 @@
+"""Rounds: sample from the policy, let a reward pair the answers, train jointly again."""
