@@ -55,6 +55,7 @@ setup(
         "triton": ["triton"],  # for model.log_probs triton; torch's own wheels for CUDA bring the right one
         "lora": ["peft>=0.18"],
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
+        "correct": ["openai>=3"],  # launch/correct.py, and rubrics
         "serve": ["starlette>=1.0", "uvicorn>=0.40", "h11"],  # launch/serve.py
         "wandb": ["wandb"],
         "gpu-test": ["liger-kernel>=0.8.5"],  # tests/gpu compares with it
@@ -74,6 +75,7 @@ setup(
             "uvicorn>=0.40",
             "h11",
             "httpx",
+            "openai>=3",
         ],
     },
 )

@@ -1,4 +1,5 @@
-"""Rewards by what they are called: a model, a function FILE.py:NAME, or a YAML file that composes others.
+"""Rewards by what they are called: a model, a function FILE.py:NAME, or a YAML file with one of another kind or of
+several.
 
     hierarchy: hierarchical
     threshold: 0.6
@@ -22,15 +23,17 @@ from hafrm_ds.config import NonNegative, Positive
 from hafrm_ds.errors import ConfigError, ModelError
 from hafrm_ds.options import Section
 from hafrm_ds.rewards.ensemble import By, OpenedEnsemble
+from hafrm_ds.rewards.field_match import FieldMatch
 from hafrm_ds.rewards.function import OpenedFunction
 from hafrm_ds.rewards.hierarchy import Mode, OpenedHierarchy, Rule
 from hafrm_ds.rewards.model import OpenedModel
 from hafrm_ds.rewards.reward import OpenedNormalised, OpenedReward
+from hafrm_ds.rewards.rubric import OpenedRubric, RubricOptions
 from hafrm_ds.saved.opening import Judge, open_model, open_reward_model
 
 TAG = "kind: "
 """How the tags of the union begin, which pydantic puts among the keys that lead to a fault."""
-KINDS = ("model", "function", "file", "ensemble", "hierarchy")
+KINDS = ("model", "function", "file", "ensemble", "hierarchy", "rubric", "fields")
 """Of the keys of a reward, the one that says what it is."""
 
 
@@ -155,12 +158,28 @@ class HierarchyPart(Part):
         yield from ((f"aspects.{name}", part) for name, part in self.aspects.items())
 
 
+class RubricPart(Part, RubricOptions):
+    """A judge behind a chat endpoint, which grades or compares answers by criteria (`rewards.rubric`)."""
+
+    def contradictions(self) -> list[str]:
+        return super().contradictions() + self.faults()
+
+
+class FieldsPart(Part):
+    """The share of fields that an answer has exactly as they are known (`rewards.field_match`)."""
+
+    fields: Path
+    """JSON lines with the `prompt` and the `fields` of an answer to it, as seen from the YAML file."""
+
+
 AnyPart = Annotated[
     Annotated[ModelPart, Tag(f"{TAG}model")]
     | Annotated[FunctionPart, Tag(f"{TAG}function")]
     | Annotated[FilePart, Tag(f"{TAG}file")]
     | Annotated[EnsemblePart, Tag(f"{TAG}ensemble")]
-    | Annotated[HierarchyPart, Tag(f"{TAG}hierarchy")],
+    | Annotated[HierarchyPart, Tag(f"{TAG}hierarchy")]
+    | Annotated[RubricPart, Tag(f"{TAG}rubric")]
+    | Annotated[FieldsPart, Tag(f"{TAG}fields")],
     Discriminator(
         kind_of,
         custom_error_type="reward",
@@ -174,6 +193,8 @@ SCHEMAS: dict[str, type[Part]] = {
     "file": FilePart,
     "ensemble": EnsemblePart,
     "hierarchy": HierarchyPart,
+    "rubric": RubricPart,
+    "fields": FieldsPart,
 }
 for schema in (EnsemblePart, HierarchyPart):
     schema.model_rebuild()
@@ -221,6 +242,8 @@ def in_words(fault: Any) -> str:
     """A fault of pydantic: where it stands, what is wrong, and the nearest key that there is."""
     keys = [str(key) for key in fault["loc"]]
     place = ".".join(key for key in keys if not key.startswith(TAG))
+    if fault["type"] == "extra_forbidden" and not keys[-2].startswith(TAG):  # in a mapping that is no reward
+        return f"{place}: unknown key"
     if fault["type"] == "extra_forbidden":
         kind = next(key.removeprefix(TAG) for key in reversed(keys) if key.startswith(TAG))
         known = list(SCHEMAS[kind].model_fields)
@@ -308,6 +331,10 @@ def open_plain(part: Part, folder: Path, loading: dict[str, Any], within: tuple[
         rule = Rule(part.hierarchy, part.threshold, weight_of(part.holistic))
         aspects = {name: (weight_of(inner), opened(inner)) for name, inner in part.aspects.items()}
         return OpenedHierarchy(rule, opened(part.holistic), aspects)
+    if isinstance(part, RubricPart):
+        return OpenedRubric(part)
+    if isinstance(part, FieldsPart):
+        return FieldMatch.open(folder / part.fields)
     assert isinstance(part, ModelPart)
     own = {name: value for name in ("dtype", "chat_template") if (value := getattr(part, name)) is not None}
     return open_model_part(part, folder, loading | own)
