@@ -27,7 +27,7 @@ FOREIGN = {
     "deepspeed": "num_gpus module hostfile no_ssh node_rank master_addr",
     "torchrun": "nnodes nproc_per_node node_rank master_addr",
     "srun, sbatch": "nodes ntasks-per-node gpus-per-node gpus-per-task array signal",
-    "vllm, sglang": "runner convert return-hidden-states-mode",
+    "vllm, sglang": "runner convert enforce-eager return-hidden-states-mode",
     "OpenRLHF, slime, ms-swift": "reward.remote_url rm-type rm-url external_plugins reward_funcs",
     "squeue": "Format",
     "docker, apptainer, enroot": "rm gpus shm-size ulimit user stop-timeout name network nv bind pwd output",

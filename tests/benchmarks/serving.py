@@ -6,8 +6,8 @@
 
 The samples are 16 prompts with 8 answers each, then 16 others, as an RL trainer asks, in words drawn by a fixed seed;
 none is asked twice. A client sends its next when it has its answer. Beside the server stands the same model asked by as
-many clients without HTTP, each request a forward of its own, one after the other: the most that a server without merging
-could reach. Loading is not counted.
+many clients without HTTP, each request a forward of its own, one after the other: the most that a server without
+merging could reach. Loading is not counted.
 
 --vllm: ask this server too, of the same model (`vllm serve EXPORT --runner pooling --convert classify`), which is idle
 while the others are measured.

@@ -179,8 +179,8 @@ def test_an_unknown_option_cannot_be_allowed(tmp_path):
         config_of(tmp_path, checkpoint__allow_changed="[optimizer.lr]")
 
 
-def test_the_fingerprint_of_pairs_knows_their_order_and_margins():
-    def print_of(order: list[int], margins: list[float | None]) -> str:
+def test_the_fingerprint_of_pairs_knows_their_order_margins_and_losses():
+    def print_of(order: list[int], margins: list[float | None], trains_reward: tuple[bool, bool] = (True, True)) -> str:
         keys = np.zeros((len(order), 2), KEY_DTYPE)
         keys["low"] = np.array([order, order]).T
         number = len(order)
@@ -192,6 +192,7 @@ def test_the_fingerprint_of_pairs_knows_their_order_and_margins():
             "margin": np.array(margins, dtype=np.float32),
             "target": ones,
             "weight": ones,
+            "trains_reward": np.array(trains_reward),
         }
         return fingerprint(sizes | places | known, {})
 
@@ -199,8 +200,9 @@ def test_the_fingerprint_of_pairs_knows_their_order_and_margins():
         print_of(*given)
         for given in (([1, 2], [None, None]), ([1, 2], [None, None]), ([2, 1], [None, None]), ([1, 2], [None, 0.5]))
     ]
+    prints += [print_of([1, 2], [None, None], each) for each in ((True, False), (False, True))]
     assert prints[0] == prints[1]
-    assert len(set(prints)) == 3
+    assert len(set(prints)) == 5
 
 
 @pytest.mark.parametrize(

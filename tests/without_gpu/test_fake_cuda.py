@@ -198,9 +198,10 @@ def test_an_item_in_the_forward_is_found(monkeypatch):
 def test_a_cpu_tensor_in_the_loss_is_found(monkeypatch):
     usual = loop.joint_loss
 
-    def with_cpu_tensor(objective, weights, scores, reference, comparisons):
+    def with_cpu_tensor(objective, weights, scores, reference, comparisons, trains_reward):
         margin = comparisons.margin + torch.ones(len(comparisons.margin))
-        return usual(objective, weights, scores, reference, replace(comparisons, margin=margin))
+        changed = replace(comparisons, margin=margin)
+        return usual(objective, weights, scores, reference, changed, trains_reward)
 
     monkeypatch.setattr(loop, "joint_loss", with_cpu_tensor)
     with pytest.raises(HostWaits, match=r"test_fake_cuda.py:\d+: margin = comparisons.margin \+ torch.ones"):
