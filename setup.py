@@ -56,6 +56,7 @@ setup(
         "lora": ["peft>=0.18"],
         "qlora": ["peft>=0.18", "bitsandbytes>=0.46"],
         "correct": ["openai>=3"],  # launch/correct.py, and rubrics
+        "rl": ["trl>=1.16"],  # launch/policy.py
         "serve": ["starlette>=1.0", "uvicorn>=0.40", "h11"],  # launch/serve.py
         "wandb": ["wandb"],
         "gpu-test": ["liger-kernel>=0.8.5"],  # tests/gpu compares with it

@@ -353,13 +353,18 @@ def fresh_model(config: TrainConfig, device: torch.device) -> Callable[[], Hybri
     return lambda: load_hybrid_model(config.model, layout=config.batch.layout, seed=config.seed, device=device)
 
 
-def load_under(deepspeed_config: dict, load: Callable[[], HybridModel]) -> HybridModel:
+def start_collectives() -> None:
+    """Let DeepSpeed use the process group, which has been started. All ranks call this together."""
     # torch 2.13 renames collectives that DeepSpeed calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     deepspeed.init_distributed()
     unlink_shared_buffer()
+
+
+def load_under(deepspeed_config: dict, load: Callable[[], HybridModel]) -> HybridModel:
+    start_collectives()
     with sharded_loading(deepspeed_config):
         return load()
 

@@ -68,7 +68,7 @@ def test_rounds_that_are_killed_in_every_stage_end_as_undisturbed_ones(setting):
     stages = {
         "answering": out / "round-1" / "candidates" / "candidates.parts" / "part-000000.jsonl",
         "training": out / "round-1" / "run" / "checkpoints" / "step-000002",
-        "measuring": out / "round-1" / "measured" / "evaluation-answers-000000.json",
+        "measuring": out / "round-1" / "measured" / "answers-000000.json",
     }
     for name, file in stages.items():
         ranks = Ranks("launch/rounds.py", arguments("killed"), folder / "log", num_ranks=1)

@@ -15,10 +15,12 @@ from hafrm_ds.data.tables import printable
 from hafrm_ds.durability import write_whole
 from hafrm_ds.evaluation.agreement import AGREEMENT_FILE
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE
+from hafrm_ds.evaluation.policy_tables import POLICIES_FILE
 from hafrm_ds.evaluation.refusal.measures import REFUSALS_FILE, REFUSALS_FOLDER
 from hafrm_ds.evaluation.report.agreement_page import agreement_page
 from hafrm_ds.evaluation.report.comparison_page import comparison_page
 from hafrm_ds.evaluation.report.methods_page import methods_page
+from hafrm_ds.evaluation.report.policies_page import policies_page
 from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_comparison, read_results
 from hafrm_ds.evaluation.report.refusal_page import refusal_page
 from hafrm_ds.evaluation.report.results_page import results_page
@@ -51,6 +53,8 @@ def write_report(folder: Path, file: Path | None = None) -> Path:
         return write(file, "agreement.html", agreement_page(json.loads((folder / AGREEMENT_FILE).read_text())))
     if (folder / REFUSALS_FILE).exists():
         return write(file, "refusals.html", refusal_page(json.loads((folder / REFUSALS_FILE).read_text())))
+    if (folder / POLICIES_FILE).exists():
+        return write(file, "policies.html", policies_page(json.loads((folder / POLICIES_FILE).read_text())))
     if (folder / ROUNDS_FILE).exists():
         return write(file, "rounds.html", rounds_page(json.loads((folder / ROUNDS_FILE).read_text())))
     return write(file, "results.html", results_page(read_results(folder)))

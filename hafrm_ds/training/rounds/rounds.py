@@ -25,6 +25,7 @@ from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOptions
 from hafrm_ds.evaluation.best_of_n.ranking import RANKED_FILE, rank, read_lines
+from hafrm_ds.evaluation.policies import Measuring, measure_policy
 from hafrm_ds.evaluation.report.reading import METRICS_FILE, read_rows
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.evaluation.rounds import ROUNDS_FILE, render_rounds
@@ -32,10 +33,8 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import open_model
-from hafrm_ds.scoring.files import ScoringOptions
 from hafrm_ds.scoring.rows import json_line
 from hafrm_ds.training.compare import Start, is_finished, starter, train_one
-from hafrm_ds.training.rounds.measures import ANSWERS_FILE, GOLD_FILE, measure_policy
 from hafrm_ds.training.rounds.options import RoundsOptions, identity_of
 from hafrm_ds.training.rounds.pairs import mixed, pairs_of, refuse_held_out
 
@@ -156,30 +155,24 @@ class Rounds:
         file = folder / MEASURED_FILE
         if self.processes.from_first(f"is measured {number}", file.exists):
             return
-        gold = section.gold and ScoringOptions(
-            model=Path(section.gold),
-            input=folder / ANSWERS_FILE,
-            output=folder / GOLD_FILE,
-            max_tokens_per_micro_batch=self.max_tokens,
-            trust_remote_code=self.options.model.trust_remote_code,
+        how = Measuring(
+            start=self.model(0),
+            prompts=section.evaluation_prompts,
+            gold=section.gold,
+            max_new_tokens=section.max_new_tokens,
+            max_tokens=self.max_tokens,
+            seed=self.options.seed * SEEDS_OF_A_RUN,
+            loading={
+                "chat_template": self.options.data.chat_template,
+                "trust_remote_code": self.options.model.trust_remote_code,
+            },
         )
         with self.timed(number, "measuring"):
             found = measure_policy(
-                folder,
-                self.model(number),
-                self.model(0),
-                section.evaluation_prompts,
-                gold or None,
-                self.processes.for_job(f"measured {number}"),
-                self.log,
-                max_new_tokens=section.max_new_tokens,
-                max_tokens=self.max_tokens,
-                seed=self.options.seed * SEEDS_OF_A_RUN,
-                chat_template=self.options.data.chat_template,
-                trust_remote_code=self.options.model.trust_remote_code,
+                folder, self.model(number), how, self.processes.for_job(f"measured {number}"), self.log
             )
         if found is not None:
-            write_whole(file, json.dumps(found, indent=2).encode())
+            write_whole(file, json.dumps(found.to_json(), indent=2).encode())
 
     @property
     def max_tokens(self) -> int:

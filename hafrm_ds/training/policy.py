@@ -1,0 +1,204 @@
+"""A policy trained by TRL's GRPO or RLOO under a DeepSpeed JSON of ours, with a reward of ours in a process beside each
+rank. The algorithm, its options and its loop are TRL's.
+
+OUTPUT/config.yaml, environment.json, metrics.jsonl     as of a training
+OUTPUT/checkpoint-N/                                    of TRL, from which the same command resumes
+OUTPUT/final/                                           the policy
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hafrm_ds.clients.for_trl import beside
+from hafrm_ds.config import NonNegative, Positive, PositiveInt
+from hafrm_ds.data.files import file_table
+from hafrm_ds.data.pairs import Row
+from hafrm_ds.durability import write_whole
+from hafrm_ds.engine.deepspeed_config import read_deepspeed_json
+from hafrm_ds.engine.engine import check_build_tools, start_collectives
+from hafrm_ds.errors import ConfigError, DataError, ModelError
+from hafrm_ds.options import Section
+from hafrm_ds.processes.agreement import environment
+from hafrm_ds.processes.console import Console
+from hafrm_ds.processes.parts import claim_folder
+from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.saved.opening import Judge, open_model
+from hafrm_ds.scoring.rows import prompt_of
+
+FINAL_FOLDER, METRICS_FILE = "final", "metrics.jsonl"
+LOGGED = {
+    "reward": "reward",
+    "reward_std": "reward/std",
+    "kl": "kl",
+    "completions/mean_length": "tokens",
+    "loss": "loss",
+}
+"""What TRL calls a number -> its name in metrics.jsonl."""
+
+
+class PolicyOptions(Section):
+    """The options of launch/policy.py."""
+
+    policy: str
+    """Where the policy starts: a causal LM, or the final/ folder of a training."""
+    reward: str
+    """What is maximised: a model, a function FILE.py:NAME, or FILE.yaml, which composes rewards."""
+    judge: Judge | None = None
+    """Of a model, what scores: reward, implicit or combined. Default: the reward head."""
+    prompts: Path
+    """A file with the prompts."""
+    output_dir: Path
+    """The run folder."""
+    method: Literal["grpo", "rloo"] = "grpo"
+    """TRL's trainer."""
+    deepspeed: Path = Path("ds_configs/zero2.json")
+    """A DeepSpeed JSON."""
+    max_steps: PositiveInt = 500
+    """Optimizer steps."""
+    prompts_per_step: PositiveInt = 8
+    """Prompts of a step, over all ranks."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Answers to each prompt."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer in tokens."""
+    temperature: Positive = 1.0
+    """Of the answers."""
+    beta: NonNegative = 0.04
+    """What the divergence from the start counts."""
+    learning_rate: Positive = 1e-6
+    """Of AdamW."""
+    checkpoint_every: PositiveInt = 100
+    """Save a checkpoint every N steps."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the draws and of the order of prompts."""
+    trl: dict[str, Any] = Field(default={})
+    """Further options of TRL's GRPOConfig or RLOOConfig: {loss_type: dr_grpo, top_p: 0.95}."""
+
+
+def train_policy(options: PolicyOptions, processes: Processes) -> None:
+    """Train a policy, or resume it. All processes call this together.
+
+    Raises:
+        ConfigError, DataError, ModelError: options, prompts, policy or reward cannot be used.
+    """
+    try:
+        import trl
+    except ImportError as error:
+        raise ModelError(f"launch/policy.py needs TRL: pip install 'hafrm_ds[rl]' ({error})") from error
+    log, folder = Console(processes), options.output_dir
+    answers = options.prompts_per_step * options.num_generations
+    if answers % processes.world_size:
+        raise ConfigError(
+            [
+                f"--prompts_per_step {options.prompts_per_step} x --num_generations {options.num_generations} answers "
+                f"cannot be shared by {processes.world_size} processes"
+            ]
+        )
+    prompts = read_prompts(options.prompts)
+    if (folder / FINAL_FOLDER).exists():
+        log.print(f"{folder / FINAL_FOLDER} is there already")
+        return
+    processes.from_first("claim", lambda: claim(options, processes))
+    check_build_tools(processes.device)
+    processes.start_group()
+    start_collectives()
+    kind, config = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}[
+        options.method
+    ]
+    trainer = kind(
+        model=options.policy,
+        reward_funcs=beside(options.reward, judge=options.judge),
+        args=arguments_of(config, options, processes),
+        train_dataset=dataset_of(prompts),
+        callbacks=[metrics_writer(folder / METRICS_FILE)] if processes.is_first else [],
+    )
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
+    trainer.save_model(str(folder / f"{FINAL_FOLDER}.part"))
+    if processes.is_first:
+        open_model(folder / f"{FINAL_FOLDER}.part")  # raises ModelError if it has not become one
+        (folder / f"{FINAL_FOLDER}.part").rename(folder / FINAL_FOLDER)
+        log.print(f"the policy, after step {trainer.state.global_step}, is in {folder / FINAL_FOLDER}")
+
+
+def read_prompts(file: Path) -> list[list[dict[str, Any]]]:
+    """The prompts of a file as messages. Raises DataError naming a row without one."""
+    rows = [Row(fields, f"{file}:{number}", "") for number, fields in file_table(file, str(file)).rows()]
+    if not rows:
+        raise DataError(f"--prompts {file} is empty")
+    return [prompt_of(row) for row in rows]
+
+
+def dataset_of(prompts: list[list[dict[str, Any]]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+
+
+def claim(options: PolicyOptions, processes: Processes) -> None:
+    """Claim the run folder. Raises DataError if it holds a run with other options."""
+    claim_folder(options.output_dir, options.model_dump(mode="json", exclude={"output_dir"}))
+    write_whole(options.output_dir / "config.yaml", options.to_yaml().encode())
+    facts = environment(processes.world_size, processes.device)
+    write_whole(options.output_dir / "environment.json", json.dumps(facts, indent=2).encode())
+
+
+def arguments_of(config: Any, options: PolicyOptions, processes: Processes) -> Any:
+    """The arguments of TRL's trainer. Raises ConfigError for an option of --trl that it does not know."""
+    on_gpu = processes.device.type == "cuda"
+    given = {
+        "output_dir": str(options.output_dir),
+        "deepspeed": json_for_transformers(options.deepspeed),
+        "use_cpu": not on_gpu,
+        "bf16": True,
+        "max_steps": options.max_steps,
+        "per_device_train_batch_size": options.prompts_per_step * options.num_generations // processes.world_size,
+        "num_generations": options.num_generations,
+        "max_completion_length": options.max_new_tokens,
+        "temperature": options.temperature,
+        "beta": options.beta,
+        "learning_rate": options.learning_rate,
+        "seed": options.seed,
+        "save_steps": options.checkpoint_every,
+        "save_total_limit": 2,
+        "gradient_checkpointing": on_gpu,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    try:
+        return config(**given | options.trl)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"--trl: {config.__name__} takes no such options: {error}"]) from error
+
+
+def json_for_transformers(file: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON of ours with the sizes of batches, which transformers fills in, and whole weights in what it
+    saves. Raises ConfigError if it cannot be read."""
+    content, problems = read_deepspeed_json(file)
+    if content is None:
+        raise ConfigError(problems)
+    sizes = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}
+    zero = {"stage3_gather_16bit_weights_on_model_save": True} | content.get("zero_optimization", {})
+    return sizes | content | {"zero_optimization": zero}
+
+
+def metrics_writer(file: Path) -> Any:
+    """A callback that appends a row to metrics.jsonl for each step, with its seconds."""
+    from transformers import TrainerCallback
+
+    class Writer(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.monotonic()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            found = {name: float(logs[theirs]) for theirs, name in LOGGED.items() if logs and theirs in logs}
+            if "reward" in found:
+                row = {"step": state.global_step, "kind": "policy", **found, "seconds": time.monotonic() - self.started}
+                with file.open("a") as lines:
+                    lines.write(json.dumps(row) + "\n")
+
+    return Writer()
