@@ -7,10 +7,12 @@ OUTPUT/final/                                           the policy
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch.distributed as dist
 from pydantic import Field
 
 from hafrm_ds.clients.for_trl import beside
@@ -30,6 +32,8 @@ from hafrm_ds.saved.opening import Judge, open_model
 from hafrm_ds.scoring.rows import prompt_of
 
 FINAL_FOLDER, METRICS_FILE = "final", "metrics.jsonl"
+WHOLE_FILE = "whole"
+"""In a checkpoint that all ranks have written."""
 LOGGED = {
     "reward": "reward",
     "reward_std": "reward/std",
@@ -114,9 +118,12 @@ def train_policy(options: PolicyOptions, processes: Processes) -> None:
         reward_funcs=beside(options.reward, judge=options.judge),
         args=arguments_of(config, options, processes),
         train_dataset=dataset_of(prompts),
-        callbacks=[metrics_writer(folder / METRICS_FILE)] if processes.is_first else [],
+        callbacks=[writer(folder, processes)],
     )
-    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
+    checkpoint = processes.from_first("checkpoint", lambda: whole_checkpoint(folder))
+    if checkpoint is not None:
+        log.print(f"resuming from {checkpoint}")
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / f"{FINAL_FOLDER}.part"))
     if processes.is_first:
         open_model(folder / f"{FINAL_FOLDER}.part")  # raises ModelError if it has not become one
@@ -186,19 +193,34 @@ def json_for_transformers(file: Path) -> dict[str, Any]:
     return sizes | content | {"zero_optimization": zero}
 
 
-def metrics_writer(file: Path) -> Any:
-    """A callback that appends a row to metrics.jsonl for each step, with its seconds."""
+def whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that all ranks have written whole, None without one; others are removed. transformers takes
+    any folder of this name for one, also what a kill has left of it."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda each: int(each.name.rpartition("-")[2]))
+    whole = [each for each in found if (each / WHOLE_FILE).exists()]
+    for each in set(found) - set(whole):
+        shutil.rmtree(each)
+    return str(whole[-1]) if whole else None
+
+
+def writer(folder: Path, processes: Processes) -> Any:
+    """A callback that marks whole checkpoints, and appends a row to metrics.jsonl for each step, with its seconds."""
     from transformers import TrainerCallback
 
     class Writer(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            dist.barrier()  # each rank writes its part
+            if processes.is_first:
+                (folder / f"checkpoint-{state.global_step}" / WHOLE_FILE).touch()
+
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.monotonic()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             found = {name: float(logs[theirs]) for theirs, name in LOGGED.items() if logs and theirs in logs}
-            if "reward" in found:
+            if "reward" in found and processes.is_first:
                 row = {"step": state.global_step, "kind": "policy", **found, "seconds": time.monotonic() - self.started}
-                with file.open("a") as lines:
+                with (folder / METRICS_FILE).open("a") as lines:
                     lines.write(json.dumps(row) + "\n")
 
     return Writer()

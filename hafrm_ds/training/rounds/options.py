@@ -31,8 +31,8 @@ class RoundsSection(Section):
     """What ranks the answers: a model, a function FILE.py:NAME or a composition FILE.yaml. Default: the model that the
     round starts from, by `judge`."""
     judge: Judge = "reward"
-    """Of the model that the round starts from: reward (its head), implicit or combined. The policy of the implicit
-    reward is measured against the start of the first round."""
+    """Of the model that the round starts from: reward (its head), implicit or combined. The implicit reward is measured
+    against what the first start was trained from, the combined judge against what each start was trained from."""
     gold: str | None = None
     """Another reward, by which the answers to evaluation_prompts are judged."""
     pairs: Literal["best_worst", "groups"] = "best_worst"

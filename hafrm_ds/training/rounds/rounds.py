@@ -32,7 +32,7 @@ from hafrm_ds.evaluation.rounds import ROUNDS_FILE, render_rounds
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
 from hafrm_ds.processes.ranks import Processes
-from hafrm_ds.saved.opening import open_model
+from hafrm_ds.saved.opening import Saved, base_of, open_model
 from hafrm_ds.scoring.rows import json_line
 from hafrm_ds.training.compare import Start, is_finished, starter, train_one
 from hafrm_ds.training.rounds.options import RoundsOptions, identity_of
@@ -74,7 +74,6 @@ class Rounds:
     def answer(self, number: int) -> None:
         """Let the model that the round starts from answer, and rank what it says."""
         section, policy = self.options.rounds, self.model(number - 1)
-        is_measured = section.is_own and section.judge != "reward"  # against the start of the first round
         options = RankingOptions(
             model=[section.reward or policy],
             output_dir=self.folder(number) / "candidates",
@@ -90,7 +89,8 @@ class Rounds:
                 policy_chat_template=None if number > 1 else self.options.data.chat_template,
             ),
             judge=section.judge if section.is_own else None,
-            reference=self.model(0) if is_measured else None,
+            # The fit of a combined judge belongs to the reference of its own training.
+            reference=base_of(open_start(self.options)) if section.is_own and section.judge == "implicit" else None,
             trust_remote_code=self.options.model.trust_remote_code,
         )
         with self.timed(number, "answers and ranking"):
@@ -132,7 +132,7 @@ class Rounds:
         """The training of a round, which a run folder of its own holds."""
         options, start = self.options.run, self.model(number - 1)
         model: dict[str, Any] = {"name_or_path": start}
-        if number > 1 or "reward" in self.heads_of_start():
+        if number > 1 or "reward" in open_start(self.options).heads:
             model["reward_head_init"] = "from_model"
         sources = mixed(self.folder(number) / PAIRS_FILE, options.data.train, self.options.rounds)
         changed = {
@@ -143,11 +143,6 @@ class Rounds:
             "data": options.data.model_copy(update={"train": sources}),
         }
         return options.model_copy(update=changed)
-
-    def heads_of_start(self) -> tuple[str, ...]:
-        model, template = self.options.model, self.options.data.chat_template
-        saved = open_model(model.name_or_path, chat_template=template, trust_remote_code=model.trust_remote_code)
-        return saved.heads
 
     def measure(self, number: int) -> None:
         """Measure the policy that a round has made."""
@@ -241,10 +236,31 @@ class Timed:
         write_whole(self.file, json.dumps(known).encode())
 
 
+def open_start(options: RoundsOptions) -> Saved:
+    """The model that the first round starts from, without its weights."""
+    model, template = options.model, options.data.chat_template
+    return open_model(model.name_or_path, chat_template=template, trust_remote_code=model.trust_remote_code)
+
+
 def claim_rounds(options: RoundsOptions) -> None:
-    """Claim the folder, before anything is computed. Raises DataError if it holds other rounds, or a prompt of the
-    rounds is one that they are held against."""
-    refuse_held_out(options.rounds, options.data.eval, options.data.cache_dir)
+    """Claim the folder, before anything is computed.
+
+    Raises:
+        DataError: it holds other rounds, or a prompt of the rounds is one that they are held against. ModelError: the
+            start cannot rank its own answers.
+    """
+    start, name, section = open_start(options), options.model.name_or_path, options.rounds
+    if section.is_own and section.judge == "implicit" and base_of(start) is None:
+        raise ModelError(
+            f"{name} does not say what it was trained from, so its implicit reward has no reference: start from the "
+            "final/ of a training, or give rounds.reward"
+        )
+    if section.is_own and section.judge != "implicit" and "reward" not in start.heads:
+        raise ModelError(
+            f"{name} has no reward head that was trained, and ranks its own answers: start from the final/ of a "
+            "training, give rounds.judge implicit, or give rounds.reward"
+        )
+    refuse_held_out(section, options.data.eval, options.data.cache_dir)
     claim_folder(options.output_dir, identity_of(options))
 
 
@@ -260,11 +276,5 @@ def run_rounds(options: RoundsOptions, train_script: Path, processes: Processes)
     log = Console(processes)
     processes.from_first("claim", lambda: claim_rounds(options))
     with starter(train_script, processes) as start:
-        rounds = Rounds(options, start, processes, log)
-        if options.rounds.is_own and options.rounds.judge != "implicit" and "reward" not in rounds.heads_of_start():
-            raise ModelError(
-                f"{rounds.model(0)} has no reward head that was trained, and ranks its own answers: start from the "
-                "final/ of a training, give rounds.judge implicit, or give rounds.reward"
-            )
-        rounds.run()
+        Rounds(options, start, processes, log).run()
     leave_together(processes)
