@@ -102,7 +102,7 @@ class Dialogue:
             turn.sent, turn.ends = turn.rewrite, ends
 
     def ask(self, kind: str, name: str, messages: list[Message], turn: Turn, *, may_be_empty: bool = False) -> Reply:
-        """What a seat says, and in `turn` the seed and the hash of the request. Raises as `play` does."""
+        """Ask a seat, and note the seed and the hash of the request in `turn`. Raises as `play` does."""
         place, seat = len(self.turns), self.scenario.seat(name)
 
         def say(attempt: int) -> Reply:
@@ -128,7 +128,7 @@ class Dialogue:
         return [system, *opening, *earlier]
 
     def question(self, turn: Turn) -> list[Message]:
-        """What the supervisor is sent about a draft."""
+        """Build the messages that show the supervisor a draft."""
         scenario = self.scenario
         facts = "\n".join(filled(f"{name}: {{{name}}}", self.case) for name in scenario.fields)
         system = f"{filled(scenario.seats.supervisor.system, self.case)}\n\nThe case:\n{facts}"
@@ -148,7 +148,7 @@ class Dialogue:
 
 
 def outcome_of(turn: Turn, is_whole: bool) -> str:
-    """What became of a draft with advice. is_whole: neither draft nor rewrite is truncated."""
+    """Name the outcome of a draft with advice. is_whole: neither draft nor rewrite is truncated."""
     if not turn.rewrite:
         return EMPTY
     if turn.rewrite.split() == turn.draft.split():

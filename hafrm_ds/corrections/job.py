@@ -47,7 +47,7 @@ def correct(scenario: Scenario, processes: Processes) -> int:
 
 
 def identity_of(scenario: Scenario, cases: list[Case], seats: dict[str, Seated]) -> dict[str, Any]:
-    """What each dialogue depends on."""
+    """Collect what the dialogues depend on: those of another job never mix with these."""
     settings = scenario.model_dump(mode="json", exclude={*HOW})
     for name, seat in seats.items():
         settings["seats"][name] |= {"endpoint": None, "model": seat.identity()}

@@ -1,4 +1,4 @@
-"""What dialogues leave: pairs as training reads them, and figures.
+"""Dialogues become pairs, as training reads them, and figures.
 
 A correction of the seat that is to be trained is a pair: the prompt is what the seat was sent, the corrected message is
 chosen, the draft rejected.

@@ -81,7 +81,7 @@ class Scenario(Section):
     output_dir: Path
     """Folder for pairs.jsonl, report.json and the dialogues."""
     name: Annotated[str, Field(pattern=r"^\S+$")]
-    """Of the scenario; the source of its pairs."""
+    """The name of the scenario, which is the `source` of its pairs."""
     seats: Seats
     fields: dict[str, list[Speaker]]
     """Field of a case -> the seats that may see it, beside the supervisor, who sees all."""
@@ -94,13 +94,13 @@ class Scenario(Section):
     train: Speaker = "assistant"
     """The seat whose corrections become pairs."""
     opening: str = "(The conversation begins. You speak first.)"
-    """What the user is told before its first message, where no message of the assistant stands: a template."""
+    """A template for what the user is told before its first message, where no message of the assistant stands."""
     end_mark: str = "[END]"
     """Whoever writes it ends the dialogue. It is taken out of the message."""
     max_turns: PositiveInt = 12
     """Messages of a dialogue, of user and assistant together."""
     no_problem: str = "no problem"
-    """What the supervisor says of a draft that is to be sent as it is."""
+    """The words by which the supervisor lets a draft be sent as it is."""
     advice: str = ADVICE
     """What the supervisor is asked, with {history}, {seat}, {draft}, {rules}, {no_problem} and {hidden}, the names of
     the fields that the seat may not see."""

@@ -5,7 +5,7 @@ from typing import Any
 from hafrm_ds.data.tables import Estimate
 from hafrm_ds.evaluation.report.charts import Measured, measures_chart
 from hafrm_ds.evaluation.report.drawing import Chart
-from hafrm_ds.evaluation.rounds import JUDGES, heading, judged, rounds_tables
+from hafrm_ds.evaluation.round_tables import JUDGES, heading, judged, rounds_tables
 
 
 def rounds_page(results: dict[str, Any]) -> dict[str, Any]:

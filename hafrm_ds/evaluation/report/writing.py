@@ -25,7 +25,7 @@ from hafrm_ds.evaluation.report.reading import Results, distinct_names, read_com
 from hafrm_ds.evaluation.report.refusal_page import refusal_page
 from hafrm_ds.evaluation.report.results_page import results_page
 from hafrm_ds.evaluation.report.rounds_page import rounds_page
-from hafrm_ds.evaluation.rounds import ROUNDS_FILE
+from hafrm_ds.evaluation.round_tables import ROUNDS_FILE
 from hafrm_ds.processes.console import Console
 
 REPORT_FILE = "report.html"

@@ -28,7 +28,7 @@ from hafrm_ds.evaluation.best_of_n.ranking import RANKED_FILE, rank, read_lines
 from hafrm_ds.evaluation.policies import Measuring, measure_policy
 from hafrm_ds.evaluation.report.reading import METRICS_FILE, read_rows
 from hafrm_ds.evaluation.report.writing import leave_report
-from hafrm_ds.evaluation.rounds import ROUNDS_FILE, render_rounds
+from hafrm_ds.evaluation.round_tables import ROUNDS_FILE, render_rounds
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, leave_together
 from hafrm_ds.processes.ranks import Processes
@@ -117,7 +117,7 @@ class Rounds:
             "reward": float(np.mean([np.mean(each) for each in scores])),
             "reward_of_best": float(np.mean([max(each) for each in scores])),
         }
-        (folder / FACTS_FILE).write_text(json.dumps(facts))
+        write_whole(folder / FACTS_FILE, json.dumps(facts).encode())
         write_whole(file, b"".join(map(json_line, rows)))
 
     def train(self, number: int) -> None:
