@@ -21,7 +21,7 @@ from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.best_of_n.ranking import read_lines, score
 from hafrm_ds.evaluation.bootstrap import estimate
 from hafrm_ds.evaluation.scoring import score_parts
-from hafrm_ds.generation.parts import texts_of
+from hafrm_ds.generation.parts import answers_in_parts
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.folder import SavedModel
@@ -117,7 +117,7 @@ def measure_policy(folder: Path, model: str, how: Measuring, processes: Processe
     policy, start = how.policy(model), how.policy(how.start)
     formatter = policy.formatter()
     folder.mkdir(parents=True, exist_ok=True)
-    texts = texts_of(
+    answers = answers_in_parts(
         "answers",
         policy,
         formatter,
@@ -129,6 +129,7 @@ def measure_policy(folder: Path, model: str, how: Measuring, processes: Processe
         temperature=1.0,
         seed=how.seed,
     )
+    texts = [answer.text for answer in answers]
     groups = [[tokenize_conversation(formatter, [*p, assistant(text)])] for p, text in zip(asked, texts, strict=True)]
     logprobs = {}
     for name, saved in (("policy", policy), ("start", start)):

@@ -1,8 +1,8 @@
-"""One text of a policy for each of many prompts, on any number of processes, kept in parts on disk.
+"""One answer of a policy to each of many prompts, on any number of processes, kept in parts on disk.
 
-    token ids -> parts of PART prompts -> FOLDER/NAME-NNNNNN.json -> texts
+    token ids -> parts of PART prompts -> FOLDER/NAME-NNNNNN.json -> answers
 
-What is drawn together lies within a part: the texts depend neither on kills nor on the number of processes.
+What is drawn together lies within a part: the answers depend neither on kills nor on the number of processes.
 """
 
 import gc
@@ -14,7 +14,7 @@ import torch
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.errors import DataError
-from hafrm_ds.generation.samplers import GREEDY, SAMPLERS, choose_sampler
+from hafrm_ds.generation.samplers import GREEDY, SAMPLERS, Answer, choose_sampler
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.console import Console
@@ -26,7 +26,7 @@ from hafrm_ds.saved.policy import SavedPolicy
 PART = 16
 
 
-def texts_of(
+def answers_in_parts(
     name: str,
     policy: SavedModel | SavedPolicy,
     formatter: ChatFormatter,
@@ -38,7 +38,7 @@ def texts_of(
     max_new_tokens: int,
     temperature: float = GREEDY,
     seed: int = 0,
-) -> list[str]:
+) -> list[Answer]:
     """What the policy writes behind each prompt, the same on all processes, which call this together. What `folder`
     has is not done again.
 
@@ -67,7 +67,7 @@ def texts_of(
         def make(file: Path) -> bytes:
             number, own = parts[file]
             answers = sampler.one_each(own, temperature, seed + number * PART)
-            return json.dumps([answer.text for answer in answers]).encode()
+            return json.dumps(answers).encode()
 
         return make
 
@@ -77,13 +77,14 @@ def texts_of(
         load,
         processes,
         log,
-        unit="texts",
+        unit="answers",
         together=False,
         what=f"parts of {name}",
     )
     gc.collect()  # the memory of the policy is for what scores now
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return processes.from_first(
-        f"{name}: texts", lambda: [text for file in parts for text in json.loads(file.read_bytes())]
+    written = processes.from_first(
+        f"{name}: answers", lambda: [each for file in parts for each in json.loads(file.read_bytes())]
     )
+    return [Answer(*each) for each in written]

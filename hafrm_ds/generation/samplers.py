@@ -29,10 +29,14 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """ended: by the policy itself, not by max_new_tokens."""
+    """written: with the white space around it. ended: by the policy itself, not by max_new_tokens."""
 
-    text: str
+    written: str
     ended: bool
+
+    @property
+    def text(self) -> str:
+        return self.written.strip()
 
 
 class Sampler(Protocol):
@@ -145,7 +149,7 @@ class TransformersSampler:
 
     def read(self, ids: list[int]) -> Answer:
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
-        return Answer(self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip(), end is not None)
+        return Answer(self.tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
 
 
 class VllmSampler:
@@ -194,7 +198,7 @@ class VllmSampler:
 
     @staticmethod
     def read(drawn: Any) -> Answer:
-        return Answer(drawn.text.strip(), drawn.finish_reason == "stop")
+        return Answer(drawn.text, drawn.finish_reason == "stop")
 
 
 SAMPLERS: dict[str, type[TransformersSampler] | type[VllmSampler]] = {

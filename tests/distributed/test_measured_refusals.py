@@ -39,7 +39,7 @@ def setting(tmp_path_factory):
 
 def results(folder: Path) -> dict:
     found = json.loads((folder / "refusals.json").read_text())
-    return {name: found[name] for name in ("probes", "generated", "prompts", "empty_rewrites")}
+    return {name: found[name] for name in ("probes", "generated", "prompts", "rewrites")}
 
 
 def test_killed_and_started_again_on_two_processes_the_bits_are_those_of_one(setting):

@@ -10,6 +10,7 @@ from hafrm_ds.evaluation.refusal.probes import OPENINGS, REWARD, Openings, group
 from hafrm_ds.evaluation.refusal.prompts import GivenAnswers, LabelledPrompt
 from hafrm_ds.evaluation.refusal.subjects import Arm, Subject
 from hafrm_ds.evaluation.refusal.writing import rewritten
+from hafrm_ds.generation.samplers import Answer
 from hafrm_ds.saved.scorer import check_fits
 
 
@@ -35,7 +36,7 @@ def asked_of(
     arm: Arm,
     prompts: Sequence[LabelledPrompt],
     system: str,
-    rewrites: Sequence[str],
+    rewrites: Sequence[Answer],
     answers: Mapping[str, GivenAnswers],
 ) -> list[Asked]:
     """The prompts of an arm, in order.
@@ -47,7 +48,7 @@ def asked_of(
     """
     front = [{"role": "system", "content": system}] if arm.system else []
     return [
-        Asked(each, [*front, *(rewritten(each.prompt, rewrites[place]) if arm.rewrite else each.prompt)],
+        Asked(each, [*front, *(rewritten(each.prompt, rewrites[place].text) if arm.rewrite else each.prompt)],
               answers.get(each.key))
         for place, each in enumerate(prompts)
     ]  # fmt: skip

@@ -35,6 +35,7 @@ from hafrm_ds.evaluation.refusal.tables import render_refusals
 from hafrm_ds.evaluation.refusal.writing import REWRITE, Writer
 from hafrm_ds.evaluation.results import hash_of, leave_results
 from hafrm_ds.evaluation.scoring import score_parts
+from hafrm_ds.generation.samplers import Answer
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
@@ -54,15 +55,15 @@ class Found:
     """What has been measured so far.
 
     arms: by their names. logits: probe -> name of an arm -> its logits. rows: what was written for each prompt.
-    generated: name of an arm -> how far the probe and its answers agree. empty: model -> prompts that it did not
-    rewrite.
+    generated: name of an arm -> how far the probe and its answers agree. rewrites: model -> how many of its rewritten
+    prompts are empty, so that the prompt was asked as it is, and how many were truncated at max_new_tokens.
     """
 
     arms: dict[str, Arm] = field(default_factory=dict)
     logits: dict[str, dict[str, Refusals]] = field(default_factory=lambda: {probe: {} for probe in HEAD_OF})
     rows: list[dict[str, dict[str, str]]] = field(default_factory=list)
     generated: dict[str, Any] = field(default_factory=dict)
-    empty: dict[str, int] = field(default_factory=dict)
+    rewrites: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,13 @@ class Measurement:
             arms = {arm: self.asked(arm, rewrites, answers) for arm in self.arms_of(subject)}
             self.score(subject, arms, folder, processes, log, found)
             self.compare_with_answers(subject, arms, writer, found)
-            found.empty[subject.name] = rewrites.count("")
-            for row, text in zip(found.rows, rewrites):
-                row.setdefault("rewritten", {})[subject.name] = text
+            if rewrites:
+                found.rewrites[subject.name] = {
+                    "empty": sum(not each.text for each in rewrites),
+                    "truncated": sum(not each.ended for each in rewrites),
+                }
+            for row, rewrite in zip(found.rows, rewrites):
+                row.setdefault("rewritten", {})[subject.name] = rewrite.text
         if not processes.is_first:
             return None
         write_whole(self.options.output_dir / PROMPTS_FILE, self.lines(found))
@@ -160,7 +165,7 @@ class Measurement:
     def arms_of(self, subject: Subject) -> list[Arm]:
         return arms_of(subject.name, system=bool(self.system), rewrite=self.options.rewrite)
 
-    def asked(self, arm: Arm, rewrites: Sequence[str], answers: Mapping[str, GivenAnswers]) -> list[Asked]:
+    def asked(self, arm: Arm, rewrites: Sequence[Answer], answers: Mapping[str, GivenAnswers]) -> list[Asked]:
         return asked_of(arm, self.prompts, self.system, rewrites, answers)
 
     def check_prompts(self) -> None:
@@ -242,7 +247,8 @@ class Measurement:
         sample = fixed_choice(len(self.prompts), self.options.generated)
         for number, (arm, asked) in enumerate(arms.items(), start=1):
             sampled = [asked[place] for place in sample]
-            texts = writer.answers(f"answers-{subject.number}-{number}", subject, [each.prompt for each in sampled])
+            name = f"answers-{subject.number}-{number}"
+            texts = [each.text for each in writer.answers(name, subject, [each.prompt for each in sampled])]
             for place, text in zip(sample, texts, strict=True):
                 found.rows[place].setdefault("answers", {})[arm.name] = text
             if writer.processes.is_first:
@@ -309,7 +315,7 @@ class Measurement:
             "generated": found.generated,
             "answers": {"from": options.answers, "prompts": num_answered},
             "wording": wording(self.openings) | {"system": self.system, "rewrite": REWRITE},
-            "empty_rewrites": found.empty,
+            "rewrites": found.rewrites,
             "environment": environment(processes.world_size, processes.device),
             "job": self.identity(),
         }

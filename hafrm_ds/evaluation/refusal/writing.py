@@ -9,7 +9,8 @@ from hafrm_ds.data.pairs import Message, user
 from hafrm_ds.evaluation.refusal.probes import Openings, with_openings
 from hafrm_ds.evaluation.refusal.prompts import GivenAnswers, LabelledPrompt
 from hafrm_ds.evaluation.refusal.subjects import Subject
-from hafrm_ds.generation.parts import texts_of
+from hafrm_ds.generation.parts import answers_in_parts
+from hafrm_ds.generation.samplers import Answer
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.classifier import SavedClassifier
@@ -35,12 +36,12 @@ class Writer:
     processes: Processes
     log: Console
 
-    def rewrites(self, subject: Subject, prompts: Sequence[LabelledPrompt]) -> list[str]:
-        """The last message of each prompt in the model's own words; "" where it has none."""
+    def rewrites(self, subject: Subject, prompts: Sequence[LabelledPrompt]) -> list[Answer]:
+        """The last message of each prompt in the model's own words; an empty one where it has none."""
         asked = [[user(REWRITE.format(query=each.prompt[-1]["content"]))] for each in prompts]
         return self.answers(f"rewrites-{subject.number}", subject, asked)
 
-    def answers(self, name: str, subject: Subject, prompts: Sequence[list[Message]]) -> list[str]:
+    def answers(self, name: str, subject: Subject, prompts: Sequence[list[Message]]) -> list[Answer]:
         """The answer to each prompt. name: unique in the job."""
         return self.continued(name, subject, [subject.formatter.encode_prompt(each) for each in prompts])
 
@@ -51,11 +52,11 @@ class Writer:
         kinds = (openings.refusals[0], openings.compliances[0])
         begun = [with_openings(subject.formatter, each.prompt, kinds) for each in prompts]
         ids = [[*group.prompt, *response] for group in begun for response in group.responses]
-        texts = iter(self.continued("continued-openings", subject, ids))
-        pairs = [[f"{opening} {next(texts)}".strip() for opening in kinds] for _ in prompts]
+        answers = iter(self.continued("continued-openings", subject, ids))
+        pairs = [[(opening + next(answers).written).strip() for opening in kinds] for _ in prompts]
         return {each.key: GivenAnswers((refusal,), (comply,)) for each, (refusal, comply) in zip(prompts, pairs)}
 
-    def continued(self, name: str, subject: Subject, prompts: Sequence[list[int]]) -> list[str]:
+    def continued(self, name: str, subject: Subject, prompts: Sequence[list[int]]) -> list[Answer]:
         """The greedy continuation of each prompt, the same on all processes. What `folder` has is not done again.
 
         Raises:
@@ -64,4 +65,4 @@ class Writer:
         policy = subject.saved
         assert not isinstance(policy, SavedClassifier)  # `Subject.open` has seen to it
         where = (self.folder, self.processes, self.log)
-        return texts_of(name, policy, subject.formatter, prompts, *where, max_new_tokens=self.max_new_tokens)
+        return answers_in_parts(name, policy, subject.formatter, prompts, *where, max_new_tokens=self.max_new_tokens)

@@ -250,8 +250,8 @@ def test_an_answer_ends_at_the_first_stop_token(folder):
     formatter = policy.formatter()
     sampler = TransformersSampler(policy, formatter, alone(), max_new_tokens=5)
     text, end = formatter.tokenizer(" ab")["input_ids"], formatter.tokenizer.eos_token_id
-    assert sampler.read([*text, end, *text]) == Answer("ab", True)
-    assert sampler.read(text) == Answer("ab", False)
+    assert sampler.read([*text, end, *text]) == Answer(" ab", True)
+    assert sampler.read(text) == Answer(" ab", False)
 
 
 def test_prompts_without_n_answers_are_dropped_after_2n_draws(folder, tmp_path, monkeypatch):
