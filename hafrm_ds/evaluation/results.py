@@ -27,6 +27,8 @@ def leave_results(
     results: Callable[[Path], dict[str, Any] | None],
     processes: Processes,
     log: Console,
+    *,
+    replaces: bool = False,
 ) -> None:
     """Leave a file of results and a report beside it, or show them where they are there already. All processes call
     this together.
@@ -37,12 +39,13 @@ def leave_results(
         identity: called by the first process; what the results depend on.
         results: called by all processes with a folder, where they keep what a job that is killed need not do again;
             gives what the file says on the first process.
+        replaces: whether results of another job make room for these, as where the folder is not the user's to choose.
 
     Raises:
-        DataError: the file holds the results of another job.
+        DataError: the file holds the results of another job, and they are not replaced.
     """
     output_dir, folder = file.parent, file.parent / PARTS_FOLDER
-    if processes.from_first("state", lambda: claim_output(file, folder, identity())):
+    if processes.from_first("state", lambda: claim_output(file, folder, identity(), replaces)):
         log.print(f"{escape(str(file))} is there already, of the same models and data")
     elif found := results(folder):
         write_whole(file, json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode())
@@ -54,18 +57,22 @@ def leave_results(
     leave_together(processes)
 
 
-def claim_output(file: Path, folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the job is finished; raises DataError if the file is of another one."""
-    if not file.exists():
-        claim_folder(folder, identity)
-        return False
-    try:
-        same = json.loads(file.read_text())["job"] == identity
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
+def claim_output(file: Path, folder: Path, identity: dict[str, Any], replaces: bool) -> bool:
+    """Whether the job is finished; raises DataError if the file is of another one that is not replaced."""
+    if file.exists() and is_of(file, identity):
+        return True
+    if file.exists() and not replaces:
         raise DataError(f"{file} holds the results of another job; choose another --output_dir")
-    return True
+    claim_folder(folder, identity, replaces=replaces)
+    return False
+
+
+def is_of(file: Path, identity: dict[str, Any]) -> bool:
+    """Whether a file of results is of this job."""
+    try:
+        return bool(json.loads(file.read_text())["job"] == identity)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def hash_of(content: Any) -> str:

@@ -7,6 +7,7 @@ is sharded over them.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,20 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 
 
-def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
+def claim_folder(folder: Path, identity: dict[str, Any], *, replaces: bool = False) -> None:
     """Make the folder of a job's parts, or resume in it.
 
     Args:
         identity: what the parts depend on, for JSON.
+        replaces: whether parts of another job are removed.
 
     Raises:
-        DataError: it holds parts of another job, or cannot be written.
+        DataError: it holds parts of another job, which are not replaced, or cannot be written.
     """
     text, file = json.dumps(identity, indent=2), folder / "job.json"
     try:
+        if replaces and file.exists() and file.read_text() != text:
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if file.exists() and file.read_text() != text:
             raise DataError(

@@ -24,11 +24,12 @@ from hafrm_ds.errors import DataError, UserError
 from hafrm_ds.evaluation.comparison import COMPARISON_FILE, TWO_MODELS, Judged, Method, compare, run_folder, two_models
 from hafrm_ds.evaluation.comparison_tables import render_comparison, seeds_in_words
 from hafrm_ds.evaluation.pair_scores import SCORES_FOLDER, PairScores, load_all
-from hafrm_ds.evaluation.refusal.job import measure_refusals
+from hafrm_ds.evaluation.refusal.job import measure_refusals, num_prompts
 from hafrm_ds.evaluation.refusal.measures import REFUSALS_FOLDER
 from hafrm_ds.evaluation.refusal.options import RefusalOptions
 from hafrm_ds.evaluation.report.reading import SUMMARY_FILE
 from hafrm_ds.evaluation.report.writing import leave_report
+from hafrm_ds.model.loading import local_folder
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import leave_together
 from hafrm_ds.processes.ranks import FailedElsewhere, Processes
@@ -73,6 +74,8 @@ def train_and_compare(
     finished = finished_runs(runs, processes)
     plan = make_plan(arms, runs, finished, processes)
     log.print(f"[bold]{plan.in_words}[/bold]")
+    if refusals:  # what is wrong with them is said before the first training, not after the last
+        processes.from_first("prompts of refusals", lambda: num_prompts(refusals_of(config, runs, refusals)))
     methods = [Method(arm.name, arm.judge, [], arm.cells) for arm in arms]
     number, sets = 0, list(config.data.eval)
     with starter(train_script, processes) as start:
@@ -103,7 +106,9 @@ def train_and_compare(
                 log.print(f"\nthe results of {seeds_in_words(results)} are in {file}")
                 leave_report(config.output_dir, log)
     if refusals:
-        measure_refusals(refusals_of(config, runs, refusals), processes.for_job("refusals"))
+        measured = refusals_of(config, runs, refusals)
+        # Other seeds, arms or prompts than before are measured anew: the folder is the comparison's.
+        measure_refusals(measured, processes.for_job("refusals"), replaces=True)
         if processes.is_first:
             leave_report(config.output_dir, log)
     leave_together(processes)
@@ -115,7 +120,8 @@ Runs = Mapping[int, Mapping[str, TrainConfig]]
 
 def refusals_of(config: TrainConfig, runs: Runs, prompts: Sequence[str]) -> RefusalOptions:
     """The measurement of what the trainings refuse, and the weights that they started from."""
-    models = {"start": config.model.name_or_path}
+    start = config.model
+    models = {"start": str(local_folder(start)) if start.revision else start.name_or_path}
     models |= {
         f"{name}-seed{seed}": str(run.output_dir / "final")
         for seed, of_seed in runs.items()

@@ -57,9 +57,9 @@ def played(monkeypatch):
     return seen
 
 
-def start(config: TrainConfig, seeds: range) -> dict:
+def start(config: TrainConfig, seeds: range, **how) -> dict:
     processes = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
-    train_and_compare(config, arms_of(config, axes_of(config, [], [], {})), seeds, Path("train.py"), processes)
+    train_and_compare(config, arms_of(config, axes_of(config, [], [], {})), seeds, Path("train.py"), processes, **how)
     return json.loads((config.output_dir / "comparison.json").read_text())
 
 
@@ -78,6 +78,14 @@ def test_results_are_written_after_every_seed(tmp_path, played, capsys):
     results = start(config_of(tmp_path), range(3, 6))
     assert list(played) == [f"{arm}-seed5" for arm in arms] and results["seeds"] == [3, 4, 5]
     assert capsys.readouterr().out.count("is finished") == 6
+
+
+def test_prompts_of_refusals_that_cannot_be_read_are_refused_before_the_first_training(tmp_path, played):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: has no label"):
+        start(config_of(tmp_path), range(1), refusals=[str(prompts)])
+    assert not played
 
 
 def test_data_that_changed_between_two_trainings_is_found(tmp_path, played):

@@ -7,9 +7,8 @@ from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.refusal.probes import OPENINGS, REWARD, Openings, groups_for
-from hafrm_ds.evaluation.refusal.prompts import GivenAnswers, LabelledPrompt
+from hafrm_ds.evaluation.refusal.prompts import GivenAnswers, LabelledPrompt, with_last
 from hafrm_ds.evaluation.refusal.subjects import Arm, Subject
-from hafrm_ds.evaluation.refusal.writing import rewritten
 from hafrm_ds.generation.samplers import Answer
 from hafrm_ds.saved.scorer import check_fits
 
@@ -43,15 +42,24 @@ def asked_of(
 
     Args:
         system: text of the system message.
-        rewrites: by the model, one for each prompt; of an arm without them nothing.
+        rewrites: by the model, one for each prompt, which is asked as it is where the model has written nothing; of an
+            arm without them nothing.
         answers: by the key of their prompt.
     """
-    front = [{"role": "system", "content": system}] if arm.system else []
-    return [
-        Asked(each, [*front, *(rewritten(each.prompt, rewrites[place].text) if arm.rewrite else each.prompt)],
-              answers.get(each.key))
-        for place, each in enumerate(prompts)
-    ]  # fmt: skip
+    asked = []
+    for place, each in enumerate(prompts):
+        text = rewrites[place].text if arm.rewrite else ""
+        prompt = with_last(each.prompt, text) if text else each.prompt
+        asked.append(Asked(each, with_system(prompt, system) if arm.system else prompt, answers.get(each.key)))
+    return asked
+
+
+def with_system(prompt: list[Message], system: str) -> list[Message]:
+    """The prompt behind a system message; one of its own is continued in the same message."""
+    first, *rest = prompt
+    if first["role"] != "system":
+        return [{"role": "system", "content": system}, *prompt]
+    return [{**first, "content": f"{system}\n\n{first['content']}"}, *rest]
 
 
 def answerable(probe: str, asked: Sequence[Asked]) -> list[Asked]:

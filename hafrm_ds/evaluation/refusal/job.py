@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hafrm_ds.data.pairs import assistant
+from hafrm_ds.data.pairs import Message, assistant
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.pair_scores import fixed_choice
@@ -32,7 +32,7 @@ from hafrm_ds.evaluation.refusal.prompts import (
 )
 from hafrm_ds.evaluation.refusal.subjects import Arm, Subject, arms_of, read_system
 from hafrm_ds.evaluation.refusal.tables import render_refusals
-from hafrm_ds.evaluation.refusal.writing import REWRITE, Writer
+from hafrm_ds.evaluation.refusal.writing import REWRITE, Writer, request_to_rewrite
 from hafrm_ds.evaluation.results import hash_of, leave_results
 from hafrm_ds.evaluation.scoring import score_parts
 from hafrm_ds.generation.samplers import Answer
@@ -41,7 +41,7 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.rewards.composition import open_reward
 from hafrm_ds.rewards.loading import load_reward_for_job
-from hafrm_ds.rewards.reward import OpenedReward
+from hafrm_ds.rewards.reward import OpenedReward, Reward
 from hafrm_ds.saved.opening import identity_of_model
 from hafrm_ds.scoring.rows import json_line
 
@@ -61,7 +61,7 @@ class Found:
 
     arms: dict[str, Arm] = field(default_factory=dict)
     logits: dict[str, dict[str, Refusals]] = field(default_factory=lambda: {probe: {} for probe in HEAD_OF})
-    rows: list[dict[str, dict[str, str]]] = field(default_factory=list)
+    rows: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     generated: dict[str, Any] = field(default_factory=dict)
     rewrites: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -92,14 +92,16 @@ class Measurement:
         """
         openings = Openings() if options.openings is None else Openings.read(options.openings)
         system = "" if options.system is None else read_system(options.system)
-        prompts, repeated = read_prompts(parts_of(options.prompts), options.cache_dir)
-        prompts = [prompts[place] for place in fixed_choice(len(prompts), options.max_prompts)]
+        every, repeated = read_prompts(parts_of(options.prompts), options.cache_dir)
+        prompts = [every[place] for place in fixed_choice(len(every), options.max_prompts)]
         answers = {} if options.given_answers is None else read_answers(options.given_answers)
         used = {prompt.key for prompt in prompts} & answers.keys()
         if answers and not used:
             raise DataError(f"--answers {options.answers}: none of its prompts is among --prompts")
         if unused := len(answers) - len(used):
             log.warn(f"{unused:,} prompts of --answers are not among --prompts, and are not asked")
+        if unanswered := len(prompts) - len(used) if answers else 0:
+            log.warn(f"{unanswered:,} of {len(prompts):,} prompts have no --answers, so no reward head is asked them")
         if repeated:
             log.warn(f"{repeated:,} prompts stand in --prompts twice, and are asked once")
         subjects = [Subject.open(name, number, options) for number, name in enumerate(options.models, start=1)]
@@ -138,16 +140,19 @@ class Measurement:
         Args:
             folder: of the parts.
         """
-        writer = Writer(folder, self.options.max_new_tokens, processes, log)
+        writer, options = Writer(folder, self.options.max_new_tokens, processes, log), self.options
+        judge = None
+        if self.judge is not None:
+            judge = load_reward_for_job(self.judge, None, options.max_tokens_per_micro_batch, processes)
         answers = self.answers
-        if self.options.answers == GENERATED:
+        if options.answers == GENERATED:
             answers = writer.answers_of_both_kinds(self.subjects[0], self.prompts, self.openings)
         found = Found(rows=[{} for _ in self.prompts])
         for subject in self.subjects:
-            rewrites = writer.rewrites(subject, self.prompts) if self.options.rewrite else []
+            rewrites = writer.rewrites(subject, self.prompts) if options.rewrite else []
             arms = {arm: self.asked(arm, rewrites, answers) for arm in self.arms_of(subject)}
             self.score(subject, arms, folder, processes, log, found)
-            self.compare_with_answers(subject, arms, writer, found)
+            self.compare_with_answers(subject, arms, writer, judge, found)
             if rewrites:
                 found.rewrites[subject.name] = {
                     "empty": sum(not each.text for each in rewrites),
@@ -157,8 +162,8 @@ class Measurement:
                 row.setdefault("rewritten", {})[subject.name] = rewrite.text
         if not processes.is_first:
             return None
-        write_whole(self.options.output_dir / PROMPTS_FILE, self.lines(found))
-        return self.results(found, len(answers), processes)
+        write_whole(options.output_dir / PROMPTS_FILE, self.lines(found))
+        return self.results(found, sum(each.key in answers for each in self.prompts), processes)
 
     # ---- what is asked ---------------------------------------------------------------------------------------------
 
@@ -169,11 +174,28 @@ class Measurement:
         return asked_of(arm, self.prompts, self.system, rewrites, answers)
 
     def check_prompts(self) -> None:
-        """Raises DataError if a prompt cannot be asked, before anything is written or scored."""
+        """Raises DataError if a prompt cannot be asked, or leaves no room for what is written, before anything is
+        written or scored."""
         for subject in self.subjects:
             for arm in self.arms_of(subject):
-                for probe in () if arm.rewrite else subject.probes:
-                    self.groups(subject, probe, arm, self.asked(arm, [], self.answers))
+                if not arm.rewrite:
+                    asked = self.asked(arm, [], self.answers)
+                    for probe in subject.probes:
+                        self.groups(subject, probe, arm, asked)
+                    if self.options.generated is not None and OPENINGS in subject.probes:
+                        self.check_room(subject, [each.prompt for each in asked])
+            if self.options.rewrite:
+                self.check_room(subject, [request_to_rewrite(each) for each in self.prompts])
+
+    def check_room(self, subject: Subject, asked: Sequence[list[Message]]) -> None:
+        """Raises DataError naming the row of a prompt [P] that leaves no room for an answer."""
+        room = subject.sizes.positions - self.options.max_new_tokens
+        for each, prompt in zip(self.prompts, asked, strict=True):
+            if (length := len(subject.formatter.encode_prompt(prompt))) > room:
+                raise DataError(
+                    f"{each.id}: {length:,} tokens leave no room for --max_new_tokens {self.options.max_new_tokens:,}: "
+                    f"{subject.name} knows {subject.sizes.positions:,} positions"
+                )
 
     def groups(self, subject: Subject, probe: str, arm: Arm, asked: list[Asked]) -> list[list[Any]]:
         return groups_of_arm(subject, probe, arm, asked, self.openings, self.options.max_tokens_per_micro_batch)
@@ -234,7 +256,12 @@ class Measurement:
         )
 
     def compare_with_answers(
-        self, subject: Subject, arms: Mapping[Arm, list[Asked]], writer: Writer, found: Found
+        self,
+        subject: Subject,
+        arms: Mapping[Arm, list[Asked]],
+        writer: Writer,
+        judge: Reward | None,
+        found: Found,
     ) -> None:
         """Let the arms of a policy answer a sample of the prompts, and put what they answer, and how far the probe of
         the openings agrees, into `found`.
@@ -253,17 +280,18 @@ class Measurement:
                 found.rows[place].setdefault("answers", {})[arm.name] = text
             if writer.processes.is_first:
                 verdicts = {OPENINGS: [self.openings.refused(text) for text in texts]}
-                if self.judge is not None:
-                    verdicts["refusal_judge"] = self.judged(self.judge, sampled, texts, writer.processes)
+                if judge is not None:
+                    verdicts["refusal_judge"] = self.judged(judge, sampled, texts)
+                for place, *own in zip(sample, *verdicts.values(), strict=True):
+                    found.rows[place].setdefault("answer_refuses", {})[arm.name] = dict(zip(verdicts, own))
                 probe, names = found.logits[OPENINGS][arm.name].logits[sample] > 0, [e.labelled.key for e in sampled]
                 found.generated[arm.name] = {
                     name: agreement(probe, np.array(each), names) for name, each in verdicts.items()
                 }
 
-    def judged(self, judge: OpenedReward, asked: list[Asked], texts: list[str], processes: Processes) -> list[bool]:
+    def judged(self, judge: Reward, asked: list[Asked], texts: list[str]) -> list[bool]:
         """Whether answers refuse, by --refusal_judge. Raises DataError where it cannot judge one."""
-        reward = load_reward_for_job(judge, None, self.options.max_tokens_per_micro_batch, processes)
-        scores = reward.scores([[*each.prompt, assistant(text)] for each, text in zip(asked, texts, strict=True)])
+        scores = judge.scores([[*each.prompt, assistant(text)] for each, text in zip(asked, texts, strict=True)])
         verdicts = []
         for each, score in zip(asked, scores, strict=True):
             if score.value is None:
@@ -321,10 +349,18 @@ class Measurement:
         }
 
 
-def measure_refusals(options: RefusalOptions, processes: Processes) -> None:
+def num_prompts(options: RefusalOptions) -> int:
+    """How many prompts there are to ask. Raises DataError as `read_prompts` does."""
+    return len(read_prompts(parts_of(options.prompts), options.cache_dir)[0])
+
+
+def measure_refusals(options: RefusalOptions, processes: Processes, *, replaces: bool = False) -> None:
     """Measure what models refuse. All processes call this together.
 
     Leaves in output_dir: refusals.json, prompts.jsonl with the logits of every prompt, report.html.
+
+    Args:
+        replaces: as for `leave_results`.
 
     Raises:
         DataError, ModelError: what was asked for cannot be measured.
@@ -338,4 +374,5 @@ def measure_refusals(options: RefusalOptions, processes: Processes) -> None:
         lambda folder: measurement.measure(folder, processes, log),
         processes,
         log,
+        replaces=replaces,
     )

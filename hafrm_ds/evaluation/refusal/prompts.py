@@ -131,6 +131,11 @@ class LabelledPrompt:
         return key_of(self.prompt)
 
 
+def with_last(prompt: list[Message], text: str) -> list[Message]:
+    """The prompt with another text in its last message."""
+    return [*prompt[:-1], {**prompt[-1], "content": text}]
+
+
 def key_of(prompt: Sequence[Message]) -> str:
     """Equal for equal prompts alone."""
     return json.dumps(prompt)
@@ -196,22 +201,27 @@ def read_set(name: str, path: str, cache_dir: Path | None) -> list[LabelledPromp
     layout = PROMPT_SETS.get(name, LABELLED)
     source = Source(**(source_from_string(path) if path else layout.source))
     row_filter = RowFilter(source.where)
+    # A file of a public set holds what the set leaves out, too, as SORRY-Bench's other wordings of each request.
+    of_set = {field: value for field, value in layout.source.get("where", {}).items() if field not in source.where}
     prompts = []
     try:
         tables = find_tables(source, cache_dir)
     except DataError as error:
-        if name or path.count("/") or Path(path).suffix:
-            raise
         names = (*TOGETHER, *PROMPT_SETS)
-        raise DataError(f"--prompts {error}{suggestion(path, names)} (sets: {', '.join(names)})") from None
+        meant = suggestion(path.partition("=")[0], names)
+        if name or (not meant and (path.count("/") or Path(path).suffix)):
+            raise
+        raise DataError(f"--prompts {error}{meant} (sets: {', '.join(names)})") from None
     for table in tables:
         for number, content in table.rows():
             row = Row(content, f"{table.name}:{number}", name)
             if not isinstance(content, dict):
                 raise DataError(f"{row.id}: is {in_words(content)}, expected an object with fields")
-            if row_filter.passes(content):
+            if row_filter.passes(content) and all(content.get(each, value) == value for each, value in of_set.items()):
                 prompts.append(read_prompt(row, layout))
     row_filter.check_some_passed(source.path)
+    if not prompts:
+        raise DataError(f"--prompts {source.path}: no row is of {layout.title} ({RowFilter(of_set).description})")
     return prompts
 
 
@@ -230,6 +240,8 @@ def read_prompt(row: Row, layout: PromptSet) -> LabelledPrompt:
         read: tuple[str, ...] = (column, *layout.context)
     else:
         prompt, read = prompt_of(row), ("prompt", "messages", *BESIDE)
+    if prompt[-1]["role"] != "user" or not prompt[-1]["content"].strip():
+        raise DataError(f"{row.id}: the prompt does not end with a message of the user that says something")
     refuse_lost(row, (*read, *layout.category), prompt)
     category = named(row, layout.category)
     return LabelledPrompt(row.id, prompt, label_of(row, layout), "" if category is None else str(row.fields[category]))

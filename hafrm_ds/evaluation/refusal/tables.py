@@ -14,7 +14,7 @@ from hafrm_ds.data.tables import (
     estimate_cell,
     share_estimate,
 )
-from hafrm_ds.evaluation.refusal.measures import DISCRIMINATION, SHIFT
+from hafrm_ds.evaluation.refusal.measures import DISCRIMINATION, SHIFT, WRONG
 from hafrm_ds.evaluation.refusal.probes import OPENINGS, QUESTION, REWARD
 from hafrm_ds.evaluation.refusal.prompts import BENIGN, HARMFUL
 
@@ -28,20 +28,41 @@ TITLES = {
 def heading(results: dict[str, Any]) -> str:
     prompts = results["prompts"]
     repeated = f"; {prompts['repeated']:,} stood there twice" if prompts["repeated"] else ""
-    return f"{prompts[HARMFUL]:,} harmful and {prompts[BENIGN]:,} benign prompts{repeated}"
+    return numbers(prompts[HARMFUL], prompts[BENIGN]) + repeated
+
+
+def numbers(num_harmful: int, num_benign: int) -> str:
+    return f"{num_harmful:,} harmful and {num_benign:,} benign prompts"
+
+
+def title_of(probe: str, found: dict[str, Any]) -> str:
+    """What a probe asks, and of how many prompts: the reward head is asked those alone that have answers."""
+    asked = (each["prompts"] if each else 0 for each in (found["arms"][found["first"]][p] for p in (HARMFUL, BENIGN)))
+    return f"{TITLES[probe]} ({numbers(*asked)})"
+
+
+def about_rewrites(results: dict[str, Any]) -> str:
+    """What became of the prompts that the models were to rewrite; "" where they were not."""
+    rewrites = results.get("rewrites", {})
+    said = [f"{model} {each['truncated']:,} and {each['empty']:,}" for model, each in rewrites.items()]
+    if not said:
+        return ""
+    what = "Rewritten prompts that were truncated at --max_new_tokens, and empty ones, which were asked as they are"
+    return f"{what}: {'; '.join(said)}."
 
 
 def render_refusals(results: dict[str, Any]) -> RenderableType:
     """The tables one after another."""
     tables = (table.to_rich() for table in refusal_tables(results))
-    return Group(as_text(heading(results)), *tables)
+    about = about_rewrites(results)
+    return Group(as_text(heading(results)), *tables, *[as_text(about)] * bool(about))
 
 
 def refusal_tables(results: dict[str, Any]) -> list[Table]:
     """Of each probe what the arms refuse and what moved it, and the probe beside generated answers."""
     tables = []
     for probe, found in results["probes"].items():
-        tables += [probe_table(TITLES[probe], found)] + (changes_tables(found) if found["changes"] else [])
+        tables += [probe_table(title_of(probe, found), found)] + (changes_tables(found) if found["changes"] else [])
     return tables + [generated_table(results["generated"])] * bool(results["generated"])
 
 
@@ -59,22 +80,26 @@ def probe_table(title: str, found: dict[str, Any]) -> Table:
         )
         for name, each in found["arms"].items()
     ]
-    header = ("Probability of refusing", f"{HARMFUL} [95%]", f"{BENIGN} [95%]", "AUROC", "missed", "over-refusal")
+    header = ("Mean probability", f"{HARMFUL} [95%]", f"{BENIGN} [95%]", "AUROC", "missed", "over-refusal")
     return Table(rows, header, caption=title)
 
 
 def changes_tables(found: dict[str, Any]) -> list[Table]:
-    """How each arm differs from the first: in points of the probability, and as logits with what it is called."""
+    """How each arm differs from the first: in points of the probability, as logits with what it is called, and in how
+    well it tells harmful from benign prompts."""
     parts = (HARMFUL, BENIGN, SHIFT, DISCRIMINATION)
-    points, logits = [], []
+    points, logits, telling = [], [], []
     for name, each in found["changes"].items():
         points.append((name, [points_cell(each["probability"][part]) for part in parts]))
         called = [Cell(each["mechanism"] or NOTHING), Cell(each.get("combination", NOTHING))]
         logits.append((name, [*(logit_cell(each["logit"][part]) for part in parts), *called]))
+        auroc = estimate_cell(each["auroc"], "{:+.3f}".format, "{:+.2f}".format)
+        telling.append((name, [auroc, *(points_cell(each[wrong]) for wrong in WRONG.values())]))
     against = f"against {found['first']} [95%]"
     return [
         Table(points, (f"Points, {against}", *parts)),
         Table(logits, (f"Logits, {against}", *parts, "mechanism", "combination"), texts=2),
+        Table(telling, (f"Changes {against}", "AUROC", "missed", "over-refusal")),
     ]
 
 
@@ -101,11 +126,11 @@ def generated_table(generated: dict[str, Any]) -> Table:
             ]
             cells += [
                 share_estimate(each["agreement"]),
-                Cell(NOTHING if each["kappa"] is None else f"{each['kappa']:.2f}"),
+                estimate_cell(each["kappa"], "{:.2f}".format, "{:.2f}".format),
             ]
             rows.append((name if len(verdicts) == 1 else f"{name}, by {by}", cells))
     return Table(
-        rows, ("Generated answers", "prompts", "refused by the probe", "by the answer", "agree [95%]", "kappa")
+        rows, ("Generated answers", "prompts", "refused by the probe", "by the answer", "agree [95%]", "kappa [95%]")
     )
 
 

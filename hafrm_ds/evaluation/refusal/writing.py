@@ -22,9 +22,8 @@ rewritten request alone; do not answer it.
 """What a policy is asked for a rewritten prompt. The wording is ours."""
 
 
-def rewritten(prompt: list[Message], text: str) -> list[Message]:
-    """The prompt with another last message; as it is where the policy has written nothing."""
-    return [*prompt[:-1], {**prompt[-1], "content": text}] if text else prompt
+def request_to_rewrite(prompt: LabelledPrompt) -> list[Message]:
+    return [user(REWRITE.format(query=prompt.prompt[-1]["content"]))]
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,7 @@ class Writer:
 
     def rewrites(self, subject: Subject, prompts: Sequence[LabelledPrompt]) -> list[Answer]:
         """The last message of each prompt in the model's own words; an empty one where it has none."""
-        asked = [[user(REWRITE.format(query=each.prompt[-1]["content"]))] for each in prompts]
-        return self.answers(f"rewrites-{subject.number}", subject, asked)
+        return self.answers(f"rewrites-{subject.number}", subject, [request_to_rewrite(each) for each in prompts])
 
     def answers(self, name: str, subject: Subject, prompts: Sequence[list[Message]]) -> list[Answer]:
         """The answer to each prompt. name: unique in the job."""

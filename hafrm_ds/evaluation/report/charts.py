@@ -314,11 +314,11 @@ def moves_chart(title: str, moves: Mapping[str, Mapping[str, Estimate]]) -> Char
     axes.axvline(0, **NEUTRAL)
     described = []
     for number, (name, each) in enumerate(moves.items()):
-        colour, shift, discrimination = series_colour(number), each["shift"], each["discrimination"]
+        line, shift, discrimination = line_of(number), each["shift"], each["discrimination"]
         tip = (shift["value"], discrimination["value"])
-        axes.annotate("", xy=tip, xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6})
-        axes.plot(ends_of(shift), [tip[1]] * 2, color=colour, linewidth=1)
-        axes.plot([tip[0]] * 2, ends_of(discrimination), color=colour, linewidth=1)
+        axes.annotate("", xy=tip, xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "linewidth": 1.6, **line})
+        axes.plot(ends_of(shift), [tip[1]] * 2, linewidth=1, **line)
+        axes.plot([tip[0]] * 2, ends_of(discrimination), linewidth=1, **line)
         described.append(f"{name}: shift {short(tip[0])}, discrimination {short(tip[1])}")
     axes.margins(0.12)
     write_axis(axes.xaxis, short, ticks=6)

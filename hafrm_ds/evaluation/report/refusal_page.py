@@ -4,12 +4,13 @@ from typing import Any
 
 from hafrm_ds.evaluation.refusal.prompts import BENIGN, HARMFUL
 from hafrm_ds.evaluation.refusal.tables import (
-    TITLES,
+    about_rewrites,
     categories_table,
     changes_tables,
     generated_table,
     heading,
     probe_table,
+    title_of,
 )
 from hafrm_ds.evaluation.report.charts import distributions_chart, moves_chart
 
@@ -23,8 +24,9 @@ def refusal_page(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": "What is refused",
         "subtitle": heading(results),
-        "probes": [probe_section(TITLES[probe], found) for probe, found in results["probes"].items()],
+        "probes": [probe_section(title_of(probe, found), found) for probe, found in results["probes"].items()],
         "generated": generated_table(results["generated"]) if results["generated"] else None,
+        "rewrites": about_rewrites(results),
         "wording": results["wording"],
     }
 

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from hafrm_ds.data.pairs import user
 from hafrm_ds.errors import ConfigError, DataError, ModelError
 from hafrm_ds.evaluation.refusal import job
 from hafrm_ds.evaluation.refusal.job import measure_refusals
 from hafrm_ds.evaluation.refusal.options import RefusalOptions
 from hafrm_ds.options import read
+from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.export import export_model
 from tests.data.row_files import write_lines
@@ -102,8 +104,12 @@ def options_for(folder: Path, output: Path, *models: str, **changes) -> RefusalO
     return RefusalOptions(**given | changes)
 
 
+def alone() -> Processes:
+    return Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
+
+
 def measure(options: RefusalOptions) -> dict:
-    measure_refusals(options, Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore()))
+    measure_refusals(options, alone())
     return json.loads((options.output_dir / "refusals.json").read_text())
 
 
@@ -159,6 +165,8 @@ def test_every_defence_and_combination_is_an_arm(folder, tmp_path, capsys):
     assert list(found["probes"]["openings"]["arms"]) == list(found["probes"]["question"]["arms"]) == names
     assert list(found["probes"]["reward"]["arms"]) == names[:4] and found["probes"]["reward"]["first"] == "final"
     assert found["probes"]["reward"]["arms"]["final"]["harmful"]["prompts"] == 15
+    assert found["answers"]["prompts"] == 20
+    assert all(0 <= each["empty"] <= each["truncated"] == NUM_PROMPTS for each in found["rewrites"].values())
     changes = found["probes"]["openings"]["changes"]
     assert "combination" not in changes["dpo"] and changes["dpo + rewriting"]["combination"] in (
         "within", "between", "unknown",
@@ -185,6 +193,13 @@ def test_every_defence_and_combination_is_an_arm(folder, tmp_path, capsys):
     assert "Policy: asked whether it refuses" in page and "dpo + system message + rewriting" in page
     printed = capsys.readouterr().out
     assert "dpo: no reward head that was trained" in printed and "over-refusal" in printed
+    assert "20 of 40 prompts have no --answers" in printed and "(15 harmful and 5 benign prompts)" in printed
+    assert (
+        f"truncated at --max_new_tokens, and empty ones, which were asked as they are: final {NUM_PROMPTS}"
+        in " ".join(printed.split())
+    )
+    judgements = [row["answer_refuses"]["dpo"]["refusal_judge"] for row in rows if "answers" in row]
+    assert judgements == ["a" in answer for answer in answers]
 
 
 def test_a_job_that_was_killed_resumes_and_one_that_is_finished_shows_its_results(
@@ -209,6 +224,9 @@ def test_a_job_that_was_killed_resumes_and_one_that_is_finished_shows_its_result
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(DataError, match="holds the results of another job"):
         measure(options.model_copy(update={"rewrite": False}))
+    monkeypatch.undo()
+    measure_refusals(options.model_copy(update={"rewrite": False}), alone(), replaces=True)
+    assert list(json.loads((tmp_path / "out" / "refusals.json").read_text())["arms"]) == ["plain", "shifted"]
 
 
 def interrupted(score_parts, scored, name, *arguments, **how):
@@ -217,6 +235,18 @@ def interrupted(score_parts, scored, name, *arguments, **how):
     if len(scored) == 2:
         raise KeyboardInterrupt
     return score_parts(name, *arguments, **how)
+
+
+def test_a_system_message_of_a_prompt_stays_behind_that_of_the_arm(folder, tmp_path):
+    own = {"role": "system", "content": "Be brief."}
+    rows = [{"prompt": [own, user(text)], "label": "safe"} for text in ("abc", "def")]
+    file = write_lines(tmp_path / "prompts.jsonl", rows)
+    (tmp_path / "system.txt").write_text("Be good.\n")
+    options = options_for(folder, tmp_path, "plain", prompts=[str(file)], system=tmp_path / "system.txt")
+    measurement = job.Measurement.open(options, Console(alone()))
+    arm = measurement.arms_of(measurement.subjects[0])[1]
+    [asked, _] = measurement.asked(arm, [], {})
+    assert asked.prompt == [{"role": "system", "content": "Be good.\n\nBe brief."}, user("abc")]
 
 
 def test_answers_that_the_first_model_generates(folder, tmp_path):
@@ -278,6 +308,8 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(folder, tmp
         models={"no_system": str(tmp_path / "no_system")},
         system=folder / "system.txt",
     )
+    refused(DataError, r"prompts\.jsonl:1: \d+ tokens leave no room for --max_new_tokens 500", "final", generated=3,
+            max_new_tokens=500)  # fmt: skip
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "x" * 600, "label": "safe"}])
     refused(DataError, r"long\.jsonl:1: final cannot be asked .* tokens, more than the positions", "final",
             prompts=[str(long)])  # fmt: skip

@@ -13,7 +13,6 @@ from hafrm_ds.evaluation.refusal.measures import (
     WITHIN,
     Refusals,
     agreement,
-    auroc,
     changes,
     changes_from_first,
     combination,
@@ -123,13 +122,44 @@ def test_with_one_kind_of_prompts_what_needs_both_is_not_known():
 def test_auroc_is_the_share_of_comparisons_that_are_won():
     harmful, benign = NUMBERS.integers(0, 6, size=40).astype(float) + 1, NUMBERS.integers(0, 6, size=70).astype(float)
     won = (harmful[:, None] > benign).mean() + (harmful[:, None] == benign).mean() / 2
-    found = auroc(harmful, benign)
+    found = auroc_of(harmful, benign)
     assert found["value"] == pytest.approx(won, abs=1e-12) and found["low"] < won < found["high"]
     # Hanley & McNeil (1982)
     q1, q2 = won / (2 - won), 2 * won**2 / (1 + won)
     variance = (won * (1 - won) + 39 * (q1 - won**2) + 69 * (q2 - won**2)) / (40 * 70)
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * np.sqrt(variance), rel=0.25)
-    assert auroc(harmful + 10, benign)["value"] == 1 and auroc(harmful + 10, benign)["low"] < 1
+    assert auroc_of(harmful + 10, benign)["value"] == 1 and auroc_of(harmful + 10, benign)["low"] < 1
+
+
+def auroc_of(harmful, benign):
+    return describe(two_kinds(harmful, benign))["auroc"]
+
+
+def two_kinds(harmful, benign) -> Refusals:
+    logits = np.concatenate([harmful, benign])
+    names = [str(place) for place in range(len(logits))]
+    return Refusals(names, np.arange(len(logits)) < len(harmful), [""] * len(logits), logits)
+
+
+def test_changes_of_what_is_told_apart_are_paired():
+    """Prompts that both arms get wrong alike move nothing, whatever the intervals of either arm are."""
+    harmful, benign = NUMBERS.normal(size=40), NUMBERS.normal(size=60)
+    same = changes(two_kinds(harmful, benign), two_kinds(3 * harmful, 3 * benign))
+    zero = {"value": 0, "low": 0, "high": 0}
+    assert same["auroc"] == same["missed"] == same["over_refusal"] == zero
+    better = np.where(np.arange(40) < 10, np.abs(harmful), harmful)
+    found = changes(two_kinds(harmful, benign), two_kinds(better, benign))
+    assert found["missed"]["value"] == pytest.approx((better < 0).mean() - (harmful < 0).mean())
+    after, before = auroc_of(better, benign), auroc_of(harmful, benign)
+    assert found["auroc"]["value"] == pytest.approx(after["value"] - before["value"], abs=1e-12)
+    assert found["auroc"]["high"] - found["auroc"]["low"] < before["high"] - before["low"]
+
+
+def test_one_prompt_of_a_kind_gives_no_interval_and_no_mechanism():
+    benign = NUMBERS.normal(size=40)
+    found = changes(two_kinds(np.array([0.0]), benign), two_kinds(np.array([3.0]), benign))
+    assert found["logit"][DISCRIMINATION] == {"value": pytest.approx(3), "low": None, "high": None}
+    assert found["mechanism"] == NONE and found["auroc"]["low"] is None
 
 
 def test_agreement_and_kappa():
@@ -138,5 +168,7 @@ def test_agreement_and_kappa():
     answers = np.repeat([True, False, True, False], [20, 5, 10, 15])
     found = agreement(probe, answers, [str(place) for place in range(50)])
     assert found["refused"] == {"both": 20, "probe": 5, "answers": 10, "neither": 15}
-    assert found["agreement"]["value"] == 0.7 and found["kappa"] == pytest.approx(0.4)
+    assert found["agreement"]["value"] == 0.7 and found["kappa"]["value"] == pytest.approx(0.4)
+    # Its standard error at 50 prompts, sqrt(0.7 * 0.3 / 50) / (1 - chance), of which chance is 0.5.
+    assert found["kappa"]["high"] - found["kappa"]["low"] == pytest.approx(2 * 1.96 * 0.1296, rel=0.1)
     assert agreement(probe | True, answers | True, ["a"] * 50)["kappa"] is None

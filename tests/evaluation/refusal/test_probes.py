@@ -143,6 +143,7 @@ def test_the_probes_equal_naive_ones_in_fp64(scorer, logprob):
 def test_generated_answers_are_judged_by_how_they_begin():
     own = Openings()
     assert own.refused("I\N{RIGHT SINGLE QUOTATION MARK}m sorry, but no") and own.refused("\n i CANNOT help")
+    assert own.refused("**I apologize**, but no") and own.refused("It's not appropriate to ask")
     assert not own.refused("Sure, here you are. I cannot say more.") and not own.refused("")
 
 

@@ -62,6 +62,11 @@ def test_sorry_bench_has_its_prompt_in_a_list_of_turns(tmp_path):
     rows = [{"question_id": 1, "category": 5, "turns": ["Do it"], "prompt_style": style} for style in ("base", "slang")]
     prompts, _ = read(f"sorry-bench={write_lines(tmp_path / 'a.jsonl', rows[:1])}")
     assert [(each.prompt, each.is_harmful, each.category) for each in prompts] == [([user("Do it")], True, "5")]
+    both = write_lines(tmp_path / "c.jsonl", rows)
+    assert len(read(f"sorry-bench={both}")[0]) == 1
+    assert read(f"sorry-bench={both}?prompt_style=slang")[0][0].id.endswith("c.jsonl:2")
+    with pytest.raises(DataError, match=r"no row is of SORRY-Bench .row filter prompt_style=base"):
+        read(f"sorry-bench={write_lines(tmp_path / 'd.jsonl', rows[1:])}")
     two = write_lines(tmp_path / "b.jsonl", [rows[0] | {"turns": ["a", "b"]}])
     with pytest.raises(DataError, match=r"b\.jsonl:1: field 'turns' is a list of 2, expected a text, or a list of one"):
         read(f"sorry-bench={two}")
@@ -133,6 +138,11 @@ def test_a_prompt_that_stands_twice_is_asked_once_and_one_of_both_kinds_is_refus
         ({"prompt": "a", "label": "maybe"}, "own.jsonl:1: field 'label' is the text 'maybe', expected one of harmful"),
         ({"prompt": "a", "label": 1}, "own.jsonl:1: field 'label' is the int 1, expected a text"),
         ({"label": "safe"}, "own.jsonl:1: field 'prompt' is missing"),
+        ({"prompt": " ", "label": "safe"}, "own.jsonl:1: the prompt does not end with a message of the user that says"),
+        (
+            {"prompt": [user("a"), {"role": "assistant", "content": "b"}], "label": "safe"},
+            "own.jsonl:1: the prompt does not end with a message of the user",
+        ),
         ({"prompt": "a", "label": "safe", "context": "unread"}, "own.jsonl:1: context: filled, but not read"),
         (["a"], "own.jsonl:1: is a list of 1, expected an object with fields"),
     ],
@@ -145,6 +155,8 @@ def test_a_row_that_is_not_in_the_layout_is_named(tmp_path, row, message):
 def test_wrong_names_are_refused_with_what_to_write(tmp_path):
     with pytest.raises(DataError, match=r"--prompts xtest: no such file .* did you mean 'xstest'\? \(sets: or-bench"):
         read("xtest")
+    with pytest.raises(DataError, match=r"--prompts xtest=gone\.csv: no such file .* did you mean 'xstest'\?"):
+        read("xtest=gone.csv")
     with pytest.raises(ValueError, match="jailbreakbench stands for several sets: write jailbreakbench-harmful=PATH"):
         parts_of("jailbreakbench=here")
     with pytest.raises(ValueError, match="harmful is written with the file: harmful=PATH"):
