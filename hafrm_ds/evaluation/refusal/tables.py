@@ -110,7 +110,7 @@ def points_cell(value: Estimate | None) -> Cell:
 
 def logit_cell(value: Estimate | None) -> Cell:
     """A change of a logit."""
-    return estimate_cell(value, "{:+.2f}".format, "{:+.1f}".format)
+    return estimate_cell(value, "{:+.2f}".format, "{:+.2f}".format)
 
 
 def generated_table(generated: dict[str, Any]) -> Table:

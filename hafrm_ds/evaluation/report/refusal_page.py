@@ -43,7 +43,8 @@ def probe_section(title: str, found: dict[str, Any]) -> dict[str, Any]:
         charts.append(moves_chart(f"Against {found['first']}", moves))
     return {
         "title": title,
-        "tables": [probe_table("", found)] + (changes_tables(found) if found["changes"] else []),
+        "arms": probe_table("", found),
+        "changes": changes_tables(found) if found["changes"] else [],
         "categories": categories_table(found),
         "charts": charts,
     }
