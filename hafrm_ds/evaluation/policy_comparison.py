@@ -22,9 +22,10 @@ from hafrm_ds.evaluation.results import leave_results
 from hafrm_ds.options import as_list
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import stamp
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import identity_of_model
+
+GOLD = "gold"
 
 
 def named_policies(value: Any) -> Any:
@@ -73,8 +74,9 @@ def compare_policies(options: PolicyComparisonOptions, processes: Processes) -> 
     log = Console(processes)
     how = Measuring(
         options.start,
+        "--prompts",
         options.prompts,
-        options.gold,
+        {GOLD: {"model": Path(options.gold)}},
         options.max_new_tokens,
         options.max_tokens_per_micro_batch,
         options.seed,
@@ -85,11 +87,9 @@ def compare_policies(options: PolicyComparisonOptions, processes: Processes) -> 
     }
 
     def identity() -> dict[str, Any]:
-        opened = {
-            name: identity_of_model(how.policy(model)) for name, model in {"start": how.start, **everything}.items()
-        }
+        opened = {name: identity_of_model(how.policy(model)) for name, model in everything.items()}
         asked = options.model_dump(mode="json", exclude={"output_dir"})
-        return {"policies": opened, "prompts": stamp(options.prompts), "options": asked}
+        return {"policies": opened, "measured": how.identity(), "options": asked}
 
     def results(folder: Path) -> dict[str, Any] | None:
         found = {}
@@ -117,10 +117,10 @@ def compared(policies: dict[str, list[Measured]]) -> dict[str, Any]:
 
     Returns:
         prompts, seeds; measures: of each policy gold, kl, words and win_rate against the first (None of itself), as
-        estimates over prompts and seeds, and distinct.
+        estimates over prompts and seeds, and the shares distinct and truncated.
     """
-    first = gold_of(next(iter(policies.values())))
-    names = [str(place) for place in range(first.shape[1])]
+    (one, *_), *_ = policies.values()
+    first, names = gold_of(next(iter(policies.values()))), one.prompts
     measures = {}
     for number, (name, trainings) in enumerate(policies.items()):
         gold = gold_of(trainings)
@@ -133,12 +133,12 @@ def compared(policies: dict[str, list[Measured]]) -> dict[str, Any]:
         found["win_rate"] = None
         if number:
             found["win_rate"] = estimates({"": correctness(gold - first)}, names, are_shares=True)[""]
-        measures[name] = found | {"distinct": float(np.mean([each.distinct for each in trainings]))}
+        for share in ("distinct", "truncated"):
+            found[share] = float(np.mean([getattr(each, share) for each in trainings]))
+        measures[name] = found
     return {"prompts": len(names), "seeds": len(first), "measures": measures}
 
 
 def gold_of(trainings: list[Measured]) -> np.ndarray:
     """[S, P]."""
-    found = [each.gold for each in trainings if each.gold is not None]
-    assert len(found) == len(trainings)  # there is a gold reward
-    return np.stack(found)
+    return np.stack([each.rewards[GOLD] for each in trainings])

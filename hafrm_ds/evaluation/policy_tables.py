@@ -28,9 +28,10 @@ def policies_table(results: dict[str, Any]) -> Table:
                 Cell(NOTHING) if each["win_rate"] is None else share_estimate(each["win_rate"]),
                 *(number_estimate(each[measure]) for measure in ("gold", "kl", "words")),
                 share(each["distinct"]),
+                share(each["truncated"]),
             ],
         )
         for name, each in results["measures"].items()
     ]
     header = (f"wins against {first} [95%]", "gold [95%]", "KL to the start, nats [95%]", "words [95%]")
-    return Table(rows, ("Policy", *header, "distinct answers"))
+    return Table(rows, ("Policy", *header, "distinct answers", "truncated"))

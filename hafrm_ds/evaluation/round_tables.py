@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from hafrm_ds.data.tables import NOTHING, Cell, Table, as_text, count, number_estimate, share
+from hafrm_ds.data.tables import Cell, Table, as_text, count, number_estimate, share
 
 ROUNDS_FILE = "rounds.json"
 JUDGES = ("reward", "implicit", "combined")
@@ -12,7 +12,7 @@ JUDGES = ("reward", "implicit", "combined")
 
 def heading(results: dict[str, Any]) -> str:
     gold = f"; gold by {results['gold']}" if results["gold"] else ""
-    return f"ranked by {results['reward']}{gold}"
+    return f"ranked by {results['ranked_by']}{gold}"
 
 
 def render_rounds(results: dict[str, Any]) -> RenderableType:
@@ -22,7 +22,7 @@ def render_rounds(results: dict[str, Any]) -> RenderableType:
 
 def rounds_tables(results: dict[str, Any]) -> list[Table]:
     """The policy by round, and the accuracy of its judges on pairs that no round has trained on."""
-    return [policy_table(results), accuracy_table(results), stages_table(results)]
+    return [policy_table(results), candidates_table(results), accuracy_table(results), stages_table(results)]
 
 
 def name_of(each: dict[str, Any]) -> str:
@@ -34,18 +34,41 @@ def policy_table(results: dict[str, Any]) -> Table:
         (
             name_of(each),
             [
+                number_estimate(each["reward"]),
                 *([number_estimate(each["gold"])] if results["gold"] else []),
                 number_estimate(each["kl"]),
                 number_estimate(each["words"]),
                 share(each["distinct"]),
-                count(each.get("pairs")),
-                Cell(NOTHING if "reward" not in each else f"{each['reward']:.3g} / {each['reward_of_best']:.3g}"),
+                share(each["truncated"]),
             ],
         )
         for each in results["rounds"]
     ]
-    header = ("Policy", *(["gold [95%]"] if results["gold"] else []), "KL to the start, nats [95%]", "words [95%]")
-    return Table(rows, (*header, "distinct answers", "pairs", "reward of answers: mean / best"))
+    gold = ["gold [95%]"] if results["gold"] else []
+    header = ("Policy", "reward [95%]", *gold, "KL to the start, nats [95%]", "words [95%]")
+    return Table(rows, (*header, "distinct", "truncated"))
+
+
+def candidates_table(results: dict[str, Any]) -> Table:
+    """What the round before has answered, and what became of it."""
+    rows = [
+        (
+            name_of(each),
+            [
+                count(each["ranked_prompts"]),
+                Cell(f"{each['trained_pairs']:,} of {each['pairs']:,}"),
+                share(each["truncated_candidates"]),
+                Cell(f"{each['candidates']:.3g}"),
+                Cell(f"{each['best_candidates']:.3g}"),
+            ],
+        )
+        for each in results["rounds"]
+        if each["round"]
+    ]
+    return Table(
+        rows,
+        ("Trained on", "ranked prompts", "pairs trained on", "truncated candidates", "their mean score", "of the best"),
+    )
 
 
 def accuracy_table(results: dict[str, Any]) -> Table:

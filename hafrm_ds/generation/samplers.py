@@ -29,10 +29,12 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """written: with the white space around it. ended: by the policy itself, not by max_new_tokens."""
+    """written: with the white space around it. ended: by the policy itself, not by max_new_tokens. ids: the tokens that
+    were drawn, with the one that ended it."""
 
     written: str
     ended: bool
+    ids: list[int]
 
     @property
     def text(self) -> str:
@@ -57,7 +59,8 @@ def choose_sampler(asked: str, policy: SavedModel | SavedPolicy) -> str:
     """Raises ModelError if vLLM was asked for and cannot be used."""
     installed = importlib.util.find_spec("vllm") is not None
     if asked == "auto":
-        asked = "vllm" if installed and torch.cuda.is_available() else "transformers"
+        can = installed and torch.cuda.is_available() and not isinstance(policy, SavedModel)
+        asked = "vllm" if can else "transformers"
     if asked == "vllm":
         if not installed:
             raise ModelError("--sampler vllm needs vLLM: pip install vllm; or take --sampler transformers")
@@ -149,7 +152,8 @@ class TransformersSampler:
 
     def read(self, ids: list[int]) -> Answer:
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
-        return Answer(self.tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None)
+        written = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Answer(written, end is not None, ids if end is None else ids[: end + 1])
 
 
 class VllmSampler:
@@ -198,7 +202,7 @@ class VllmSampler:
 
     @staticmethod
     def read(drawn: Any) -> Answer:
-        return Answer(drawn.text, drawn.finish_reason == "stop")
+        return Answer(drawn.text, drawn.finish_reason == "stop", list(drawn.token_ids))
 
 
 SAMPLERS: dict[str, type[TransformersSampler] | type[VllmSampler]] = {

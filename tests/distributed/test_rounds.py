@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.data.row_files import write_lines
 from tests.distributed.forked_ranks import Ranks, run_ranks
@@ -15,11 +15,19 @@ from tests.tiny_models import save_tiny_final
 pytestmark = pytest.mark.distributed
 
 
+def ends_often(final: Path) -> None:
+    """Let a random policy end most of its answers within eight tokens: truncated ones train nothing."""
+    weights = load_file(final / "model.safetensors")
+    end = json.loads((final / "config.json").read_text())["eos_token_id"]
+    weights["lm_head.bias"][end] += 4.5
+    save_file(weights, final / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """(folder, function from the name of an output to the arguments)"""
     folder = tmp_path_factory.mktemp("rounds")
-    save_tiny_final(folder / "final", "gpt-neox", pad_token="</s>")
+    ends_often(save_tiny_final(folder / "final", "phi", pad_token="</s>"))
     write_pairs(folder / "train.jsonl", 40, 0)
     write_pairs(folder / "test.jsonl", 20, 1)
     prompts = write_lines(folder / "prompts.jsonl", [{"prompt": f"what of {n}"} for n in range(36)])
@@ -61,7 +69,9 @@ def test_rounds_that_are_killed_in_every_stage_end_as_undisturbed_ones(setting):
     run_ranks(1, "launch/rounds.py", *arguments("whole"))
     expected = results(folder / "whole")
     assert [each["round"] for each in expected] == [0, 1, 2] and expected[0]["kl"]["value"] == 0
-    assert expected[1]["pairs"] > 20 and expected[2]["kl"]["value"] != 0
+    assert expected[1]["pairs"] > 20 and 0 < expected[1]["truncated_candidates"] < 1
+    assert all(each["reward"]["value"] != 0 and 0 < each["truncated"] < 1 for each in expected)
+    assert expected[2]["kl"]["value"] != 0
     assert expected[2]["accuracy"]["held"].keys() >= {"reward", "implicit"}
 
     out = folder / "killed"

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.evaluation.policies import Measured
 from hafrm_ds.evaluation.policy_comparison import PolicyComparisonOptions, compare_policies, compared
+from hafrm_ds.generation.samplers import Answer
 from hafrm_ds.options import read
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import load_scorer, open_model
@@ -17,8 +19,9 @@ from tests.data.row_files import write_lines
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 
-def measured(gold, texts=("a b", "c", "c", "d e f")) -> Measured:
-    return Measured(list(texts), np.arange(4) / 2, np.array(gold, dtype=float))
+def measured(gold, texts=("a b", "c", "c", "d e f"), prompts="pqrs") -> Measured:
+    answers = [Answer(text, text != "c", []) for text in texts]
+    return Measured(list(prompts), answers, np.arange(4) / 2, {"gold": np.array(gold, dtype=float)})
 
 
 def test_a_tie_is_half_a_win_and_seeds_are_taken_in_their_order():
@@ -35,6 +38,13 @@ def test_a_tie_is_half_a_win_and_seeds_are_taken_in_their_order():
     assert other["win_rate"]["value"] == pytest.approx((2.5 + 1.5) / 8)
     assert other["gold"]["value"] == pytest.approx(10 / 8) and first["gold"]["value"] == pytest.approx(10 / 8)
     assert first["words"]["value"] == 7 / 4 and first["kl"]["value"] == 0.75 and first["distinct"] == 0.75
+    assert first["truncated"] == 0.5
+
+
+def test_answers_to_one_prompt_say_nothing_of_others():
+    one = measured([1, 2, 3, 4], prompts="pppp")
+    found = compared({"a": [one], "b": [one]})["measures"]["a"]["gold"]
+    assert found == {"value": 2.5, "low": None, "high": None}
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +85,40 @@ def test_a_comparison_says_what_the_answers_are_worth(folder, tmp_path, capsys):
     wins = (np.sign(lengths[1] - lengths[0]) + 1) / 2
     assert found["measures"]["two"]["win_rate"]["value"] == pytest.approx(wins.mean())
     start, one = (load_scorer(open_model(folder / name), torch.device("cpu"), 8192) for name in ("start", "one"))
+    # Of the tokens that were drawn: the random model ends few of its answers, and none of those that it does not end
+    # counts an end.
+    parts = sorted((tmp_path / "answers" / "policy-1").glob("answers-*.json"))
+    drawn = [ids for part in parts for _, _, ids in json.loads(part.read_text())]
     expected = []
-    for row in answers[0]:
-        ids = one.encode([*row["prompt"], {"role": "assistant", "content": row["response"]}])
-        policy, before = (scorer.values([ids], ("logprob",))[0, 0] for scorer in (one, start))
+    for row, ids in zip(answers[0], drawn, strict=True):
+        assert len(ids) == 6 or row["ended"]
+        group = PromptWithResponses(one.formatter.encode_prompt(row["prompt"]), (ids,))
+        policy, before = (scorer.values([group], ("logprob",))[0, 0] for scorer in (one, start))
         expected.append(policy - before)
     assert found["measures"]["one"]["kl"]["value"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert found["measures"]["one"]["truncated"] == np.mean([not row["ended"] for row in answers[0]]) > 0
     assert "wins against one" in capsys.readouterr().out.replace("\n", " ").replace("  ", " ")
     assert "Policies under gold" in (tmp_path / "report.html").read_text()
     assert run(folder, tmp_path) == found  # it is there already
     with pytest.raises(DataError, match="holds the results of another job"):
         run(folder, tmp_path, seed=3)
+    (tmp_path / "policies.json").unlink()
+    with pytest.raises(DataError, match=r"policy-1 holds parts of a job with another model, input or setting"):
+        run(folder, tmp_path, policies={"two": str(folder / "two"), "one": str(folder / "one")})
+
+
+def test_another_gold_under_the_same_name_is_another_job(folder, tmp_path):
+    gold = tmp_path / "gold.py"
+    gold.write_text("def long(prompt, answer):\n    return len(answer)\n")
+    run(folder, tmp_path / "out", gold=f"{gold}:long")
+    gold.write_text("def long(prompt, answer):\n    return -len(answer)\n")
+    with pytest.raises(DataError, match="holds the results of another job"):
+        run(folder, tmp_path / "out", gold=f"{gold}:long")
 
 
 def test_gold_that_cannot_judge_an_answer_is_an_error(folder, tmp_path):
     (tmp_path / "gold.py").write_text("def none(prompt, answer):\n    return float('nan')\n")
-    with pytest.raises(DataError, match="the gold reward cannot score 20 of 20 answers"):
+    with pytest.raises(DataError, match="gold cannot score 20 of 20 answers"):
         run(folder, tmp_path / "out", gold=f"{tmp_path / 'gold.py'}:none")
 
 

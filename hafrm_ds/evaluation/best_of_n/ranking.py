@@ -60,6 +60,8 @@ class RankedPrompt:
         for place in np.argsort(-scores, kind="stable"):
             rank = 1 + int((scores > scores[place]).sum())
             candidate = {"response": self.fields["responses"][place], "score": float(scores[place]), "rank": rank}
+            if "ended" in self.fields:
+                candidate["ended"] = self.fields["ended"][place]
             if self.gold is not None:
                 candidate["gold"] = float(self.gold[place])
             candidates.append(candidate)

@@ -18,18 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 
-from hafrm_ds.data.files import file_table
-from hafrm_ds.data.formats import refuse_lost
 from hafrm_ds.data.formatting import ChatFormatter
-from hafrm_ds.data.pairs import Message, Row
-from hafrm_ds.data.rendering_check import is_serious
+from hafrm_ds.data.pairs import Row
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.best_of_n.options import SamplingOptions
+from hafrm_ds.generation.prompts import encode_prompt
 from hafrm_ds.generation.samplers import SAMPLERS, Request, Sampler, choose_sampler
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
@@ -40,15 +37,13 @@ from hafrm_ds.saved.classifier import SavedClassifier
 from hafrm_ds.saved.folder import SavedModel
 from hafrm_ds.saved.opening import identity_of_model, open_model
 from hafrm_ds.saved.policy import SavedPolicy
-from hafrm_ds.scoring.rows import BESIDE, json_line, prompt_as_written, prompt_of
+from hafrm_ds.scoring.prompts import read_prompts
+from hafrm_ds.scoring.rows import json_line, prompt_as_written
 
 PART = 16
 SAMPLING_FILE = "sampling.json"
-# Why a prompt is dropped.
 TOO_FEW = "too few different answers"
-TOO_LONG = "longer than the policy takes with max_new_tokens"
-REFUSED = "the policy's template refuses it"
-LEFT_OUT = "the policy's template leaves out a part of it"
+"""Why a prompt is dropped that can be asked."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +80,16 @@ class SamplingJob:
             formatter = policy.formatter()
         except ModelError as error:  # it names the option of a training
             raise ModelError(str(error).replace("--data.chat_template", "--policy_chat_template")) from error
-        name = str(options.prompts)
-        rows = [Row(fields, f"{name}:{number}", "") for number, fields in file_table(options.prompts, name).rows()]
-        if not rows:
-            raise DataError(f"--prompts {name} is empty")
-        for row in rows:
-            if not isinstance(row.fields, dict):
-                raise row.fault("the row", row.fields, "an object with a prompt")
-            refuse_lost(row, ("prompt", "messages", *BESIDE), prompt_of(row))
+        prompts = read_prompts("--prompts", options.prompts)
         sizes = ModelSizes.of(options.policy, load_model_config(policy.config))
         longest = sizes.positions - options.max_new_tokens
-        encoded = [encode_prompt(formatter, prompt_of(row), longest) for row in rows]
+        encoded = [encode_prompt(formatter, each.messages, longest) for each in prompts]
         if all(isinstance(each, str) for each in encoded):
-            raise DataError(f"no prompt of {name} can be asked: {', '.join(dict.fromkeys(map(str, encoded)))}")
+            raise DataError(
+                f"no prompt of {options.prompts} can be asked: {', '.join(dict.fromkeys(map(str, encoded)))}"
+            )
         sizes.check_ids((ids for ids in encoded if isinstance(ids, list)), formatter.tokenizer)
-        return cls(options, sampler, policy, formatter, rows, encoded)
+        return cls(options, sampler, policy, formatter, [each.row for each in prompts], encoded)
 
     def identity(self) -> dict[str, Any]:
         """What the candidates depend on."""
@@ -163,9 +153,10 @@ class SamplingJob:
             short = [place for place in prompts if len(found[place]) < options.num_candidates]
             requests = [request_for(prompts[place], part[place], attempt, options) for place in short]
             for place, drawn in zip(short, sampler.answers(requests) if requests else ()):
-                for text, ended in drawn:
+                for answer in drawn:
+                    text = answer.text
                     if text and text not in found[place] and len(found[place]) < options.num_candidates:
-                        found[place][text] = ended
+                        found[place][text] = answer.ended
         for place, chosen in found.items():
             if len(chosen) < options.num_candidates:
                 written[place]["dropped"] = TOO_FEW
@@ -199,15 +190,3 @@ def request_for(prompt_ids: list[int], number: int, attempt: int, options: Sampl
     numbers = np.random.default_rng([options.seed, number, attempt])
     temperatures = numbers.uniform(*options.temperature, size=options.num_candidates)
     return Request(prompt_ids, tuple(temperatures.tolist()), int(numbers.integers(2**31)))
-
-
-def encode_prompt(formatter: ChatFormatter, prompt: list[Message], longest: float) -> list[int] | str:
-    """Ids of a prompt of at most `longest` tokens, or why it is dropped."""
-    try:
-        text = formatter.render_prompt(prompt)
-    except jinja2.TemplateError:
-        return REFUSED
-    if is_serious(formatter.left_out(prompt, text)):
-        return LEFT_OUT
-    [ids] = formatter.encode_rendered([text])
-    return TOO_LONG if len(ids) > longest else ids

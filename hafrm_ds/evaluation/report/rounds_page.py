@@ -15,7 +15,7 @@ def rounds_page(results: dict[str, Any]) -> dict[str, Any]:
         results: as rounds.json has it.
     """
     rounds = results["rounds"]
-    measures = {"gold": "Gold"} if results["gold"] else {}
+    measures = {"reward": "Reward"} | ({"gold": "Gold"} if results["gold"] else {})
     measures |= {"kl": "KL to the start, nats", "words": "Words of an answer"}
     charts = [chart(title, {title: [(row["round"], row[name]) for row in rounds]}) for name, title in measures.items()]
     charts.append(chart("Distinct answers", {"share": [(row["round"], alone(row["distinct"])) for row in rounds]}))

@@ -1,7 +1,7 @@
 """The options of rounds (launch/rounds.py): those of training, and a section of their own."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -65,11 +65,6 @@ class RoundsSection(Section):
             problems.append(
                 "rounds.judge is of the model that a round starts from, but rounds.reward ranks in its place"
             )
-        if not self.replay and not self.trains_head:
-            problems.append(
-                "rounds.replay is 0: every training would move the body under a reward head that gets no gradient. "
-                "Replay pairs of data.train, or let the ranked answers train the head (rounds.reward_loss true)"
-            )
         return problems
 
 
@@ -82,12 +77,15 @@ class RoundsOptions(TrainConfig):
         problems = super().contradictions() + self.rounds.contradictions()
         if not self.data.eval:
             problems.append("data.eval names no set: rounds are held against pairs that are not trained on")
-        if not (self.objective.uses_reward and self.objective.uses_policy):
-            problems.append("rounds train both heads: objective.rm_weight and objective.alpha are above 0")
+        if not self.objective.uses_policy:
+            problems.append("rounds train the policy: objective.alpha is above 0")
+        if not self.objective.uses_reward and self.rounds.is_own and self.rounds.judge != "implicit":
+            problems.append(
+                "objective.rm_weight is 0: no reward head is trained that could rank the next round. Give rounds.judge "
+                "implicit, or rounds.reward"
+            )
+        if self.seed < 0:
+            problems.append(f"seed {self.seed}: the answers are drawn with one of 0 or more")
+        if isinstance(self.resume, Path):
+            problems.append("resume: rounds always resume from what their folder holds; leave it out")
         return problems
-
-
-def identity_of(options: RoundsOptions) -> dict[str, Any]:
-    """What the rounds depend on, apart from how many they are."""
-    dumped = options.model_dump(mode="json", exclude={"output_dir", "resume"})
-    return dumped | {"rounds": {name: value for name, value in dumped["rounds"].items() if name != "num_rounds"}}

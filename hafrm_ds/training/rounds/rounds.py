@@ -25,20 +25,31 @@ from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOptions
 from hafrm_ds.evaluation.best_of_n.ranking import RANKED_FILE, rank, read_lines
+from hafrm_ds.evaluation.best_of_n.sampling import SAMPLING_FILE
 from hafrm_ds.evaluation.policies import Measuring, measure_policy
 from hafrm_ds.evaluation.report.reading import METRICS_FILE, read_rows
 from hafrm_ds.evaluation.report.writing import leave_report
-from hafrm_ds.evaluation.round_tables import ROUNDS_FILE, render_rounds
+from hafrm_ds.evaluation.round_tables import JUDGES, ROUNDS_FILE, render_rounds
+from hafrm_ds.model.loading import local_folder
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import claim_folder, leave_together
+from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import Saved, base_of, open_model
+from hafrm_ds.saved.writing import METADATA_FILE
 from hafrm_ds.scoring.rows import json_line
 from hafrm_ds.training.compare import Start, is_finished, starter, train_one
-from hafrm_ds.training.rounds.options import RoundsOptions, identity_of
-from hafrm_ds.training.rounds.pairs import mixed, pairs_of, refuse_held_out
+from hafrm_ds.training.final import DATA_REPORT_FILE
+from hafrm_ds.training.resume import changed_options
+from hafrm_ds.training.rounds.options import RoundsOptions
+from hafrm_ds.training.rounds.pairs import RANKED_ANSWERS, mixed, pairs_of, refuse_held_out
 
 PAIRS_FILE, FACTS_FILE, MEASURED_FILE = "pairs.jsonl", "facts.json", "measures.json"
+OPTIONS_FILE = "options.json"
+FREE = (
+    *("output_dir", "resume", "deepspeed", "checkpoint.", "logging.", "reference."),
+    *("data.cache_dir", "data.num_proc", "rounds.num_rounds"),
+)
+"""Options that may be others when rounds resume."""
 SEEDS_OF_A_RUN = 1000
 """Between the random numbers of the rounds of one seed and those of the next."""
 
@@ -77,7 +88,7 @@ class Rounds:
         options = RankingOptions(
             model=[section.reward or policy],
             output_dir=self.folder(number) / "candidates",
-            max_tokens_per_micro_batch=self.max_tokens,
+            max_tokens_per_micro_batch=max_tokens_of(self.options),
             sampling=SamplingOptions(
                 prompts=section.prompts,
                 policy=policy,
@@ -90,7 +101,7 @@ class Rounds:
             ),
             judge=section.judge if section.is_own else None,
             # The fit of a combined judge belongs to the reference of its own training.
-            reference=base_of(open_start(self.options)) if section.is_own and section.judge == "implicit" else None,
+            reference=reference_of(self.options),
             trust_remote_code=self.options.model.trust_remote_code,
         )
         with self.timed(number, "answers and ranking"):
@@ -109,13 +120,15 @@ class Rounds:
                 f"round {number}: no prompt gives a pair ({', '.join(f'{k}: {n:,}' for k, n in left_out.items())}). "
                 "Lower rounds.min_gap, or draw more different answers (rounds.num_candidates, rounds.temperature)"
             )
-        scores = [[each["score"] for each in line["candidates"]] for line in ranked]
+        candidates = [each for line in ranked for each in line["candidates"]]
         facts = {
+            "prompts_without_candidates": json.loads((folder / "candidates" / SAMPLING_FILE).read_text())["dropped"],
             "ranked_prompts": len(ranked),
             "pairs": len(rows),
             "left_out": dict(left_out),
-            "reward": float(np.mean([np.mean(each) for each in scores])),
-            "reward_of_best": float(np.mean([max(each) for each in scores])),
+            "truncated_candidates": sum(not each["ended"] for each in candidates) / len(candidates),
+            "candidates": float(np.mean([each["score"] for each in candidates])),
+            "best_candidates": float(np.mean([line["candidates"][0]["score"] for line in ranked])),
         }
         write_whole(folder / FACTS_FILE, json.dumps(facts).encode())
         write_whole(file, b"".join(map(json_line, rows)))
@@ -127,6 +140,18 @@ class Rounds:
             return
         with self.timed(number, "training"):
             train_one(run, self.start, self.processes)
+        used, made = self.trained_pairs(number)
+        if used < made:
+            self.log.warn(
+                f"{made - used:,} of the {made:,} ranked pairs were not trained on, dropped or beyond their share of "
+                f"the mix: {run.output_dir / DATA_REPORT_FILE} says which"
+            )
+
+    def trained_pairs(self, number: int) -> tuple[int, int]:
+        """How many of the ranked pairs a round has trained on, and how many there are."""
+        report = json.loads((self.folder(number) / "run" / DATA_REPORT_FILE).read_text())
+        of_ranked = report["train"]["by_source"][RANKED_ANSWERS]
+        return of_ranked["kept"], of_ranked["read"]
 
     def config_of(self, number: int) -> TrainConfig:
         """The training of a round, which a run folder of its own holds."""
@@ -146,22 +171,11 @@ class Rounds:
 
     def measure(self, number: int) -> None:
         """Measure the policy that a round has made."""
-        folder, section = self.folder(number) / "measured", self.options.rounds
+        folder = self.folder(number) / "measured"
         file = folder / MEASURED_FILE
         if self.processes.from_first(f"is measured {number}", file.exists):
             return
-        how = Measuring(
-            start=self.model(0),
-            prompts=section.evaluation_prompts,
-            gold=section.gold,
-            max_new_tokens=section.max_new_tokens,
-            max_tokens=self.max_tokens,
-            seed=self.options.seed * SEEDS_OF_A_RUN,
-            loading={
-                "chat_template": self.options.data.chat_template,
-                "trust_remote_code": self.options.model.trust_remote_code,
-            },
-        )
+        how = measuring_of(self.options)
         with self.timed(number, "measuring"):
             found = measure_policy(
                 folder, self.model(number), how, self.processes.for_job(f"measured {number}"), self.log
@@ -169,20 +183,16 @@ class Rounds:
         if found is not None:
             write_whole(file, json.dumps(found.to_json(), indent=2).encode())
 
-    @property
-    def max_tokens(self) -> int:
-        budget = self.options.batch.max_tokens_per_micro_batch
-        return 8192 if budget == "auto" else budget
-
     def timed(self, number: int, stage: str) -> "Timed":
         return Timed(self.folder(number) / "seconds.json", stage, self.processes)
 
     def write_results(self, last: int) -> None:
         """rounds.json of the rounds so far, the table and the page."""
-        rounds = [self.row(number) for number in range(last + 1)]
+        rounds, section = [self.row(number) for number in range(last + 1)], self.options.rounds
         results = {
-            "reward": self.options.rounds.reward or f"the model that a round starts from ({self.options.rounds.judge})",
-            "gold": self.options.rounds.gold,
+            "ranked_by": self.options.rounds.reward
+            or f"the model that a round starts from ({self.options.rounds.judge})",
+            "gold": section.gold,
             "sets": list(self.options.data.eval),
             "rounds": rounds,
         }
@@ -196,21 +206,22 @@ class Rounds:
         """What rounds.json says of a round."""
         folder = self.folder(number)
         facts = json.loads((folder / FACTS_FILE).read_text()) if number else {}
-        # The first evaluation of the first training is of the model that it starts from.
-        run, place = (number, -1) if number else (1, 0)
-        rows = [row for row in read_rows(self.folder(run) / "run" / METRICS_FILE) if row["kind"] == "eval"]
-        accuracy = {}
-        for name in self.options.data.eval:
-            of_set = [row for row in rows if row["set"] == name]
-            if of_set and (number or of_set[0]["step"] == 0):
-                found = {judge: of_set[place].get(f"accuracy/{judge}") for judge in ("reward", "implicit", "combined")}
-                accuracy[name] = {judge: value for judge, value in found.items() if value is not None}
+        if number:
+            evaluated = json.loads((Path(self.model(number)) / METADATA_FILE).read_text())["evaluation"]
+        else:  # the first evaluation of the first training, where it was asked for, is of the model that it starts from
+            rows = read_rows(self.folder(1) / "run" / METRICS_FILE)
+            evaluated = {row["set"]: row for row in rows if row["kind"] == "eval" and row["step"] == 0}
+        accuracy = {
+            name: {judge: metrics[key] for judge in JUDGES if (key := f"accuracy/{judge}") in metrics}
+            for name, metrics in evaluated.items()
+        }
         seconds = folder / "seconds.json"
         return {
             "round": number,
             "model": self.model(number),
             **json.loads((folder / "measured" / MEASURED_FILE).read_text()),
             **facts,
+            **({"trained_pairs": self.trained_pairs(number)[0]} if number else {}),
             "accuracy": accuracy,
             "seconds": json.loads(seconds.read_text()) if seconds.exists() else {},
         }
@@ -218,7 +229,7 @@ class Rounds:
 
 @dataclass
 class Timed:
-    """Adds the seconds of a stage to a file, also those of an earlier start that was killed behind it."""
+    """Adds the seconds of a stage to a file, also those of an earlier start that was killed later."""
 
     file: Path
     stage: str
@@ -242,12 +253,52 @@ def open_start(options: RoundsOptions) -> Saved:
     return open_model(model.name_or_path, chat_template=template, trust_remote_code=model.trust_remote_code)
 
 
-def claim_rounds(options: RoundsOptions) -> None:
+def reference_of(options: RoundsOptions) -> str | None:
+    """What an implicit reward is measured against. (The fit of a combined judge belongs to the reference of its own
+    training.)"""
+    section = options.rounds
+    return base_of(open_start(options)) if section.is_own and section.judge == "implicit" else None
+
+
+def rewards_of(options: RoundsOptions) -> dict[str, dict[str, Any]]:
+    """Name -> what judges the answers to evaluation_prompts, the same in all rounds: as `reward` what ranks the answers
+    of the first one, and gold."""
+    section, start = options.rounds, options.model.name_or_path
+    own = {"model": Path(start), "judge": section.judge, "reference": reference_of(options)}
+    rewards: dict[str, dict[str, Any]] = {"reward": own if section.is_own else {"model": Path(str(section.reward))}}
+    return rewards | ({} if section.gold is None else {"gold": {"model": Path(section.gold)}})
+
+
+def measuring_of(options: RoundsOptions) -> Measuring:
+    """How every policy of the rounds is measured."""
+    section = options.rounds
+    return Measuring(
+        start=options.model.name_or_path,
+        option="rounds.evaluation_prompts",
+        prompts=section.evaluation_prompts,
+        rewards=rewards_of(options),
+        max_new_tokens=section.max_new_tokens,
+        max_tokens=max_tokens_of(options),
+        seed=options.seed * SEEDS_OF_A_RUN,
+        loading={
+            "chat_template": options.data.chat_template,
+            "trust_remote_code": options.model.trust_remote_code,
+        },
+    )
+
+
+def max_tokens_of(options: RoundsOptions) -> int:
+    """Token budget of one forward pass that scores."""
+    budget = options.batch.max_tokens_per_micro_batch
+    return 8192 if budget == "auto" else budget
+
+
+def claim_rounds(options: RoundsOptions, log: Console) -> None:
     """Claim the folder, before anything is computed.
 
     Raises:
-        DataError: it holds other rounds, or a prompt of the rounds is one that they are held against. ModelError: the
-            start cannot rank its own answers.
+        DataError: it holds other rounds, or a prompt is trained on and measured. ModelError: the start cannot rank its
+            own answers.
     """
     start, name, section = open_start(options), options.model.name_or_path, options.rounds
     if section.is_own and section.judge == "implicit" and base_of(start) is None:
@@ -260,8 +311,30 @@ def claim_rounds(options: RoundsOptions) -> None:
             f"{name} has no reward head that was trained, and ranks its own answers: start from the final/ of a "
             "training, give rounds.judge implicit, or give rounds.reward"
         )
-    refuse_held_out(section, options.data.eval, options.data.cache_dir)
-    claim_folder(options.output_dir, identity_of(options))
+    refuse_held_out(section, options.data)
+    content = {"measured": measuring_of(options).identity(), "prompts": stamp(section.prompts)}
+    file, current = options.output_dir / OPTIONS_FILE, options.model_dump(mode="json")
+    if file.exists() and (differing := changed_options(json.loads(file.read_text()), current, FREE)):
+        raise DataError(
+            f"{options.output_dir} holds rounds with other options: {'; '.join(differing.values())}. Give them as they "
+            "were, or take another output_dir"
+        )
+    if options.objective.uses_reward and not section.replay and not section.trains_head:
+        log.warn(
+            "rounds.replay is 0 and the ranked answers do not train the reward head: the body moves under a head that "
+            "gets no gradient"
+        )
+    claim_folder(options.output_dir, content)
+    write_whole(file, json.dumps(current, indent=2).encode())
+
+
+def at_revision(options: RoundsOptions, processes: Processes) -> RoundsOptions:
+    """The options with the folder of a start that is a revision on the hub, for all that open it by its name."""
+    if options.model.revision is None:
+        return options
+    folder = processes.from_first("start", lambda: str(local_folder(options.model)))
+    model = options.model.model_copy(update={"name_or_path": folder, "revision": None})
+    return options.model_copy(update={"model": model})
 
 
 def run_rounds(options: RoundsOptions, train_script: Path, processes: Processes) -> None:
@@ -273,8 +346,8 @@ def run_rounds(options: RoundsOptions, train_script: Path, processes: Processes)
     Raises:
         DataError, ModelError: prompts, models or rewards cannot be used. Stopped: the same command resumes it.
     """
-    log = Console(processes)
-    processes.from_first("claim", lambda: claim_rounds(options))
+    log, options = Console(processes), at_revision(options, processes)
+    processes.from_first("claim", lambda: claim_rounds(options, log))
     with starter(train_script, processes) as start:
         Rounds(options, start, processes, log).run()
     leave_together(processes)

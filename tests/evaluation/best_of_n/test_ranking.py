@@ -21,6 +21,7 @@ from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOption
 from hafrm_ds.evaluation.best_of_n.ranking import rank, read_candidates
 from hafrm_ds.evaluation.best_of_n.sampling import SamplingJob
 from hafrm_ds.generation import samplers
+from hafrm_ds.generation.prompts import LEFT_OUT, TOO_LONG
 from hafrm_ds.generation.samplers import Answer, Request, TransformersSampler
 from hafrm_ds.options import read
 from hafrm_ds.processes import parts
@@ -250,8 +251,8 @@ def test_an_answer_ends_at_the_first_stop_token(folder):
     formatter = policy.formatter()
     sampler = TransformersSampler(policy, formatter, alone(), max_new_tokens=5)
     text, end = formatter.tokenizer(" ab")["input_ids"], formatter.tokenizer.eos_token_id
-    assert sampler.read([*text, end, *text]) == Answer(" ab", True)
-    assert sampler.read(text) == Answer(" ab", False)
+    assert sampler.read([*text, end, *text]) == Answer(" ab", True, [*text, end])
+    assert sampler.read(text) == Answer(" ab", False, text)
 
 
 def test_prompts_without_n_answers_are_dropped_after_2n_draws(folder, tmp_path, monkeypatch):
@@ -263,7 +264,7 @@ def test_prompts_without_n_answers_are_dropped_after_2n_draws(folder, tmp_path, 
         def answers(self, requests):
             asked.append(len(requests))
             third = "a" if len(asked) == 1 else "c"
-            return [[Answer("a", True), Answer("b", False), Answer("" if k == 0 else third, True)]
+            return [[Answer(" a", True, []), Answer("b", False, []), Answer("" if k == 0 else third, True, [])]
                     for k, _ in enumerate(requests)]  # fmt: skip
 
     rows = [json.loads(line) for line in job.sample_part(range(3), Stingy()).splitlines()]
@@ -281,7 +282,7 @@ def test_prompts_that_the_policy_cannot_take_are_dropped(folder, tmp_path, capsy
     rank(options, alone())
     assert [row["prompt"] for row in lines(tmp_path / "out" / "candidates.jsonl")] == ["short"]
     results = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
-    assert results["sampling"]["dropped"] == {sampling.TOO_LONG: 1}
+    assert results["sampling"]["dropped"] == {TOO_LONG: 1}
     assert "1 of 2 prompts are dropped: longer than the policy takes" in capsys.readouterr().out
 
 
@@ -319,7 +320,7 @@ def test_a_prompt_of_which_the_policy_sees_a_part_is_dropped(folder, tmp_path):
     rank(sampling_of(folder, tmp_path / "out", policy=str(policy), prompts=prompts), alone())
     assert [row["prompt"] for row in lines(tmp_path / "out" / "candidates.jsonl")] == ["b"]
     results = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
-    assert results["sampling"]["dropped"] == {sampling.LEFT_OUT: 1}
+    assert results["sampling"]["dropped"] == {LEFT_OUT: 1}
 
 
 # ---- tools ---------------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def test_tools_belong_to_a_prompt(folder, tmp_path):
     for row in ranked:
         scores = scorer.score(row["prompt"], [each["response"] for each in row["candidates"]])
         assert [each["score"] for each in row["candidates"]] == pytest.approx(scores, abs=1e-5)
-    with pytest.raises(DataError, match=f"can be asked: {sampling.LEFT_OUT}"):
+    with pytest.raises(DataError, match=f"can be asked: {LEFT_OUT}"):
         rank(sampling_of(folder, tmp_path / "other", prompts=prompts), alone())
 
     given = write(tmp_path / "given.jsonl", [row | {"responses": ["x", [call | {"content": "y"}]]} for row in rows])
@@ -383,7 +384,9 @@ class LLM:
         assert all(each.top_p == 0.85 and each.max_tokens == 6 for each in sampling_params)
         assert all(0.5 <= each.temperature <= 1.2 for each in sampling_params)
         return [
-            SimpleNamespace(outputs=[SimpleNamespace(text=f" {each.seed}", finish_reason=("stop", "length")[k % 2])])
+            SimpleNamespace(
+                outputs=[SimpleNamespace(text=f" {each.seed}", finish_reason=("stop", "length")[k % 2], token_ids=(k,))]
+            )
             for k, each in enumerate(sampling_params)
         ]
 

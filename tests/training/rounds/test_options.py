@@ -26,16 +26,23 @@ def load(**changes) -> RoundsOptions:
     [
         ({"rounds__num_candidates": "1"}, "rounds.num_candidates"),
         ({"rounds__temperature": "[1.2, 0.5]"}, "rounds.temperature 1.2 0.5: the lower of the two comes first"),
-        ({"rounds__replay": "0"}, "rounds.replay is 0: .* a reward head that gets no gradient"),
         ({"rounds__replay": "1"}, "rounds.replay"),
         ({"rounds__reward": "x.yaml", "rounds__judge": "implicit"}, "but rounds.reward ranks in its place"),
         ({"data__eval": "{}"}, "data.eval names no set: rounds are held against pairs"),
-        ({"objective__alpha": "0"}, "rounds train both heads"),
+        ({"objective__alpha": "0"}, "rounds train the policy: objective.alpha is above 0"),
+        ({"objective__rm_weight": "0"}, "objective.rm_weight is 0: no reward head is trained that could rank"),
+        ({"seed": "-1"}, "seed -1: the answers are drawn with one of 0 or more"),
+        ({"resume": "checkpoint"}, "resume: rounds always resume"),
     ],
 )
 def test_contradictions_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         load(**changes)
+
+
+def test_the_policy_alone_is_trained_on_what_another_reward_ranks():
+    assert not load(objective__rm_weight="0", rounds__reward="helpful.yaml").objective.uses_reward
+    assert load(objective__rm_weight="0", rounds__judge="implicit").rounds.is_own
 
 
 def test_answers_that_a_model_has_ranked_itself_do_not_train_its_head():

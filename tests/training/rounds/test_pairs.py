@@ -6,7 +6,7 @@ from hafrm_ds.config import DataConfig
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import DataError
 from hafrm_ds.training.rounds.options import RoundsSection
-from hafrm_ds.training.rounds.pairs import ALIKE, CLOSE, mixed, pairs_of, refuse_held_out
+from hafrm_ds.training.rounds.pairs import ALIKE, CLOSE, TRUNCATED, mixed, pairs_of, refuse_held_out
 from tests.data.row_files import write_lines
 
 
@@ -15,7 +15,8 @@ def section(**given) -> RoundsSection:
 
 
 def ranked(prompt: str, *scored: tuple[float, str]) -> dict:
-    return {"prompt": prompt, "candidates": [{"response": text, "score": score} for score, text in scored]}
+    candidates = [{"response": text, "score": score, "ended": not text.endswith("...")} for score, text in scored]
+    return {"prompt": prompt, "candidates": candidates}
 
 
 RANKED = [
@@ -33,6 +34,15 @@ def test_the_best_answer_is_paired_with_the_worst():
     ]
     assert left_out == {ALIKE: 1}
     assert pairs_of(RANKED, section(min_gap=0.2))[1] == {ALIKE: 1, CLOSE: 1}
+
+
+def test_answers_that_were_truncated_are_neither_chosen_nor_rejected():
+    whole = ranked("a", (3.0, "one two..."), (2.5, "one two"), (0.0, "one"), (-1.0, "..."))
+    lines = [whole, ranked("b", (3.0, "..."), (1.0, "x"))]
+    rows, left_out = pairs_of(lines, section())
+    assert rows == [{"prompt": "a", "chosen": "one two", "rejected": "one", "margin": 2.5}]
+    assert left_out == {TRUNCATED: 1}
+    assert pairs_of(lines, section(pairs="groups"))[0][0]["responses"] == ["one two", "one"]
 
 
 def test_words_cost_where_that_is_asked_for():
@@ -61,19 +71,26 @@ def test_a_share_of_human_pairs_is_replayed_beside_the_answers(tmp_path):
     assert alone.weight is None and alone.reward_loss
 
 
-def test_prompts_that_the_rounds_are_held_against_are_refused(tmp_path):
+def test_prompts_that_are_trained_on_and_measured_are_refused(tmp_path):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     held = write_lines(tmp_path / "held.jsonl", [{"prompt": "c"}])
-    test = write_lines(tmp_path / "test.jsonl", [{"prompt": "d", "chosen": "x", "rejected": "y"}])
-    sets = DataConfig(train="unused", eval={"human": str(test)}).eval
-    given = {"prompts": prompts, "evaluation_prompts": held}
-    refuse_held_out(section(**given), sets, tmp_path / "cache")
+    train, test = (
+        write_lines(tmp_path / f"{name}.jsonl", [{"prompt": name, "chosen": "x", "rejected": "y"}])
+        for name in ("train", "test")
+    )
+    data = DataConfig(train=str(train), eval={"human": str(test)}, cache_dir=tmp_path / "cache")
+    own = section(prompts=prompts, evaluation_prompts=held)
+    refuse_held_out(own, data)
+    write_lines(train, [{"prompt": "c ", "chosen": "x", "rejected": "y"}])
+    with pytest.raises(DataError, match=r"rounds\.evaluation_prompts \(.*held\.jsonl:1\) is also data\.train \(.*:1\)"):
+        refuse_held_out(own, data)
+    refuse_held_out(own.model_copy(update={"replay": 0.0}), data)
     write_lines(test, [{"prompt": "b", "chosen": "x", "rejected": "y"}])
-    with pytest.raises(DataError, match=r"1 of 2 prompts .*prompts\.jsonl:2 in data\.eval human \(.*test\.jsonl:1\)"):
-        refuse_held_out(section(**given), sets, tmp_path / "cache")
-    write_lines(held, [{"prompt": "a"}])
-    with pytest.raises(DataError, match=r"prompts\.jsonl:1 in rounds\.evaluation_prompts \(.*held\.jsonl:1\)"):
-        refuse_held_out(section(**given), {}, tmp_path / "cache")
+    with pytest.raises(DataError, match=r"1 of 2 prompts .*:2\) is also data\.eval human \(.*test\.jsonl:1"):
+        refuse_held_out(own, data)
+    write_lines(held, [{"prompt": " a"}])
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1\) is also rounds\.evaluation_prompts \(.*held\.jsonl:1\)"):
+        refuse_held_out(own, data)
     write_lines(prompts, [])
     with pytest.raises(DataError, match=r"rounds\.prompts .*prompts\.jsonl is empty"):
-        refuse_held_out(section(**given), {}, tmp_path / "cache")
+        refuse_held_out(own, data)

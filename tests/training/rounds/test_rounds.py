@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.training.rounds import rounds
 from hafrm_ds.training.rounds.options import RoundsOptions
 from hafrm_ds.training.rounds.rounds import run_rounds
 from tests.data.row_files import rows_of, write_lines
@@ -61,6 +62,26 @@ def test_an_implicit_reward_needs_to_know_what_the_start_was_trained_from(folder
 
 def test_a_prompt_that_is_held_out_is_refused_before_the_folder_is_claimed(folder):
     write_lines(folder / "test.jsonl", [{"prompt": "a 2", "chosen": "x", "rejected": "y"}])
-    with pytest.raises(DataError, match=r"1 of 4 prompts of rounds\.prompts stand in what the rounds are held against"):
+    with pytest.raises(DataError, match=r"1 of 4 prompts are trained on and measured: rounds\.prompts \(.*:3\)"):
         run(folder, save_tiny_final(folder / "final"))
     assert not (folder / "out").exists()
+
+
+def test_rounds_resume_with_other_costs_alone_and_name_any_other_option(folder, monkeypatch):
+    model = save_tiny_final(folder / "final")
+    monkeypatch.setattr(rounds, "starter", lambda *_: pytest.raises(RuntimeError))  # stops where the rounds begin
+    monkeypatch.setattr(rounds.Rounds, "run", lambda self: (_ for _ in ()).throw(RuntimeError))
+    run(folder, model)
+    run(folder, model, checkpoint__every_steps="3", rounds__num_rounds="5", data__num_proc="2")
+    with pytest.raises(DataError, match=r"holds rounds with other options: rounds\.num_candidates: 4 there, 6 here"):
+        run(folder, model, rounds__num_candidates="6")
+    write_lines(folder / "held.jsonl", [{"prompt": "b"}])
+    with pytest.raises(DataError, match="holds parts of a job with another model, input or setting"):
+        run(folder, model)
+
+
+def test_a_head_that_gets_no_gradient_is_warned_of(folder, monkeypatch, capsys):
+    monkeypatch.setattr(rounds, "starter", lambda *_: pytest.raises(RuntimeError))
+    monkeypatch.setattr(rounds.Rounds, "run", lambda self: (_ for _ in ()).throw(RuntimeError))
+    run(folder, save_tiny_final(folder / "final"), rounds__replay="0")
+    assert "the body moves under a head that gets no gradient" in " ".join(capsys.readouterr().out.split())
