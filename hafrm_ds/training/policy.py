@@ -6,6 +6,7 @@ OUTPUT/checkpoint-N/                                    of TRL, from which the s
 OUTPUT/final/                                           the policy
 """
 
+import dataclasses
 import json
 import shutil
 import time
@@ -17,21 +18,23 @@ from pydantic import Field
 
 from hafrm_ds.clients.for_trl import beside
 from hafrm_ds.config import NonNegative, Positive, PositiveInt
-from hafrm_ds.data.files import file_table
-from hafrm_ds.data.pairs import Row
+from hafrm_ds.data.sources import suggestion
 from hafrm_ds.durability import write_whole
 from hafrm_ds.engine.deepspeed_config import read_deepspeed_json
 from hafrm_ds.engine.engine import check_build_tools, start_collectives
 from hafrm_ds.errors import ConfigError, DataError, ModelError
+from hafrm_ds.evaluation.report.reading import METRICS_FILE
 from hafrm_ds.options import Section
 from hafrm_ds.processes.agreement import environment
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import claim_folder
+from hafrm_ds.processes.parts import claim_folder, stamp
 from hafrm_ds.processes.ranks import Processes
-from hafrm_ds.saved.opening import Judge, open_model
-from hafrm_ds.scoring.rows import prompt_of
+from hafrm_ds.rewards.composition import open_reward
+from hafrm_ds.saved.opening import Judge, identity_of_model, open_model
+from hafrm_ds.scoring.prompts import read_prompts
+from hafrm_ds.training.logging import truncate_rows
 
-FINAL_FOLDER, METRICS_FILE = "final", "metrics.jsonl"
+FINAL_FOLDER = "final"
 WHOLE_FILE = "whole"
 """In a checkpoint that all ranks have written."""
 LOGGED = {
@@ -39,9 +42,27 @@ LOGGED = {
     "reward_std": "reward/std",
     "kl": "kl",
     "completions/mean_length": "tokens",
+    "completions/clipped_ratio": "truncated",
+    "frac_reward_zero_std": "prompts/rewarded_alike",
+    "entropy": "entropy",
     "loss": "loss",
+    "grad_norm": "grad_norm",
 }
 """What TRL calls a number -> its name in metrics.jsonl."""
+OURS = {
+    "output_dir": "output_dir",
+    "deepspeed": "deepspeed",
+    "max_steps": "max_steps",
+    "num_generations": "num_generations",
+    "max_completion_length": "max_new_tokens",
+    "temperature": "temperature",
+    "beta": "beta",
+    "learning_rate": "learning_rate",
+    "seed": "seed",
+    "save_steps": "checkpoint_every",
+    "gradient_accumulation_steps": "prompts_per_step",
+}
+"""What TRL calls an option -> the option of `PolicyOptions` that it follows from."""
 
 
 class PolicyOptions(Section):
@@ -80,7 +101,8 @@ class PolicyOptions(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draws and of the order of prompts."""
     trl: dict[str, Any] = Field(default={})
-    """Further options of TRL's GRPOConfig or RLOOConfig: {loss_type: dr_grpo, top_p: 0.95}."""
+    """Further options of TRL's GRPOConfig or RLOOConfig: {loss_type: dr_grpo, top_p: 0.95}. Of these,
+    per_device_train_batch_size says how many answers go through a GPU at once; a step has as many as it had."""
 
 
 def train_policy(options: PolicyOptions, processes: Processes) -> None:
@@ -102,17 +124,23 @@ def train_policy(options: PolicyOptions, processes: Processes) -> None:
                 f"cannot be shared by {processes.world_size} processes"
             ]
         )
-    prompts = read_prompts(options.prompts)
-    if (folder / FINAL_FOLDER).exists():
-        log.print(f"{folder / FINAL_FOLDER} is there already")
-        return
-    processes.from_first("claim", lambda: claim(options, processes))
-    check_build_tools(processes.device)
-    processes.start_group()
-    start_collectives()
+    prompts = [each.messages for each in read_prompts("--prompts", options.prompts)]
+    if len(prompts) < options.prompts_per_step:
+        raise DataError(
+            f"--prompts {options.prompts} has {len(prompts):,} prompts, fewer than a step takes "
+            f"(--prompts_per_step {options.prompts_per_step:,})"
+        )
     kind, config = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}[
         options.method
     ]
+    refuse_options_of_trl(config, options)
+    processes.from_first("claim", lambda: claim(options, processes))
+    if (folder / FINAL_FOLDER).exists():
+        log.print(f"{folder / FINAL_FOLDER} is there already")
+        return
+    check_build_tools(processes.device)
+    processes.start_group()
+    start_collectives()
     trainer = kind(
         model=options.policy,
         reward_funcs=beside(options.reward, judge=options.judge),
@@ -120,23 +148,20 @@ def train_policy(options: PolicyOptions, processes: Processes) -> None:
         train_dataset=dataset_of(prompts),
         callbacks=[writer(folder, processes)],
     )
-    checkpoint = processes.from_first("checkpoint", lambda: whole_checkpoint(folder))
+    checkpoint = processes.from_first("checkpoint", lambda: newest_checkpoint(folder))
     if checkpoint is not None:
         log.print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < options.max_steps:
+        raise ModelError(
+            f"TRL has stopped after step {trainer.state.global_step:,} of --max_steps {options.max_steps:,}; what is "
+            f"there is in {folder}, and no policy was saved"
+        )
     trainer.save_model(str(folder / f"{FINAL_FOLDER}.part"))
     if processes.is_first:
         open_model(folder / f"{FINAL_FOLDER}.part")  # raises ModelError if it has not become one
         (folder / f"{FINAL_FOLDER}.part").rename(folder / FINAL_FOLDER)
         log.print(f"the policy, after step {trainer.state.global_step}, is in {folder / FINAL_FOLDER}")
-
-
-def read_prompts(file: Path) -> list[list[dict[str, Any]]]:
-    """The prompts of a file as messages. Raises DataError naming a row without one."""
-    rows = [Row(fields, f"{file}:{number}", "") for number, fields in file_table(file, str(file)).rows()]
-    if not rows:
-        raise DataError(f"--prompts {file} is empty")
-    return [prompt_of(row) for row in rows]
 
 
 def dataset_of(prompts: list[list[dict[str, Any]]]) -> Any:
@@ -146,23 +171,50 @@ def dataset_of(prompts: list[list[dict[str, Any]]]) -> Any:
 
 
 def claim(options: PolicyOptions, processes: Processes) -> None:
-    """Claim the run folder. Raises DataError if it holds a run with other options."""
-    claim_folder(options.output_dir, options.model_dump(mode="json", exclude={"output_dir"}))
+    """Claim the run folder. Raises DataError if it holds a run with other options, prompts, policy or reward, and
+    ModelError if one of these cannot be used."""
+    content = {
+        "policy": identity_of_model(open_model(options.policy)),
+        "reward": open_reward(options.reward, judge=options.judge).identity(),
+        "prompts": stamp(options.prompts),
+    }
+    asked = options.model_dump(mode="json", exclude={"output_dir", "checkpoint_every"})
+    claim_folder(options.output_dir, content | {"options": asked})
     write_whole(options.output_dir / "config.yaml", options.to_yaml().encode())
     facts = environment(processes.world_size, processes.device)
     write_whole(options.output_dir / "environment.json", json.dumps(facts, indent=2).encode())
 
 
+def refuse_options_of_trl(config: Any, options: PolicyOptions) -> None:
+    """Raises ConfigError for an option in --trl that TRL does not know, or that has one of ours."""
+    known = {field.name for field in dataclasses.fields(config)}
+    problems = [
+        f"--trl: {config.__name__} has no option {name}{suggestion(name, known)}"
+        for name in options.trl
+        if name not in known
+    ]
+    problems += [f"--trl {name}: give --{OURS[name]} instead" for name in options.trl if name in OURS]
+    if problems:
+        raise ConfigError(problems)
+
+
 def arguments_of(config: Any, options: PolicyOptions, processes: Processes) -> Any:
-    """The arguments of TRL's trainer. Raises ConfigError for an option of --trl that it does not know."""
+    """The arguments of TRL's trainer. Raises ConfigError if TRL refuses them."""
     on_gpu = processes.device.type == "cuda"
+    of_rank = options.prompts_per_step * options.num_generations // processes.world_size
+    at_once = int(options.trl.get("per_device_train_batch_size", of_rank))
+    if of_rank % at_once:
+        raise ConfigError(
+            [f"--trl per_device_train_batch_size {at_once} does not divide the {of_rank} answers of a process and step"]
+        )
     given = {
         "output_dir": str(options.output_dir),
         "deepspeed": json_for_transformers(options.deepspeed),
         "use_cpu": not on_gpu,
         "bf16": True,
         "max_steps": options.max_steps,
-        "per_device_train_batch_size": options.prompts_per_step * options.num_generations // processes.world_size,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": of_rank // at_once,
         "num_generations": options.num_generations,
         "max_completion_length": options.max_new_tokens,
         "temperature": options.temperature,
@@ -179,7 +231,7 @@ def arguments_of(config: Any, options: PolicyOptions, processes: Processes) -> A
     try:
         return config(**given | options.trl)
     except (TypeError, ValueError) as error:
-        raise ConfigError([f"--trl: {config.__name__} takes no such options: {error}"]) from error
+        raise ConfigError([f"TRL refuses the options: {error}"]) from error
 
 
 def json_for_transformers(file: Path) -> dict[str, Any]:
@@ -189,17 +241,22 @@ def json_for_transformers(file: Path) -> dict[str, Any]:
     if content is None:
         raise ConfigError(problems)
     sizes = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}
-    zero = {"stage3_gather_16bit_weights_on_model_save": True} | content.get("zero_optimization", {})
+    zero = content.get("zero_optimization", {}) | {"stage3_gather_16bit_weights_on_model_save": True}
     return sizes | content | {"zero_optimization": zero}
 
 
-def whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that all ranks have written whole, None without one; others are removed. transformers takes
-    any folder of this name for one, also what a kill has left of it."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda each: int(each.name.rpartition("-")[2]))
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that all ranks have written whole, None without one; metrics.jsonl is left with the rows of
+    its steps. Others are removed: transformers takes any folder of this name for one, also what a kill has left."""
+    found = sorted(folder.glob("checkpoint-*"), key=step_of)
     whole = [each for each in found if (each / WHOLE_FILE).exists()]
     for each in set(found) - set(whole):
         shutil.rmtree(each)
+    truncate_rows(folder / METRICS_FILE, step_of(whole[-1]) if whole else 0, False)
     return str(whole[-1]) if whole else None
 
 

@@ -48,7 +48,7 @@ def test_a_policy_is_trained_killed_and_resumed(setting):
     assert not (out / "checkpoint-9").exists() and (out / "checkpoint-6" / "whole").exists()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows]
-    assert steps[-1] == 6 and set(steps) == {1, 2, 3, 4, 5, 6} and steps.count(1) == 1
+    assert steps == [1, 2, 3, 4, 5, 6]
     assert all(row["kind"] == "policy" and row["reward"] <= 0 and "kl" in row for row in rows)
     assert open_model(out / "final").heads == ("logprob",)
 

@@ -9,8 +9,17 @@ import trl
 
 from hafrm_ds.errors import ConfigError, DataError
 from hafrm_ds.processes.ranks import Processes
-from hafrm_ds.training.policy import PolicyOptions, arguments_of, json_for_transformers, train_policy, whole_checkpoint
+from hafrm_ds.training.policy import (
+    PolicyOptions,
+    arguments_of,
+    claim,
+    json_for_transformers,
+    newest_checkpoint,
+    refuse_options_of_trl,
+    train_policy,
+)
 from tests.data.row_files import write_lines
+from tests.tiny_models import save_tiny_final
 
 
 def processes(world_size: int = 1) -> Processes:
@@ -32,19 +41,59 @@ def test_answers_that_cannot_be_shared_are_refused(tmp_path):
     write_lines(tmp_path / "prompts.jsonl", [])
     with pytest.raises(DataError, match=r"--prompts .*prompts\.jsonl is empty"):
         train_policy(options_for(tmp_path), processes())
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}] * 3)
+    with pytest.raises(DataError, match=r"has 3 prompts, fewer than a step takes \(--prompts_per_step 8\)"):
+        train_policy(options_for(tmp_path), processes())
+    (tmp_path / "prompts.jsonl").write_text('"a"\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl:1: the row is the text 'a', expected an object with a prompt"):
+        train_policy(options_for(tmp_path), processes())
     assert not (tmp_path / "out").exists()
 
 
+def test_a_finished_policy_is_not_taken_for_that_of_another_reward(tmp_path):
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}] * 8)
+    reward = tmp_path / "reward.py"
+    reward.write_text("def short(prompt, answer):\n    return -len(answer)\n")
+    options = options_for(tmp_path, policy=str(save_tiny_final(tmp_path / "final")), reward=f"{reward}:short")
+    claim(options, processes())
+    (tmp_path / "out" / "final").mkdir()
+    train_policy(options, processes())  # says that it is there
+    reward.write_text("def short(prompt, answer):\n    return len(answer)\n")
+    with pytest.raises(DataError, match="holds parts of a job with another model, input or setting"):
+        train_policy(options, processes())
+
+
+def test_the_options_of_trl_that_are_ours_or_unknown_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--trl: GRPOConfig has no option top_pp; did you mean 'top_p'"):
+        refuse_options_of_trl(trl.GRPOConfig, options_for(tmp_path, trl={"top_pp": 1}))
+    with pytest.raises(ConfigError, match=r"--trl max_completion_length: give --max_new_tokens instead"):
+        refuse_options_of_trl(trl.GRPOConfig, options_for(tmp_path, trl={"max_completion_length": 1}))
+    with pytest.raises(ConfigError, match="TRL refuses the options: "):
+        arguments_of(
+            trl.GRPOConfig, options_for(tmp_path, trl={"loss_type": "none", "lr_scheduler_type": "x"}), processes()
+        )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="arguments for a CPU")
-def test_an_option_that_trl_does_not_know_is_refused(tmp_path):
-    alone = processes()
-    with pytest.raises(ConfigError, match=r"--trl: GRPOConfig takes no such options: .*no_such_option"):
-        arguments_of(trl.GRPOConfig, options_for(tmp_path, trl={"no_such_option": 1}), alone)
+def test_fewer_answers_at_once_leave_a_step_as_it_was(tmp_path):
+    arguments = arguments_of(
+        trl.GRPOConfig, options_for(tmp_path, trl={"per_device_train_batch_size": 4}), processes(2)
+    )
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 8)
+    with pytest.raises(ConfigError, match="per_device_train_batch_size 5 does not divide the 64 answers of a process"):
+        arguments_of(trl.GRPOConfig, options_for(tmp_path, trl={"per_device_train_batch_size": 5}), processes())
 
 
 def test_a_json_of_ours_gets_what_transformers_fills_in(tmp_path):
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": 8}))
+    file.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False},
+                "train_batch_size": 8,
+            }
+        )
+    )
     assert json_for_transformers(file) == {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": "auto",
@@ -55,10 +104,10 @@ def test_a_json_of_ours_gets_what_transformers_fills_in(tmp_path):
 
 
 def test_what_a_kill_has_left_of_a_checkpoint_is_not_resumed(tmp_path):
-    assert whole_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}" / "whole").touch()
-    assert whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert not (tmp_path / "checkpoint-12").exists() and (tmp_path / "checkpoint-2").exists()
