@@ -22,6 +22,9 @@ SPEAKERS: tuple[Speaker, ...] = get_args(Speaker)
 Case = dict[str, Any]
 
 NAME = re.compile(r"\{(\w+)\}")
+OF_ADVICE = ("history", "seat", "draft", "rules", "no_problem", "hidden")
+OF_REWRITE = ("last", "draft", "advice")
+"""What may stand in the templates `advice` and `rewrite`."""
 SHORTEST_VALUE = 3
 """A value of fewer characters (in scripts beyond ASCII, of one) stands in a text by chance, and is not looked for."""
 FAULTS_SHOWN = 20
@@ -115,6 +118,12 @@ class Scenario(Section):
 
     def contradictions(self) -> list[str]:
         problems = [f"withhold: {name} is no field" for name in self.withhold if name not in self.fields]
+        problems += [
+            f"fields: {name!r} cannot stand in a template: a name is of letters, digits and _, and none of "
+            f"{', '.join(OF_REWRITE)}"
+            for name in self.fields
+            if not NAME.fullmatch(f"{{{name}}}") or name in OF_REWRITE
+        ]
         if not self.rules.get(self.train):
             problems.append(f"rules: the {self.train} is to be trained (train), but has no rules to be corrected by")
         for name in Seats.model_fields:
@@ -124,6 +133,9 @@ class Scenario(Section):
         for text, names in {"advice": ("draft", "no_problem"), "rewrite": ("draft", "advice")}.items():
             missing = set(names) - set(NAME.findall(getattr(self, text)))
             problems += [f"{text}: has no {{{name}}}" for name in sorted(missing)]
+        unknown = set(NAME.findall(self.advice)) - {*OF_ADVICE}
+        known = ", ".join(f"{{{name}}}" for name in OF_ADVICE)
+        problems += [f"advice: {{{name}}} is none of {known}" for name in sorted(unknown)]
         return problems
 
     def seat(self, name: str) -> Seat:
@@ -173,7 +185,7 @@ class Scenario(Section):
         for speaker in SPEAKERS:
             hidden = self.hidden_from(speaker)
             for place, template in self.templates_for(speaker).items():
-                protocol = ("last", "draft", "advice") if place == "rewrite" else ()
+                protocol = OF_REWRITE if place == "rewrite" else ()
                 for name in dict.fromkeys(NAME.findall(template)):
                     if name not in (*self.fields, *protocol):
                         yield f"{place}: {{{name}}} is no field of `fields`"

@@ -99,6 +99,9 @@ def test_cases_may_stand_in_a_file(tmp_path):
             "seats.user: give endpoint or model",
         ),
         ({"seats": seats_with() | {"user": {"system": "You"}}}, "seats.user: give endpoint or model"),
+        ({"fields": {"due date": ["user"]}}, "fields: 'due date' cannot stand in a template"),
+        ({"fields": {"draft": ["user"]}}, "fields: 'draft' cannot stand in a template"),
+        ({"advice": "{draft} {no_problem} {rulez}"}, "advice: {rulez} is none of {history}, {seat}"),
     ],
 )
 def test_contradictions(changes, problem, tmp_path):
