@@ -20,7 +20,7 @@ from hafrm_ds.evaluation.pair_scores import fixed_choice
 from hafrm_ds.evaluation.refusal.asking import Asked, answerable, asked_of, groups_of_arm
 from hafrm_ds.evaluation.refusal.measures import REFUSALS_FILE, Refusals, agreement, changes_from_first, describe
 from hafrm_ds.evaluation.refusal.options import GENERATED, RefusalOptions
-from hafrm_ds.evaluation.refusal.probes import HEAD_OF, OPENINGS, REWARD, Openings, logit_of, wording
+from hafrm_ds.evaluation.refusal.probes import HEAD_OF, OPENINGS, REWARD, Openings, covered_by, logit_of, wording
 from hafrm_ds.evaluation.refusal.prompts import (
     BENIGN,
     HARMFUL,
@@ -244,6 +244,7 @@ class Measurement:
                 for each, scores in zip(asked, values, strict=True)
             ]
         )
+        covered = None if probe == REWARD else np.array([covered_by(probe, scores[:, 0]) for scores in values])
         labelled = [each.labelled for each in asked]
         if not np.isfinite(logits).all():
             first = labelled[int(np.argmin(np.isfinite(logits)))]
@@ -253,6 +254,7 @@ class Measurement:
             np.array([each.is_harmful for each in labelled]),
             [each.category for each in labelled],
             logits,
+            covered,
         )
 
     def compare_with_answers(

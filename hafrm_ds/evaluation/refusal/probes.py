@@ -193,6 +193,15 @@ def logit_of(probe: str, values: np.ndarray, num_refusals: int) -> float:
     return float(log_mean_exp(refusals) - log_mean_exp(compliances))
 
 
+def covered_by(probe: str, values: np.ndarray) -> float:
+    """Probability of all that a probe asks a policy for: no opening begins with another, so they exclude one another.
+
+    Args:
+        values: as `logit_of` takes them, of another probe than "reward".
+    """
+    return float(np.exp(values.astype(np.float64)).sum() / (len(orders()) if probe == QUESTION else 1))
+
+
 def log_mean_exp(values: np.ndarray) -> float:
     return np.logaddexp.reduce(values) - np.log(len(values))
 

@@ -67,7 +67,9 @@ def refusal_tables(results: dict[str, Any]) -> list[Table]:
 
 
 def probe_table(title: str, found: dict[str, Any]) -> Table:
-    """Mean probabilities of refusing, and how well they tell harmful from benign prompts."""
+    """Mean probabilities of refusing, how well they tell harmful from benign prompts, and how much of what a policy
+    would write the probe has asked about."""
+    is_policy = found["arms"][found["first"]]["covered"] is not None
     rows = [
         (
             name,
@@ -76,12 +78,13 @@ def probe_table(title: str, found: dict[str, Any]) -> Table:
                 estimate_cell(each["auroc"], "{:.3f}".format, "{:.2f}".format),
                 share_estimate(each["missed"]),
                 share_estimate(each["over_refusal"]),
+                *[share_estimate(each["covered"])] * is_policy,
             ],
         )
         for name, each in found["arms"].items()
     ]
     header = ("Mean probability", f"{HARMFUL} [95%]", f"{BENIGN} [95%]", "AUROC", "missed", "over-refusal")
-    return Table(rows, header, caption=title)
+    return Table(rows, header + ("covered",) * is_policy, caption=title)
 
 
 def changes_tables(found: dict[str, Any]) -> list[Table]:

@@ -119,6 +119,8 @@ def test_a_planted_bias_is_a_shift_and_nothing_else(folder, tmp_path):
     assert found["logit"]["discrimination"]["value"] == pytest.approx(0, abs=1e-4)
     low, high = (found["logit"]["discrimination"][end] for end in ("low", "high"))
     assert low - 1e-6 <= 0 <= high + 1e-6 and found["mechanism"] == "shift"
+    arms = json.loads((tmp_path / "refusals.json").read_text())["probes"]["openings"]["arms"]
+    assert 0 < arms["plain"]["covered"]["value"] < arms["shifted"]["covered"]["value"] < 1  # r, one of two, is likelier
 
 
 def test_a_planted_keyword_is_discrimination_and_nothing_else(folder, tmp_path):

@@ -17,6 +17,7 @@ from hafrm_ds.evaluation.refusal.probes import (
     QUESTION,
     REWARD,
     Openings,
+    covered_by,
     groups_for,
     logit_of,
     orders,
@@ -138,6 +139,12 @@ def test_the_probes_equal_naive_ones_in_fp64(scorer, logprob):
         for texts in (answers.refusals, answers.compliances)
     )
     assert logit_of(REWARD, values, 2) == pytest.approx(refuse - comply, abs=1e-4)
+
+
+def test_what_is_covered_is_the_probability_of_all_that_is_asked_for():
+    values = np.log(np.array([0.125, 0.25, 0.0625, 0.5], dtype=np.float32))
+    assert covered_by(OPENINGS, values) == pytest.approx(0.9375)
+    assert covered_by(QUESTION, values) == pytest.approx(0.9375 / 2)
 
 
 def test_generated_answers_are_judged_by_how_they_begin():
