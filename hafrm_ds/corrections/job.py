@@ -6,7 +6,7 @@ scenario -> DIR/dialogues/NNNNNN.json, each whole or not there -> DIR/pairs.json
 import hashlib
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -67,32 +67,33 @@ def play_missing(
         log.print(f"{len(files) - len(missing):,} of {len(files):,} dialogues are there already")
     if not missing:
         return {}
-    is_over, failed = threading.Event(), {}
+    is_over = threading.Event()
+    failed: dict[int, str] = {}
 
     def check() -> None:
         if is_over.is_set():
             raise UserError("the job has ended")
 
-    def play(number: int) -> None:
+    def play(number: int) -> tuple[int, str]:
+        """-> number, and why the dialogue has failed: "" if it has not"""
         check()
-        record = Dialogue(scenario, seats, number, cases[number % len(cases)], check).play()
+        try:
+            record = Dialogue(scenario, seats, number, cases[number % len(cases)], check).play()
+        except Unanswered as error:
+            return number, str(error)
         write_whole(files[number], json.dumps(record, ensure_ascii=False).encode())
+        return number, ""
 
-    pool = ThreadPoolExecutor(scenario.parallel)
     try:
-        playing = {pool.submit(play, number): number for number in missing}
-        with log.progress("dialogues", len(missing), "dialogues") as progress:
-            for future in as_completed(playing):
-                try:
-                    future.result()
-                except Unanswered as error:
-                    failed[playing[future]] = str(error)
+        # Its threads are daemons: a request may take `attempts` x `timeout`, and nobody waits for it who wants to leave.
+        with ThreadPool(scenario.parallel) as pool, log.progress("dialogues", len(missing), "dialogues") as progress:
+            for number, reason in pool.imap_unordered(play, missing):
+                failed |= {number: reason} if reason else {}
                 progress.advance(1)
     except EndpointError as error:
         raise EndpointError(f"{error}. Dialogues that were played are kept: start again to play the others") from error
     finally:
         is_over.set()
-        pool.shutdown(wait=False, cancel_futures=True)
     return dict(sorted(failed.items()))
 
 

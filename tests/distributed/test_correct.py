@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -72,15 +73,19 @@ def test_killed_and_started_again_no_dialogue_is_played_twice_and_the_rows_are_t
 
 
 def test_sigterm_ends_it_at_once_and_it_resumes(undisturbed, tmp_path):
-    script = played()
-    with scripted(lambda body: Answer(script(body), seconds=0.05)) as endpoint:
+    script, is_slow = played(), threading.Event()
+    # More than the 5 s of the scenario: each request is tried three times.
+    with scripted(lambda body: Answer(script(body), seconds=8 if is_slow.is_set() else 0.05)) as endpoint:
         words = arguments(tmp_path / "stopped", endpoint.url)
         there = tmp_path / "stopped" / "out" / "dialogues"
         process = start("launch/correct.py", *words)
         while len(list(there.glob("0*.json"))) < 5 and process.poll() is None:
             time.sleep(0.02)
+        is_slow.set()
+        time.sleep(0.5)  # all requests of now are slow ones
         process.terminate()
         printed, _ = process.communicate(timeout=10)
+        is_slow.clear()
         assert process.returncode == 75 and "stopped: SIGTERM" in printed
         finished(start("launch/correct.py", *words))
     assert (tmp_path / "stopped" / "out" / "pairs.jsonl").read_bytes() == undisturbed.read_bytes()
