@@ -13,7 +13,7 @@ from typing import Any
 from hafrm_ds.corrections.dialogue import Dialogue
 from hafrm_ds.corrections.pairs import figures_of, rows_of
 from hafrm_ds.corrections.scenario import Case, Scenario
-from hafrm_ds.corrections.seats import Seated, open_seats
+from hafrm_ds.corrections.seats import PolicySeat, Seated, open_seats
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import ConfigError, UserError
 from hafrm_ds.processes.console import Console
@@ -94,6 +94,9 @@ def play_missing(
         raise EndpointError(f"{error}. Dialogues that were played are kept: start again to play the others") from error
     finally:
         is_over.set()
+        for seat in seats.values():
+            if isinstance(seat, PolicySeat):
+                seat.close()
     return dict(sorted(failed.items()))
 
 

@@ -11,7 +11,7 @@ from hafrm_ds.corrections.scenario import Scenario, Seat, Seats
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import is_serious
-from hafrm_ds.errors import ModelError
+from hafrm_ds.errors import ModelError, UserError
 from hafrm_ds.generation.samplers import TransformersSampler
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
@@ -52,6 +52,7 @@ class PolicySeat:
         self.formatter: ChatFormatter = saved.formatter()
         self.sizes = ModelSizes.of(model, load_model_config(saved.config))
         self.max_tokens, self.processes, self.turn = max_tokens, processes, turn
+        self.is_closed = False
 
     @cached_property
     def sampler(self) -> TransformersSampler:
@@ -63,8 +64,16 @@ class PolicySeat:
     def reply(self, messages: Sequence[Message], *, temperature: float, max_tokens: int, seed: int) -> Reply:
         ids = self.prompt_ids(list(messages))
         with self.turn:
+            if self.is_closed:
+                raise UserError("the job has ended")
             [answer] = self.sampler.one_each([ids], temperature, seed)
         return Reply(answer.text, answer.ended)
+
+    def close(self) -> None:
+        """Draw nothing from now on; returns when the answer that is being drawn is there. A process that ends while a
+        thread is inside torch is aborted."""
+        with self.turn:
+            self.is_closed = True
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Raises Unanswered if the template loses a part of the messages, or they are too long for the model."""

@@ -14,7 +14,7 @@ import pytest
 from tests.corrections.desk import desk, played
 from tests.distributed.launching import REPOSITORY
 from tests.rewards.scripted import Answer, scripted
-from tests.tiny_models import save_tiny_model
+from tests.tiny_models import save_tiny_final, save_tiny_model
 
 pytestmark = pytest.mark.distributed
 
@@ -89,6 +89,21 @@ def test_sigterm_ends_it_at_once_and_it_resumes(undisturbed, tmp_path):
         assert process.returncode == 75 and "stopped: SIGTERM" in printed
         finished(start("launch/correct.py", *words))
     assert (tmp_path / "stopped" / "out" / "pairs.jsonl").read_bytes() == undisturbed.read_bytes()
+
+
+def test_sigterm_while_a_policy_draws_is_no_crash(tmp_path):
+    final = save_tiny_final(tmp_path / "final")
+    with scripted(played()) as endpoint:
+        seats = desk(tmp_path, endpoint.url).model_dump()["seats"]
+        seats["assistant"] |= {"endpoint": None, "model": str(final), "max_tokens": 100}
+        scenario = desk(tmp_path / "out", endpoint.url, seats=seats, dialogues=NUM_DIALOGUES, parallel=4)
+        (tmp_path / "scenario.yaml").write_text(scenario.to_yaml())
+        process = start("launch/correct.py", "--config", tmp_path / "scenario.yaml")
+        while not list((tmp_path / "out" / "dialogues").glob("0*.json")) and process.poll() is None:
+            time.sleep(0.02)
+        process.terminate()
+        printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and "stopped: SIGTERM" in printed
 
 
 def test_training_and_inspection_take_the_pairs_as_they_are(undisturbed, tmp_path):
