@@ -30,6 +30,7 @@ class Turn:
 
     prompt: what the seat was sent for the draft. advice, rewrite: "" where there was none. sent: what the other seat is
     shown. ends: the dialogue. seeds, hashes: of the requests for draft, advice and rewrite, as far as there were any.
+    tokens: seat -> those that its endpoint has read and written.
     """
 
     seat: Speaker
@@ -42,6 +43,7 @@ class Turn:
     outcome: str = UNSUPERVISED
     seeds: dict[str, int] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,6 +112,8 @@ class Dialogue:
             reply = self.seats[name].reply(
                 messages, temperature=seat.temperature, max_tokens=seat.max_tokens, seed=turn.seeds[kind]
             )
+            read, written = turn.tokens.get(name, (0, 0))
+            turn.tokens[name] = [read + reply.read, written + reply.written]
             if not reply.text and not may_be_empty:
                 raise Unusable("is empty")
             return reply

@@ -85,7 +85,8 @@ def play_missing(
         return number, ""
 
     try:
-        # Its threads are daemons: a request may take `attempts` x `timeout`, and nobody waits for it who wants to leave.
+        # Its threads are daemons: a process that is stopped does not wait for a request, which may take `attempts` x
+        # `timeout`.
         with ThreadPool(scenario.parallel) as pool, log.progress("dialogues", len(missing), "dialogues") as progress:
             for number, reason in pool.imap_unordered(play, missing):
                 failed |= {number: reason} if reason else {}
@@ -116,6 +117,9 @@ def write_results(files: list[Path], failed: dict[int, str], scenario: Scenario,
     for speaker, figures in report["seats"].items():
         outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in figures["outcomes"].items())
         log.print(f"{speaker}: {figures['messages']:,} messages: {outcomes or 'none'}")
+    for name, counts in report["tokens"].items():
+        if counts["read"]:
+            log.print(f"{name}: its endpoint has read {counts['read']:,} tokens and written {counts['written']:,}")
     words = report["words"]
     if not pairs:
         log.warn("no pair: no draft of the seat that is to be trained was corrected")

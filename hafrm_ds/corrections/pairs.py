@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hafrm_ds.corrections.dialogue import CORRECTED, NO_PROBLEM, OUTCOMES, UNSUPERVISED
-from hafrm_ds.corrections.scenario import SPEAKERS, Scenario
+from hafrm_ds.corrections.scenario import SPEAKERS, Scenario, Seats
 
 Record = dict[str, Any]
 """A dialogue, as `Dialogue.play` gives it."""
@@ -56,11 +56,16 @@ def figures_of(records: Sequence[Record], pairs: Sequence[dict[str, Any]]) -> di
             "share_advised": share(supervised - counts[NO_PROBLEM], supervised),
             "share_corrected": share(counts[CORRECTED], supervised),
         }
+    tokens = {}
+    for name in Seats.model_fields:
+        counts = [turn.get("tokens", {}).get(name, (0, 0)) for record in records for turn in record["turns"]]
+        tokens[name] = {"read": sum(read for read, _ in counts), "written": sum(written for _, written in counts)}
     lengths = [[len(pair[side].split()) for side in ("chosen", "rejected")] for pair in pairs]
     chosen, rejected = (statistics.fmean(side) if side else None for side in (zip(*lengths) if lengths else ((), ())))
     return {
         "ends": Counter(record["end"] for record in records),
         "seats": seats,
+        "tokens": tokens,
         "pairs": len(pairs),
         "different_pairs": len(
             {json.dumps([pair[side] for side in ("prompt", "chosen", "rejected")]) for pair in pairs}

@@ -52,10 +52,13 @@ class Endpoint(Section):
 
 
 class Reply(NamedTuple):
-    """What a model has answered. ended: by the model itself, not by max_tokens."""
+    """What a model has answered. ended: by the model itself, not by max_tokens. read, written: tokens of the request
+    and of the answer, as the endpoint counts them; 0 where it does not."""
 
     text: str
     ended: bool
+    read: int = 0
+    written: int = 0
 
 
 class EndpointError(ModelError):
@@ -178,7 +181,11 @@ def reply_of(answer: Any) -> Reply:
         raise Unusable("is no chat completion") from None
     if not isinstance(text, str):
         raise Unusable("holds no text")
-    return Reply(text.strip(), reason != "length")
+    counted = answer.get("usage")
+    usage = counted if isinstance(counted, dict) else {}
+    counts = (usage.get(f"{side}_tokens") for side in ("prompt", "completion"))
+    read, written = (count if isinstance(count, int) else 0 for count in counts)
+    return Reply(text.strip(), reason != "length", read, written)
 
 
 def json_object(text: str) -> dict[str, Any] | None:

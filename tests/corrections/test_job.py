@@ -50,6 +50,19 @@ def test_the_pairs_are_the_corrections_of_the_trained_seat(tmp_path):
     assert report["words"]["share_chosen_longer"] == 1.0 and report["different_pairs"] == report["pairs"] == len(rows)
 
 
+def test_the_tokens_of_endpoints_are_counted_also_those_of_an_earlier_start(tmp_path, capsys):
+    script = played()
+
+    def counts(body):
+        return Answer(script(body), usage={"prompt_tokens": 10, "completion_tokens": 2})
+
+    _, requests, _, _ = run(tmp_path, counts, dialogues=2)
+    _, more, _, report = run(tmp_path, counts, dialogues=4)
+    of_chief = sum(each["model"] == "chief" for each in [*requests, *more])
+    assert report["tokens"]["supervisor"] == {"read": 10 * of_chief, "written": 2 * of_chief} and of_chief > 2
+    assert f"supervisor: its endpoint has read {10 * of_chief:,} tokens" in capsys.readouterr().out
+
+
 def test_our_reader_takes_every_row_and_refuses_no_column(tmp_path):
     _, _, rows, _ = run(tmp_path, played(), dialogues=10)
     groups = read_groups([Source(path=str(tmp_path / "pairs.jsonl"))], role="train", seed=0, cache_dir=None)

@@ -18,6 +18,7 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
     body: bytes | None = None
     finish_reason: str = "stop"
+    usage: dict[str, Any] | None = None
     seconds: float = 0.0
 
 
@@ -41,9 +42,8 @@ class ScriptedEndpoint:
                     message = {"role": "assistant", "content": answer.text}
                     choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
                     is_error = answer.status != 200
-                    content = json.dumps(
-                        {"error": {"message": answer.text}} if is_error else {"object": "x", "choices": [choice]}
-                    ).encode()
+                    completion = {"object": "x", "choices": [choice], "usage": answer.usage}
+                    content = json.dumps({"error": {"message": answer.text}} if is_error else completion).encode()
                 try:
                     self.send_response(answer.status)
                     for name, value in {"Content-Type": "application/json", **answer.headers}.items():

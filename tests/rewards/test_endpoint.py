@@ -20,9 +20,13 @@ def ask(url, schema=None, **endpoint):
 
 
 def test_what_is_sent_and_what_comes_back():
-    with scripted(in_turn(" Because. ", Answer("Bec", finish_reason="length"))) as endpoint:
-        assert ask(endpoint.url) == ("Because.", True)
-        assert ask(endpoint.url, body={"seed": None, "top_p": 0.9}) == ("Bec", False)
+    usage = {"prompt_tokens": 7, "completion_tokens": 2}
+    odd = {"prompt_tokens": "7"}
+    said = [" Because. ", Answer("Bec", finish_reason="length", usage=usage), Answer("Be", usage=odd)]
+    with scripted(in_turn(*said)) as endpoint:
+        assert ask(endpoint.url) == ("Because.", True, 0, 0)
+        assert ask(endpoint.url, body={"seed": None, "top_p": 0.9}) == ("Bec", False, 7, 2)
+        assert ask(endpoint.url) == ("Be", True, 0, 0)
     whole = {"model": "m", "messages": MESSAGES, "temperature": 0.5, "max_tokens": 9, "seed": 1}
     assert endpoint.requests[0] == whole
     assert endpoint.requests[1] == {name: whole[name] for name in whole if name != "seed"} | {"top_p": 0.9}
