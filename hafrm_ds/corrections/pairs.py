@@ -58,8 +58,8 @@ def figures_of(records: Sequence[Record], pairs: Sequence[dict[str, Any]]) -> di
         }
     tokens = {}
     for name in Seats.model_fields:
-        counts = [turn.get("tokens", {}).get(name, (0, 0)) for record in records for turn in record["turns"]]
-        tokens[name] = {"read": sum(read for read, _ in counts), "written": sum(written for _, written in counts)}
+        asked = [turn.get("tokens", {}).get(name, (0, 0)) for record in records for turn in record["turns"]]
+        tokens[name] = {"read": sum(read for read, _ in asked), "written": sum(written for _, written in asked)}
     lengths = [[len(pair[side].split()) for side in ("chosen", "rejected")] for pair in pairs]
     chosen, rejected = (statistics.fmean(side) if side else None for side in (zip(*lengths) if lengths else ((), ())))
     return {
