@@ -30,7 +30,7 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, stamp
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.rewards.composition import open_reward
-from hafrm_ds.saved.opening import Judge, identity_of_model, open_model
+from hafrm_ds.saved.opening import Judge, Saved, identity_of_model, open_model
 from hafrm_ds.scoring.prompts import read_prompts
 from hafrm_ds.training.logging import truncate_rows
 
@@ -60,6 +60,7 @@ OURS = {
     "learning_rate": "learning_rate",
     "seed": "seed",
     "save_steps": "checkpoint_every",
+    "trust_remote_code": "trust_remote_code",
     "gradient_accumulation_steps": "prompts_per_step",
 }
 """What TRL calls an option -> the option of `PolicyOptions` that it follows from."""
@@ -80,6 +81,10 @@ class PolicyOptions(Section):
     """The run folder."""
     method: Literal["grpo", "rloo"] = "grpo"
     """TRL's trainer."""
+    chat_template: str | None = None
+    """Name or file of a template, for a policy without one."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the policy."""
     deepspeed: Path = Path("ds_configs/zero2.json")
     """A DeepSpeed JSON."""
     max_steps: PositiveInt = 500
@@ -134,6 +139,7 @@ def train_policy(options: PolicyOptions, processes: Processes) -> None:
         options.method
     ]
     refuse_options_of_trl(config, options)
+    policy = open_policy(options)
     processes.from_first("claim", lambda: claim(options, processes))
     if (folder / FINAL_FOLDER).exists():
         log.print(f"{folder / FINAL_FOLDER} is there already")
@@ -147,6 +153,7 @@ def train_policy(options: PolicyOptions, processes: Processes) -> None:
         args=arguments_of(config, options, processes),
         train_dataset=dataset_of(prompts),
         callbacks=[writer(folder, processes)],
+        processing_class=policy.formatter().tokenizer if options.chat_template else None,
     )
     checkpoint = processes.from_first("checkpoint", lambda: newest_checkpoint(folder))
     if checkpoint is not None:
@@ -159,7 +166,9 @@ def train_policy(options: PolicyOptions, processes: Processes) -> None:
         )
     trainer.save_model(str(folder / f"{FINAL_FOLDER}.part"))
     if processes.is_first:
-        open_model(folder / f"{FINAL_FOLDER}.part")  # raises ModelError if it has not become one
+        open_model(
+            folder / f"{FINAL_FOLDER}.part", trust_remote_code=options.trust_remote_code
+        )  # raises ModelError if it has not become one
         (folder / f"{FINAL_FOLDER}.part").rename(folder / FINAL_FOLDER)
         log.print(f"the policy, after step {trainer.state.global_step}, is in {folder / FINAL_FOLDER}")
 
@@ -170,15 +179,26 @@ def dataset_of(prompts: list[list[dict[str, Any]]]) -> Any:
     return Dataset.from_list([{"prompt": prompt} for prompt in prompts])
 
 
+def open_policy(options: PolicyOptions) -> Saved:
+    """Raises ModelError if it cannot answer, or has no chat template."""
+    saved = open_model(options.policy, chat_template=options.chat_template, trust_remote_code=options.trust_remote_code)
+    if "logprob" not in saved.heads:
+        raise ModelError(f"--policy {options.policy} has no LM head: it cannot answer")
+    saved.formatter()
+    return saved
+
+
 def claim(options: PolicyOptions, processes: Processes) -> None:
     """Claim the run folder. Raises DataError if it holds a run with other options, prompts, policy or reward, and
     ModelError if one of these cannot be used."""
     content = {
-        "policy": identity_of_model(open_model(options.policy)),
+        "policy": identity_of_model(open_policy(options)),
         "reward": open_reward(options.reward, judge=options.judge).identity(),
         "prompts": stamp(options.prompts),
     }
-    asked = options.model_dump(mode="json", exclude={"output_dir", "checkpoint_every"})
+    how = {"output_dir", "checkpoint_every", "trust_remote_code"}
+    how |= set() if options.chat_template else {"chat_template"}  # runs from before there was one resume
+    asked = options.model_dump(mode="json", exclude=how)
     claim_folder(options.output_dir, content | {"options": asked})
     write_whole(options.output_dir / "config.yaml", options.to_yaml().encode())
     facts = environment(processes.world_size, processes.device)
@@ -202,8 +222,8 @@ def arguments_of(config: Any, options: PolicyOptions, processes: Processes) -> A
     """The arguments of TRL's trainer. Raises ConfigError if TRL refuses them."""
     on_gpu = processes.device.type == "cuda"
     of_rank = options.prompts_per_step * options.num_generations // processes.world_size
-    at_once = int(options.trl.get("per_device_train_batch_size", of_rank))
-    if of_rank % at_once:
+    at_once = options.trl.get("per_device_train_batch_size", of_rank)
+    if not isinstance(at_once, int) or at_once < 1 or of_rank % at_once:
         raise ConfigError(
             [f"--trl per_device_train_batch_size {at_once} does not divide the {of_rank} answers of a process and step"]
         )
@@ -221,6 +241,7 @@ def arguments_of(config: Any, options: PolicyOptions, processes: Processes) -> A
         "beta": options.beta,
         "learning_rate": options.learning_rate,
         "seed": options.seed,
+        "trust_remote_code": options.trust_remote_code,
         "save_steps": options.checkpoint_every,
         "save_total_limit": 2,
         "gradient_checkpointing": on_gpu,

@@ -8,7 +8,7 @@ from hafrm_ds.saved.opening import open_model
 from tests.data.row_files import write_lines
 from tests.distributed.forked_ranks import Ranks, run_ranks
 from tests.distributed.launching import as_options
-from tests.tiny_models import save_tiny_final
+from tests.tiny_models import save_tiny_final, save_tiny_model
 
 pytestmark = pytest.mark.distributed
 
@@ -53,7 +53,11 @@ def test_a_policy_is_trained_killed_and_resumed(setting):
     assert open_model(out / "final").heads == ("logprob",)
 
 
-def test_rloo_is_trained_on_one_process(setting):
+def test_rloo_is_trained_on_one_process_with_a_template_that_the_policy_lacks(setting):
     folder, arguments = setting
-    run_ranks(1, "launch/policy.py", *arguments("rloo", method="rloo", max_steps=1))
+    bare = save_tiny_model(folder / "bare", chat_template=None)
+    run_ranks(
+        1, "launch/policy.py", *arguments("rloo", method="rloo", max_steps=1, policy=bare, chat_template="chatml")
+    )
     assert (folder / "rloo" / "final" / "model.safetensors").exists()
+    assert "im_start" in open_model(folder / "rloo" / "final").formatter().template

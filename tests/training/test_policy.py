@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import trl
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hafrm_ds.errors import ConfigError, DataError
+from hafrm_ds.errors import ConfigError, DataError, ModelError
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.policy import (
     PolicyOptions,
@@ -15,11 +16,12 @@ from hafrm_ds.training.policy import (
     claim,
     json_for_transformers,
     newest_checkpoint,
+    open_policy,
     refuse_options_of_trl,
     train_policy,
 )
 from tests.data.row_files import write_lines
-from tests.tiny_models import save_tiny_final
+from tests.tiny_models import save_tiny_final, save_tiny_model
 
 
 def processes(world_size: int = 1) -> Processes:
@@ -80,8 +82,25 @@ def test_fewer_answers_at_once_leave_a_step_as_it_was(tmp_path):
         trl.GRPOConfig, options_for(tmp_path, trl={"per_device_train_batch_size": 4}), processes(2)
     )
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 8)
-    with pytest.raises(ConfigError, match="per_device_train_batch_size 5 does not divide the 64 answers of a process"):
-        arguments_of(trl.GRPOConfig, options_for(tmp_path, trl={"per_device_train_batch_size": 5}), processes())
+    for wrong in (5, 0, -1, "many"):
+        with pytest.raises(
+            ConfigError, match=f"per_device_train_batch_size {wrong} does not divide the 64 answers of a process"
+        ):
+            arguments_of(trl.GRPOConfig, options_for(tmp_path, trl={"per_device_train_batch_size": wrong}), processes())
+
+
+def test_a_policy_that_cannot_answer_is_refused_before_the_folder_is_claimed(tmp_path):
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}] * 8)
+    classifier = save_tiny_model(tmp_path / "classifier")
+    config = AutoConfig.from_pretrained(classifier, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(classifier)
+    with pytest.raises(ModelError, match=r"--policy .*classifier has no LM head: it cannot answer"):
+        train_policy(options_for(tmp_path, policy=str(classifier)), processes())
+    bare = save_tiny_model(tmp_path / "bare", chat_template=None)
+    with pytest.raises(ModelError, match=r"has no chat template, so one must be named"):
+        train_policy(options_for(tmp_path, policy=str(bare)), processes())
+    assert open_policy(options_for(tmp_path, policy=str(bare), chat_template="chatml")).formatter().template
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_json_of_ours_gets_what_transformers_fills_in(tmp_path):
@@ -104,10 +123,15 @@ def test_a_json_of_ours_gets_what_transformers_fills_in(tmp_path):
 
 
 def test_what_a_kill_has_left_of_a_checkpoint_is_not_resumed(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(f'{{"step": {step}, "kind": "policy"}}\n' for step in range(1, 13)) + '{"step": 1')
     for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}" / "whole").touch()
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert not (tmp_path / "checkpoint-12").exists() and (tmp_path / "checkpoint-2").exists()
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 11))
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}" / "whole").unlink()
+    assert newest_checkpoint(tmp_path) is None and metrics.read_text() == ""
