@@ -169,6 +169,8 @@ def check_both_heads(saved: Saved) -> None:
 def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
     """The reference policy of a model, which sees the model's tokens in the model's layout.
 
+    The final/ of a training, from which another one started, is one too: its reward head is left where it lies.
+
     Args:
         name: a folder, a hub id or "base". loading: as for `open_model`; the dtype is that of the model.
 
@@ -186,8 +188,10 @@ def open_reference(name: str, saved: Saved, **loading: Any) -> SavedPolicy:
         reference = open_model(name, **loading | {"dtype": saved.config.dtype})
     except ModelError as error:
         raise ModelError(f"the reference of {saved.folder} cannot be used (--reference): {error}") from error
+    if isinstance(reference, SavedModel) and reference.metadata["format"] == "hybrid":
+        reference = SavedPolicy(reference.folder, reference.config, {}, None)
     if not isinstance(reference, SavedPolicy):
-        raise ModelError(f"--reference {name} is no plain causal LM")
+        raise ModelError(f"--reference {name} is no causal LM with weights of its own")
     check_comparable(saved, reference)
     known: dict[str, Any] = {
         key: saved.metadata[key] for key in ("layout", "uses_stock_logits") if key in saved.metadata

@@ -257,14 +257,14 @@ def test_results_of_two_evaluations_never_mix(folder, tmp_path):
     ("model", "changes", "message"),
     [
         ("classifier", {"reference": "base"}, "has no LM head"),
-        ("final", {"reference": "final"}, "is no plain causal LM"),
+        ("final", {"reference": "classifier"}, "is no causal LM with weights of its own"),
         ("final", {"max_length": 9000}, "do not fit --max_tokens_per_micro_batch 8,192"),
         ("nothing", {}, "is no local folder"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(folder, tmp_path, model, changes, message):
-    if changes.get("reference") == "final":
-        changes = {"reference": str(folder / "final")}
+    if changes.get("reference") == "classifier":
+        changes = {"reference": str(folder / "classifier")}
     with pytest.raises((DataError, ModelError), match=message):
         run(options_for(folder, model, tmp_path / "out", **changes))
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hafrm_ds import HybridRewardModel, load_judge
@@ -129,6 +130,18 @@ def test_a_judge_that_a_model_does_not_have_is_refused_with_what_to_do(final, tm
         open_reward_model(tmp_path / "classifier", judge="implicit")
     with pytest.raises(ModelError, match=r"(?s)the reference of \S+ cannot be used \(--reference\).*example/tiny"):
         open_reward_model(final, judge="implicit")
+
+
+def test_the_final_of_a_training_is_the_reference_of_one_that_started_from_it(final, tmp_path):
+    """As of the plain causal LM in the same folder, whose reward head is not asked."""
+    weights = load_file(final / "model.safetensors")
+    start = shutil.copytree(final, tmp_path / "start")
+    save_file({name: 0.9 * each for name, each in weights.items()}, start / "model.safetensors", {"format": "pt"})
+    export_model(start, "policy", tmp_path / "policy")
+    against = []
+    for reference in (start, tmp_path / "policy"):
+        against.append(load_judge(final, "implicit", reference=str(reference), device="cpu").score(CONVERSATIONS))
+    assert against[0] == against[1] and len(set(against[0])) > 1
 
 
 def test_a_reference_that_would_read_other_tokens_is_refused(final, tmp_path):
