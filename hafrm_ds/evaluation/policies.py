@@ -85,7 +85,7 @@ class Measuring:
 
 
 @dataclass(frozen=True)
-class Measured:
+class PolicyMeasures:
     """What is known of a policy.
 
     prompts: [P] their keys. answers: [P]. divergence: [P] log pi - log pi_start of each. rewards: name -> [P].
@@ -122,7 +122,9 @@ class Measured:
         }
 
 
-def measure_policy(folder: Path, model: str, how: Measuring, processes: Processes, log: Console) -> Measured | None:
+def measure_policy(
+    folder: Path, model: str, how: Measuring, processes: Processes, log: Console
+) -> PolicyMeasures | None:
     """Draw answers and measure them; all processes call this together, and the first gets the results.
 
     Args:
@@ -133,13 +135,14 @@ def measure_policy(folder: Path, model: str, how: Measuring, processes: Processe
             ModelError: the model does not answer.
     """
     policy, start = how.policy(model), how.policy(how.start)
+    formatter = policy.formatter()
+    prompts = read_prompts(how.option, how.prompts)
+    sizes = ModelSizes.of(str(policy.folder), load_model_config(policy.config))
+    encoded = [encoded_or_refused(each, formatter, sizes.positions - how.max_new_tokens) for each in prompts]
+    sizes.check_ids(encoded, formatter.tokenizer)
     processes.from_first(
         "claim", lambda: claim_folder(folder, {"policy": identity_of_model(policy), "how": how.identity()})
     )
-    formatter = policy.formatter()
-    prompts = read_prompts(how.option, how.prompts)
-    room = ModelSizes.of(str(policy.folder), load_model_config(policy.config)).positions - how.max_new_tokens
-    encoded = [encoded_or_refused(each, formatter, room) for each in prompts]
     answers = answers_in_parts(
         "answers",
         policy,
@@ -166,7 +169,7 @@ def measure_policy(folder: Path, model: str, how: Measuring, processes: Processe
     if not processes.is_first:
         return None
     rewards = {name: scores_of(each.output) for name, each in scorings.items()}
-    return Measured([each.key for each in prompts], answers, logprobs["policy"] - logprobs["start"], rewards)
+    return PolicyMeasures([each.key for each in prompts], answers, logprobs["policy"] - logprobs["start"], rewards)
 
 
 def encoded_or_refused(prompt: Prompt, formatter: ChatFormatter, longest: float) -> list[int]:

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from hafrm_ds.config import PositiveInt, ScoringSection
 from hafrm_ds.evaluation.bootstrap import estimates
 from hafrm_ds.evaluation.calibration import correctness
-from hafrm_ds.evaluation.policies import Measured, Measuring, measure_policy
+from hafrm_ds.evaluation.policies import Measuring, PolicyMeasures, measure_policy
 from hafrm_ds.evaluation.policy_tables import POLICIES_FILE, render_policies
 from hafrm_ds.evaluation.results import leave_results
 from hafrm_ds.options import as_list
@@ -109,7 +109,7 @@ def compare_policies(options: PolicyComparisonOptions, processes: Processes) -> 
     leave_results(options.output_dir / POLICIES_FILE, render_policies, identity, results, processes, log)
 
 
-def compared(policies: dict[str, list[Measured]]) -> dict[str, Any]:
+def compared(policies: dict[str, list[PolicyMeasures]]) -> dict[str, Any]:
     """What the answers of policies are worth.
 
     Args:
@@ -139,6 +139,6 @@ def compared(policies: dict[str, list[Measured]]) -> dict[str, Any]:
     return {"prompts": len(names), "seeds": len(first), "measures": measures}
 
 
-def gold_of(trainings: list[Measured]) -> np.ndarray:
+def gold_of(trainings: list[PolicyMeasures]) -> np.ndarray:
     """[S, P]."""
     return np.stack([each.rewards[GOLD] for each in trainings])

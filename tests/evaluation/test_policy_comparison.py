@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from hafrm_ds.data.tokenization import PromptWithResponses
 from hafrm_ds.errors import ConfigError, DataError
-from hafrm_ds.evaluation.policies import Measured
+from hafrm_ds.evaluation.policies import PolicyMeasures
 from hafrm_ds.evaluation.policy_comparison import PolicyComparisonOptions, compare_policies, compared
 from hafrm_ds.generation.samplers import Answer
 from hafrm_ds.options import read
@@ -19,9 +19,9 @@ from tests.data.row_files import write_lines
 from tests.tiny_models import save_tiny_final, save_tiny_model
 
 
-def measured(gold, texts=("a b", "c", "c", "d e f"), prompts="pqrs") -> Measured:
+def measured(gold, texts=("a b", "c", "c", "d e f"), prompts="pqrs") -> PolicyMeasures:
     answers = [Answer(text, text != "c", []) for text in texts]
-    return Measured(list(prompts), answers, np.arange(4) / 2, {"gold": np.array(gold, dtype=float)})
+    return PolicyMeasures(list(prompts), answers, np.arange(4) / 2, {"gold": np.array(gold, dtype=float)})
 
 
 def test_a_tie_is_half_a_win_and_seeds_are_taken_in_their_order():
@@ -114,6 +114,14 @@ def test_another_gold_under_the_same_name_is_another_job(folder, tmp_path):
     gold.write_text("def long(prompt, answer):\n    return -len(answer)\n")
     with pytest.raises(DataError, match="holds the results of another job"):
         run(folder, tmp_path / "out", gold=f"{gold}:long")
+
+
+@pytest.mark.parametrize("asked", ["far too long " * 60, [{"role": "tool", "content": "a"}]])
+def test_a_prompt_that_cannot_be_asked_is_named_before_a_folder_of_answers_is_claimed(folder, tmp_path, asked):
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": asked}])
+    with pytest.raises(DataError, match=r"prompts\.jsonl:2"):
+        run(folder, tmp_path / "out", prompts=prompts)
+    assert not (tmp_path / "out" / "answers").exists()
 
 
 def test_gold_that_cannot_judge_an_answer_is_an_error(folder, tmp_path):

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from hafrm_ds.config import DataConfig
+from hafrm_ds.data.presets import Role
+from hafrm_ds.data.reading import read_groups
 from hafrm_ds.data.sources import Source
+from hafrm_ds.data.tool_calls import read_back
 from hafrm_ds.errors import DataError
-from hafrm_ds.evaluation.pair_rows import rows_of_pairs
 from hafrm_ds.scoring.prompts import key_of, read_prompts
 from hafrm_ds.training.rounds.options import RoundsSection
 
@@ -26,9 +28,9 @@ def refuse_held_out(section: RoundsSection, data: DataConfig) -> None:
     measured = rows_by_key("rounds.evaluation_prompts", section.evaluation_prompts)
     refuse_shared(trained, measured)
     for name, sources in data.eval.items():
-        refuse_shared(trained, rows_of_sources(f"data.eval {name}", sources, data.cache_dir))
+        refuse_shared(trained, rows_of_sources(f"data.eval {name}", sources, "eval", data.cache_dir))
     if section.replay:
-        refuse_shared(measured, rows_of_sources("data.train", data.train, data.cache_dir))
+        refuse_shared(measured, rows_of_sources("data.train", data.train, "train", data.cache_dir))
 
 
 def rows_by_key(option: str, file: Path) -> dict[str, str]:
@@ -36,9 +38,16 @@ def rows_by_key(option: str, file: Path) -> dict[str, str]:
     return {each.key: f"{option} ({each.row.id})" for each in read_prompts(option, file)}
 
 
-def rows_of_sources(option: str, sources: list[Source], cache_dir: Path | None) -> dict[str, str]:
-    """Key of each prompt of pairs -> their option and row."""
-    return {key_of(row["prompt"]): f"{option} ({row['id']})" for row in rows_of_pairs(sources, cache_dir, None)}
+def rows_of_sources(option: str, sources: list[Source], role: Role, cache_dir: Path | None) -> dict[str, str]:
+    """Key of each prompt of pairs -> their option and row. Of whole sources: each round takes others of their pairs for
+    max_pairs and its mix."""
+    whole = [each.model_copy(update={"max_pairs": None, "weight": None}) for each in sources]
+    read = read_groups(whole, role=role, seed=0, cache_dir=cache_dir)
+    return {
+        key_of(read_back(row["prompt"], [])[0]): f"{option} ({row['id']})"
+        for row in read.select_columns(["id", "prompt", "dropped", "deselected"])
+        if not row["dropped"] and not row["deselected"]
+    }
 
 
 def refuse_shared(prompts: Mapping[str, str], others: Mapping[str, str]) -> None:

@@ -24,8 +24,10 @@ from hafrm_ds.config import TrainConfig
 from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.evaluation.best_of_n.options import RankingOptions, SamplingOptions
-from hafrm_ds.evaluation.best_of_n.ranking import RANKED_FILE, rank, read_lines
+from hafrm_ds.evaluation.best_of_n.ranking import RANKED_FILE, RESULTS_FILE, rank, read_lines
 from hafrm_ds.evaluation.best_of_n.sampling import SAMPLING_FILE
+from hafrm_ds.evaluation.combined import too_few
+from hafrm_ds.evaluation.pair_rows import rows_of_pairs
 from hafrm_ds.evaluation.policies import Measuring, measure_policy
 from hafrm_ds.evaluation.report.reading import METRICS_FILE, read_rows
 from hafrm_ds.evaluation.report.writing import leave_report
@@ -36,6 +38,7 @@ from hafrm_ds.processes.parts import claim_folder, leave_together, stamp
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.saved.opening import Saved, base_of, open_model
 from hafrm_ds.saved.writing import METADATA_FILE
+from hafrm_ds.scoring.prompts import key_of
 from hafrm_ds.scoring.rows import json_line
 from hafrm_ds.training.compare import Start, is_finished, starter, train_one
 from hafrm_ds.training.final import DATA_REPORT_FILE
@@ -123,6 +126,7 @@ class Rounds:
         candidates = [each for line in ranked for each in line["candidates"]]
         facts = {
             "prompts_without_candidates": json.loads((folder / "candidates" / SAMPLING_FILE).read_text())["dropped"],
+            "prompts_not_scored": json.loads((folder / "candidates" / RESULTS_FILE).read_text())["prompts_not_scored"],
             "ranked_prompts": len(ranked),
             "pairs": len(rows),
             "left_out": dict(left_out),
@@ -297,8 +301,8 @@ def claim_rounds(options: RoundsOptions, log: Console) -> None:
     """Claim the folder, before anything is computed.
 
     Raises:
-        DataError: it holds other rounds, or a prompt is trained on and measured. ModelError: the start cannot rank its
-            own answers.
+        DataError: it holds other rounds, a prompt is trained on and measured, or a judge would have too few pairs.
+            ModelError: the start cannot rank its own answers.
     """
     start, name, section = open_start(options), options.model.name_or_path, options.rounds
     if section.is_own and section.judge == "implicit" and base_of(start) is None:
@@ -311,6 +315,8 @@ def claim_rounds(options: RoundsOptions, log: Console) -> None:
             f"{name} has no reward head that was trained, and ranks its own answers: start from the final/ of a "
             "training, give rounds.judge implicit, or give rounds.reward"
         )
+    if section.is_own and section.judge == "combined":
+        refuse_too_few(options)
     refuse_held_out(section, options.data)
     content = {"measured": measuring_of(options).identity(), "prompts": stamp(section.prompts)}
     file, current = options.output_dir / OPTIONS_FILE, options.model_dump(mode="json")
@@ -326,6 +332,14 @@ def claim_rounds(options: RoundsOptions, log: Console) -> None:
         )
     claim_folder(options.output_dir, content)
     write_whole(file, json.dumps(current, indent=2).encode())
+
+
+def refuse_too_few(options: RoundsOptions) -> None:
+    """Raises DataError if no training can fit the combined judge that ranks the round after it."""
+    name, sources = next(iter(options.data.eval.items()))
+    rows = rows_of_pairs(sources, options.data.cache_dir, options.evaluation.max_pairs)
+    if problem := too_few([key_of(row["prompt"]) for row in rows for _ in row["comparisons"]]):
+        raise DataError(f"rounds.judge is combined, but of the first set of data.eval, {name}, {problem}")
 
 
 def at_revision(options: RoundsOptions, processes: Processes) -> RoundsOptions:

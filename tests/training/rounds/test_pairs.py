@@ -71,6 +71,21 @@ def test_a_share_of_human_pairs_is_replayed_beside_the_answers(tmp_path):
     assert alone.weight is None and alone.reward_loss
 
 
+def test_what_a_preset_trains_on_is_checked_and_not_what_it_tests_on(tmp_path):
+    rows = [{"prompt": f"p{n}", "chosen": "x", "rejected": "y"} for n in range(40)]  # the first two are for tests
+    train = {"path": str(write_lines(tmp_path / "pairs.jsonl", rows)), "preset": "chatbot_arena", "max_pairs": 1}
+    test = write_lines(tmp_path / "test.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "y"}])
+    data = DataConfig(train=train, eval={"human": str(test)}, cache_dir=tmp_path / "cache")
+    own = section(
+        prompts=write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}]),
+        evaluation_prompts=write_lines(tmp_path / "held.jsonl", [{"prompt": [{"content": "p1", "role": "user"}]}]),
+    )
+    refuse_held_out(own, data)
+    write_lines(tmp_path / "held.jsonl", [{"prompt": [{"content": "p39", "role": "user"}]}])
+    with pytest.raises(DataError, match=r"held\.jsonl:1\) is also data\.train \(.*pairs\.jsonl:40\)"):
+        refuse_held_out(own, data)
+
+
 def test_prompts_that_are_trained_on_and_measured_are_refused(tmp_path):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     held = write_lines(tmp_path / "held.jsonl", [{"prompt": "c"}])

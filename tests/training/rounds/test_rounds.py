@@ -60,6 +60,33 @@ def test_an_implicit_reward_needs_to_know_what_the_start_was_trained_from(folder
         run(folder, final, rounds__judge="implicit")
 
 
+def test_the_combined_judge_needs_pairs_that_each_round_can_fit_it_on(folder):
+    final = save_tiny_final(folder / "final", base=save_tiny_model(folder / "base", "llama-tied"))
+    with pytest.raises(DataError, match=r"of the first set of data\.eval, \w+, 4 pairs of 4 prompts are too few"):
+        run(folder, final, rounds__judge="combined")
+    write_lines(folder / "test.jsonl", rows_of(60))
+    with pytest.raises(ModelError, match=r"has no combined judge: .* holds no fit of it"):
+        run(folder, final, rounds__judge="combined")
+    assert not (folder / "out").exists()
+
+
+def test_a_start_that_is_a_revision_is_one_folder_for_all_that_open_it(folder, monkeypatch):
+    final, opened = save_tiny_final(folder / "final"), []
+
+    def fetched(config):
+        assert config.revision == "v2"
+        return final
+
+    def see(self):
+        opened.append((self.model(0), self.config_of(1).model, rounds.rewards_of(self.options)["reward"]["model"]))
+
+    monkeypatch.setattr(rounds, "local_folder", fetched)
+    monkeypatch.setattr(rounds.Rounds, "run", see)
+    run(folder, Path("example/tiny"), model__revision="v2")
+    [[sampled, trained, judge]] = opened
+    assert sampled == trained.name_or_path == str(judge) == str(final) and trained.revision is None
+
+
 def test_a_prompt_that_is_held_out_is_refused_before_the_folder_is_claimed(folder):
     write_lines(folder / "test.jsonl", [{"prompt": "a 2", "chosen": "x", "rejected": "y"}])
     with pytest.raises(DataError, match=r"1 of 4 prompts are trained on and measured: rounds\.prompts \(.*:3\)"):
