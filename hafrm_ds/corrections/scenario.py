@@ -24,7 +24,7 @@ Case = dict[str, Any]
 NAME = re.compile(r"\{(\w+)\}")
 OF_ADVICE = ("history", "seat", "draft", "rules", "no_problem", "hidden")
 OF_REWRITE = ("last", "draft", "advice")
-"""What may stand in the templates `advice` and `rewrite`."""
+"""The names that the templates `advice` and `rewrite` may hold."""
 SHORTEST_VALUE = 3
 """A value of fewer characters (in scripts beyond ASCII, of one) stands in a text by chance, and is not looked for."""
 FAULTS_SHOWN = 20

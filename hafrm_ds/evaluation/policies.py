@@ -73,7 +73,7 @@ class Measuring:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What the measures of a policy depend on beside it."""
+        """Collect all that the measures of a policy depend on, but for the policy."""
         return {
             "start": identity_of_model(self.policy(self.start)),
             "prompts": stamp(self.prompts),

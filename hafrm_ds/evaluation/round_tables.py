@@ -50,7 +50,7 @@ def policy_table(results: dict[str, Any]) -> Table:
 
 
 def candidates_table(results: dict[str, Any]) -> Table:
-    """What the round before has answered, and what became of it."""
+    """Show how the candidates of each round scored, and how many pairs of them were trained on."""
     rows = [
         (
             name_of(each),

@@ -1,4 +1,4 @@
-"""What a policy is asked, as token ids."""
+"""A prompt becomes the token ids that a policy continues, or a reason why it cannot be asked."""
 
 import jinja2
 

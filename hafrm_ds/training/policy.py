@@ -166,9 +166,8 @@ def train_policy(options: PolicyOptions, processes: Processes) -> None:
         )
     trainer.save_model(str(folder / f"{FINAL_FOLDER}.part"))
     if processes.is_first:
-        open_model(
-            folder / f"{FINAL_FOLDER}.part", trust_remote_code=options.trust_remote_code
-        )  # raises ModelError if it has not become one
+        # Raises ModelError if it has not become a model.
+        open_model(folder / f"{FINAL_FOLDER}.part", trust_remote_code=options.trust_remote_code)
         (folder / f"{FINAL_FOLDER}.part").rename(folder / FINAL_FOLDER)
         log.print(f"the policy, after step {trainer.state.global_step}, is in {folder / FINAL_FOLDER}")
 

@@ -36,7 +36,7 @@ WITHIN, BETWEEN, UNKNOWN = "within", "between", "unknown"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SCALES = ("probability", "logit")
 WRONG = {HARMFUL: "missed", BENIGN: "over_refusal"}
-"""What it is called where a prompt is not treated as its kind asks for."""
+"""Kind of a prompt -> the name of treating it as the other kind."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Refusals:
         A resample's value is the share of won comparisons, weighted by how often each prompt was drawn. Arms on the
         same prompts have the same resamples.
         """
-        harmful, benign = self.logits[self.is_harmful], np.sort(self.logits[~self.is_harmful])
-        left, right = (np.searchsorted(benign, harmful, side=side) for side in ("left", "right"))  # [H] each
-        order = np.argsort(self.logits[~self.is_harmful])
+        harmful, benign = self.logits[self.is_harmful], self.logits[~self.is_harmful]
+        order = np.argsort(benign)
+        left, right = (np.searchsorted(benign[order], harmful, side=side) for side in ("left", "right"))  # [H] each
         of_harmful, of_benign = (np.random.default_rng(seed) for seed in (0, 1))
         values = np.empty(NUM_RESAMPLES)
         for resample in range(NUM_RESAMPLES):

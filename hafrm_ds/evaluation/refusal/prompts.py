@@ -5,7 +5,6 @@ Sources of the layouts: XSTest (Röttger et al., arXiv 2308.01263), OR-Bench (Cu
 (Xie et al., 2406.14598). Each is read as it lies on the hub and as its authors' repository has it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from hafrm_ds.data.pairs import Message, Row, in_words, names_in_words, user
 from hafrm_ds.data.row_filter import RowFilter
 from hafrm_ds.data.sources import Source, source_from_string, suggestion
 from hafrm_ds.errors import DataError
+from hafrm_ds.scoring.prompts import key_of
 from hafrm_ds.scoring.rows import BESIDE, prompt_of
 
 HARMFUL, BENIGN = "harmful", "benign"
@@ -134,11 +134,6 @@ class LabelledPrompt:
 def with_last(prompt: list[Message], text: str) -> list[Message]:
     """The prompt with another text in its last message."""
     return [*prompt[:-1], {**prompt[-1], "content": text}]
-
-
-def key_of(prompt: Sequence[Message]) -> str:
-    """Equal for equal prompts alone."""
-    return json.dumps(prompt)
 
 
 def parts_of(words: Any) -> list[tuple[str, str]]:

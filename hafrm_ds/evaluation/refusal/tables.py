@@ -36,13 +36,13 @@ def numbers(num_harmful: int, num_benign: int) -> str:
 
 
 def title_of(probe: str, found: dict[str, Any]) -> str:
-    """What a probe asks, and of how many prompts: the reward head is asked those alone that have answers."""
+    """Name a probe and the number of its prompts: the reward head is asked only those that have answers."""
     asked = (each["prompts"] if each else 0 for each in (found["arms"][found["first"]][p] for p in (HARMFUL, BENIGN)))
     return f"{TITLES[probe]} ({numbers(*asked)})"
 
 
 def about_rewrites(results: dict[str, Any]) -> str:
-    """What became of the prompts that the models were to rewrite; "" where they were not."""
+    """Count the rewritten prompts that are truncated or empty, in a sentence; "" where nothing was rewritten."""
     rewrites = results.get("rewrites", {})
     said = [f"{model} {each['truncated']:,} and {each['empty']:,}" for model, each in rewrites.items()]
     if not said:

@@ -8,11 +8,11 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.refusal.prompts import (
     PROMPT_SETS,
     GivenAnswers,
-    key_of,
     parts_of,
     read_answers,
     read_prompts,
 )
+from hafrm_ds.scoring.prompts import key_of
 from tests.data.row_files import write_lines
 
 
