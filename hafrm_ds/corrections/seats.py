@@ -12,7 +12,7 @@ from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.pairs import Message
 from hafrm_ds.data.rendering_check import is_serious
 from hafrm_ds.errors import ModelError, UserError
-from hafrm_ds.generation.samplers import TransformersSampler
+from hafrm_ds.generation.samplers import Request, TransformersSampler
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.ranks import Processes
@@ -66,7 +66,7 @@ class PolicySeat:
         with self.turn:
             if self.is_closed:
                 raise UserError("the job has ended")
-            [answer] = self.sampler.one_each([ids], temperature, seed)
+            [[answer]] = self.sampler.answers([Request(ids, (temperature,), seed)])
         return Reply(answer.text, answer.ended)
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.errors import DataError
-from hafrm_ds.generation.samplers import GREEDY, SAMPLERS, Answer, choose_sampler
+from hafrm_ds.generation.samplers import GREEDY, SAMPLERS, Answer, choose_sampler, one_each
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.console import Console
@@ -66,7 +66,7 @@ def answers_in_parts(
 
         def make(file: Path) -> bytes:
             number, own = parts[file]
-            answers = sampler.one_each(own, temperature, seed + number * PART)
+            answers = one_each(sampler, own, temperature, seed + number * PART)
             return json.dumps(answers).encode()
 
         return make

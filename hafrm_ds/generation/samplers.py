@@ -18,6 +18,8 @@ from hafrm_ds.saved.policy import SavedPolicy
 
 GREEDY = 0.0
 """The temperature at which the most probable token is taken each time."""
+ROWS = 64
+"""Answers that transformers draws at once. The weights are read once for all of them, which is what a step costs."""
 
 
 class Request(NamedTuple):
@@ -43,10 +45,16 @@ class Answer(NamedTuple):
 
 class Sampler(Protocol):
     def answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        """The answers to each request, one for each of its temperatures."""
+        """The answers to each request, one for each of its temperatures. One depends on what else is asked in the same
+        call by rounding alone."""
 
-    def one_each(self, prompts: Sequence[Sequence[int]], temperature: float = GREEDY, seed: int = 0) -> list[Answer]:
-        """One answer to each prompt, drawn for all of them together: they depend on what is asked in one call."""
+
+def one_each(
+    sampler: Sampler, prompts: Sequence[Sequence[int]], temperature: float = GREEDY, seed: int = 0
+) -> list[Answer]:
+    """One answer to each prompt. The first is drawn with `seed`, each other with the next one."""
+    requests = [Request(list(ids), (temperature,), seed + place) for place, ids in enumerate(prompts)]
+    return [answer for [answer] in sampler.answers(requests)]
 
 
 def stop_ids(eos: int | list[int] | None, formatter: ChatFormatter) -> list[int]:
@@ -72,19 +80,61 @@ def choose_sampler(asked: str, policy: SavedModel | SavedPolicy) -> str:
     return asked
 
 
-class TemperatureOfEachRow(LogitsProcessor):
-    """Divides the logits [rows, V] by a temperature for each row."""
+class Draw(NamedTuple):
+    """One answer to be drawn. numbers: uniform from 0 to 1, one for each token."""
 
-    def __init__(self, temperatures: torch.Tensor):
-        self.temperatures = temperatures
+    prompt_ids: list[int]
+    temperature: float
+    numbers: torch.Tensor
+
+
+FEW = 1024
+"""Tokens among which a nucleus is looked for first: to sort a whole vocabulary costs as much as the model's step."""
+
+
+class DrawOfEachRow(LogitsProcessor):
+    """Leaves one token of each row's logits [rows, V]: the one into whose share of the cumulated probabilities the
+    next random number of the row falls. So its tokens depend on no other row.
+
+    Args:
+        temperatures: [rows]. Of GREEDY the most probable token is left.
+        numbers: [rows, steps], uniform from 0 to 1.
+        top_p: draw from the most probable tokens that together have this probability.
+    """
+
+    def __init__(self, temperatures: torch.Tensor, numbers: torch.Tensor, top_p: float):
+        self.is_greedy = temperatures == GREEDY
+        self.temperatures = temperatures.masked_fill(self.is_greedy, 1.0)
+        self.numbers = iter(numbers.unbind(1))
+        self.top_p = top_p
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores / self.temperatures[:, None]
+        probs = (scores / self.temperatures[:, None]).softmax(-1)
+        if self.top_p < 1:
+            probs = probs.masked_fill(probs < self.least_probable(probs), 0.0)
+        sums = probs.cumsum(-1, dtype=torch.float64)
+        drawn = torch.searchsorted(sums, next(self.numbers)[:, None] * sums[:, -1:], right=True)
+        drawn = torch.where(self.is_greedy[:, None], scores.argmax(-1, keepdim=True), drawn)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+    def least_probable(self, probs: torch.Tensor) -> torch.Tensor:
+        """The probability [rows, 1] of the last token of each nucleus. What is as probable is in it, too: which of
+        them a sort puts first is chance."""
+        least, mass = self.last_of(probs.topk(min(FEW, probs.shape[-1])).values)
+        is_longer = mass < self.top_p
+        least[is_longer], _ = self.last_of(probs[is_longer].sort(descending=True).values)
+        return least[:, None]
+
+    def last_of(self, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of probabilities in descending order [rows, n]: that of the last one in the nucleus, and their sum [rows]."""
+        sums = best.cumsum(-1, dtype=torch.float64)
+        last = (sums[:, :-1] < self.top_p).sum(-1, keepdim=True)
+        return best.gather(1, last)[:, 0], sums[:, -1]
 
 
 class TransformersSampler:
-    """Draws the answers to one prompt at a time, all at once: what a prompt gets does not depend on any other. For one
-    answer to each of many prompts, their rows are padded on the left."""
+    """Draws up to ROWS answers at once, to as many prompts, or half as many wherever memory does not last. Each has
+    random numbers of its own: what it is drawn with changes it by rounding alone."""
 
     def __init__(
         self,
@@ -102,53 +152,58 @@ class TransformersSampler:
         self.tokenizer = formatter.tokenizer
         self.stop_ids = stop_ids(self.model.generation_config.eos_token_id, formatter)
         self.pad_id = self.stop_ids[0] if self.stop_ids else 0
+        self.max_new_tokens, self.top_p, self.rows = max_new_tokens, top_p, ROWS
+        # The last state of each prompt goes into the head: a view, for which torch would copy its weights once a row.
+        head = self.model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda _, inputs: tuple(each.contiguous() for each in inputs))
         # Instead of the model's own, which may bring penalties and a top_k.
-        both = {
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": self.stop_ids or None,
-            "pad_token_id": self.pad_id,
-        }
-        self.model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=top_p, **both)
-        self.greedy = GenerationConfig(do_sample=False, **both)
+        self.model.generation_config = GenerationConfig(
+            do_sample=False,  # the draw of each row leaves one token to choose from
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.stop_ids or None,
+            pad_token_id=self.pad_id,
+        )
 
     def answers(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        return [self.answers_to(request) for request in requests]
+        draws: list[tuple[int, Draw]] = []
+        for place, (prompt_ids, temperatures, seed) in enumerate(requests):
+            generator = torch.Generator().manual_seed(seed)  # of the CPU: a GPU draws with the same numbers
+            numbers = torch.rand(len(temperatures), self.max_new_tokens, generator=generator, dtype=torch.float64)
+            draws += [(place, Draw(prompt_ids, *each)) for each in zip(temperatures, numbers)]
+        found: list[list[Answer]] = [[] for _ in requests]
+        # Prompts of like length together need the least padding. The draws of one prompt stay in their order.
+        waiting = sorted(draws, key=lambda each: len(each[1].prompt_ids))
+        while waiting:
+            try:
+                drawn = self.draw([draw for _, draw in waiting[: self.rows]])
+            except torch.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+                self.rows = min(self.rows, len(waiting)) // 2 or 1
+                continue
+            for (place, _), answer in zip(waiting, drawn):
+                found[place].append(answer)
+            waiting = waiting[len(drawn) :]
+        return found
 
     @torch.no_grad()
-    def one_each(self, prompts: Sequence[Sequence[int]], temperature: float = GREEDY, seed: int = 0) -> list[Answer]:
-        longest = max(map(len, prompts), default=0)
-        if not longest:
-            return []
-        torch.manual_seed(seed)
+    def draw(self, draws: Sequence[Draw]) -> list[Answer]:
+        """An answer for each, drawn together: their prompts are padded on the left."""
+        longest = max(len(draw.prompt_ids) for draw in draws)
         device = self.model.device
-        rows = [[self.pad_id] * (longest - len(ids)) + list(ids) for ids in prompts]
-        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        rows = [[self.pad_id] * (longest - len(draw.prompt_ids)) + draw.prompt_ids for draw in draws]
+        mask = [[0] * (longest - len(draw.prompt_ids)) + [1] * len(draw.prompt_ids) for draw in draws]
+        temperatures = torch.tensor([draw.temperature for draw in draws], device=device)
+        processors = LogitsProcessorList()
+        if temperatures.any():
+            numbers = torch.stack([draw.numbers for draw in draws]).to(device)
+            processors.append(DrawOfEachRow(temperatures, numbers, self.top_p))
         drawn = self.model.generate(
             torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            generation_config=self.greedy if temperature == GREEDY else None,
-            logits_processor=self.at([temperature] * len(rows)),
+            logits_processor=processors,
         )
         return [self.read(row) for row in drawn[:, longest:].tolist()]
-
-    def at(self, temperatures: Sequence[float]) -> LogitsProcessorList:
-        """What divides the logits of each row by its temperature; nothing where all are greedy."""
-        if not any(temperatures):
-            return LogitsProcessorList()
-        return LogitsProcessorList([TemperatureOfEachRow(torch.tensor(temperatures, device=self.model.device))])
-
-    @torch.no_grad()
-    def answers_to(self, request: Request) -> list[Answer]:
-        torch.manual_seed(request.seed)
-        device = self.model.device
-        ids = torch.tensor([request.prompt_ids], device=device)
-        drawn = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            num_return_sequences=len(request.temperatures),
-            logits_processor=self.at(request.temperatures),
-        )
-        return [self.read(row) for row in drawn[:, ids.shape[1] :].tolist()]
 
     def read(self, ids: list[int]) -> Answer:
         end = next((place for place, token in enumerate(ids) if token in self.stop_ids), None)
@@ -195,10 +250,6 @@ class VllmSampler:
                 )
         drawn = iter([result.outputs[0] for result in self.engine.generate(prompts, params, use_tqdm=False)])
         return [[self.read(next(drawn)) for _ in request.temperatures] for request in requests]
-
-    def one_each(self, prompts: Sequence[Sequence[int]], temperature: float = GREEDY, seed: int = 0) -> list[Answer]:
-        requests = [Request(list(ids), (temperature,), seed + place) for place, ids in enumerate(prompts)]
-        return [answer for [answer] in self.answers(requests)]
 
     @staticmethod
     def read(drawn: Any) -> Answer:

@@ -6,7 +6,8 @@ A job that was killed resumes with the parts that are missing.
 
 As in HAF-RM's published code: each draw has a temperature of its own, exact duplicates are dropped, and a prompt is
 dropped where 2 N draws have not given N different answers. Temperatures and random numbers depend on the seed and the
-place of the prompt in its file alone.
+place of the prompt in its file alone. Prompts of a part are drawn together, so that in bfloat16 an answer depends on
+them by its rounding, but never on the number of processes or on what was killed.
 """
 
 import gc

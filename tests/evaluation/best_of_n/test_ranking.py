@@ -22,7 +22,7 @@ from hafrm_ds.evaluation.best_of_n.ranking import rank, read_candidates
 from hafrm_ds.evaluation.best_of_n.sampling import SamplingJob
 from hafrm_ds.generation import samplers
 from hafrm_ds.generation.prompts import LEFT_OUT, TOO_LONG
-from hafrm_ds.generation.samplers import Answer, Request, TransformersSampler
+from hafrm_ds.generation.samplers import Answer
 from hafrm_ds.options import read
 from hafrm_ds.processes import parts
 from hafrm_ds.processes.ranks import Processes
@@ -204,55 +204,6 @@ def test_every_prompt_has_different_answers_under_its_own_seed(folder, sampled, 
     options = options.model_copy(update={"sampling": changed})
     rank(options, alone())
     assert lines(tmp_path / "out" / "candidates.jsonl") == rows[:3]
-
-
-def test_each_draw_has_its_own_temperature(folder):
-    policy = open_model(folder / "policy")
-    sampler = TransformersSampler(policy, policy.formatter(), alone(), max_new_tokens=5)
-    prompt = policy.formatter().encode_prompt([{"role": "user", "content": "abc"}])
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        for _ in range(5):
-            ids = torch.cat([ids, sampler.model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    best = sampler.read(ids[0, len(prompt) :].tolist())
-    for seed in range(3):
-        answers = sampler.answers_to(Request(prompt, (1e-4, 3.0, 1e-4, 3.0), seed))
-        assert answers[0] == answers[2] == best
-        assert best not in (answers[1], answers[3]) and answers[1] != answers[3]
-    options = SamplingOptions(prompts=Path("unused"), policy="unused")
-    drawn = [sampling.request_for(prompt, number, 0, options) for number in range(200)]
-    temperatures = [each for request in drawn for each in request.temperatures]
-    assert 0.5 <= min(temperatures) < 0.51 and 1.19 < max(temperatures) <= 1.2
-    assert len({request.seed for request in drawn}) == 200
-
-
-def test_answers_to_many_prompts_at_once_are_those_to_each_alone(tmp_path):
-    policy = open_model(save_tiny_model(tmp_path, "gpt-neox"))
-    sampler = TransformersSampler(policy, policy.formatter(), alone(), max_new_tokens=12)
-    texts = ["abc", "a much longer prompt than the others", "d", "what? " * 5]
-    prompts = [policy.formatter().encode_prompt([{"role": "user", "content": text}]) for text in texts]
-    together = sampler.one_each(prompts)
-    assert len({answer.text for answer in together}) > 1
-    for prompt, answer in zip(prompts, together, strict=True):
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            for _ in range(12):
-                ids = torch.cat([ids, sampler.model(ids).logits[:, -1:].argmax(-1)], dim=1)
-        assert answer == sampler.read(ids[0, len(prompt) :].tolist())
-    assert sampler.one_each(prompts, temperature=1e-4, seed=5) == together
-    drawn = sampler.one_each(prompts, temperature=1.0, seed=5)
-    assert drawn != together and drawn == sampler.one_each(prompts, temperature=1.0, seed=5)
-    assert drawn != sampler.one_each(prompts, temperature=1.0, seed=6)
-    assert sampler.one_each([]) == []
-
-
-def test_an_answer_ends_at_the_first_stop_token(folder):
-    policy = open_model(folder / "policy")
-    formatter = policy.formatter()
-    sampler = TransformersSampler(policy, formatter, alone(), max_new_tokens=5)
-    text, end = formatter.tokenizer(" ab")["input_ids"], formatter.tokenizer.eos_token_id
-    assert sampler.read([*text, end, *text]) == Answer(" ab", True, [*text, end])
-    assert sampler.read(text) == Answer(" ab", False, text)
 
 
 def test_prompts_without_n_answers_are_dropped_after_2n_draws(folder, tmp_path, monkeypatch):
