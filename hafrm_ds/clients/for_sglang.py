@@ -16,8 +16,8 @@ Written after the sources of SGLang 0.5.23, and tested against an imitation of i
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,8 @@ class Engine:
     def scores(self, conversations: Sequence[Conversation]) -> list[Score]:
         """The reward of each conversation, in order; one that cannot be read has an error instead. Raises RewardError
         if the server does not answer."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(self.score, conversations))
+        with ThreadPool(AT_ONCE) as pool:  # an error leaves it without waiting for the others
+            return list(pool.imap(self.score, conversations))
 
     def score(self, conversation: Conversation) -> Score:
         try:

@@ -40,7 +40,7 @@ class Seated(Protocol):
 class PolicySeat:
     """A policy that is loaded here when it is first asked.
 
-    turn: is held while any policy draws, as the random numbers of torch are one stream for all threads.
+    turn: is held while any policy draws: it takes all cores or the whole GPU, and the process must not end meanwhile.
     """
 
     def __init__(self, model: str, max_tokens: int, processes: Processes, turn: threading.Lock):

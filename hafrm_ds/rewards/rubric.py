@@ -14,9 +14,9 @@ Both are means over the samples, for each of which the judge is asked anew.
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import permutations
+from multiprocessing.pool import ThreadPool
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -135,14 +135,15 @@ class Rubric:
 
     def scores(self, conversations: Sequence[Conversation]) -> list[Score]:
         """Raises EndpointError if every question would fail."""
-        with ThreadPoolExecutor(self.options.parallel) as pool:
+        # Its threads are daemons: whoever leaves waits neither for what is asked nor for what would be asked next.
+        with ThreadPool(self.options.parallel) as pool:
             if not self.options.compare:
-                return [score_of([each]) for each in pool.map(self.grade, conversations)]
+                return [score_of([each]) for each in pool.imap(self.grade, conversations)]
             of_prompt: dict[str, list[int]] = {}
             for place, conversation in enumerate(conversations):
                 of_prompt.setdefault(json.dumps(conversation[:-1]), []).append(place)
             orders = [order for places in of_prompt.values() for order in permutations(places, 2)]
-            shares = pool.map(lambda order: self.compare(*(conversations[place] for place in order)), orders)
+            shares = pool.imap(lambda order: self.compare(*(conversations[place] for place in order)), orders)
             won: list[list[float | str]] = [[] for _ in conversations]
             for (first, second), share in zip(orders, shares):
                 won[first].append(share)

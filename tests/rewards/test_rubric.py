@@ -1,6 +1,7 @@
 """A judge behind an endpoint: what it is asked, what its verdicts are worth, and what its faults cost."""
 
 import json
+import threading
 
 import pytest
 import torch.distributed as dist
@@ -115,6 +116,26 @@ def test_a_fault_costs_its_row_alone_and_an_endpoint_that_is_down_the_job(tmp_pa
     assert bad.value is None and "status 429" in bad.error and good.value == 1.0
     with pytest.raises(EndpointError, match="cannot be reached"):
         load(tmp_path, endpoint.url).scores(answers("Because."))
+
+
+@pytest.mark.parametrize("compare", ["", "compare: true\n"])
+def test_a_key_that_is_refused_ends_the_job_without_waiting_for_other_questions(compare, tmp_path):
+    first, second, is_over = threading.Lock(), threading.Event(), threading.Event()
+
+    def script(body):
+        if first.acquire(blocking=False):
+            second.wait(20)
+            return Answer("wrong key", 401)
+        second.set()
+        is_over.wait(3)  # less than the time-out
+        return said()
+
+    rubric = RUBRIC.replace("caps: {{It invents a fact: 2}}, ", "") if compare else RUBRIC
+    with scripted(script) as endpoint:
+        with pytest.raises(EndpointError, match="status 401"):
+            load(tmp_path, endpoint.url, f"parallel: 2\n{compare}", rubric).scores(answers(*"abcdefgh"))
+        assert endpoint.now  # the second question has no answer yet
+        is_over.set()
 
 
 COMPARE = """
