@@ -118,7 +118,7 @@ class Dialogue:
                 raise Unusable("is empty")
             return reply
 
-        turn.hashes[kind] = hash_of(messages)
+        turn.hashes[kind] = hash_of_messages(messages)
         try:
             return insist(say)
         except Unanswered as error:
@@ -160,6 +160,6 @@ def outcome_of(turn: Turn, is_whole: bool) -> str:
     return CORRECTED if is_whole else TRUNCATED
 
 
-def hash_of(messages: list[Message]) -> str:
+def hash_of_messages(messages: list[Message]) -> str:
     """SHA-256 of what a seat was sent, hexadecimal."""
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()

@@ -153,7 +153,7 @@ class Scenario(Section):
 
     def leaks_to(self, speaker: Speaker, case: Case, text: str, known: str = "") -> list[str]:
         """The fields that a text would give away to a seat that may not see them, and that `known` does not hold."""
-        given = {name: texts_of(case[name]) for name in self.hidden_from(speaker) if name in case}
+        given = {name: strings_in(case[name]) for name in self.hidden_from(speaker) if name in case}
         return [
             name for name, texts in given.items() if any(has(text, each) and not has(known, each) for each in texts)
         ]
@@ -214,7 +214,7 @@ def is_plain(value: Any) -> bool:
     return all(isinstance(each, str | int | float) for each in (value if isinstance(value, list) else [value]))
 
 
-def texts_of(value: Any) -> list[str]:
+def strings_in(value: Any) -> list[str]:
     """The texts that give a value away. True and false do not."""
     values = value if isinstance(value, list) else [value]
     texts = [" ".join(str(each).split()) for each in values if not isinstance(each, bool)]

@@ -127,7 +127,7 @@ class CombinedJudge:
             set=scores.set,
             pairs=len(scores),
             prompts=len(prompts),
-            prompts_sha256=hash_of(prompts),
+            prompts_sha256=hash_of_prompts(prompts),
             folds=tuple(map(as_pair, held_out_weights(margins, scores.prompts))),
         )
         return cls(fit, prompts)
@@ -147,7 +147,7 @@ class CombinedJudge:
     def has_seen(self, prompts: Sequence[str]) -> np.ndarray:
         """Which of the prompts of a set it was fitted on, [P] bool."""
         if not self.prompts:
-            return np.full(len(prompts), hash_of(frozenset(prompts)) == self.fit.prompts_sha256)
+            return np.full(len(prompts), hash_of_prompts(frozenset(prompts)) == self.fit.prompts_sha256)
         return np.array([prompt in self.prompts for prompt in prompts], dtype=bool)
 
 
@@ -155,6 +155,6 @@ def as_pair(values: np.ndarray) -> tuple[float, float]:
     return float(values[0]), float(values[1])
 
 
-def hash_of(prompts: frozenset[str]) -> str:
+def hash_of_prompts(prompts: frozenset[str]) -> str:
     """SHA-256 of the names of prompts."""
     return hashlib.sha256("\n".join(sorted(prompts)).encode()).hexdigest()

@@ -28,7 +28,7 @@ from hafrm_ds.evaluation.refusal.prompts import (
     LabelledPrompt,
     parts_of,
     read_answers,
-    read_prompts,
+    read_labelled,
 )
 from hafrm_ds.evaluation.refusal.subjects import Arm, Subject, arms_of, read_system
 from hafrm_ds.evaluation.refusal.tables import render_refusals
@@ -92,7 +92,7 @@ class Measurement:
         """
         openings = Openings() if options.openings is None else Openings.read(options.openings)
         system = "" if options.system is None else read_system(options.system)
-        every, repeated = read_prompts(parts_of(options.prompts), options.cache_dir)
+        every, repeated = read_labelled(parts_of(options.prompts), options.cache_dir)
         prompts = [every[place] for place in fixed_choice(len(every), options.max_prompts)]
         answers = {} if options.given_answers is None else read_answers(options.given_answers)
         used = {prompt.key for prompt in prompts} & answers.keys()
@@ -352,8 +352,8 @@ class Measurement:
 
 
 def num_prompts(options: RefusalOptions) -> int:
-    """How many prompts there are to ask. Raises DataError as `read_prompts` does."""
-    return len(read_prompts(parts_of(options.prompts), options.cache_dir)[0])
+    """How many prompts there are to ask. Raises DataError as `read_labelled` does."""
+    return len(read_labelled(parts_of(options.prompts), options.cache_dir)[0])
 
 
 def measure_refusals(options: RefusalOptions, processes: Processes, *, replaces: bool = False) -> None:

@@ -167,7 +167,7 @@ def known_parts(words: Any) -> list[str]:
     return list(map(str, words if isinstance(words, list) else [words]))
 
 
-def read_prompts(parts: Sequence[tuple[str, str]], cache_dir: Path | None) -> tuple[list[LabelledPrompt], int]:
+def read_labelled(parts: Sequence[tuple[str, str]], cache_dir: Path | None) -> tuple[list[LabelledPrompt], int]:
     """The prompts of several sets in their order, and how many of these stood there before and are asked once.
 
     Args:
@@ -192,7 +192,7 @@ def read_prompts(parts: Sequence[tuple[str, str]], cache_dir: Path | None) -> tu
 
 
 def read_set(name: str, path: str, cache_dir: Path | None) -> list[LabelledPrompt]:
-    """The prompts of a set. Raises DataError as `read_prompts` does."""
+    """The prompts of a set. Raises DataError as `read_labelled` does."""
     layout = PROMPT_SETS.get(name, LABELLED)
     source = Source(**(source_from_string(path) if path else layout.source))
     row_filter = RowFilter(source.where)

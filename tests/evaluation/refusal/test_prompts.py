@@ -10,14 +10,14 @@ from hafrm_ds.evaluation.refusal.prompts import (
     GivenAnswers,
     parts_of,
     read_answers,
-    read_prompts,
+    read_labelled,
 )
 from hafrm_ds.scoring.prompts import key_of
 from tests.data.row_files import write_lines
 
 
 def read(*words):
-    return read_prompts([part for word in words for part in parts_of(word)], None)
+    return read_labelled([part for word in words for part in parts_of(word)], None)
 
 
 XSTEST_CSV = """id,prompt,type,label,focus,note
