@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hafrm_ds.config import TrainConfig, option_names
+from hafrm_ds.training.rounds.options import RoundsOptions
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("launch", "docker", "ds_configs", "hafrm_ds", "tests")
@@ -24,7 +25,7 @@ PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b")
 SCRIPT = re.compile(r"(?:launch|tests/benchmarks)/[a-z_]+\.py\b|launch/slurm/[a-z_]+\.(?:sbatch|sh)\b")
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w.-]*\w)")
 FOREIGN = {
-    "deepspeed": "num_gpus module hostfile no_ssh node_rank master_addr",
+    "deepspeed": "log_level num_gpus module hostfile no_ssh node_rank master_addr",
     "torchrun": "nnodes nproc_per_node node_rank master_addr",
     "srun, sbatch": "nodes ntasks-per-node gpus-per-node gpus-per-task array signal",
     "vllm, sglang": "runner convert enforce-eager return-hidden-states-mode",
@@ -77,6 +78,16 @@ def test_options_are_there(document):
         known = options_of_script(script.group()) if script else set()
         unknown += [f"--{name}: {code}" for name in OPTION.findall(after) if name not in known]
     assert unknown == []
+
+
+@documents
+def test_options_that_are_named_by_their_section_are_there(document):
+    known = {".".join(name.split(".")[:2]) for name in option_names(RoundsOptions) if "." in name}
+    sections = "|".join({name.partition(".")[0] for name in known})
+    # What follows such a name is nothing, a value or a part of it; `model.safetensors` and the like are files.
+    named = re.compile(rf"(?:{sections})\.(?!safetensors|json|py\b)[a-z_]+(?=$|[ =:.])")
+    found = [match.group() for code in pieces_of_code(document.read_text()) if (match := named.match(code))]
+    assert [name for name in found if name not in known] == []
 
 
 def pieces_of_code(text: str) -> Iterator[str]:
