@@ -126,7 +126,11 @@ class DrawOfEachRow(LogitsProcessor):
         return least[:, None]
 
     def last_of(self, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of probabilities in descending order [rows, n]: that of the last one in the nucleus, and their sum [rows]."""
+        """Return the probability of the last token in each nucleus and the sum of all that are given, both [rows].
+
+        Args:
+            best: the largest probabilities in descending order, [rows, n].
+        """
         sums = best.cumsum(-1, dtype=torch.float64)
         last = (sums[:, :-1] < self.top_p).sum(-1, keepdim=True)
         return best.gather(1, last)[:, 0], sums[:, -1]
