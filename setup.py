@@ -34,6 +34,7 @@ setup(
         "huggingface_hub",
         "datasets>=4.3",  # Dataset.from_generator takes a fingerprint
         "pyarrow",
+        "filelock",
         "sentencepiece",
         "protobuf",  # without it transformers cannot read a sentencepiece model
         "safetensors",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -146,6 +147,25 @@ def cache_in_words(cache_dir: Path | None) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def one_at_a_time(result: Path) -> Iterator[None]:
+    """Let one of the processes that share the cache work on a result; the others wait here, and then find it there.
+
+    What is locked is a file beside `result`, as datasets locks its own; the end of a process frees it, however it ends.
+    """
+    result.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(result.with_name(f".{result.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print(f"waiting for another process that prepares the same data: {result}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @progress_bars_on_a_terminal()
 def prepare_groups(
     sources: list[Source],
@@ -174,20 +194,31 @@ def prepare_groups(
         folder = cache_folder(options) / f"prepared-{key}"
         prepared = PreparedGroups.open(folder)
         if prepared is None:
-            rows = read_groups(sources, role=role, seed=seed_of_choices, cache_dir=options.cache_dir)
-            try:
-                tokenized = tokenize_rows(rows, formatter, options)
-            except pa.ArrowInvalid:  # what the cache holds is damaged
-                tokenized = tokenize_rows(rows, formatter, options, anew=True)
-            count_groups(tokenized, folder, formatter, options, role)
-            prepared = PreparedGroups.open(folder)
-            if prepared is None:
-                raise DataError(f"{folder} was written, and cannot be read: does something else clear the cache?")
+            with one_at_a_time(folder):
+                prepared = PreparedGroups.open(folder) or prepare_anew(
+                    folder, sources, formatter, options, role, seed_of_choices
+                )
     report = prepared.report
     report.template = TemplateFacts.of(formatter)  # a file of the same content may have moved
     check_enough_left(report, options)
     for index in choose_examples(len(prepared), NUM_EXAMPLES, seed):
         report.examples.append(Example.of(prepared[index], formatter.tokenizer))
+    return prepared
+
+
+def prepare_anew(
+    folder: Path, sources: list[Source], formatter: ChatFormatter, options: PreparationOptions, role: Role, seed: int
+) -> PreparedGroups:
+    """Read and tokenise what `prepare_groups` has not found in `folder`, and leave it there. Errors as there."""
+    rows = read_groups(sources, role=role, seed=seed, cache_dir=options.cache_dir)
+    try:
+        tokenized = tokenize_rows(rows, formatter, options)
+    except pa.ArrowInvalid:  # what the cache holds is damaged
+        tokenized = tokenize_rows(rows, formatter, options, anew=True)
+    count_groups(tokenized, folder, formatter, options, role)
+    prepared = PreparedGroups.open(folder)
+    if prepared is None:
+        raise DataError(f"{folder} was written, and cannot be read: does something else clear the cache?")
     return prepared
 
 
@@ -271,21 +302,21 @@ def tokenize_rows(
     fingerprint = tokenization_cache_key(
         rows._fingerprint, formatter.fingerprint, options.max_length, options.truncation
     )
-    folder = cache_folder(options)
-    folder.mkdir(parents=True, exist_ok=True)
-    return rows.map(
-        tokenize_batch,
-        batched=True,
-        fn_kwargs={"formatter": formatter, "max_length": options.max_length, "truncation": options.truncation},
-        remove_columns=rows.column_names,
-        features=datasets.Features(GROUP_FEATURES | FATE_FEATURES),
-        num_proc=num_processes(len(rows), options.num_proc),
-        load_from_cache_file=not anew,
-        cache_file_name=str(folder / f"tokenized-{fingerprint}.arrow"),
-        # Given, because datasets would else hash the pickled formatter, whose bytes differ from process to process.
-        new_fingerprint=fingerprint,
-        desc="Tokenising",
-    )
+    file = cache_folder(options) / f"tokenized-{fingerprint}.arrow"
+    with one_at_a_time(file):  # runs with other seeds share it
+        return rows.map(
+            tokenize_batch,
+            batched=True,
+            fn_kwargs={"formatter": formatter, "max_length": options.max_length, "truncation": options.truncation},
+            remove_columns=rows.column_names,
+            features=datasets.Features(GROUP_FEATURES | FATE_FEATURES),
+            num_proc=num_processes(len(rows), options.num_proc),
+            load_from_cache_file=not anew,
+            cache_file_name=str(file),
+            # Given, because datasets would else hash the pickled formatter, whose bytes differ between processes.
+            new_fingerprint=fingerprint,
+            desc="Tokenising",
+        )
 
 
 def tokenization_cache_key(rows_fingerprint: str, formatter_fingerprint: str, max_length: int, truncation: str) -> str:

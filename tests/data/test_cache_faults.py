@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -31,10 +33,10 @@ def file(tmp_path):
 def prepare(tmp_path, make_tokenizer, file):
     formatter = ChatFormatter.create(make_tokenizer(), None, "2024-07-26")
 
-    def prepared(cache_dir=tmp_path / "cache", **options):
+    def prepared(cache_dir=tmp_path / "cache", role="eval", seed=0, **options):
         options = PreparationOptions(max_length=200, truncation="drop", cache_dir=cache_dir, **options)
         sources = [Source(path=str(tmp_path / "pairs.jsonl"))]
-        return prepare_groups(sources, formatter=formatter, options=options, role="eval", seed=0)
+        return prepare_groups(sources, formatter=formatter, options=options, role=role, seed=seed)
 
     return prepared
 
@@ -58,6 +60,23 @@ def test_a_full_disk_is_one_message(prepare, monkeypatch, step):
     monkeypatch.setattr(preparation, step, fail)
     with pytest.raises(DataError, match="cannot be used: No space left on device"):
         prepare()
+
+
+def test_runs_that_start_together_prepare_once(prepare, monkeypatch, capfd):
+    """As a job array does, with a seed each: runs of one seed share what is prepared, those of others the tokens."""
+    begun, tokenize = [], preparation.tokenize_batch
+
+    def slow(batch, **arguments):
+        begun.append(len(batch["id"]))
+        time.sleep(0.5)  # time for the others to find nothing there
+        return tokenize(batch, **arguments)
+
+    monkeypatch.setattr(preparation, "tokenize_batch", slow)
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda seed: prepare(role="train", seed=seed), [0, 0, 1, 1, 2, 2]))
+    assert begun == [9]
+    assert {groups.fingerprint for groups in together} == {prepare(role="train").fingerprint}
+    assert capfd.readouterr().err.count("waiting for another process that prepares the same data: ") >= 3
 
 
 def test_damaged_tokens_are_made_anew(prepare, tmp_path):

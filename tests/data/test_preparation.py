@@ -212,7 +212,7 @@ def test_nothing_left(prepare):
 def test_second_run_reads_the_cache(prepare, monkeypatch, tmp_path, make_tokenizer):
     first = prepare(GOOD_ROWS)
     files = sorted((tmp_path / "cache").iterdir())
-    assert [file.name.split("-")[0] for file in files] == ["prepared", "tokenized"]
+    assert [file.name.split("-")[0] for file in files if file.suffix != ".lock"] == ["prepared", "tokenized"]
     calls = []
     original = preparation.tokenize_groups
 
@@ -232,7 +232,7 @@ def test_second_run_reads_the_cache(prepare, monkeypatch, tmp_path, make_tokeniz
     other = ChatFormatter.create(make_tokenizer(), "chatml", "2024-07-26")
     prepare(GOOD_ROWS, formatter=other)
     assert len(calls) == 2 * len(GOOD_ROWS), "another template is another cache"
-    assert len(list((tmp_path / "cache").iterdir())) == 6
+    assert len(list((tmp_path / "cache").iterdir())) == 3 * len(files)
 
 
 def test_cache_key_depends_on_each_part(monkeypatch):
