@@ -19,7 +19,10 @@ FIRST_MINUTES = (
     "stages",
     "tell_at_once",
 )
-WITH_TORCH_AND_TRANSFORMERS = {"torch", "transformers", "numpy", "safetensors", "huggingface-hub", "pyyaml", "h11"}
+WITH_TORCH_AND_TRANSFORMERS = {
+    *("torch", "transformers", "numpy", "safetensors"),
+    *("huggingface-hub", "pyyaml", "h11", "filelock"),
+}
 SCRIPT = """
 import importlib, importlib.metadata, sys
 for name in sys.argv[1:]:
