@@ -195,9 +195,9 @@ def prepare_groups(
         prepared = PreparedGroups.open(folder)
         if prepared is None:
             with one_at_a_time(folder):
-                prepared = PreparedGroups.open(folder) or prepare_anew(
-                    folder, sources, formatter, options, role, seed_of_choices
-                )
+                prepared = PreparedGroups.open(folder)
+                if prepared is None:
+                    prepared = prepare_anew(folder, sources, formatter, options, role, seed_of_choices)
     report = prepared.report
     report.template = TemplateFacts.of(formatter)  # a file of the same content may have moved
     check_enough_left(report, options)

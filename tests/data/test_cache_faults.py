@@ -64,19 +64,25 @@ def test_a_full_disk_is_one_message(prepare, monkeypatch, step):
 
 def test_runs_that_start_together_prepare_once(prepare, monkeypatch, capfd):
     """As a job array does, with a seed each: runs of one seed share what is prepared, those of others the tokens."""
-    begun, tokenize = [], preparation.tokenize_batch
+    begun, arrived, tokenize, alone = [], [], preparation.tokenize_batch, preparation.one_at_a_time
 
-    def slow(batch, **arguments):
+    def one_at_a_time(result):
+        arrived.extend([result] * result.name.startswith("prepared-"))
+        return alone(result)
+
+    def after_all_have_arrived(batch, **arguments):
         begun.append(len(batch["id"]))
-        time.sleep(0.5)  # time for the others to find nothing there
+        while len(arrived) < 6:
+            time.sleep(0.01)
         return tokenize(batch, **arguments)
 
-    monkeypatch.setattr(preparation, "tokenize_batch", slow)
+    monkeypatch.setattr(preparation, "one_at_a_time", one_at_a_time)
+    monkeypatch.setattr(preparation, "tokenize_batch", after_all_have_arrived)
     with ThreadPoolExecutor(6) as pool:
         together = list(pool.map(lambda seed: prepare(role="train", seed=seed), [0, 0, 1, 1, 2, 2]))
     assert begun == [9]
     assert {groups.fingerprint for groups in together} == {prepare(role="train").fingerprint}
-    assert capfd.readouterr().err.count("waiting for another process that prepares the same data: ") >= 3
+    assert "waiting for another process that prepares the same data: " in capfd.readouterr().err
 
 
 def test_damaged_tokens_are_made_anew(prepare, tmp_path):
