@@ -5,6 +5,7 @@ Pairs with the same prompt are not independent, so prompts are resampled, each w
 Legend: P pairs, C different prompts, S trainings, B resamples, K kinds of values.
 """
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -47,13 +48,14 @@ def estimates(columns: Mapping[K, np.ndarray], prompts: Sequence[str], are_share
     if not len(prompts):
         raise ValueError("a mean over no pairs")
     values = np.stack([np.atleast_2d(np.asarray(column, dtype=np.float64)) for column in columns.values()])
-    center, means = values.mean(axis=(1, 2)), resampled_means(values, prompts, seed=0)
+    center, means = values.mean(axis=(1, 2)), resampled_means(values, prompts)
     num_prompts = len(set(prompts))
     return {name: with_interval(center[k], means[:, k], num_prompts, are_shares) for k, name in enumerate(columns)}
 
 
 def means_of_sets(columns: Mapping[K, Sequence[np.ndarray]], prompts: Sequence[Sequence[str]]) -> dict[K, Estimate]:
     """Means over several sets, each of which counts alike, of the means of their pairs, from the same resamples.
+    A prompt that several sets have is drawn for all of them together.
 
     Args:
         columns: for each set [S, P]; the same S trainings, which are resampled alike in all of them.
@@ -63,8 +65,12 @@ def means_of_sets(columns: Mapping[K, Sequence[np.ndarray]], prompts: Sequence[S
         return {}
     of_sets = [np.stack(each) for each in zip(*columns.values(), strict=True)]
     center = np.mean([each.mean(axis=(1, 2)) for each in of_sets], axis=0)
-    means = [resampled_means(each, names, seed) for seed, (each, names) in enumerate(zip(of_sets, prompts))]
-    mean, num_prompts = np.mean(means, axis=0), sum(len(set(names)) for names in prompts)
+    sets_with: dict[str, tuple[int, ...]] = defaultdict(tuple)
+    for place, names in enumerate(prompts):
+        for name in dict.fromkeys(names):
+            sets_with[name] += (place,)
+    means = [resampled_means(each, names, sets_with) for each, names in zip(of_sets, prompts, strict=True)]
+    mean, num_prompts = np.mean(means, axis=0), len(sets_with)
     return {name: with_interval(center[k], mean[:, k], num_prompts) for k, name in enumerate(columns)}
 
 
@@ -86,15 +92,29 @@ def with_interval(center: float, means: np.ndarray, num_prompts: int, are_shares
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def resampled_means(values: np.ndarray, prompts: Sequence[str], seed: int) -> np.ndarray:
-    """Means of values [K, S, P] in each resample of prompts and trainings: [B, K]."""
+def resampled_means(
+    values: np.ndarray, prompts: Sequence[str], sets_with: Mapping[str, tuple[int, ...]] | None = None
+) -> np.ndarray:
+    """Means of values [K, S, P] in each resample of prompts and trainings: [B, K].
+
+    Args:
+        sets_with: the sets that have each prompt. Prompts of the same sets are drawn among themselves, and alike for
+            each of these. None: there is one set.
+    """
     num_columns, num_trainings, num_pairs = values.shape
-    _, cluster = np.unique(np.asarray(prompts), return_inverse=True)
-    sizes = np.bincount(cluster)
-    rows = values.reshape(num_columns * num_trainings, num_pairs)
-    sums = np.stack([np.bincount(cluster, weights=row) for row in rows], axis=1)  # [C, K * S]
-    counts = resampled_counts(len(sizes), np.random.default_rng(seed))
-    means = np.concatenate([(chunk @ sums) / (chunk @ sizes)[:, None] for chunk in counts])
+    rows, names = values.reshape(num_columns * num_trainings, num_pairs), np.asarray(prompts)
+    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        places[(0,) if sets_with is None else sets_with[prompt]].append(place)
+    totals, drawn = np.zeros((NUM_RESAMPLES, len(rows))), np.zeros((NUM_RESAMPLES, 1))
+    for sets, mine in places.items():
+        _, cluster = np.unique(names[mine], return_inverse=True)
+        sizes = np.bincount(cluster)
+        sums = np.stack([np.bincount(cluster, weights=row[mine]) for row in rows], axis=1)  # [C, K * S]
+        counts = resampled_counts(len(sizes), np.random.default_rng(sets if len(sets) > 1 else sets[0]))
+        weighed = np.concatenate([chunk @ np.column_stack([sums, sizes]) for chunk in counts])
+        totals, drawn = totals + weighed[:, :-1], drawn + weighed[:, -1:]
+    means = totals / drawn
     # The same for every set, as a training is drawn with all of its results.
     trainings = np.random.default_rng(TRAININGS_SEED).multinomial(
         num_trainings, np.full(num_trainings, 1 / num_trainings), size=NUM_RESAMPLES

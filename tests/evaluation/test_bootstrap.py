@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hafrm_ds.evaluation.bootstrap import estimate, estimates
+from hafrm_ds.evaluation.bootstrap import estimate, estimates, means_of_sets
 
 
 def naive(values: np.ndarray, prompts: list[str], resamples: int = 4000) -> tuple[float, float]:
@@ -80,3 +80,21 @@ def test_a_single_prompt_tells_of_no_interval():
 def test_no_pairs_have_no_mean():
     with pytest.raises(ValueError, match="no pairs"):
         estimate(np.empty(0), [])
+
+
+def test_a_prompt_of_several_sets_is_drawn_for_all_of_them_together():
+    """The mean of a set with itself is the set; half of it shared, the interval is that of a naive joint bootstrap."""
+    source = np.random.default_rng(0)
+    values, names = source.normal(size=(1, 400)), [str(k) for k in range(400)]
+    alone, twice = estimate(values, names), means_of_sets({"": [values, values]}, [names, names])[""]
+    assert twice["high"] - twice["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
+
+    near, far = values[:, :300], values[:, 100:]  # 200 prompts of both, 100 of each alone
+    found = means_of_sets({"": [near, far]}, [names[:300], names[100:]])[""]
+    means = []
+    for _ in range(4000):
+        own, both, other = (
+            source.integers(low, high, size=high - low) for low, high in ((0, 100), (100, 300), (300, 400))
+        )
+        means.append(np.mean([values[0, np.concatenate([each, both])].mean() for each in (own, other)]))
+    assert (found["low"], found["high"]) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.1 * np.std(means))
