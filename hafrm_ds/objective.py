@@ -329,7 +329,8 @@ class JudgeFit:
     deviations: root mean squares of the margins over the pairs of the fit.
     beta: scale of the implicit reward that the second weight belongs to.
     set, pairs, prompts: name of the set that it was fitted on, its pairs, and its different prompts.
-    prompts_sha256, folds: what the prompts are, and the weights that were fitted without each fold of them.
+    seen, folds: a short hash of each prompt (`hafrm_ds.evaluation.combined`), and the weights that were fitted without
+        each fold of the prompts.
     """
 
     weights: tuple[float, float]
@@ -340,7 +341,7 @@ class JudgeFit:
     set: str
     pairs: int
     prompts: int
-    prompts_sha256: str
+    seen: str
     folds: tuple[tuple[float, float], ...]
 
     def score(self, reward: Values, logprob: Values, reference: Values) -> Values:

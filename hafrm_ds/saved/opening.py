@@ -156,7 +156,10 @@ def judge_of(saved: Saved) -> JudgeFit:
     try:
         return JudgeFit.from_json(content)
     except (KeyError, TypeError) as error:
-        raise ModelError(f"the combined judge in {file} cannot be read: {error!r}") from error
+        raise ModelError(
+            f"the combined judge in {file} cannot be read: {error!r}. launch/evaluate.py --fit_judge SOURCE "
+            "--save_judge true puts another in its place"
+        ) from error
 
 
 def check_both_heads(saved: Saved) -> None:

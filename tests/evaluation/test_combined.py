@@ -1,6 +1,7 @@
 """Both heads as one judge: the fit against plain minimisers, what it gains, and that it never sees what it judges."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -163,16 +164,22 @@ def test_a_set_is_judged_by_what_has_not_seen_its_prompts():
     assert all(low < value < high for low, value, high in zip(judge.fit.low, judge.fit.weights, judge.fit.high))
 
 
-def test_a_saved_fit_judges_its_own_pairs_as_it_did_and_others_by_the_whole():
+def test_a_saved_fit_judges_the_pairs_it_has_seen_as_it_did_among_whatever_others():
     margins, prompts = planted(400, (1.0, 0.01))
     near = scores_of(margins, prompts)
     CombinedJudge.fitted_on(near).judge(near)
-    saved = CombinedJudge(JudgeFit.from_json(near.fit.to_json()))
-    again, other = scores_of(margins, prompts), scores_of(margins[:-1], prompts[:-1])
-    saved.judge(again)
-    saved.judge(other)
-    np.testing.assert_array_equal(again.combined, near.combined)
-    assert (other.combined != near.combined[:-1]).any()
+    saved = CombinedJudge(JudgeFit.from_json(json.loads(json.dumps(near.fit.to_json()))))
+    others = [f"other {n}" for n in range(400)]
+    mixed = scores_of(np.concatenate([margins[:-1], margins]), [*prompts[:-1], *others])
+    saved.judge(mixed)
+    np.testing.assert_array_equal(mixed.combined[:399], near.combined[:-1])
+    np.testing.assert_allclose(mixed.margins("combined")[399:], margins @ saved.fit.weights, rtol=1e-3, atol=1e-4)
+
+
+def test_a_score_that_is_no_number_makes_no_judge():
+    margins, prompts = planted(400, (1.0, 0.01))
+    margins[7, 0] = np.nan
+    assert CombinedJudge.fitted_on(scores_of(margins, prompts)) is None
 
 
 def test_without_both_heads_or_enough_pairs_and_prompts_there_is_none():
