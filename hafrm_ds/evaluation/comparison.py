@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,13 +15,17 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.bootstrap import estimates, means_of_sets
 from hafrm_ds.evaluation.calibration import correctness
 from hafrm_ds.evaluation.combined import CombinedJudge
+from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
+
+K = TypeVar("K", bound=Hashable)
 
 COMPARISON_FILE = "comparison.json"
 """The results of a comparison, in its folder."""
 OTHERS = "mean of the others"
 TWO_MODELS = "two_models"
 """A judge of DPO in a comparison: its implicit reward and the reward head of Baseline, combined."""
+JUDGE_NAMES = JUDGES | {TWO_MODELS: "implicit reward with Baseline's head"}
 COLUMNS_AT_ONCE = 256
 """Accuracies that are resampled together, which bounds the memory."""
 
@@ -45,7 +49,15 @@ class Judged:
     @classmethod
     def of(cls, scores: PairScores, like: "Judged | None" = None) -> "Judged":
         """Args: like: another training's, whose names of pairs are shared where they are the same."""
-        right = {judge: correctness(scores.margins(judge)).astype(np.float32) for judge in scores.judges}
+        right = {}
+        for judge in scores.judges:
+            margins = scores.margins(judge)
+            if not np.isfinite(margins).all():
+                place = int(np.flatnonzero(~np.isfinite(margins))[0])
+                raise DataError(
+                    f"{scores.set}: the {JUDGE_NAMES[judge]} gives {scores.ids[place]} a score that is no number"
+                )
+            right[judge] = correctness(margins).astype(np.float32)
         if like is not None and (scores.ids, scores.prompts) == (like.ids, like.prompts):
             return cls(like.ids, like.prompts, right)
         return cls(scores.ids, scores.prompts, right)
@@ -113,9 +125,9 @@ def compare(
     Returns:
         seeds; planned_seeds; sets; pairs: the number in each set; methods: name -> judge and, for each set and for the
         mean of the others than the first, accuracy as value, low, high (bootstrap over prompts and seeds) and by_seed;
-        other_judges: the same for the method's other heads; differences: "A - B" -> the same, paired. In a sweep, where
-        B is the Baseline of a cell: sweep; cells: labels, baseline and methods of each; and gains of a method: Baseline
-        -> judge of the method -> the same.
+        other_judges: the same for the method's other heads; differences: "A - B" -> the same, paired (`contests`).
+        In a sweep also: sweep; cells: labels, baseline and methods of each; and gains of a method: Baseline of a
+        cell -> judge of the method -> the same.
 
     Raises:
         DataError: the methods were not evaluated on the same pairs.
@@ -127,20 +139,9 @@ def compare(
         {(method.name, judge): [(1, method, judge)] for method in methods for judge in method.judges}, prompts
     )
     baselines = list(dict.fromkeys(name for method in methods for name in method.cells))
-    pairs = (
-        [(method, named[name], method.judges) for method in methods for name in method.cells if name != method.name]
-        if sweep is not None
-        else [(later, earlier, [later.judge]) for earlier, later in itertools.combinations(methods, 2)]
-    )
-    gained = over_sets(
-        {
-            (later.name, earlier.name, judge): [(1, later, judge), (-1, earlier, earlier.judge)]
-            for later, earlier, judges in pairs
-            for judge in judges
-        },
-        prompts,
-        are_shares=False,
-    )
+    gains = {} if sweep is None else gains_over_baselines(methods)
+    differences = contests(methods, is_sweep=sweep is not None)
+    gained, differing = (over_sets(terms, prompts, are_shares=False) for terms in (gains, differences))
     results: dict[str, Any] = {
         "seeds": list(seeds),
         "planned_seeds": list(planned_seeds),
@@ -154,16 +155,13 @@ def compare(
             }
             for method in methods
         },
-        "differences": {
-            f"{later.name} - {earlier.name}": gained[later.name, earlier.name, later.judge]
-            for later, earlier, _ in pairs
-        },
+        "differences": differing,
     }
     if sweep is None:
         return results
-    for later, earlier, judges in pairs:
-        gains = {judge: gained[later.name, earlier.name, judge] for judge in judges}
-        results["methods"][later.name].setdefault("gains", {})[earlier.name] = gains
+    for name, baseline, judge in gains:
+        found = results["methods"][name].setdefault("gains", {}).setdefault(baseline, {})
+        found[judge] = gained[name, baseline, judge]
     cells = [
         {
             "baseline": baseline,
@@ -179,15 +177,53 @@ Terms = Sequence[tuple[int, Method, str]]
 """A sum, over its terms, of a sign times what a judge of a method got right."""
 
 
+def gains_over_baselines(methods: Sequence[Method]) -> dict[tuple[str, str, str], Terms]:
+    """Of a sweep, (method, Baseline of a cell that it stands in, its judge) -> the terms of its gain. Two models have
+    one in the cell of their Baseline alone."""
+    named = {method.name: method for method in methods}
+    return {
+        (method.name, name, judge): [(1, method, judge), (-1, named[name], named[name].judge)]
+        for method in methods
+        for name in method.cells
+        if name != method.name
+        for judge in method.judges
+        if judge != TWO_MODELS or name == next(iter(method.cells))
+    }
+
+
+def contests(methods: Sequence[Method], is_sweep: bool) -> dict[str, Terms]:
+    """What is compared, "A - B" -> its terms: each method with those before it, by the judge of either. Both heads of
+    a method meet the other's judge too, and its rival of two models.
+
+    In a sweep a method meets the Baseline of each cell that it stands in, and its both heads the two models whose
+    Baseline that is.
+    """
+    found: dict[str, Terms] = {}
+    for earlier, later in itertools.permutations(methods, 2) if is_sweep else itertools.combinations(methods, 2):
+        two, is_baseline = TWO_MODELS in earlier.judges, earlier.name in later.cells
+        meets_two = two and (not is_sweep or next(iter(earlier.cells)) in later.cells)
+        if not is_sweep or is_baseline:
+            found[f"{later.name} - {earlier.name}"] = [(1, later, later.judge), (-1, earlier, earlier.judge)]
+        if "combined" not in later.judges:
+            continue
+        both = f"{later.name}, {JUDGE_NAMES['combined']}"
+        if not is_sweep:
+            found[f"{both} - {earlier.name}"] = [(1, later, "combined"), (-1, earlier, earlier.judge)]
+        if meets_two:
+            rival = f"{earlier.name}, {JUDGE_NAMES[TWO_MODELS]}"
+            found[f"{both} - {rival}"] = [(1, later, "combined"), (-1, earlier, TWO_MODELS)]
+    return found
+
+
 def over_sets(
-    columns: Mapping[Hashable, Terms], prompts: Mapping[str, Sequence[str]], are_shares: bool = True
-) -> dict[Hashable, dict[str, Any]]:
+    columns: Mapping[K, Terms], prompts: Mapping[str, Sequence[str]], are_shares: bool = True
+) -> dict[K, dict[str, Any]]:
     """For each column, name of a set -> value, low, high and by_seed; and for the mean of the others than the first.
 
     Args:
         prompts: name of a set -> [P].
     """
-    found: dict[Hashable, dict[str, Any]] = {}
+    found: dict[K, dict[str, Any]] = {}
     others, keys = list(prompts)[1:], list(columns)
     for first in range(0, len(keys), COLUMNS_AT_ONCE):
         some = keys[first : first + COLUMNS_AT_ONCE]
@@ -220,8 +256,17 @@ def check_same_pairs(methods: Sequence[Method], set_names: Sequence[str], seeds:
         for training, judged in trainings:
             if name not in judged:
                 raise DataError(f"{training} was not evaluated on {name}")
-            if (judged[name].ids, judged[name].prompts) != (expected[name].ids, expected[name].prompts):
+            own, other = judged[name], expected[name]
+            # Prompts are named by their tokens, which differ between models: which pairs share one must be the same.
+            if own.ids != other.ids or (own.prompts != other.prompts and places(own.prompts) != places(other.prompts)):
                 raise DataError(
                     f"{training} was not evaluated on the same pairs of {name} as {first}: the data or options of "
-                    "data.eval have changed between the two; remove the run that is out of date to train it anew"
+                    "data.eval have changed between the two, and the run that is out of date must be removed to be "
+                    "trained anew; or an option that was varied decides which pairs are kept (a length, a template)"
                 )
+
+
+def places(names: Sequence[str]) -> list[int]:
+    """Each name as its place among the different ones: [P]."""
+    found: dict[str, int] = {}
+    return [found.setdefault(name, len(found)) for name in names]

@@ -5,10 +5,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from hafrm_ds.data.tables import Cell, Estimate, Table, share_estimate
-from hafrm_ds.evaluation.comparison import OTHERS, TWO_MODELS
-from hafrm_ds.evaluation.figures import JUDGES
-
-JUDGE_NAMES = JUDGES | {TWO_MODELS: "implicit reward with Baseline's head"}
+from hafrm_ds.evaluation.comparison import JUDGE_NAMES, OTHERS
 
 
 def shown_columns(results: dict[str, Any]) -> list[str]:
@@ -66,6 +63,8 @@ def gain_table(results: dict[str, Any], columns: list[str], caption: str) -> Tab
             gains = method.get("gains", {})
             against = f" (against {baseline})" if len(gains) > 1 else ""
             for judge, accuracy in {method["judge"]: method["accuracy"], **method["other_judges"]}.items():
+                if baseline in gains and judge not in gains[baseline]:
+                    continue  # two models whose Baseline is that of another cell
                 own = [share_estimate(accuracy[column]) for column in columns]
                 gained = [
                     Cell(points(gains[baseline][judge][column]), f"{each.text}, {each.detail}")

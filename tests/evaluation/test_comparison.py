@@ -2,6 +2,7 @@
 
 import io
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation import comparison
 from hafrm_ds.evaluation.bootstrap import estimate, means_of_sets
 from hafrm_ds.evaluation.comparison import OTHERS, TWO_MODELS, Judged, Method, compare, two_models
-from hafrm_ds.evaluation.comparison_tables import points, render_comparison, seeds_in_words
+from hafrm_ds.evaluation.comparison_tables import gain_table, points, render_comparison, seeds_in_words
 from hafrm_ds.evaluation.figures import JUDGES
 from hafrm_ds.evaluation.pair_scores import PairScores
 from tests.evaluation.groups import rated_groups
@@ -113,7 +114,7 @@ def test_other_pairs_are_no_comparison():
         DataError, match="other with seed 8 was not evaluated on the same pairs of far as one with seed 7"
     ):
         compare([one, other], list(SIZES), [7, 8], [7, 8])
-    one.trainings[1]["far"].prompts[3] = "another"
+    one.trainings[1]["far"].prompts[3] = one.trainings[1]["far"].prompts[4]
     with pytest.raises(
         DataError, match="one with seed 8 was not evaluated on the same pairs of far as one with seed 7"
     ):
@@ -171,6 +172,59 @@ def test_a_sweep_compares_with_the_baseline_of_the_cell_alone():
     assert gain("dpo", "baseline-pairs1", "implicit") == pytest.approx(0.15)
     assert gain("dpo", "baseline-pairs2", "implicit") == pytest.approx(0.05)
     assert "gains" not in results["methods"]["baseline-pairs1"]
+
+
+def test_both_heads_meet_the_other_methods_and_the_two_models():
+    haf = planted("haf", {"reward": 0.6, "implicit": 0.6, "combined": 0.8}, {})
+    dpo = planted("dpo", {"implicit": 0.65, TWO_MODELS: 0.75}, {})
+    found = compare([planted("baseline", {"reward": 0.7}, {}), dpo, haf], ["in"], [0, 1], [0, 1])["differences"]
+    assert {name: round(each["in"]["value"], 4) for name, each in found.items()} == {
+        "dpo - baseline": -0.05,
+        "haf - baseline": -0.1,
+        "haf, both heads - baseline": 0.1,
+        "haf - dpo": -0.05,
+        "haf, both heads - dpo": 0.15,
+        "haf, both heads - dpo, implicit reward with Baseline's head": 0.05,
+    }
+
+
+def test_two_models_are_those_of_one_cell():
+    """DPO does not feel what the cells differ in; its rival's reward head is that of the first."""
+    one, two = {"baseline-lr1": {"lr": "1"}}, {"baseline-lr2": {"lr": "2"}}
+    methods = [
+        planted("baseline-lr1", {"reward": 0.6}, one),
+        planted("dpo", {"implicit": 0.65, TWO_MODELS: 0.75}, one | two),
+        planted("haf-lr1", {"reward": 0.6, "combined": 0.8}, {"baseline-lr1": {"lr": "1", "share": "0.5"}}),
+        planted("baseline-lr2", {"reward": 0.7}, two),
+        planted("haf-lr2", {"reward": 0.6, "combined": 0.8}, {"baseline-lr2": {"lr": "2", "share": "0.5"}}),
+    ]
+    results = compare(methods, ["in"], [0, 1], [0, 1], {"lr": {"option": "some.option"}})
+    gains = results["methods"]["dpo"]["gains"]
+    assert TWO_MODELS in gains["baseline-lr1"] and list(gains["baseline-lr2"]) == ["implicit"]
+    rival = "dpo, implicit reward with Baseline's head"
+    assert results["differences"][f"haf-lr1, both heads - {rival}"]["in"]["value"] == pytest.approx(0.05)
+    assert f"haf-lr2, both heads - {rival}" not in results["differences"]
+    rows = [name for name, _ in gain_table(results, ["in"], "gains").rows]
+    assert f"{rival} (against baseline-lr1)" in rows and f"{rival} (against baseline-lr2)" not in rows
+
+
+def test_a_score_that_is_no_number_is_named():
+    right = scores("in", np.ones(50))
+    right.reward[3, 0] = np.nan
+    with pytest.raises(DataError, match="in: the reward head gives in:3 a score that is no number"):
+        Judged.of(right)
+
+
+def test_names_of_prompts_may_differ_where_they_group_the_pairs_alike():
+    """Of models with tokenizers of their own: prompts are named by their tokens."""
+    one, other = method("one", [0.5], 0), method("other", [0.5], 1)
+    before = compare([one, other], list(SIZES), [0], [0])["differences"]
+    renamed = {
+        name: replace(judged, prompts=[f"another {each}" for each in judged.prompts])
+        for name, judged in other.trainings[0].items()
+    }
+    other = replace(other, trainings=[renamed])
+    assert compare([one, other], list(SIZES), [0], [0])["differences"] == before
 
 
 def test_many_methods_at_once_are_estimated_as_each_alone(monkeypatch):
