@@ -296,7 +296,7 @@ def prune(root: Path, keep_last: int, best_step: int | None, is_better: Callable
         if best_step is not None and folder.name == checkpoint_name(best_step):
             best = folder
             break
-        if value is not None and (best is None or is_better(value, best_value)):
+        if value is not None and not math.isnan(value) and (best is None or is_better(value, best_value)):
             best, best_value = folder, value
     for folder, _ in good[keep_last:]:
         if folder != best:

@@ -406,6 +406,7 @@ class Trainer:
         """Score every evaluation set, log its metrics, remember the best step; False if a signal interrupts it."""
         objective, attributes = self.config.objective, self.config.model.attributes
         judge: CombinedJudge | None = None
+        evaluated: list[PairScores] = []
         for place, (name, group_set) in enumerate(self.eval_sets.items()):
             groups, index = group_set.groups, group_set.index
             with self.log.progress(f"evaluating {name}", len(index), groups.unit) as progress:
@@ -428,14 +429,18 @@ class Trainer:
             if judge is not None:
                 judge.judge(pair_scores)
             metrics = set_metrics(pair_scores, objective) | attribute_metrics(groups, index, scores, attributes)
-            if self.log.writes:
-                pair_scores.keep_texts(groups, index, self.tokenizer)
-                pair_scores.save(self.config.output_dir / SCORES_FOLDER)
+            evaluated.append(pair_scores)
             self.state.last_evaluation[name] = metrics
             self.log.metrics("eval", step, metrics, set=name)
             self.log.print(f"step {step}  {name}: {describe(metrics)}")
         self.state.judge = None if judge is None else judge.fit.to_json()
         self.state.note_best(step)
+        # The scores that stay are those of the weights that final/ gets.
+        stay = self.config.checkpoint.final == "last" or self.state.best.step in (None, step)
+        if stay and self.log.writes:
+            for pair_scores, group_set in zip(evaluated, self.eval_sets.values(), strict=True):
+                pair_scores.keep_texts(group_set.groups, group_set.index, self.tokenizer)
+                pair_scores.save(self.config.output_dir / SCORES_FOLDER)
         return True
 
     def choose_final_weights(self) -> int:

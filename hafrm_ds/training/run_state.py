@@ -5,6 +5,7 @@ TrainingState for the rest. What follows from the step alone has no state: the b
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,11 @@ class Best:
         return value < other if is_loss else value > other
 
     def consider(self, step: int, value: float) -> None:
-        """Note the value of the metric at an evaluation."""
+        """Note the value of the metric at an evaluation. One that is no number is never the best."""
         if not step:
             return
         self.latest_value, self.latest_step = value, step
-        if self.value is None or self.is_better(value, self.value):
+        if not math.isnan(value) and (self.value is None or self.is_better(value, self.value)):
             self.value, self.step, self.evaluations_since = value, step, 0
         else:
             self.evaluations_since += 1

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from hafrm_ds.engine.checkpoint import CheckpointError
 from hafrm_ds.errors import ModelError
+from hafrm_ds.evaluation.pair_scores import load_all
 from hafrm_ds.training.final import export_checkpoint
 from tests.distributed.forked_ranks import run_cases
 from tests.distributed.launching import TINY_RUN, as_options, rows, write_pairs
@@ -225,6 +226,7 @@ def test_a_run_ends_when_patience_is_lost_and_final_is_the_best_step(runs, tmp_p
     best = max(values, key=lambda step: (values[step], -step))
     assert best + PATIENCE == max(values) < STEPS, values
     assert (summary["steps"], summary["final_step"], summary["ended_early"]) == (best + PATIENCE, best, True)
+    assert {scores.step for scores in load_all(run / "evaluation").values()} == {best}
     assert export_checkpoint(run / f"checkpoints/step-{best:06}", tmp_path / "best") == best
     assert_same_files(tmp_path / "best", run / "final")
     export_checkpoint(folder / "patient, resumed/checkpoints/latest", tmp_path / "later")

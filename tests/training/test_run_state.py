@@ -1,5 +1,7 @@
 """Which evaluation of a run is the best."""
 
+import math
+
 import pytest
 
 from hafrm_ds.training.run_state import Best
@@ -19,6 +21,13 @@ def test_evaluations_without_improvement_are_counted():
         best.consider(step, value)
         counts.append(best.evaluations_since)
     assert counts == [0, 1, 2, 0, 1, 0]
+
+
+def test_a_value_that_is_no_number_is_never_the_best():
+    best = Best("held_out/accuracy/reward")
+    for step, value in ((1, math.nan), (2, 0.7), (3, math.nan)):
+        best.consider(step, value)
+    assert (best.step, best.value, best.evaluations_since) == (2, 0.7, 1)
 
 
 @pytest.mark.parametrize(
