@@ -1,8 +1,8 @@
 """A process that has imported all that a training needs, and forks one training after another from it.
 
-Imports take longer than a small training. The process does nothing but import and fork: it has no threads, no CUDA
-context and no process group that a fork would have half of. What the first training imports on its way (DeepSpeed, the
-model's code), the others find imported.
+Imports take longer than a small training. The process does nothing but import and fork: it has no CUDA context, no
+process group, and no threads but what libraries keep to themselves, of which a fork would have half. What the first
+training imports on its way (DeepSpeed, the model's code), the others find imported.
 
     python -m hafrm_ds.training.fork_server SCRIPT FD < requests          started by `ForkServer`
 
@@ -10,6 +10,7 @@ A request is a line of JSON: arguments of the entry file SCRIPT, and variables f
 pipe FD gets two lines: `pid N` once signals reach it, and `status N` when it has ended.
 """
 
+import ctypes
 import gc
 import importlib
 import json
@@ -31,6 +32,8 @@ from hafrm_ds.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 POLL_SECONDS = 0.05
+PR_SET_PDEATHSIG = 1
+"""Of prctl, in Linux's <sys/prctl.h>: the signal that a process gets when its parent ends."""
 
 
 class ForkServer:
@@ -139,6 +142,8 @@ def run_script(script: str, request: Mapping, answers: int, learned: TextIO) -> 
     try:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        with suppress(AttributeError, OSError):  # elsewhere than on Linux
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a server that is killed leaves no training
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, sys.stdin.fileno())
         os.write(answers, f"pid {os.getpid()}\n".encode())

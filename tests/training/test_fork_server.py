@@ -99,6 +99,16 @@ def test_a_training_is_stopped_when_its_starter_is_gone(script, tmp_path):
     wait_for(file, "stopped")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells a process that its parent has ended")
+def test_a_training_is_stopped_when_its_server_is_killed(script, tmp_path):
+    server, file = ForkServer(script), tmp_path / "facts"
+    server.start([str(file), "wait"], {})
+    wait_for(file, "}")
+    server.process.kill()
+    wait_for(file, "stopped")
+    server.close()
+
+
 def test_a_server_that_is_gone_is_said_so(script, tmp_path):
     server = ForkServer(script)
     server.process.kill()
