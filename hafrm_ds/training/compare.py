@@ -191,7 +191,10 @@ def add_trainings(methods: Sequence[Method], runs: Mapping[str, TrainConfig], fi
     cell. The methods stand cell by cell, each Baseline before the others of its cell."""
     baseline: dict[str, PairScores] = {}
     for method in methods:
-        scores = load_all(runs[method.name].output_dir / SCORES_FOLDER)
+        run = runs[method.name]
+        scores = {
+            name: each for name, each in load_all(run.output_dir / SCORES_FOLDER).items() if name in run.data.eval
+        }
         like = methods[0].trainings[0] if methods[0].trainings else {}
         found = {name: Judged.of(each, like.get(name)) for name, each in scores.items()}
         if method.name in method.cells:
@@ -230,6 +233,12 @@ def is_finished(run: TrainConfig) -> bool:
     for name, value in wanted["batch"].items():
         if value == "auto":  # decided by the run
             wanted["batch"][name] = saved["batch"][name]
+    if list(saved["data"]["eval"]) != list(wanted["data"]["eval"]) and saved["data"]["eval"] == wanted["data"]["eval"]:
+        raise UserError(
+            f"{run.output_dir} holds a finished run with another order of data.eval "
+            f"({', '.join(saved['data']['eval'])}): the first set is that of the training distribution, on which its "
+            "combined judge was fitted. Choose another --output_dir, or remove the run to train it anew"
+        )
     free = tuple(name for name in FREE_TO_CHANGE if name not in CONTENT)
     if changed := changed_options(saved, wanted, free):
         lines = "".join(f"\n  - {text}" for text in changed.values())

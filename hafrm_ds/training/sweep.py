@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hafrm_ds.config import ObjectiveConfig, TrainConfig
+from hafrm_ds.config import TrainConfig
 from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import ConfigError
 from hafrm_ds.options import CommandLine, option_names
@@ -39,6 +39,7 @@ FIXED = {
     "output_dir": "every training has its own folder in that of the comparison",
     "resume": "a comparison always resumes",
     "data.eval": "all methods are tested on the same pairs",
+    "evaluation.max_pairs": "all methods are tested on the same pairs",
 }
 SOURCE_FIELD = "data.train."
 """With the name of a field of a source behind it: that field of every source of data.train."""
@@ -146,6 +147,11 @@ def axes_of(
         for option, values in typed.items()
     ]
     problems = [
+        "--sweep cannot have epochs beside max_steps, which counts in their place: leave one of the two out"
+        for option in typed
+        if option == "epochs" and (config.max_steps is not None or "max_steps" in typed)
+    ]
+    problems += [
         f"{axis.given_by} has {times} values{of_option} that are written {label} in the names of the runs; give each "
         "only once"
         for axis in axes
@@ -236,8 +242,8 @@ def with_values(config: TrainConfig, values: Mapping[str, Any], kind: Kind) -> t
     if kind == "baseline":
         objective |= no_share | {"alpha": 0.0}
     elif kind == "dpo":
-        alpha = ObjectiveConfig().alpha if objective["alpha"] is None else objective["alpha"]
-        objective |= no_share | {"alpha": alpha, "rm_weight": 0.0}
+        # A weight beside nothing would only decide what max_gradient_norm cuts.
+        objective |= no_share | {"alpha": 1.0, "rm_weight": 0.0}
     elif ALPHA in values:
         objective |= no_share
     elif SHARE in values:
@@ -327,11 +333,16 @@ def labels_of(values: Sequence[Any]) -> list[str]:
     """Values as they stand in the names of runs: of paths the last parts that tell them apart."""
     if all(isinstance(value, str) and as_number(value) is None for value in values):
         parts = [[part for part in value.split("/") if part] or [value] for value in values]
-        for depth in range(1, max(map(len, parts)) + 1):
-            labels = [in_a_name("-".join(each[-depth:])) for each in parts]
-            if len(set(labels)) == len(labels):
-                break
-        return labels
+        depths = [1] * len(parts)
+        while True:
+            labels = [in_a_name("-".join(each[-depth:])) for each, depth in zip(parts, depths, strict=True)]
+            times = Counter(labels)
+            # Those alone that another has too, so that a value that is added renames no others.
+            deeper = [k for k, label in enumerate(labels) if times[label] > 1 and depths[k] < len(parts[k])]
+            if not deeper:
+                return labels
+            for k in deeper:
+                depths[k] += 1
     return [in_a_name(value) for value in values]
 
 

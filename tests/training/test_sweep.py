@@ -16,7 +16,7 @@ def test_arms_are_named_by_what_differs(tmp_path):
     found = arms(config_of(tmp_path), [0.05, 1], [0.1])
     assert list(found) == ["baseline", "dpo", "haf-alpha0.05", "haf-alpha1"]
     weights = {name: (arm.config.objective.rm_weight, arm.config.objective.alpha) for name, arm in found.items()}
-    assert weights == {"baseline": (1, 0), "dpo": (0, 0.2), "haf-alpha0.05": (1, 0.05), "haf-alpha1": (1, 1)}
+    assert weights == {"baseline": (1, 0), "dpo": (0, 1), "haf-alpha0.05": (1, 0.05), "haf-alpha1": (1, 1)}
     assert [arm.judge for arm in found.values()] == ["reward", "implicit", "reward", "reward"]
     assert isinstance(found["haf-alpha1"].config.objective.alpha, float)
     both = arms(config_of(tmp_path), [0.2, 1], [0.1, 0.5])
@@ -35,7 +35,7 @@ def test_a_share_is_that_of_the_joint_loss_alone_and_alphas_take_its_place(tmp_p
             for name, each in found.items()
         }
 
-    alone = {"baseline": (1, 0, None, None), "dpo": (0, 0.2, None, None)}
+    alone = {"baseline": (1, 0, None, None), "dpo": (0, 1, None, None)}
     assert weights([]) == alone | {"haf": (1, None, 0.5, 10)}
     assert weights([3.0]) == alone | {"haf": (1, 3.0, None, None)}
 
@@ -110,7 +110,12 @@ def test_names_tell_paths_and_options_apart(tmp_path):
         "baseline-modelpretrained",
         "baseline-modelmodel",
     ]
-    assert names({"model.name_or_path": ["/a/model", "b/model"]}) == ["baseline-modela-model", "baseline-modelb-model"]
+    paths = ["c/start", "/a/model", "b/model"]  # those alone are told apart that are the same
+    assert names({"model.name_or_path": paths}) == [
+        "baseline-modelstart",
+        "baseline-modela-model",
+        "baseline-modelb-model",
+    ]
     mixes = ["a.jsonl", [{"path": "a.jsonl", "portion": ":5%"}, "b.jsonl"]]
     assert names({"data.train": mixes}) == ["baseline-traina.jsonl", "baseline-traina.jsonl-5%+b.jsonl"]
     ranks = {"model.lora.rank": [8], "model.lora.alpha": [4], "objective.alpha": [1]}
@@ -132,6 +137,8 @@ def test_places_on_an_axis(tmp_path):
         ({"data.eval": ["a.jsonl"]}, "--sweep cannot have data.eval: all methods are tested on the same pairs"),
         ({"optimizer.learning_rat": [1]}, "unknown option optimizer.learning_rat; did you mean optimizer"),
         ({"data.train.portoin": [":1"]}, "unknown option data.train.portoin"),
+        ({"evaluation.max_pairs": [10, 20]}, "--sweep cannot have evaluation.max_pairs: all methods are tested on"),
+        ({"epochs": [1, 2], "max_steps": [10]}, "--sweep cannot have epochs beside max_steps"),
         ({"epochs": []}, "--sweep has no value of epochs"),
         ({"epochs": [1, "many"]}, r"--sweep: epochs: .*\(given: 'many'\)"),
         ({"epochs": [2, 2.0]}, "--sweep has 2 values of epochs that are written 2 in the names"),

@@ -90,6 +90,7 @@ def panels_over(comparison: dict[str, Any], entries: list[Entry], axis: str) -> 
     facts = comparison["sweep"][axis]
     numbers = dict(zip(facts["labels"], facts["numbers"], strict=True))
     is_of_cells = axis in comparison["cells"][0]["labels"]
+    kinds = {entry.kind for entry in entries if axis in entry.labels} - {"baseline"}
     panels: dict[str, Lines] = {}
 
     def all_lines() -> list[list[tuple[float, Entry]]]:
@@ -99,7 +100,9 @@ def panels_over(comparison: dict[str, Any], entries: list[Entry], axis: str) -> 
         if axis not in entry.labels or entry.kind == "baseline":
             continue
         rest = {name: label for name, label in entry.labels.items() if name != axis}
-        label, panel = line_and_panel(comparison, entry, rest, is_of_cells)
+        label, panel = line_and_panel(comparison, rest, is_of_cells)
+        if is_of_cells or not label or len(kinds) > 1:
+            label = " ".join(filter(None, (KINDS[entry.kind], label)))
         panels.setdefault(panel, {}).setdefault(label, []).append((numbers[entry.labels[axis]], entry))
     if not is_of_cells:
         # Baseline and DPO do not feel the axis, or not all others that HaF feels: they end each line that they fit.
@@ -113,23 +116,22 @@ def panels_over(comparison: dict[str, Any], entries: list[Entry], axis: str) -> 
     return panels
 
 
-def line_and_panel(
-    comparison: dict[str, Any], entry: Entry, rest: dict[str, str], is_of_cells: bool
-) -> tuple[str, str]:
-    """What a line is called, and the panel it stands in. Over a number of the cells the lines are methods, over one of
-    methods they are cells: by the amount of data where that was varied, else by the first option."""
+def line_and_panel(comparison: dict[str, Any], rest: dict[str, str], is_of_cells: bool) -> tuple[str, str]:
+    """What a line is called beside its kind, and the panel it stands in. Over a number of the cells the lines are
+    methods, over one of methods they are cells: by the amount of data where that was varied, else by the first
+    option."""
     of_cell = comparison["cells"][0]["labels"]
     if is_of_cells:
         own = {name: label for name, label in rest.items() if name not in of_cell}
-        return in_words(own, KINDS[entry.kind]), in_words({name: rest[name] for name in rest if name not in own})
+        return in_words(own), in_words({name: rest[name] for name in rest if name not in own})
     first = [name for name in rest if comparison["sweep"][name]["option"].startswith("data.")] or list(rest)
     own = {name: rest[name] for name in first[:1]}
     panel = {name: label for name, label in rest.items() if name not in own}
-    return in_words(own) or KINDS[entry.kind], in_words(panel)
+    return in_words(own), in_words(panel)
 
 
-def in_words(labels: Labels, kind: str = "") -> str:
-    return " ".join(filter(None, (kind, ", ".join(f"{name} {label}" for name, label in labels.items()))))
+def in_words(labels: Labels) -> str:
+    return ", ".join(f"{name} {label}" for name, label in labels.items())
 
 
 def curves_of(comparison: dict[str, Any], lines: Lines, judge: str, column: str) -> list[Gains]:

@@ -92,6 +92,17 @@ def test_alphas_begin_at_baseline_and_rates_have_methods(tmp_path):
     assert rows["haf-alpha5-head-lr0.001, reward head"][0].detail.startswith("65.0%, ")
 
 
+def test_methods_that_feel_the_same_number_have_a_line_each(tmp_path):
+    sweep = {"objective.beta": [0.05, 0.5], "epochs": [1, 4]}
+    results = write_sweep(tmp_path, sweep, lambda arm, judge: 0.7 if arm.kind == "dpo" else 0.6)
+    lines = panels_over(results, entries_of(results), "beta")[""]
+    assert {label: values(results, line) for label, line in lines.items()} == {
+        f"{kind} epochs {epochs}": [(0.05, gained), (0.5, gained)]
+        for epochs in (1, 4)
+        for kind, gained in (("DPO", 0.1), ("HaF", 0))
+    }
+
+
 def test_the_page_has_curves_and_a_table_and_no_runs(tmp_path):
     write_sweep(tmp_path, {"objective.policy_share": [0.5], "data.train.portion": [":80", ":320"]}, planted)
     page = write_report(tmp_path).read_text()
