@@ -358,8 +358,13 @@ def start_collectives() -> None:
     # torch 2.13 renames collectives that DeepSpeed calls by their old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
+    from deepspeed.utils import groups
 
     deepspeed.init_distributed()
+    # The group that DeepSpeed makes for itself has torch's own time-out, not that of the run.
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    timeout = dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
+    dist.distributed_c10d._set_pg_timeout(timeout, groups._get_data_parallel_group())
     unlink_shared_buffer()
 
 

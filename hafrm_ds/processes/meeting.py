@@ -90,7 +90,7 @@ def open_store(placement: Placement, timeout: timedelta) -> dist.Store | Excepti
     """The rendezvous store, or why it cannot be had. torchrun's agent may keep one for all ranks; else rank 0 does."""
     is_kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        return dist.TCPStore(
+        store = dist.TCPStore(
             placement.address,
             placement.port,
             placement.world_size,
@@ -99,6 +99,9 @@ def open_store(placement: Placement, timeout: timedelta) -> dist.Store | Excepti
             wait_for_workers=False,
             multi_tenant=True,
         )
+        if is_kept_by_agent:  # it still has what an attempt before this one has written (torchrun --max-restarts)
+            return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return store
     except Exception as error:
         return error
 

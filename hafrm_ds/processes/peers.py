@@ -25,6 +25,8 @@ GRACE_SECONDS = 3.0
 LINGER_SECONDS = 5.0
 """Rank 0 keeps the rendezvous store: it leaves last, unless others take longer than this."""
 TICK_SECONDS = 0.5
+VERDICT_SECONDS = 2.0
+"""Word of a process that has ended comes within this, from host to host."""
 LEAVES = "leaves"
 UNREACHABLE_SECONDS = 15
 """So long a host may be silent: a network that forgets a few seconds must not end a run."""
@@ -95,7 +97,11 @@ class PeerWatch(threading.Thread):
         self.start()
 
     def accept(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # no free descriptor, or it is gone again: it stays in the queue, and the watch goes on
+            time.sleep(TICK_SECONDS)
+            return
         connection.setblocking(False)
         self.unauthenticated[connection] = bytearray(), time.monotonic() + INTRODUCTION_SECONDS
         self.selector.register(connection, selectors.EVENT_READ)
@@ -179,6 +185,13 @@ class PeerWatch(threading.Thread):
             self.verdict, self.deadline = verdict, time.monotonic() + GRACE_SECONDS
             if self.rank == 0:
                 self.tell(verdict)
+
+    def verdict_soon(self) -> str | None:
+        """The verdict, which may be on its way where a collective has failed first."""
+        end = time.monotonic() + VERDICT_SECONDS
+        while self.verdict is None and time.monotonic() < end and self.is_alive():
+            time.sleep(0.02)
+        return self.verdict
 
     def tell(self, message: str) -> None:
         for connection in list(self.peers):

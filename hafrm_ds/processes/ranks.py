@@ -397,8 +397,10 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
         processes.report(error)
     except Exception as error:
         if is_lost_connection(error):
-            cause = (processes.watch and processes.watch.verdict) or "another process of the run has ended"
-            print(f"{processes.name} stops: {cause}", file=sys.stderr, flush=True)
+            cause = processes.watch and processes.watch.verdict_soon()
+            # NCCL says in these words too that it has no memory, or no interface: they are kept where no rank is known
+            # to have ended.
+            print(f"{processes.name} stops: {cause or lost_connection(error)}", file=sys.stderr, flush=True)
         elif has_no_deterministic_algorithm(error):
             processes.report(UserError(f"{reason_of(error).split(', but')[0]}. Leave --deterministic out"))
         else:
@@ -416,6 +418,10 @@ def run_entry(main: Callable[[list[str], Processes], None]) -> None:
 def is_lost_connection(error: Exception) -> bool:
     """A collective that failed, or a store that is gone: gloo raises a plain RuntimeError that names its own source."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def lost_connection(error: Exception) -> str:
+    return f"another process of the run has ended, or cannot be reached: {type(error).__name__}: {error}"
 
 
 def has_no_deterministic_algorithm(error: Exception) -> bool:

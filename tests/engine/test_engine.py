@@ -1,6 +1,9 @@
 """What is said before DeepSpeed would fail."""
 
+import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 
 import pytest
@@ -32,6 +35,22 @@ def test_every_missing_tool_is_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"a communication op on CPU and needs a C\+\+ compiler .*ninja .*Python\.h"):
         check_build_tools(CPU)
     check_build_tools(GPU)
+
+
+def test_collectives_of_deepspeed_have_the_time_out_of_the_run():
+    code = """
+import datetime, torch, torch.distributed as dist
+from hafrm_ds.engine.engine import start_collectives
+wait = datetime.timedelta(minutes=77)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
+start_collectives()
+from deepspeed.utils import groups
+backend = groups._get_data_parallel_group()._get_backend(torch.device("cpu"))
+print("is that of the run:", backend.options._timeout == wait)
+"""
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True)
+    assert "is that of the run: True" in done.stdout, done.stderr
 
 
 def test_rotary_frequencies_in_bfloat16_are_refused():

@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from hafrm_ds.errors import UserError
 from hafrm_ds.processes import meeting
@@ -41,6 +42,19 @@ def test_all_share_one_store():
     stores = meet_at_once(placements(3))
     stores[0].set("key", "value")
     assert [store.get("key") for store in stores] == [b"value"] * 3
+
+
+def test_an_attempt_of_torchrun_does_not_meet_the_one_before(monkeypatch):
+    """The agent keeps its store, with all that the attempt before has written."""
+    [placement] = placements(1)
+    agent = dist.TCPStore("127.0.0.1", placement.port, 1, is_master=True, wait_for_workers=False, multi_tenant=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for attempt in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        store = meet(placement, timedelta(seconds=20))
+        assert not store.check(["errors"])
+        store.add("errors", 1)
+    assert agent.num_keys() >= 3
 
 
 def test_who_is_missing_is_named_after_a_while_and_at_the_end(monkeypatch, capsys):

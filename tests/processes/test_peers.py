@@ -50,6 +50,22 @@ def test_the_death_of_a_rank_ends_all_others_with_its_name(watches, capsys):
     assert lines == ["rank 0 stops: rank 2 has ended", "rank 1 stops: rank 2 has ended"]
 
 
+def test_the_watch_goes_on_where_a_connection_cannot_be_accepted(watches, monkeypatch):
+    ranks, ended = watches
+
+    class Refused:
+        times = 0
+
+        def accept(self):
+            Refused.times += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    ranks[0].accept(Refused())
+    assert Refused.times == 1
+    die(ranks[2])
+    wait_for(lambda: len(ended) == 2)
+
+
 def test_the_death_of_rank_0_ends_all_others(watches, capsys):
     ranks, ended = watches
     die(ranks[0])

@@ -218,8 +218,21 @@ def test_a_collective_that_fails_with_another_rank_is_no_error_of_its_own(ranks,
 
     with pytest.raises(SystemExit, match="1"):
         enter(ranks[1], main)
-    assert capsys.readouterr().err == "rank 1 stops: another process of the run has ended\n"
+    said = capsys.readouterr().err
+    assert said.startswith("rank 1 stops: another process of the run has ended, or cannot be reached: ")
+    assert "Connection closed by peer [127.0.0.1]:23945" in said
     assert ranks[0].report(DataError("the error of rank 0, which is printed"))
+
+
+def test_an_error_of_nccl_keeps_its_words(ranks, enter, capsys):
+    def main(arguments: list[str], processes: Processes) -> None:
+        raise dist.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp\nLast error:\nFailed to CUDA calloc: out of memory"
+        )
+
+    with pytest.raises(SystemExit, match="1"):
+        enter(ranks[1], main)
+    assert "DistBackendError: NCCL error" in (said := capsys.readouterr().err) and "out of memory" in said
 
 
 def test_a_store_that_is_gone_means_that_rank_0_has_left():
