@@ -292,7 +292,7 @@ def refuse_lfs_pointer(path: Path, name: str) -> None:
 
 def open_data(path: Path, name: str) -> IO[bytes]:
     try:
-        return cast(IO[bytes], gzip.open(path)) if path.name.endswith(".gz") else path.open("rb")
+        return cast(IO[bytes], gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}") from error
 

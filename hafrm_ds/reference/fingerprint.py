@@ -52,7 +52,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class HashMemory:
-    """SHA-256 of files, remembered between runs by (path, size, modification time in ns)."""
+    """SHA-256 of files, remembered between runs by (path, inode, size, times of modification and of change in ns): the
+    time of modification alone may be that of other weights, in images that set it for all files."""
 
     def __init__(self, file: Path, known: dict[str, str]):
         self.file, self.known = file, known
@@ -69,7 +70,8 @@ class HashMemory:
 
     def hash_of(self, path: Path) -> str:
         facts = path.resolve().stat()
-        key = f"{path.resolve()}:{facts.st_size}:{facts.st_mtime_ns}"
+        times = f"{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+        key = f"{path.resolve()}:{facts.st_ino}:{facts.st_size}:{times}"
         if key not in self.known:
             with path.open("rb") as handle:
                 self.known[key] = hashlib.file_digest(handle, "sha256").hexdigest()

@@ -47,13 +47,13 @@ def test_every_kind_of_file(read, path, first_id):
     assert prompts(pairs) == ["p0", "p1", "p2"]
 
 
-@pytest.mark.parametrize(("path", "delimiter"), [("x.csv", ","), ("x.tsv", "\t"), ("x.CSV.gz", ",")])
+@pytest.mark.parametrize(("path", "delimiter"), [("x.csv", ","), ("x.tsv", "\t"), ("x.CSV.GZ", ",")])
 def test_values_separated_by_commas_or_tabs(read, path, delimiter):
     rows = [["prompt", "chosen", "rejected", "margin"], ["p0", "a", 'b "x",\ny', "0.5"], [], ["p1", "a", "", ""]]
     text = io.StringIO()
     csv.writer(text, delimiter=delimiter).writerows(rows)
     content = text.getvalue().encode("utf-8-sig")
-    Path(path).write_bytes(gzip.compress(content) if path.endswith("gz") else content)
+    Path(path).write_bytes(gzip.compress(content) if path.endswith("GZ") else content)
     pairs = read(path)
     assert prompts(pairs) == ["p0", "p1"] and margins(pairs) == [0.5, None]
     assert pairs["id"][:] == [f"{path}:2", f"{path}:4"]
