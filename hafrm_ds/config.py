@@ -55,6 +55,7 @@ Recomputation = Annotated[
     bool | Literal["selective"] | Annotated[str, Field(pattern=r"^every_([2-9]|[1-9][0-9]+)$")],
     in_one_message("must be true, false, selective, or every_N with N above 1, as every_2"),
 ]
+Resume = Annotated[Literal["auto", "none"] | Path, in_one_message("must be auto, none, or the path of a checkpoint")]
 AttributeName = Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
 LayerNames = Annotated[
     Annotated[list[str], Field(min_length=1)] | Literal["all-linear"],
@@ -422,7 +423,7 @@ class TrainConfig(Section):
     """Passes over the training pairs. Ignored when max_steps is given."""
     max_steps: PositiveInt | None = None
     """Optimizer steps."""
-    resume: Literal["auto", "none"] | Path = "none"
+    resume: Resume = "none"
     """auto: resume from the newest whole checkpoint in output_dir, or start if there is none. PATH: resume from this
     checkpoint. none: start; a folder that holds a run is refused."""
     model: ModelConfig

@@ -7,6 +7,7 @@ arguments -> nested mapping -> instance of the schema (or one ConfigError), befo
 import copy
 import difflib
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -377,6 +378,7 @@ def takes_text(annotation: Any) -> bool:
 # ---- types and defaults in words -------------------------------------------------------------------------------------
 
 WIDTH = 100
+"""Of lines in a terminal that is as wide."""
 INDENT = " " * 8
 KINDS = {str: "text", bool: "true | false", Path: "path", Source: "source"}
 """Types by the names that users have for them; others keep their own."""
@@ -393,7 +395,8 @@ def option_lines(title: str, field: FieldInfo) -> list[str]:
 
 def wrapped(text: str, indent: str = "") -> list[str]:
     text = " ".join(text.split())
-    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 1)).columns)
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def value_in_words(value: Any) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from hafrm_ds.config import TrainConfig
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.errors import ConfigError
-from hafrm_ds.options import Section
+from hafrm_ds.options import WIDTH, Section, wrapped
 
 REQUIRED = ["--output_dir", "runs/a", "--model.name_or_path", "m", "--data.train", "a.jsonl"]
 
@@ -347,6 +347,18 @@ def leaves(model: type[BaseModel], prefix: str = ""):
             yield from leaves(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_texts_of_help_fit_the_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = wrapped("word " * 100, " " * 8)
+    assert max(map(len, lines)) <= min(columns, WIDTH) < max(map(len, lines)) + 6
+
+
+def test_resume_says_what_it_takes():
+    with pytest.raises(ConfigError, match="resume: must be auto, none, or the path of a checkpoint"):
+        load_config(["--output_dir", "o", "--model.name_or_path", "m", "--data.train", "t", "--resume", "true"])
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

@@ -36,7 +36,7 @@ from hafrm_ds.processes.ranks import FailedElsewhere, Processes
 from hafrm_ds.processes.stopping import STOPPED_STATUS, Stopped
 from hafrm_ds.training.comparison_plan import ComparisonPlan, pairs_seen
 from hafrm_ds.training.fork_server import Forked, ForkServer
-from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_options
+from hafrm_ds.training.resume import FREE_TO_CHANGE, changed_since
 from hafrm_ds.training.sweep import Arm
 
 Start = Callable[[list[str], dict[str, str]], subprocess.Popen | Forked]
@@ -229,18 +229,14 @@ def is_finished(run: TrainConfig) -> bool:
     if not (run.output_dir / SUMMARY_FILE).exists():
         return False
     saved = yaml.safe_load((run.output_dir / "config.yaml").read_text())
-    wanted = run.model_dump(mode="json")
-    for name, value in wanted["batch"].items():
-        if value == "auto":  # decided by the run
-            wanted["batch"][name] = saved["batch"][name]
-    if list(saved["data"]["eval"]) != list(wanted["data"]["eval"]) and saved["data"]["eval"] == wanted["data"]["eval"]:
+    if list(saved["data"]["eval"]) != list(run.data.eval) and saved["data"]["eval"].keys() == run.data.eval.keys():
         raise UserError(
             f"{run.output_dir} holds a finished run with another order of data.eval "
             f"({', '.join(saved['data']['eval'])}): the first set is that of the training distribution, on which its "
             "combined judge was fitted. Choose another --output_dir, or remove the run to train it anew"
         )
     free = tuple(name for name in FREE_TO_CHANGE if name not in CONTENT)
-    if changed := changed_options(saved, wanted, free):
+    if changed := changed_since(saved, run, free):
         lines = "".join(f"\n  - {text}" for text in changed.values())
         raise UserError(
             f"{run.output_dir} holds a finished run with other options:{lines}\nChoose another --output_dir, or remove "

@@ -51,7 +51,7 @@ class RunLog(Console):
                 "--resume auto"
             )
         if self.config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise UserError("--logging.wandb_project needs wandb: pip install 'hafrm_ds[wandb]'")
+            raise UserError("--logging.wandb_project needs wandb: pip install -e '.[wandb]'")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").touch()

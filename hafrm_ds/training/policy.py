@@ -119,7 +119,7 @@ def train_policy(options: PolicyOptions, processes: Processes) -> None:
     try:
         import trl
     except ImportError as error:
-        raise ModelError(f"launch/policy.py needs TRL: pip install 'hafrm_ds[rl]' ({error})") from error
+        raise ModelError(f"launch/policy.py needs TRL: pip install -e '.[rl]' ({error})") from error
     log, folder = Console(processes), options.output_dir
     answers = options.prompts_per_step * options.num_generations
     if answers % processes.world_size:

@@ -113,6 +113,13 @@ def changed_options(saved: dict, current: dict, free: tuple[str, ...] = FREE_TO_
     }
 
 
+def changed_since(saved: dict, config: TrainConfig, free: tuple[str, ...] = FREE_TO_CHANGE) -> dict[str, str]:
+    """`changed_options` against config.yaml of a finished run, which has decided what `auto` leaves open."""
+    decided = {name: saved["batch"][name] for name, value in config.batch if value == "auto"}
+    settled = config.model_copy(update={"batch": config.batch.model_copy(update=decided)})
+    return changed_options(saved, settled.model_dump(mode="json"), free)
+
+
 def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) -> ResumePoint | None:
     """The checkpoint that the option `resume` asks for; None to start anew. All ranks share the reading of the files.
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import yaml
 
 from hafrm_ds.config import BatchConfig, ObjectiveConfig, TrainConfig, options_of
 from hafrm_ds.data.formatting import ChatFormatter
@@ -42,7 +43,7 @@ from hafrm_ds.training.final import DATA_REPORT_FILE, run_metadata
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.preflight import check_budgets, settle_batch
-from hafrm_ds.training.resume import ResumePoint, find_resume_point
+from hafrm_ds.training.resume import ResumePoint, changed_since, find_resume_point
 from hafrm_ds.training.saver import CheckpointSaver
 
 
@@ -130,9 +131,27 @@ def deepspeed_config_of(config: TrainConfig, processes: Processes) -> dict:
 
 
 def is_finished(config: TrainConfig, processes: Processes) -> bool:
-    """Whether the run that is to be resumed has come to its end. The same on all ranks."""
+    """Whether the run that is to be resumed has come to its end. The same on all ranks.
+
+    Raises:
+        UserError: it has, with other options than those that are asked for.
+    """
     file = config.output_dir / SUMMARY_FILE
-    return config.resume == "auto" and processes.from_first("finished", file.exists)
+    if config.resume != "auto" or not processes.from_first("finished", file.exists):
+        return False
+
+    def look() -> dict[str, str]:
+        saved = config.output_dir / "config.yaml"
+        return changed_since(yaml.safe_load(saved.read_text()), config) if saved.exists() else {}
+
+    if changed := processes.from_first("options of the finished run", look):
+        lines = "".join(f"\n  - {text}" for text in changed.values())
+        raise UserError(
+            f"{config.output_dir} holds a run that has finished with other options:{lines}\nGive another --output_dir. To "
+            f"go on from a checkpoint of it, add --resume {config.output_dir / 'checkpoints' / 'step-N'} "
+            f"--checkpoint.allow_changed '[{', '.join(sorted(changed))}]'"
+        )
+    return True
 
 
 def settle_resume_point(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.report import GroupFacts
 from hafrm_ds.engine.deepspeed_config import load_config
-from hafrm_ds.errors import DataError
+from hafrm_ds.errors import DataError, UserError
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
 from hafrm_ds.training.run import check_orders, leave_report, train
@@ -70,6 +70,17 @@ def test_the_best_by_both_heads_needs_enough_prompts(tmp_path):
         DataError, match=r"best_metric is held/accuracy/combined, but .*, held, 20 pairs of \d+ prompts"
     ):
         train(load_config(options_of(tmp_path, **more)), Processes(0, 0, 1, dist.HashStore()))
+
+
+def test_a_finished_run_is_not_resumed_with_other_options(tmp_path, capsys):
+    config = load_config(options_of(tmp_path, resume="auto", max_steps=5))
+    config.output_dir.mkdir()
+    (config.output_dir / "config.yaml").write_text(config.to_yaml())
+    (config.output_dir / "summary.json").write_text("{}")
+    train(config, Processes(0, 0, 1, dist.HashStore()))
+    assert "is finished (summary.json): there is nothing to resume" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"(?s)finished with other options:.*max_steps: 5 there, 8 here.*allow_changed"):
+        train(load_config(options_of(tmp_path, resume="auto", max_steps=8)), Processes(0, 0, 1, dist.HashStore()))
 
 
 def test_data_is_ready_before_the_process_group_is_started(tmp_path, monkeypatch):
