@@ -20,6 +20,8 @@ FEWEST_REPEATS = 20
 """Repeated pairs from which the noise of the labels is estimated."""
 NOTABLE_NOISE = 0.03
 LARGE_GAP = 0.1
+NORMAL_QUANTILE = 1.96
+"""Of 97.5%."""
 FEW_STEPS = 100
 LEAST_FALL = 0.02
 """Of the reward loss, in nats, from the first fifth of a run to the last; at chance the loss is log 2 = 0.693."""
@@ -143,12 +145,21 @@ def of_training(results: Results) -> Iterator[Finding]:
     fifth = max(len(reached) // 5, 1)
     evaluated = next((each.accuracy.get("reward") for each in results.sets.values()), None)
     if len(reached) and evaluated is not None:
-        gap = reached[-fifth:].mean() - evaluated["value"]
-        if gap > LARGE_GAP:
+        right, batch = float(reached[-fifth:].mean()), options.get("batch.global_batch_size", 1)
+        reach = NORMAL_QUANTILE * math.sqrt(right * (1 - right) / (fifth * batch))
+        by_chance = math.hypot(reach, (evaluated["high"] - evaluated["low"]) / 2)
+        if right - evaluated["value"] > max(LARGE_GAP, by_chance):
+            train = results.data.get("train")
+            is_repeated = train is None or rows.index[-1] * batch > train.total.kept
+            cause = (
+                "it learns them by heart"
+                if is_repeated
+                else "as each was seen for the first time, the held-out ones must be of another kind"
+            )
             yield Finding(
                 "Training against held-out",
-                f"the reward head is right in {reached[-fifth:].mean():.1%} of the last fifth's training pairs and in "
-                f"{evaluated['value']:.1%} of held-out ones: it learns them by heart",
+                f"the reward head is right in {right:.1%} of the last fifth's training pairs and in "
+                f"{evaluated['value']:.1%} of held-out ones: {cause}",
             )
     losses = known(rows, "loss/reward")
     if len(losses) >= 10:

@@ -111,6 +111,20 @@ def test_a_planted_cause_is_found(changes, section, words):
     assert any(words in finding.text for finding in found), found
 
 
+def test_training_pairs_that_were_seen_once_are_not_known_by_heart():
+    """20 rows of 64 pairs are the last fifth of 100 steps, which saw 6,400 of 10,000 pairs."""
+    config = {"batch": {"global_batch_size": 64}}
+    train = replace(REPORT, total=Counts(read=10_000, kept=10_000))
+    [gap] = [
+        finding.text
+        for finding in findings(results(training=rows(100, accuracy=0.95), config=config, data={"train": train}))
+        if finding.section == "Training against held-out"
+    ]
+    assert "by heart" not in gap and "seen for the first time" in gap
+    few = results(training=rows(5, accuracy=0.875), config={"batch": {"global_batch_size": 8}})
+    assert "Training against held-out" not in sections(few)  # one step of 8 pairs
+
+
 def first(few, number: int):
     """The scores of the first pairs of a set."""
     names = ("ids", "sources", "prompts", "num_tokens", "reward")
