@@ -404,7 +404,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.study:
         write_study(options.out_dir)
-        print(f"{options.out_dir}: the data, random/ and pretrained/ of a study (launch/README.md#compare)")
+        print(f"{options.out_dir}: data/, random/ and pretrained/, for launch/compare.py --sweep")
         return
     if options.results:
         print(results(options.out_dir))

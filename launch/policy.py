@@ -3,7 +3,7 @@
     deepspeed launch/policy.py --policy MODEL --reward RUN/final --prompts FILE --output_dir DIR [--max_steps 500]
     deepspeed launch/policy.py ... --reward helpful.yaml --method rloo --trl '{top_p: 0.95}'
 
-Needs TRL: pip install 'hafrm_ds[rl]'. The algorithm and its options are TRL's; DeepSpeed's JSON is one of ours. DIR
+Needs TRL: pip install -e '.[rl]'. The algorithm and its options are TRL's; DeepSpeed's JSON is one of ours. DIR
 then holds config.yaml, metrics.jsonl and final/. A run that was stopped resumes from TRL's last checkpoint.
 """
 

@@ -28,7 +28,7 @@ def main() -> None:
     options = read(ServingOptions, sys.argv[1:], about=__doc__)
     missing = [name for name in ("starlette", "uvicorn", "h11") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError([f"launch/serve.py needs {', '.join(missing)}: pip install 'hafrm_ds[serve]'"])
+        raise ConfigError([f"launch/serve.py needs {', '.join(missing)}: pip install -e '.[serve]'"])
     from hafrm_ds.serving.server import serve
 
     serve(options, lambda message: print(message, file=sys.stderr, flush=True))

@@ -215,12 +215,17 @@ def holds_whole_set(content: dict[str, Any]) -> bool:
     pandas writes them ({"prompt": {"0": ..., "1": ...}, ...})."""
     values = list(content.values())
     if len(values) == 1:
-        return isinstance(values[0], list | dict)
+        return isinstance(values[0], dict) or (isinstance(values[0], list) and not holds_messages(values[0]))
     lists = [list(value.values()) if isinstance(value, dict) else value for value in values]
     return len(values) > 1 and all(
         isinstance(each, list) and len(each) > 1 and len(each) == len(lists[0]) and not any_objects(each)
         for each in lists
     )
+
+
+def holds_messages(values: list[Any]) -> bool:
+    """Whether a list is a conversation, of OpenAI's messages or ShareGPT's."""
+    return bool(values) and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in values)
 
 
 def any_objects(values: list[Any]) -> bool:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from hafrm_ds.config import Positive, PositiveInt, ScoringSection, Share
 from hafrm_ds.data.sources import EvalSources, suggestion
 from hafrm_ds.evaluation.benchmarks.catalogue import BENCHMARKS
+from hafrm_ds.evaluation.report.reading import METRICS_FILE
 from hafrm_ds.saved.opening import BASE
 
 
@@ -31,12 +32,19 @@ def known_benchmarks(found: dict[str, str | None]) -> dict[str, str | None]:
     return found
 
 
+def folder_of_no_run(folder: Path) -> Path:
+    """Raises ValueError for the folder of a run: its own held-out scores and its report would be replaced."""
+    if (folder / METRICS_FILE).exists():
+        raise ValueError(f"{folder} holds a run, with scores and a report of its own: give another, as {folder}/more")
+    return folder
+
+
 class EvaluationOptions(ScoringSection):
     """The options of launch/evaluate.py."""
 
     model: str
     """Folder or hub id, a function FILE.py:NAME, or FILE.yaml, which composes rewards."""
-    output_dir: Path
+    output_dir: Annotated[Path, AfterValidator(folder_of_no_run)]
     """Where the results go."""
     data: EvalSources = Field(default={})
     """One or more sources, each of which is a set, or '{NAME: SOURCE, ...}' to name the sets."""

@@ -40,10 +40,19 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**origin(config))
     except (OSError, ValueError, ImportError) as error:
+        folder = Path(config.name_or_path)
+        if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+            raise ModelError(
+                f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}): copy its files from the model that this "
+                "one was made from, tokenizer_config.json among them"
+            ) from error
         raise ModelError(
             f"no tokenizer could be loaded from model.name_or_path {config.name_or_path!r}: {first_line(error)}"
         ) from error

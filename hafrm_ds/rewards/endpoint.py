@@ -99,7 +99,7 @@ class Chat:
     def __init__(self, endpoint: Endpoint):
         """Raises ConfigError if the client is not installed or the key cannot be read."""
         if importlib.util.find_spec("openai") is None:
-            raise ConfigError([f"{endpoint.url}: chat endpoints need openai: pip install 'hafrm_ds[correct]'"])
+            raise ConfigError([f"{endpoint.url}: chat endpoints need openai: pip install -e '.[correct]'"])
         import openai
 
         self.endpoint, self.errors, self.takes_schemas = endpoint, openai, True

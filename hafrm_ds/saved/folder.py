@@ -185,11 +185,18 @@ class SavedStockModel:
         return ChatFormatter.create(load_tokenizer(self.config), self.chat_template, ANY_DAY, self.reasoning)
 
 
+def refuse_run_folder(folder: Path) -> None:
+    """Raises ModelError for the folder of a run, whose model lies in it."""
+    if (folder / "final" / METADATA_FILE).exists():
+        raise ModelError(f"{folder} is the folder of a run; its model is {folder / 'final'}")
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
     file = folder / METADATA_FILE
     try:
         metadata = json.loads(file.read_text())
     except FileNotFoundError:
+        refuse_run_folder(folder)
         raise ModelError(
             f"{folder} has no {METADATA_FILE}: it is no final/ folder of a training with hafrm_ds (launch/export.py "
             "--format hybrid makes one of a checkpoint)"

@@ -13,7 +13,7 @@ from hafrm_ds.model.loading import load_model_config, load_tokenizer, local_fold
 from hafrm_ds.objective import JudgeFit
 from hafrm_ds.processes.parts import stamp
 from hafrm_ds.saved.classifier import ClassifierModel, SavedClassifier
-from hafrm_ds.saved.folder import SavedModel, refuse_pickles
+from hafrm_ds.saved.folder import SavedModel, refuse_pickles, refuse_run_folder
 from hafrm_ds.saved.implicit import CombinedRewardModel, ImplicitRewardModel, SavedCombinedReward, SavedImplicitReward
 from hafrm_ds.saved.policy import PolicyModel, SavedPolicy
 from hafrm_ds.saved.reward_model import HybridRewardModel
@@ -69,6 +69,7 @@ def open_model(
     metadata = read_json(folder / METADATA_FILE)
     if metadata.get("format") in ("hybrid", "adapter"):
         return SavedModel.open(folder, dtype=dtype, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code)
+    refuse_run_folder(folder)
     architectures = read_json(folder / "config.json").get("architectures") or [""]
     for ending, kind in KINDS:
         if architectures[0].endswith(ending):

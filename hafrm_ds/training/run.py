@@ -147,8 +147,8 @@ def is_finished(config: TrainConfig, processes: Processes) -> bool:
     if changed := processes.from_first("options of the finished run", look):
         lines = "".join(f"\n  - {text}" for text in changed.values())
         raise UserError(
-            f"{config.output_dir} holds a run that has finished with other options:{lines}\nGive another --output_dir. To "
-            f"go on from a checkpoint of it, add --resume {config.output_dir / 'checkpoints' / 'step-N'} "
+            f"{config.output_dir} holds a run that has finished with other options:{lines}\nGive another --output_dir. "
+            f"To go on from a checkpoint of it, add --resume {config.output_dir / 'checkpoints' / 'step-N'} "
             f"--checkpoint.allow_changed '[{', '.join(sorted(changed))}]'"
         )
     return True

@@ -165,6 +165,11 @@ def test_a_split_of_a_saved_folder(read):
         ),
         ("x.jsonl", b'[\n {"prompt": "p"}\n]', "x.jsonl: is one JSON list over several lines, not an object a line"),
         ("x.jsonl", b'{\n "prompt": "p"\n}', "x.jsonl: is one JSON object with prompt (the text 'p'); a list of"),
+        (
+            "x.jsonl",
+            b'{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]}',
+            "x.jsonl:1: these are rows of fine-tuning (messages): it holds one answer",
+        ),
         ("x.json", b'{"data": [{"prompt": "p"}]}', "x.json:1: is one JSON object with data (a list of 1); a list of"),
         (
             "x.json",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hafrm_ds import load_judge
@@ -431,3 +432,9 @@ def test_positions_beyond_those_of_the_model_are_refused_before_it_is_loaded(fol
     monkeypatch.setattr(ModelSizes, "of", classmethod(lambda cls, name, config: ModelSizes(name, 40, 10**6)))
     with pytest.raises(ModelError, match=r"held out: token id \d+ .* is beyond the embedding of .*, which has 40 rows"):
         run(options)
+
+
+def test_the_scores_of_a_run_are_not_replaced(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValidationError, match="holds a run, with scores and a report of its own: give another"):
+        EvaluationOptions(model="m", output_dir=tmp_path)

@@ -48,6 +48,14 @@ def test_a_folder_without_a_model_is_named(tmp_path):
             load(config)
 
 
+def test_a_model_without_a_tokenizer_says_what_to_copy(tmp_path):
+    folder = save_tiny_model(tmp_path, "llama")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer \(tokenizer\.json or .*copy its files"):
+        load_tokenizer(ModelConfig(name_or_path=str(folder)))
+
+
 def test_missing_weights_are_no_random_ones(tmp_path):
     config = ModelConfig(name_or_path=str(save_tiny_model(tmp_path, "llama")), dtype="float32")
     file = tmp_path / "model.safetensors"

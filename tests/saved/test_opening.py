@@ -206,6 +206,11 @@ def test_what_does_not_score_is_refused_by_name(final, tmp_path):
     folder = foreign_classifier(final, tmp_path / "other", None)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    (run / "final" / "hafrm.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"{run} is the folder of a run; its model is {run / 'final'}"):
+        open_model(run)
     with pytest.raises(ModelError, match=r"is no model that scores.*it names LlamaModel"):
         open_model(folder)
     labels = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3, "id2label": {}, "label2id": {}}
