@@ -44,6 +44,10 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written or resumed."""
 
 
+class UnreadableError(CheckpointError):
+    """A file of a checkpoint is not there, or cannot be read from this host: it need not be damaged."""
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """What the manifest says of a file: size in bytes, and its XXH3 (128 bits) in hex digits, which finds damage at a
@@ -154,13 +158,14 @@ def read_manifest(folder: Path) -> dict[str, FileFacts]:
 
     Raises:
         CheckpointError: says what is wrong with the folder.
+        UnreadableError: a file cannot be read from here.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text())
         files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
         step = content["step"]
     except OSError as error:
-        raise CheckpointError(f"its {MANIFEST} cannot be read: {error.strerror}") from error
+        raise UnreadableError(f"its {MANIFEST} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"its {MANIFEST} is damaged") from error
     if content.get("format") != FORMAT:
@@ -171,7 +176,7 @@ def read_manifest(folder: Path) -> dict[str, FileFacts]:
         try:
             size = (folder / name).stat().st_size
         except OSError as error:
-            raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+            raise UnreadableError(f"{name} cannot be read: {error.strerror}") from error
         if size != facts.bytes:
             raise CheckpointError(f"{name} has {size:,} bytes instead of {facts.bytes:,}")
     return files
@@ -184,6 +189,9 @@ def damaged_file(
 
     Args:
         rank, world_size: each of so many callers reads its share of the bytes, and sees the faults that are in it.
+
+    Raises:
+        UnreadableError: a file cannot be read from here.
     """
 
     def problem(part: tuple[str, int, int, str]) -> str | None:
@@ -196,7 +204,7 @@ def damaged_file(
                     found.update(data)
                     start += len(data)
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            raise UnreadableError(f"{name} cannot be read: {error.strerror}") from error
         return None if found.hexdigest() == expected else f"{name} does not have the checksum in {MANIFEST}"
 
     with ThreadPoolExecutor() as pool:

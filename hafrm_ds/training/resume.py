@@ -9,6 +9,7 @@ from hafrm_ds.config import TrainConfig, defaults_of, options_of
 from hafrm_ds.engine.checkpoint import (
     CheckpointError,
     TrainingState,
+    UnreadableError,
     damaged_file,
     read_manifest,
     read_state,
@@ -126,7 +127,8 @@ def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) ->
     Called before the process group is started: checksums of a large checkpoint take their time.
 
     Raises:
-        CheckpointError: a checkpoint that was named cannot be used, or it belongs to another configuration.
+        CheckpointError: a checkpoint that was named cannot be used, none of those that are there can, or it belongs to
+            another configuration.
     """
     if config.resume == "none":
         return None
@@ -135,23 +137,53 @@ def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) ->
     found = [str(path) for path in saved_steps(root).values()] if is_auto else [str(Path(config.resume).resolve())]
     candidates = processes.from_first("checkpoints", lambda: found)
     for candidate in map(Path, candidates):
-        reason = why_not_whole(candidate, processes)
+        reason, is_whole_for_first = why_not_whole(candidate, processes)
         if reason is None:
             point = ResumePoint(candidate, read_state(candidate), tuple(config.checkpoint.allow_changed))
             point.check_config(config)
             return point
+        if is_whole_for_first:
+            raise CheckpointError(
+                f"{candidate} cannot be resumed: rank 0 finds it whole, but {reason}. Nothing was changed. All hosts "
+                "must share the disk that it is on: see that it is mounted there and may be read, and start again"
+            )
         if not is_auto:
             raise CheckpointError(f"--resume {candidate} cannot be resumed: {reason}")
         log.warn(f"{candidate} is passed over: {reason}")
+    if candidates:
+        # Starting anew would move them all away and empty metrics.jsonl, for what may be a disk that comes back.
+        raise CheckpointError(
+            f"--resume auto can use none of the checkpoints in {root}, for the reasons above. Nothing was changed. "
+            "Give --resume PATH of a whole one, or start anew in another --output_dir, or here once you have moved them"
+        )
     return None
 
 
-def why_not_whole(folder: Path, processes: Processes) -> str | None:
-    """What is wrong with a checkpoint, the same on all ranks; each reads a part of its files."""
+def why_not_whole(folder: Path, processes: Processes) -> tuple[str | None, bool]:
+    """What is wrong with a checkpoint, and whether it is only that another rank cannot read what rank 0 can. The same
+    on all ranks; each reads a part of its files."""
+    own, is_unreadable = problem_of_share(folder, processes.rank, processes.world_size)
+    reports = processes.texts_of_all(f"check {folder}", json.dumps([processes.name, own, is_unreadable]))
+
+    def verdict() -> tuple[str | None, bool]:
+        elsewhere = None
+        for rank, (name, problem, is_unreadable) in enumerate(map(json.loads, reports)):
+            if is_unreadable:
+                # Is a file lost, or a disk not there on one host? Rank 0 reads that share itself.
+                elsewhere = elsewhere or f"{name} cannot read it: {problem}"
+                problem, _ = problem_of_share(folder, rank, processes.world_size)
+            if problem is not None:
+                return problem, False
+        return elsewhere, elsewhere is not None
+
+    problem, is_whole_for_first = processes.from_first(f"verdict on {folder}", verdict)
+    return problem, is_whole_for_first
+
+
+def problem_of_share(folder: Path, rank: int, world_size: int) -> tuple[str | None, bool]:
+    """What is wrong with a rank's share of a checkpoint as this process reads it, and whether that is only that it
+    cannot be read."""
     try:
-        files = sorted(read_manifest(folder).items())
-        own = damaged_file(folder, files, processes.rank, processes.world_size)
+        return damaged_file(folder, sorted(read_manifest(folder).items()), rank, world_size), False
     except CheckpointError as error:
-        own = str(error)
-    found = processes.texts_of_all(f"check {folder}", own or "")
-    return processes.from_first(f"verdict on {folder}", lambda: next(filter(None, found), None))
+        return str(error), isinstance(error, UnreadableError)

@@ -122,7 +122,8 @@ class CheckpointSaver:
         """Restore the weights and the evaluation after an earlier step, once the run is over; False, with a warning, if
         its checkpoint is not whole."""
         folder = self.root / checkpoint_name(step)
-        if problem := why_not_whole(folder, self.processes.for_job("best")):
+        problem, _ = why_not_whole(folder, self.processes.for_job("best"))
+        if problem is not None:
             self.log.warn(f"final/ gets the weights after the last step, as {folder} cannot be used: {problem}")
             return False
         saved = read_state(folder)

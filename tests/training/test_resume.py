@@ -1,6 +1,8 @@
 """Which checkpoint a run resumes from, and what it refuses."""
 
 import json
+import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import torch.distributed as dist
 from hafrm_ds.config import TrainConfig, defaults_of, options_of
 from hafrm_ds.data.content_keys import KEY_DTYPE
 from hafrm_ds.data.prepared import fingerprint
-from hafrm_ds.engine.checkpoint import CheckpointError
+from hafrm_ds.engine.checkpoint import CheckpointError, UnreadableError
 from hafrm_ds.engine.deepspeed_config import load_config
 from hafrm_ds.processes.ranks import Processes
+from hafrm_ds.training import resume
 from hafrm_ds.training.logging import truncate_rows
 from hafrm_ds.training.resume import ResumePoint, changed_options, find_resume_point
-from tests.engine.test_checkpoint import flip_a_byte, save, state_at, truncate
+from tests.engine.test_checkpoint import flip_a_byte, lose_a_file, save, state_at, truncate
 
 
 class Log:
@@ -62,11 +65,77 @@ def test_auto_takes_the_newest_whole_one_and_says_why_it_passed_over_others(find
     assert "step-000020 is passed over: deepspeed/part.pt has" in warnings[1]
 
 
-def test_auto_starts_when_none_is_whole(find, tmp_path):
+def test_auto_does_not_start_anew_over_checkpoints_of_which_none_is_whole(find, tmp_path):
     truncate(save(tmp_path / "checkpoints", 10))
-    point, warnings = find()
-    assert point is None
-    assert len(warnings) == 1
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints in .*checkpoints, .* Give --resume PATH of"):
+        find()
+    (tmp_path / "checkpoints/step-000010").rename(tmp_path / "away")
+    assert find() == (None, [])
+
+
+READ_MANIFEST = resume.read_manifest
+
+
+@pytest.fixture
+def find_on_two_ranks(find, tmp_path, monkeypatch):
+    """Looks for a resume point as two ranks, the second of which has another disk under the path of the checkpoints;
+    gives what each finds or raises."""
+
+    def look(disk_of_second: Path, **changes) -> list[ResumePoint | CheckpointError | None]:
+        store = dist.HashStore()
+
+        def of_rank(rank: int) -> ResumePoint | CheckpointError | None:
+            try:
+                return find_resume_point(config_of(tmp_path, **changes), Processes(rank, rank, 2, store), Log())
+            except CheckpointError as error:
+                return error
+
+        def read_manifest(folder: Path):
+            is_second = threading.current_thread() is second
+            return READ_MANIFEST(disk_of_second / folder.relative_to(tmp_path) if is_second else folder)
+
+        monkeypatch.setattr(resume, "read_manifest", read_manifest)
+        found = []
+        second = threading.Thread(target=lambda: found.append(of_rank(1)))
+        second.start()
+        found.insert(0, of_rank(0))
+        second.join()
+        return found
+
+    return look
+
+
+@pytest.mark.parametrize("asked", ["auto", "checkpoints/step-000020"])
+def test_a_checkpoint_that_only_another_rank_cannot_read_is_refused_on_all(find_on_two_ranks, tmp_path, asked):
+    for step in (10, 20):
+        save(tmp_path / "checkpoints", step)
+    for error in find_on_two_ranks(tmp_path / "not mounted", resume=asked if asked == "auto" else tmp_path / asked):
+        assert isinstance(error, CheckpointError)
+        assert re.search(
+            r"step-000020 cannot be resumed: rank 0 finds it whole, but rank 1 cannot read it: its manifest.json "
+            r"cannot be read: No such file or directory. Nothing was changed. All hosts must share the disk",
+            str(error),
+        )
+
+
+def test_a_file_that_no_rank_can_read_is_passed_over(find_on_two_ranks, tmp_path):
+    for step in (10, 20):
+        save(tmp_path / "checkpoints", step)
+    lose_a_file(tmp_path / "checkpoints/step-000020")
+    assert [point.state.step for point in find_on_two_ranks(tmp_path)] == [10, 10]
+
+
+def test_a_share_that_cannot_be_read_by_anyone_is_damage(find_on_two_ranks, tmp_path, monkeypatch):
+    """A sector of the disk is bad, in what the second rank reads."""
+    for step in (10, 20):
+        save(tmp_path / "checkpoints", step)
+
+    def damaged_file(folder: Path, files, rank: int, world_size: int) -> None:
+        if (rank, folder.name) == (1, "step-000020"):
+            raise UnreadableError("part.pt cannot be read: Input/output error")
+
+    monkeypatch.setattr(resume, "damaged_file", damaged_file)
+    assert [point.state.step for point in find_on_two_ranks(tmp_path)] == [10, 10]
 
 
 def test_a_path_is_taken_or_refused_but_never_replaced(find, tmp_path):
