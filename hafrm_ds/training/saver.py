@@ -55,7 +55,9 @@ class CheckpointSaver:
         self.root = config.output_dir / "checkpoints"
         self.state = RunState(engine, Best.of(config))
         """What it saves."""
-        self.last_step = resume_point.state.step if resume_point else 0
+        point, self.last_step = resume_point, 0
+        if point is not None and point.folder.parent.resolve() == self.root.resolve():  # not in that of another run
+            self.last_step = point.state.step
         self.last_time = time.monotonic()
         self.stop_reason: str | None = None
         self.is_time = False
@@ -91,7 +93,7 @@ class CheckpointSaver:
     def begin(self) -> None:
         """Restore the state that the resume point has, or begin with the first step. All ranks call this together."""
         if self.log.writes:
-            set_aside_later(self.config, self.last_step, self.log)
+            set_aside_later(self.config, self.resume_point.state.step if self.resume_point else 0, self.log)
         if self.resume_point is None:
             self.log.start(self.config, 0)
             return

@@ -7,8 +7,10 @@ import torch.distributed as dist
 
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.processes.stopping import Stopped
+from hafrm_ds.training.resume import ResumePoint
 from hafrm_ds.training.run_state import Best
 from hafrm_ds.training.saver import CheckpointSaver
+from tests.engine.test_checkpoint import state_at
 from tests.training.test_resume import config_of
 
 
@@ -16,10 +18,10 @@ from tests.training.test_resume import config_of
 def make(tmp_path, monkeypatch):
     """A saver of a rank, and the steps that it saves."""
 
-    def make(rank: int = 0, **options) -> tuple[CheckpointSaver, list[int]]:
+    def make(rank: int = 0, point: ResumePoint | None = None, **options) -> tuple[CheckpointSaver, list[int]]:
         evaluated = {"data__eval": "{hh: b.jsonl}", "evaluation__every_steps": 1}
         config = config_of(tmp_path, **evaluated, **{f"checkpoint__{name}": value for name, value in options.items()})
-        saver = CheckpointSaver(config, None, Processes(rank, rank, 2, dist.HashStore()), None, {}, None, None)
+        saver = CheckpointSaver(config, None, Processes(rank, rank, 2, dist.HashStore()), None, {}, None, point)
         saved: list[int] = []
 
         def save() -> None:
@@ -77,6 +79,16 @@ def test_a_stop_before_the_first_step_saves_nothing(make):
         saver.after_step()
     assert saved == []
     assert stopped.value.checkpoint is None
+
+
+@pytest.mark.parametrize(("folder", "steps"), [("checkpoints", []), ("another/run/checkpoints", [2])])
+def test_a_stop_before_the_first_new_step_saves_what_this_run_has_not_in_its_folder(make, tmp_path, folder, steps):
+    saver, saved = make(point=ResumePoint(tmp_path / folder / "step-000002", state_at(2), ()))
+    saver.state.step = 2
+    saver.hear([3.0, 0.0])
+    with pytest.raises(Stopped, match="--resume auto resumes from step-000002"):
+        saver.after_step()
+    assert saved == steps
 
 
 @pytest.mark.parametrize(("final", "steps"), [("last", []), ("best", [2])])
