@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import xxhash
 
-from hafrm_ds.durability import publish, publish_link, remove_folder, whole_file
+from hafrm_ds.durability import publish, publish_link, remove_folder, restore_replaced, whole_file
 from hafrm_ds.errors import UserError
 
 MANIFEST, STATE, LATEST, SET_ASIDE = "manifest.json", "state.json", "latest", "set_aside"
@@ -148,6 +148,12 @@ def saved_steps(root: Path) -> dict[int, Path]:
         if (match := NAME.fullmatch(path.name)) and path.is_dir():
             found[int(match[1])] = path
     return dict(sorted(found.items(), reverse=True))
+
+
+def restore_replaced_steps(root: Path) -> None:
+    """Give checkpoints back their names if a process was killed while it saved them again."""
+    for left in root.glob(".step-*.replaced"):
+        restore_replaced(root / left.stem.removeprefix("."))
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

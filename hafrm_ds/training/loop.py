@@ -151,7 +151,7 @@ class Trainer:
         self.saver.begin()
         state, every = self.state, self.config.evaluation.every_steps
         if state.evaluation_is_due if state.step else self.config.evaluation.at_start:
-            self.evaluate(state.step)
+            state.evaluation_is_due = not self.evaluate(state.step)
         self.saver.after_step()
         share = self.config.objective.policy_share
         if share is not None and state.alpha is None and state.step < self.num_steps:

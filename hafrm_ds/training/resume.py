@@ -13,6 +13,7 @@ from hafrm_ds.engine.checkpoint import (
     damaged_file,
     read_manifest,
     read_state,
+    restore_replaced_steps,
     saved_steps,
 )
 from hafrm_ds.processes.ranks import Processes
@@ -134,8 +135,14 @@ def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) ->
         return None
     is_auto = config.resume == "auto"
     root = config.output_dir / "checkpoints"
-    found = [str(path) for path in saved_steps(root).values()] if is_auto else [str(Path(config.resume).resolve())]
-    candidates = processes.from_first("checkpoints", lambda: found)
+
+    def named() -> list[str]:
+        if not is_auto:
+            return [str(Path(config.resume).resolve())]
+        restore_replaced_steps(root)
+        return [str(path) for path in saved_steps(root).values()]
+
+    candidates = processes.from_first("checkpoints", named)
     for candidate in map(Path, candidates):
         reason, is_whole_for_first = why_not_whole(candidate, processes)
         if reason is None:

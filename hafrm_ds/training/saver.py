@@ -56,8 +56,10 @@ class CheckpointSaver:
         self.state = RunState(engine, Best.of(config))
         """What it saves."""
         point, self.last_step = resume_point, 0
-        if point is not None and point.folder.parent.resolve() == self.root.resolve():  # not in that of another run
+        if point is not None and point.folder.parent.resolve() == self.root.resolve():  # else it is another run's
             self.last_step = point.state.step
+        self.lacks_evaluation = point is not None and point.state.evaluation_is_due
+        """The checkpoint after `last_step` was saved before the evaluation that follows it."""
         self.last_time = time.monotonic()
         self.stop_reason: str | None = None
         self.is_time = False
@@ -115,7 +117,9 @@ class CheckpointSaver:
         step = self.state.step
         by_steps = self.options.every_steps and step % self.options.every_steps == 0
         is_best = self.options.final == "best" and self.state.best.step == step
-        if step > self.last_step and (by_steps or is_best or self.is_time or self.stop_reason):
+        is_due = step > self.last_step and (by_steps or is_best or self.is_time or self.stop_reason)
+        # final/ gets its evaluation from the best checkpoint, which is saved again if it has come first.
+        if is_due or (is_best and self.lacks_evaluation):
             self.save()
         if self.stop_reason is not None:
             raise Stopped(self.stop_reason, step, checkpoint_name(step) if step else None)
@@ -142,15 +146,18 @@ class CheckpointSaver:
         saved = self.state.saved_with(self.config, self.data, self.reference)
 
         def finish() -> None:
-            # The row comes first: if the process dies between the two, resuming from the one before truncates it.
+            # The row comes first: if the process dies between the two, resuming from the one before truncates it. A
+            # checkpoint that is saved again has its row.
             size = sum(facts.bytes for facts in files.values())
-            self.log.metrics("checkpoint", step, {"seconds": time.perf_counter() - started, "bytes": size})
+            if step > self.last_step:
+                self.log.metrics("checkpoint", step, {"seconds": time.perf_counter() - started, "bytes": size})
             self.log.sync()
             complete(draft, self.root, saved, files)
             prune(self.root, self.options.keep_last, saved.best_step, self.state.best.is_better)
 
         self.on_first(finish, draft)
         self.last_step, self.last_time, self.is_time = step, time.monotonic(), False
+        self.lacks_evaluation = self.state.evaluation_is_due
 
     def write_parts(self, draft: Path) -> dict[str, FileFacts]:
         """Each rank writes its files; rank 0 gets the facts of all.

@@ -13,6 +13,8 @@ import pytest
 import torch
 import xxhash
 
+from hafrm_ds import durability
+from hafrm_ds.durability import replaced
 from hafrm_ds.engine import checkpoint as module
 from hafrm_ds.engine.checkpoint import (
     DEEPSPEED_FOLDER,
@@ -28,6 +30,7 @@ from hafrm_ds.engine.checkpoint import (
     read_manifest,
     read_state,
     restore_random_state,
+    restore_replaced_steps,
     saved_steps,
     set_aside,
     start_draft,
@@ -79,6 +82,25 @@ def test_the_pointer_follows_the_newest(tmp_path):
         folder = save(tmp_path, step)
         assert (tmp_path / "latest").resolve() == folder.resolve()
     assert list(saved_steps(tmp_path)) == [1_000_000, 10, 5]
+
+
+def test_one_that_was_killed_while_it_was_saved_again_is_given_back(tmp_path, monkeypatch):
+    """On a disk that cannot exchange two names, where for a moment neither the old nor the new one is there."""
+    save(tmp_path, 5)
+
+    def killed(draft: Path, folder: Path) -> None:
+        folder.rename(replaced(folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(durability, "put_in_place", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 5, metric=0.5)
+    monkeypatch.undo()
+    assert list(saved_steps(tmp_path)) == []
+    restore_replaced_steps(tmp_path)
+    assert problem_of(tmp_path / "step-000005") is None
+    assert read_state(save(tmp_path, 5, metric=0.5)).metric == 0.5
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_draft_is_no_checkpoint_and_the_next_save_clears_it_away(tmp_path):

@@ -1,12 +1,19 @@
 """When a checkpoint is due and when a run stops, as one rank sees it."""
 
+import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from hafrm_ds.engine.checkpoint import FileFacts, read_state, write_json
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.processes.stopping import Stopped
+from hafrm_ds.training.logging import RunLog
+from hafrm_ds.training.loop import Trainer
 from hafrm_ds.training.resume import ResumePoint
 from hafrm_ds.training.run_state import Best
 from hafrm_ds.training.saver import CheckpointSaver
@@ -98,3 +105,73 @@ def test_the_best_step_is_saved_for_a_final_that_is_made_of_it(make, final, step
         saver.state.step, saver.state.best = step, Best("hh/accuracy/reward", 0.5, step=2)
         saver.after_step()
     assert saved == steps
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Engine:
+    """Saves and loads next to nothing."""
+
+    stage, device, model = 2, torch.device("cpu"), SimpleNamespace(uses_stock_logits=False)
+
+    def expected_checkpoint_bytes(self) -> int:
+        return 0
+
+    def save(self, folder: Path) -> dict[str, FileFacts]:
+        return {f"{folder.name}/part.pt": write_json(folder / "part.pt", {})}
+
+    def load(self, *source) -> None:
+        pass
+
+
+def train(folder: Path, point: ResumePoint | None = None, stop: bool = False) -> CheckpointSaver:
+    """Run the loop for four steps, or until a signal in the second; every other step has an evaluation, the first of
+    which is the best."""
+    evaluated = {"data__eval": "{hh: b.jsonl}", "evaluation__every_steps": 2, "evaluation__at_start": False}
+    config = config_of(folder, **evaluated, checkpoint__final="best", logging__tensorboard=False)
+    processes = Processes(0, 0, 1, dist.HashStore())
+    log = RunLog(config, processes)
+    saver = CheckpointSaver(config, Engine(), processes, log, {}, "start", point)
+
+    def train_step(step: int) -> dict[str, float]:
+        saver.hear([3.0 if stop and step == 1 else 0.0, 0.0])
+        return {}
+
+    def evaluate(step: int) -> bool:
+        if saver.stop_reason is not None:
+            return False
+        saver.state.last_evaluation = {"hh": {"accuracy/reward": 1 / step}}
+        saver.state.judge = {"of step": step}
+        saver.state.note_best(step)
+        return True
+
+    trainer = SimpleNamespace(config=config, saver=saver, state=saver.state, log=log, train_step=train_step)
+    trainer.rank, trainer.num_steps, trainer.has_lost_patience = 0, 4, False
+    trainer.evaluate, trainer.report = evaluate, lambda step, metrics: None
+    try:
+        Trainer.run(trainer)
+    finally:
+        log.close()
+    return saver
+
+
+def test_a_stop_before_the_best_evaluation_leaves_final_what_an_uninterrupted_run_does(one_process, tmp_path):
+    straight = train(tmp_path / "straight")
+    with pytest.raises(Stopped, match="--resume auto resumes from step-000002"):
+        train(tmp_path / "resumed", stop=True)
+    folder = tmp_path / "resumed/checkpoints/step-000002"
+    assert read_state(folder).evaluation_is_due
+    resumed = train(tmp_path / "resumed", ResumePoint(folder, read_state(folder), ()))
+    assert not read_state(folder).evaluation_is_due
+    for saver in (straight, resumed):
+        assert saver.state.best.step == 2
+        assert saver.restore_step(2)
+        assert saver.state.last_evaluation == {"hh": {"accuracy/reward": 0.5}}
+        assert saver.state.judge == {"of step": 2}
+        rows = map(json.loads, (saver.config.output_dir / "metrics.jsonl").read_text().splitlines())
+        assert [row["step"] for row in rows if row["kind"] == "checkpoint"] == [2]
