@@ -92,8 +92,10 @@ class RunState:
         if own.exists():  # a rank that was not there before has the state of a fresh start
             restore_random_state(json.loads(own.read_text()))
         self.step, self.evaluation_is_due = saved.step, saved.evaluation_is_due
-        self.best.step, self.best.value = saved.best_step, saved.best_value
-        self.best.evaluations_since = saved.evaluations_since_best
+        # Values of another metric (checkpoint.allow_changed) compare with none of this: the best is found anew.
+        if Best.of(TrainConfig.model_validate(saved.config)).metric == self.best.metric:
+            self.best.step, self.best.value = saved.best_step, saved.best_value
+            self.best.evaluations_since = saved.evaluations_since_best
         if saved.config["objective"].get("policy_share") != config.objective.policy_share:
             self.alpha = None  # that of another share (checkpoint.allow_changed) is found anew
 
