@@ -72,6 +72,7 @@ def run_values(config: TrainConfig) -> dict[str, tuple[Any, str]]:
             "the loop partitions each global batch into micro-batches itself (batch.max_tokens_per_micro_batch)",
         ),
         "train_batch_size": (config.batch.global_batch_size, "batch.global_batch_size"),
+        "zero_optimization.compute_grad_norm": (True, "every step checks and logs its gradient norm (grad_norm)"),
         "optimizer.params.lr": (optimizer.learning_rate, "optimizer.learning_rate"),
         "optimizer.params.betas": (list(optimizer.betas), "optimizer.betas"),
         "optimizer.params.eps": (optimizer.epsilon, "optimizer.epsilon"),

@@ -172,6 +172,7 @@ def nested(dotted: str, value) -> dict:
         ("optimizer.params.weight_decay", 0.1, "optimizer.weight_decay says 0.0", "0.0"),
         ("gradient_accumulation_steps", 4, "batch.max_tokens_per_micro_batch", "1"),
         ("train_batch_size", 32, "batch.global_batch_size says 64", "64"),
+        ("zero_optimization.compute_grad_norm", False, "every step checks and logs its gradient norm", "true"),
     ],
 )
 def test_a_contradiction_is_one_message_naming_both_sides(file, key, value, run_says, remedy):
