@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,14 +236,16 @@ def read_state(folder: Path) -> TrainingState:
 
 
 def start_draft(root: Path, step: int, expected_bytes: int) -> Path:
-    """Make the folder that a checkpoint is written in, and clear away what earlier, killed saves have left.
+    """Make the folder that a checkpoint is written in, and clear away what earlier, killed saves have left. What cannot
+    be deleted, such as a file on NFS that is still open, stays.
 
     Raises:
         CheckpointError: there is too little space, or the folder cannot be made.
     """
     try:
         for left in root.glob(".*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            with suppress(OSError):
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         draft = root / f".{checkpoint_name(step)}"
         (draft / DEEPSPEED_FOLDER).mkdir(parents=True)
         free = shutil.disk_usage(root).free

@@ -15,9 +15,9 @@ import math
 import os
 import pickle
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -160,28 +160,14 @@ class Shards:
     """
 
     def __init__(self, folder: Path, zero_stage: int, world_size: int):
-        self.folder, self.zero_stage = folder, zero_stage
-        self.saved, self.flat = cache(self.opened), cache(self.found)
+        # Of functions and not of methods, which would hold this object, and with it the mapped files, in a circle.
+        self.saved = cache(partial(saved_state, folder))
+        self.flat = cache(partial(flat_tensors, self.saved, folder, zero_stage))
         if zero_stage == 3:
             self.layout = Layout.of_stage_3(read(file_of(folder, 0, "model"))["param_shapes"], world_size)
         else:
             saved = map(self.saved, range(world_size))
             self.layout = Layout.of_stages_1_and_2([each["param_slice_mappings"] for each in saved])
-
-    def opened(self, rank: int) -> dict:
-        """What the optimizer of a rank has saved."""
-        return read(file_of(self.folder, rank, "optim"))["optimizer_state_dict"]
-
-    def found(self, rank: int, group: int) -> dict[str, StoredTensor]:
-        """The flat tensors of a rank and group: what there is of fp32, Adam's moments and its count of steps, "step";
-        another optimizer has none of the latter."""
-        saved, path = self.saved(rank), file_of(self.folder, rank, "optim")
-        if self.zero_stage == 3:
-            weights, states = saved["fp32_flat_groups"], saved["optimizer_state_dict"]["state"]
-        else:
-            weights, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
-        state = {key: torch.as_tensor(states[group][key]) for key in (*MOMENTS, "step") if key in states[group]}
-        return {key: StoredTensor.of(path, tensor) for key, tensor in ({"fp32": weights[group]} | state).items()}
 
     def copy_into(self, target: Tensor, name: str, key: str, start: int) -> None:
         """Fill `target` with the numbers of a flat parameter, or one of its moments, from `start`; what lies beyond its
@@ -198,6 +184,29 @@ class Shards:
     def step(self, name: str) -> float:
         """How many times Adam has updated the parameter."""
         return self.first(name)["step"].part(0, 1).item()
+
+
+def saved_state(folder: Path, rank: int) -> dict:
+    """What the optimizer of a rank has saved."""
+    return read(file_of(folder, rank, "optim"))["optimizer_state_dict"]
+
+
+def flat_tensors(
+    saved_of: Callable[[int], dict], folder: Path, zero_stage: int, rank: int, group: int
+) -> dict[str, StoredTensor]:
+    """The flat tensors of a rank and group: what there is of fp32, Adam's moments and its count of steps, "step";
+    another optimizer has none of the latter.
+
+    Args:
+        saved_of: rank -> `saved_state`.
+    """
+    saved, path = saved_of(rank), file_of(folder, rank, "optim")
+    if zero_stage == 3:
+        weights, states = saved["fp32_flat_groups"], saved["optimizer_state_dict"]["state"]
+    else:
+        weights, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
+    state = {key: torch.as_tensor(states[group][key]) for key in (*MOMENTS, "step") if key in states[group]}
+    return {key: StoredTensor.of(path, tensor) for key, tensor in ({"fp32": weights[group]} | state).items()}
 
 
 def trained_weights(folder: Path, zero_stage: int, world_size: int) -> Iterator[tuple[str, Tensor]]:

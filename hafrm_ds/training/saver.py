@@ -153,7 +153,10 @@ class CheckpointSaver:
                 self.log.metrics("checkpoint", step, {"seconds": time.perf_counter() - started, "bytes": size})
             self.log.sync()
             complete(draft, self.root, saved, files)
-            prune(self.root, self.options.keep_last, saved.best_step, self.state.best.is_better)
+            try:
+                prune(self.root, self.options.keep_last, saved.best_step, self.state.best.is_better)
+            except OSError as error:  # the new one is whole, so the run goes on
+                self.log.warn(f"an old checkpoint cannot be deleted, and only takes up space now: {error}")
 
         self.on_first(finish, draft)
         self.last_step, self.last_time, self.is_time = step, time.monotonic(), False

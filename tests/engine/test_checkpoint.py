@@ -250,6 +250,24 @@ def test_one_that_is_killed_while_it_is_deleted_is_no_checkpoint(tmp_path, monke
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_cannot_be_deleted_of_another_step_does_not_stop_a_save(tmp_path, monkeypatch):
+    for left in (".step-000010", ".other"):
+        (tmp_path / left / "held").mkdir(parents=True)
+    (tmp_path / ".latest").symlink_to(".other")
+    (tmp_path / ".nfs0001").touch()
+
+    def busy(path: object, *arguments: object, **options: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    monkeypatch.setattr(os, "unlink", busy)
+    start_draft(tmp_path, 30, 0)
+    monkeypatch.undo()
+    assert (tmp_path / ".step-000010/held").is_dir()
+    save(tmp_path, 40)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_what_lies_after_a_step_is_set_aside_and_nothing_is_lost(tmp_path):
     for _ in range(2):
         for step in (10, 20, 30):

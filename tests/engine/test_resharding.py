@@ -1,5 +1,6 @@
 """The files of a checkpoint, read without DeepSpeed's loader."""
 
+import gc
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,20 @@ def test_ranks_read_their_shares_of_every_parameter_and_nothing_else(tmp_path, b
             assert torch.equal(torch.cat(parts), padded(whole(name, key), share * after))
             assert Shards(tmp_path, 3, before).step(name) == 4
     assert all(torch.equal(values, whole(name, "fp32")) for name, values in trained_weights(tmp_path, 3, before))
+
+
+def test_no_file_stays_mapped_once_the_shards_are_left(tmp_path):
+    """Without a garbage collection: on NFS a folder with a mapped file cannot be deleted."""
+    write_stage_3(tmp_path, 2)
+    gc.disable()
+    try:
+        shards = Shards(tmp_path, 3, 2)
+        assert shards.step("matrix") == 4
+        assert str(tmp_path) in Path("/proc/self/maps").read_text()
+        del shards
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
 
 
 @settings(deadline=None)

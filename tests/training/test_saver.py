@@ -1,6 +1,8 @@
 """When a checkpoint is due and when a run stops, as one rank sees it."""
 
+import errno
 import json
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hafrm_ds.engine.checkpoint import FileFacts, read_state, write_json
+from hafrm_ds.engine.checkpoint import FileFacts, read_state, saved_steps, write_json
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.processes.stopping import Stopped
 from hafrm_ds.training.logging import RunLog
@@ -175,3 +177,28 @@ def test_a_stop_before_the_best_evaluation_leaves_final_what_an_uninterrupted_ru
         assert saver.state.judge == {"of step": 2}
         rows = map(json.loads, (saver.config.output_dir / "metrics.jsonl").read_text().splitlines())
         assert [row["step"] for row in rows if row["kind"] == "checkpoint"] == [2]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(one_process, tmp_path, monkeypatch, capsys):
+    """As on NFS, where a folder whose file is still open somewhere is never empty."""
+    config = config_of(tmp_path, checkpoint__every_steps=1, checkpoint__keep_last=1, logging__tensorboard="false")
+    processes = Processes(0, 0, 1, dist.HashStore())
+    remove = shutil.rmtree
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if "step-000001" not in str(path):
+            remove(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    log = RunLog(config, processes)
+    saver = CheckpointSaver(config, Engine(), processes, log, {}, "start", None)
+    saver.begin()
+    run(saver, 3)
+    log.close()
+    assert list(saved_steps(tmp_path / "checkpoints")) == [3]
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "Directory not empty" in said and "step-000001" in said
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if row["kind"] == "checkpoint"] == [1, 2, 3]
