@@ -247,17 +247,20 @@ class TrainingEngine(Engine):
     def load(self, folder: Path, zero_stage: int, world_size: int) -> None:
         """Take over what `save` has written under a stage and number of ranks. All ranks call this together.
 
-        Every parameter group keeps the options of this run; the engine has made no step yet.
+        Every parameter group keeps the options of this run, and gradients are clipped as this run says.
         """
-        options = [dict(group, params=None) for group in self.deepspeed.optimizer.param_groups]
+        optimizer = self.deepspeed.optimizer
+        options = [dict(group, params=None) for group in optimizer.param_groups]
         if (zero_stage, world_size) == (self.stage, dist.get_world_size()) or self.stage == 0:
             # Not strict: what is frozen is not there.
             self.deepspeed.load_checkpoint(folder.parent, tag=folder.name, load_module_strict=False)
         else:
             shards = Shards(folder, zero_stage, world_size)
-            deal_out(shards, self.model, self.deepspeed.optimizer, self.stage, dist.get_rank())
-        for group, own in zip(self.deepspeed.optimizer.param_groups, options, strict=True):
+            deal_out(shards, self.model, optimizer, self.stage, dist.get_rank())
+        for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update({name: value for name, value in own.items() if name != "params"})
+        if hasattr(optimizer, "clip_grad"):  # torch's own optimizers have none: DeepSpeed's engine clips for them
+            optimizer.clip_grad = self.deepspeed.gradient_clipping()
 
     def expected_checkpoint_bytes(self) -> int:
         """About what `save` writes over all ranks: trained weights, their fp32 copies and two moments."""

@@ -160,6 +160,10 @@ def runs(setting) -> tuple[Path, dict[int, str]]:
     cases += [[options("to be refused", 3), stop]]
     refused_from = len(cases)
     cases += [case for case, _ in refusals(folder, options).values()]
+    # On from a checkpoint of another run: gradients are clipped harder from there.
+    stopped = {"resume": folder / f"resumed-2-float32/checkpoints/step-{STOP:06}"}
+    clipped = {"optimizer__max_gradient_norm": 1e-3, "checkpoint__allow_changed": "[optimizer.max_gradient_norm]"}
+    cases += [[options("clipped harder", 2, **stopped, **clipped), None]]
     # What was refused has harmed nothing; an option may change by name, and the start weights may be moved.
     allowed = {"optimizer__learning_rate": 1e-3, "checkpoint__allow_changed": "[optimizer.learning_rate]"}
     allowed |= {"model__name_or_path": shutil.copytree(folder / "model", folder / "moved model")}
@@ -252,6 +256,17 @@ def test_other_ranks_and_stages_go_on_with_the_same_losses(runs, change):
     print(f"{change}: largest relative difference of a loss {difference:.2g}")
     assert difference < TOLERANCE[dtype]
     assert largest_difference(final_weights(folder / change), final_weights(straight)) < 10 * TOLERANCE[dtype]
+
+
+def losses_after(step: int, run: Path) -> list[float]:
+    return [row["loss/total"] for row in rows(run, "train") if row["step"] > step]
+
+
+def test_gradients_are_clipped_as_the_resumed_run_says(runs):
+    folder, _ = runs
+    before, after = (losses_after(STOP, folder / name) for name in ("resumed-2-float32", "clipped harder"))
+    assert after[0] == before[0] and len(after) == len(before)
+    assert all(abs(a - b) > 10 * TOLERANCE["float32"] * b for a, b in zip(after[1:], before[1:]))
 
 
 def test_what_does_not_fit_is_refused_by_one_message_that_names_it(setting, runs):
