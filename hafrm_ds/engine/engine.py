@@ -20,7 +20,7 @@ from hafrm_ds.data.packing import PackedBatch
 from hafrm_ds.engine.checkpoint import FileFacts
 from hafrm_ds.engine.deepspeed_config import is_offloaded, resolve_deepspeed_config, zero_stage
 from hafrm_ds.engine.gradients import discard, inner_products, own_parts
-from hafrm_ds.engine.resharding import Shards, deal_out
+from hafrm_ds.engine.resharding import Shards, deal_out, is_laid_out_as
 from hafrm_ds.engine.shapes import full_numel, full_shape
 from hafrm_ds.errors import UserError
 from hafrm_ds.hardware.devices import refuse_untried
@@ -251,7 +251,8 @@ class TrainingEngine(Engine):
         """
         optimizer = self.deepspeed.optimizer
         options = [dict(group, params=None) for group in optimizer.param_groups]
-        if (zero_stage, world_size) == (self.stage, dist.get_world_size()) or self.stage == 0:
+        is_alike = (zero_stage, world_size) == (self.stage, dist.get_world_size())
+        if self.stage == 0 or (is_alike and self.lies_as_here(folder)):
             # Not strict: what is frozen is not there.
             self.deepspeed.load_checkpoint(folder.parent, tag=folder.name, load_module_strict=False)
         else:
@@ -261,6 +262,15 @@ class TrainingEngine(Engine):
             group.update({name: value for name, value in own.items() if name != "params"})
         if hasattr(optimizer, "clip_grad"):  # torch's own optimizers have none: DeepSpeed's engine clips for them
             optimizer.clip_grad = self.deepspeed.gradient_clipping()
+
+    def lies_as_here(self, folder: Path) -> bool:
+        """Whether all ranks have their numbers in a checkpoint of this stage and number of ranks where the engine has
+        them. Under other settings of the stage they lie elsewhere, and DeepSpeed's loader does not look. All ranks call
+        this together."""
+        own = is_laid_out_as(folder, self.deepspeed, self.stage, dist.get_rank())
+        agreed = torch.tensor(float(own), device=self.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        return bool(agreed)
 
     def expected_checkpoint_bytes(self) -> int:
         """About what `save` writes over all ranks: trained weights, their fp32 copies and two moments."""

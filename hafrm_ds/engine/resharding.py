@@ -1,5 +1,5 @@
-"""Resuming with another number of processes or another ZeRO stage: the shards of a checkpoint, dealt out anew, each
-rank reading only what it takes.
+"""Resuming with another number of processes, another ZeRO stage or other settings of it: the shards of a checkpoint,
+dealt out anew, each rank reading only what it takes.
 
 DeepSpeed splits fp32 weights and Adam's moments into flat pieces, one a rank and group: under stage 3 each parameter is
 split, under stages 1 and 2 (and 1 in bfloat16, by another optimizer) the concatenation of all. DeepSpeed's universal
@@ -27,8 +27,14 @@ from torch import Tensor, nn
 
 from hafrm_ds.engine.checkpoint import CheckpointError
 
+MODEL_FILE = "mp_rank_00_model_states.pt"
+"""What is equal on all ranks under the stages 0 to 2."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEYS = ("fp32", *MOMENTS)
+ROUND_ROBIN = (
+    "with zero_optimization.round_robin_gradients DeepSpeed notes wrong places of what its shards hold, so that a "
+    "checkpoint can be resumed only under the DeepSpeed JSON and on the number of processes that have written it"
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,11 @@ class Layout:
     def numel(self, name: str) -> int:
         last = self.pieces[name][-1]
         return last.begin + last.numel
+
+    def place(self, name: str) -> tuple[int, int, int]:
+        """Where a parameter begins: (group, rank, start)."""
+        first = self.pieces[name][0]
+        return first.group, first.rank, first.start
 
     def parts(self, name: str, start: int, numel: int) -> Iterator[tuple[int, Piece]]:
         """Where `numel` numbers of a flat parameter from `start` lie: the part of each piece that holds some of them,
@@ -168,6 +179,9 @@ class Shards:
         else:
             saved = map(self.saved, range(world_size))
             self.layout = Layout.of_stages_1_and_2([each["param_slice_mappings"] for each in saved])
+            names = [name for group in read(folder / MODEL_FILE)["param_shapes"] for name in group]  # as they lie
+            if names != sorted(names, key=self.layout.place):
+                raise CheckpointError(ROUND_ROBIN)
 
     def copy_into(self, target: Tensor, name: str, key: str, start: int) -> None:
         """Fill `target` with the numbers of a flat parameter, or one of its moments, from `start`; what lies beyond its
@@ -216,7 +230,7 @@ def trained_weights(folder: Path, zero_stage: int, world_size: int) -> Iterator[
     Args: as for `Shards`; here the stage may also be 0.
     """
     if zero_stage < 3:  # each rank has all of them, and rank 0 has saved them
-        yield from read(folder / "mp_rank_00_model_states.pt")["module"].items()
+        yield from read(folder / MODEL_FILE)["module"].items()
         return
     shards = Shards(folder, zero_stage, world_size)
     for name in shards.layout.pieces:
@@ -255,13 +269,26 @@ def file_of(folder: Path, rank: int, kind: str) -> Path:
     return path
 
 
+def is_laid_out_as(folder: Path, engine, zero_stage: int, rank: int) -> bool:
+    """Whether a rank's numbers lie in a checkpoint of this stage and number of ranks as they do in DeepSpeed's engine.
+    Settings of the stage (round_robin_gradients, parameter_alignment, sub_group_size) change that."""
+    shapes = read(file_of(folder, 0, "model") if zero_stage == 3 else folder / MODEL_FILE)["param_shapes"]
+    if shapes != engine._get_zero_param_shapes():  # their order is that of the numbers
+        return False
+    if zero_stage == 3:
+        return True
+    return saved_state(folder, rank)["param_slice_mappings"] == engine.optimizer._param_slice_mappings
+
+
 def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank: int) -> None:
-    """Put the weights and moments of a checkpoint into a fresh engine. All ranks call this together.
+    """Put the weights and moments of a checkpoint into the engine. All ranks call this together.
 
     Args:
         model: the module under the engine.
         optimizer: DeepSpeed's, of stage 1, 2 or 3, around torch's AdamW or DeepSpeed's own for the CPU.
     """
+    if getattr(optimizer, "round_robin_gradients", False):
+        raise CheckpointError(ROUND_ROBIN)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     pieces = shards.layout.pieces
     if trained.keys() != pieces.keys():
@@ -269,7 +296,7 @@ def deal_out(shards: Shards, model: nn.Module, optimizer, zero_stage: int, rank:
         raise CheckpointError(f"the checkpoint and this run do not train the same parameters: {named}")
     if any(not {*KEYS, "step"} <= shards.first(name).keys() for name in pieces):
         raise CheckpointError(
-            "the checkpoint was not written by Adam: it can be resumed under the same ZeRO stage and number of "
+            "the checkpoint was not written by Adam: it can be resumed under the same DeepSpeed JSON and number of "
             "processes only"
         )
     if zero_stage == 3:

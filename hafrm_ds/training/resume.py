@@ -22,7 +22,7 @@ from hafrm_ds.training.logging import RunLog
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",
-    "deepspeed",  # another stage is converted
+    "deepspeed",  # another stage, or other settings of it, are dealt out anew
     "checkpoint.",
     "logging.",
     "data.cache_dir",

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.utils.tensor_fragment import fragment_address
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hafrm_ds.engine.checkpoint import CheckpointError
-from hafrm_ds.engine.resharding import Layout, Shards, read, trained_weights
+from hafrm_ds.engine.resharding import MODEL_FILE, Layout, Shards, read, trained_weights
 
 
 class Intruder:
@@ -113,6 +114,19 @@ def test_ranks_read_their_shares_of_every_parameter_and_nothing_else(tmp_path, b
             assert torch.equal(torch.cat(parts), padded(whole(name, key), share * after))
             assert Shards(tmp_path, 3, before).step(name) == 4
     assert all(torch.equal(values, whole(name, "fp32")) for name, values in trained_weights(tmp_path, 3, before))
+
+
+def test_shards_whose_places_deepspeed_notes_wrongly_are_refused(tmp_path):
+    """Under round_robin_gradients: what it notes is the order of the parameters without it."""
+    noted = [{"first": fragment_address(numel=3, start=0), "second": fragment_address(numel=2, start=3)}]
+    saved = {"optimizer_state_dict": {"param_slice_mappings": noted}}
+    torch.save(saved, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    shapes = {"first": torch.Size([3]), "second": torch.Size([2])}
+    torch.save({"param_shapes": [shapes]}, tmp_path / MODEL_FILE)
+    assert Shards(tmp_path, 2, 1).layout.numel("second") == 2
+    torch.save({"param_shapes": [dict(reversed(shapes.items()))]}, tmp_path / MODEL_FILE)
+    with pytest.raises(CheckpointError, match="round_robin_gradients DeepSpeed notes wrong places"):
+        Shards(tmp_path, 2, 1)
 
 
 def test_no_file_stays_mapped_once_the_shards_are_left(tmp_path):
