@@ -134,30 +134,22 @@ def provide_reference(
     sets: Sequence[GroupSet],
     log: Console,
     record: Callable[[dict[str, float]], None],
-    may_compute: bool = True,
 ) -> None:
-    """Give the sets of a training run their reference log-probs, before its first step: the policy is the reference
-    still.
+    """Give the sets of a training run their reference log-probs, before its first step or before it is resumed: the
+    policy is the reference still.
 
     Args:
         batch: with layout and token budget decided.
         sets: training set first.
         record: is told the figures of the check of a sample.
-        may_compute: False for a run that is resumed: it had all values, so what is missing was lost.
 
     Raises:
-        UserError: values are missing and may not be computed or reference.on_missing is stop, or a sample does not
-            agree with the store.
+        UserError: values are missing and reference.on_missing is stop, or a sample does not agree with the store.
     """
     stored = source.look_up(sets, engine.device)
     from_store = sets[0].index[sets[0].are_whole(~np.isnan(stored.tables[0]))]
     if stored.num_missing:
         explanation = source.explain_missing(stored.num_missing, stored.num_wanted)
-        if not may_compute:
-            raise UserError(
-                f"{explanation}. The run that is resumed had all of them: give the --reference.store that it used, or "
-                "run launch/precompute_reference.py with this config"
-            )
         if source.config.reference.on_missing == "stop":
             raise UserError(
                 f"{explanation}. Run launch/precompute_reference.py with this config, or set "

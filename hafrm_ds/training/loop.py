@@ -399,7 +399,6 @@ class Trainer:
             [self.train_set, *self.eval_sets.values()],
             self.log,
             record=partial(self.log.metrics, "check", 0),
-            may_compute=not self.saver.is_resuming,
         )
 
     def evaluate(self, step: int) -> bool:

@@ -64,10 +64,6 @@ class CheckpointSaver:
         self.stop_reason: str | None = None
         self.is_time = False
 
-    @property
-    def is_resuming(self) -> bool:
-        return self.resume_point is not None
-
     # ---- what the ranks agree on ----
 
     def votes(self) -> list[float]:

@@ -78,6 +78,10 @@ def setting(tmp_path_factory):
     model = save_tiny_model(folder / "model")
     gather_all = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     (folder / "gather_all.json").write_text(json.dumps(gather_all))
+    sub_groups = {"zero_optimization": {"stage": 3, "sub_group_size": 1000}}
+    (folder / "sub_groups.json").write_text(json.dumps(sub_groups))
+    round_robin = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    (folder / "round_robin.json").write_text(json.dumps(round_robin))
     train_file, test_file = write_pairs(folder / "train.jsonl", 60), write_pairs(folder / "test.jsonl", 10, seed=1)
 
     def options(name: str, stage: int, dtype: str = "float32", **changes) -> list[str]:
@@ -108,6 +112,7 @@ def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
 
     other_pairs = write_pairs(folder / "other.jsonl", 60, seed=9)
     checkpoint = folder / "to be refused/checkpoints/step-000005"
+    of_stage_2 = {"resume": folder / "resumed-2-float32/checkpoints/latest"}
     return {
         "options": (
             resumed(seed=4, optimizer__learning_rate=1e-3),
@@ -119,9 +124,13 @@ def refusals(folder: Path, options) -> dict[str, tuple[list, str]]:
         ),
         "pairs": (resumed(data__train=other_pairs), r"data.train: the pairs of 'train' have changed"),
         "stage 0": (resumed(stage=0), r"written under ZeRO stage 3, and this run has stage 0"),
+        "another order of shards": (
+            resumed("refused", 2, deepspeed=folder / "round_robin.json", **of_stage_2),
+            r"with zero_optimization.round_robin_gradients .* only under the DeepSpeed JSON",
+        ),
         "missing reference": (
-            resumed(reference__store=folder / "empty store"),
-            r"lacks 140 of 140 .* The run that is resumed had all of them",
+            resumed(reference__store=folder / "empty store", reference__on_missing="stop"),
+            r"lacks 140 of 140 .* Run launch/precompute_reference.py with this config",
         ),
         "no such checkpoint": (resumed(resume=folder / "none"), r"none cannot be resumed: its manifest.json"),
         "a folder with a run": (resumed(resume="none"), r"already holds a run .* --resume auto"),
@@ -153,6 +162,8 @@ def runs(setting) -> tuple[Path, dict[int, str]]:
         cases += [[run, where], [run, None]]
     gathered = {"deepspeed": folder / "gather_all.json"}
     cases += [[options("gathered", 3, **gathered), stop], [options("gathered", 3, **gathered), None]]
+    in_turns = {"deepspeed": folder / "round_robin.json"}
+    cases += [[options("in turns", 2, **in_turns), stop], [options("in turns", 2, **in_turns), None]]
     cases += changed(0, 2, stop) + changed(1, 2, None)
     patient = {"evaluation__every_steps": 1, "evaluation__patience": PATIENCE, "checkpoint__final": "best"}
     cases += [[options(f"patient-{stage}", stage, **patient), None] for stage in (0, 3)]
@@ -160,8 +171,11 @@ def runs(setting) -> tuple[Path, dict[int, str]]:
     cases += [[options("to be refused", 3), stop]]
     refused_from = len(cases)
     cases += [case for case, _ in refusals(folder, options).values()]
-    # On from a checkpoint of another run: gradients are clipped harder from there.
-    stopped = {"resume": folder / f"resumed-2-float32/checkpoints/step-{STOP:06}"}
+    # On from the checkpoint of another run: the same stage lays its shards out otherwise and the store is lost, or
+    # gradients are clipped harder.
+    stopped = {"resume": folder / "resumed-3-float32/checkpoints/latest", "reference__store": folder / "another store"}
+    cases += [[options("sub-groups", 3, deepspeed=folder / "sub_groups.json", **stopped), None]]
+    stopped = {"resume": folder / "resumed-2-float32/checkpoints/latest"}
     clipped = {"optimizer__max_gradient_norm": 1e-3, "checkpoint__allow_changed": "[optimizer.max_gradient_norm]"}
     cases += [[options("clipped harder", 2, **stopped, **clipped), None]]
     # What was refused has harmed nothing; an option may change by name, and the start weights may be moved.
@@ -245,7 +259,7 @@ def test_patience_survives_a_stop(runs):
     assert_same_run(resumed, straight)
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "gathered"])
+@pytest.mark.parametrize("change", [*CHANGES, "gathered", "in turns"])
 def test_other_ranks_and_stages_go_on_with_the_same_losses(runs, change):
     folder, _ = runs
     dtype = CHANGES[change][2] if change in CHANGES else "float32"
@@ -258,14 +272,25 @@ def test_other_ranks_and_stages_go_on_with_the_same_losses(runs, change):
     assert largest_difference(final_weights(folder / change), final_weights(straight)) < 10 * TOLERANCE[dtype]
 
 
-def losses_after(step: int, run: Path) -> list[float]:
-    return [row["loss/total"] for row in rows(run, "train") if row["step"] > step]
+def test_other_settings_of_a_stage_go_on_with_the_same_losses(runs):
+    """Although the reference log-probs are computed anew: the weights are those of the start at that time."""
+    folder, _ = runs
+    before, after = losses_of_both(folder / "resumed-3-float32", folder / "sub-groups")
+    assert after == pytest.approx(before, rel=TOLERANCE["float32"])
+
+
+def losses_of_both(straight: Path, resumed: Path) -> tuple[list[float], list[float]]:
+    """Losses of the steps that a run has made after it was resumed, and of the same in the run that it comes from."""
+    found = [{row["step"]: row["loss/total"] for row in rows(run, "train")} for run in (straight, resumed)]
+    steps = sorted(found[1])
+    assert 3 <= len(steps) < STEPS == steps[-1]
+    return [found[0][step] for step in steps], [found[1][step] for step in steps]
 
 
 def test_gradients_are_clipped_as_the_resumed_run_says(runs):
     folder, _ = runs
-    before, after = (losses_after(STOP, folder / name) for name in ("resumed-2-float32", "clipped harder"))
-    assert after[0] == before[0] and len(after) == len(before)
+    before, after = losses_of_both(folder / "resumed-2-float32", folder / "clipped harder")
+    assert after[0] == before[0]
     assert all(abs(a - b) > 10 * TOLERANCE["float32"] * b for a, b in zip(after[1:], before[1:]))
 
 
