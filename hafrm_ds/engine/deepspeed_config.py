@@ -145,6 +145,12 @@ def deepspeed_contradictions(content: dict, config: TrainConfig) -> list[str]:
             f"deepspeed: {file} names ZeRO stage 3, which fetches weights inside of each layer, but model.fused is "
             "compile_layers, which compiles layers whole; set model.fused to compile, or take a file of stage 0, 1 or 2"
         )
+    measures = config.objective.policy_share is not None or config.logging.gradient_shares_every > 0
+    if stage in (1, 2) and measures and content["zero_optimization"].get("round_robin_gradients"):
+        problems.append(
+            f"deepspeed: {file} says zero_optimization.round_robin_gradients = true, under which DeepSpeed notes wrong "
+            "places of the gradients, but objective.policy_share or logging.gradient_shares_every measures them; leave it out"
+        )
     for section, lowest, what in (("offload_optimizer", 1, "the optimizer"), ("offload_param", 3, "parameters")):
         if is_offloaded(content, section) and stage in range(lowest):
             problems.append(

@@ -211,6 +211,17 @@ def test_layers_that_fetch_their_weights_are_not_compiled_whole(file):
     load(file, {"zero_optimization": {"stage": 3}}, "--model.fused", "compile")
 
 
+def test_gradients_that_lie_elsewhere_than_noted_are_not_measured(file):
+    content = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    for measuring in (
+        ("--objective.policy_share", "0.5", "--objective.alpha", "null"),
+        ("--logging.gradient_shares_every", "5"),
+    ):
+        (problem,) = problems(file, content, *measuring)
+        assert "round_robin_gradients = true" in problem and "measures them; leave it out" in problem
+    load(file, content)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
