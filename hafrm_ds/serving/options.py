@@ -46,7 +46,7 @@ class ServingOptions(ScoringSection):
     workers: PositiveInt | None = None
     """Processes that hold the reward. Default: one for each GPU; on CPUs one."""
     max_wait_ms: NonNegative = 5.0
-    """So long does an idle worker wait for further requests to merge with the first."""
+    """How long an idle worker waits for further requests to merge with the first."""
     max_queue: PositiveInt = 4096
     """Conversations that may wait. Beyond it a request is answered with 503."""
     max_body_mb: Positive = 16.0

@@ -98,7 +98,7 @@ class PolicyOptions(Section):
     temperature: Positive = 1.0
     """Of the answers."""
     beta: NonNegative = 0.04
-    """What the divergence from the start counts."""
+    """Weight of the KL divergence from the start."""
     learning_rate: Positive = 1e-6
     """Of AdamW."""
     checkpoint_every: PositiveInt = 100
@@ -107,7 +107,8 @@ class PolicyOptions(Section):
     """Seed of the draws and of the order of prompts."""
     trl: dict[str, Any] = Field(default={})
     """Further options of TRL's GRPOConfig or RLOOConfig: {loss_type: dr_grpo, top_p: 0.95}. Of these,
-    per_device_train_batch_size says how many answers go through a GPU at once; a step has as many as it had."""
+    per_device_train_batch_size says how many answers go through a GPU at once; the number of answers in a step stays
+    the same."""
 
 
 def train_policy(options: PolicyOptions, processes: Processes) -> None:

@@ -140,7 +140,7 @@ def check_fused_layers(engine: Engine, groups: PreparedGroups, config: TrainConf
         ModelError: what was asked for changes the scores.
     """
     model, name = engine.model, type(engine.model.causal_lm).__name__
-    log.print(f"fused in layers: {model.fused or 'nothing'}")
+    log.print(f"fused layers: {model.fused or 'none'}")
     if model.fused is None:
         return
     items, with_logprob = shortest_items(groups, model.layout), config.objective.uses_policy

@@ -70,7 +70,7 @@ def test_a_run_has_the_numbers_of_one_without(runs, name):
 
 def test_what_is_fused_is_told_and_compared(runs):
     _, printed = runs
-    assert "fused in layers: nothing" in printed
-    assert "fused in layers: RMSNorm, gated MLP, rotary embedding by compile" in printed
-    assert "fused in layers: LlamaDecoderLayer by compile_layers" in printed
+    assert "fused layers: none" in printed
+    assert "fused layers: RMSNorm, gated MLP, rotary embedding by compile" in printed
+    assert "fused layers: LlamaDecoderLayer by compile_layers" in printed
     assert printed.count("fused against LlamaForCausalLM's own layers") == len(FUSED)
