@@ -149,7 +149,7 @@ def deepspeed_contradictions(content: dict, config: TrainConfig) -> list[str]:
     if stage in (1, 2) and measures and content["zero_optimization"].get("round_robin_gradients"):
         problems.append(
             f"deepspeed: {file} says zero_optimization.round_robin_gradients = true, under which DeepSpeed notes wrong "
-            "places of gradients, but objective.policy_share or logging.gradient_shares_every measures them; leave it out"
+            "places of gradients; objective.policy_share or logging.gradient_shares_every measure them: remove it"
         )
     for section, lowest, what in (("offload_optimizer", 1, "the optimizer"), ("offload_param", 3, "parameters")):
         if is_offloaded(content, section) and stage in range(lowest):

@@ -11,6 +11,7 @@ import numpy as np
 
 from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport
+from hafrm_ds.data.tables import Estimate
 from hafrm_ds.evaluation.figures import unit_of
 from hafrm_ds.evaluation.report.reading import Results, known
 
@@ -138,29 +139,40 @@ def of_accuracy(name: str, analysis: dict) -> Iterator[Finding]:
         )
 
 
+def of_gap(results: Results, reached: np.ndarray, evaluated: Estimate) -> Iterator[Finding]:
+    """Whether the training pairs of the last fifth of a run are judged better than held-out ones, beyond chance.
+
+    Args:
+        reached: accuracy of the reward head on the training pairs of each row.
+        evaluated: that on held-out pairs.
+    """
+    batch = results.config.get("batch", {}).get("global_batch_size", 1)  # pairs in a row
+    low, high = evaluated["low"], evaluated["high"]
+    if low is None or high is None:
+        return
+    last = reached[-max(len(reached) // 5, 1) :]
+    right = float(last.mean())
+    chance = math.hypot(NORMAL_QUANTILE * math.sqrt(right * (1 - right) / (len(last) * batch)), (high - low) / 2)
+    if right - evaluated["value"] <= max(LARGE_GAP, chance):
+        return
+    train = results.data.get("train")
+    is_repeated = train is None or results.training.index[-1] * batch > train.total.kept
+    by_heart = "it learns them by heart"
+    of_another_kind = "as each was seen for the first time, the held-out ones must be of another kind"
+    yield Finding(
+        "Training against held-out",
+        f"the reward head is right in {right:.1%} of the last fifth's training pairs and in "
+        f"{evaluated['value']:.1%} of held-out ones: {by_heart if is_repeated else of_another_kind}",
+    )
+
+
 def of_training(results: Results) -> Iterator[Finding]:
     """What the curves of a run say: the gap to held-out pairs, the learning rate, clipping, the share of the policy."""
     rows, options = results.training, dict(options_of(results.config))
     reached = known(rows, "accuracy/reward")
-    fifth = max(len(reached) // 5, 1)
     evaluated = next((each.accuracy.get("reward") for each in results.sets.values()), None)
     if len(reached) and evaluated is not None:
-        right, batch = float(reached[-fifth:].mean()), options.get("batch.global_batch_size", 1)
-        reach = NORMAL_QUANTILE * math.sqrt(right * (1 - right) / (fifth * batch))
-        by_chance = math.hypot(reach, (evaluated["high"] - evaluated["low"]) / 2)
-        if right - evaluated["value"] > max(LARGE_GAP, by_chance):
-            train = results.data.get("train")
-            is_repeated = train is None or rows.index[-1] * batch > train.total.kept
-            cause = (
-                "it learns them by heart"
-                if is_repeated
-                else "as each was seen for the first time, the held-out ones must be of another kind"
-            )
-            yield Finding(
-                "Training against held-out",
-                f"the reward head is right in {right:.1%} of the last fifth's training pairs and in "
-                f"{evaluated['value']:.1%} of held-out ones: {cause}",
-            )
+        yield from of_gap(results, reached, evaluated)
     losses = known(rows, "loss/reward")
     if len(losses) >= 10:
         first, last = losses[: len(losses) // 5].mean(), losses[-(len(losses) // 5) :].mean()
