@@ -37,6 +37,7 @@ def test_every_missing_tool_is_named(monkeypatch, tmp_path):
     check_build_tools(GPU)
 
 
+@pytest.mark.distributed  # where nothing was built before, DeepSpeed builds what it reduces with
 def test_collectives_of_deepspeed_have_the_time_out_of_the_run():
     code = """
 import datetime, torch, torch.distributed as dist

@@ -136,7 +136,7 @@ def test_a_key_comes_from_its_file(tmp_path):
 
 def test_without_the_client_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'hafrm_ds\[correct\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[correct\]'"):
         Chat(Endpoint(url="http://h/v1", model="m"))
 
 
