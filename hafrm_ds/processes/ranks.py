@@ -421,6 +421,7 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def lost_connection(error: Exception) -> str:
+    """The message for a lost connection of which nobody has said the cause: what torch has said stands in it."""
     return f"another process of the run has ended, or cannot be reached: {type(error).__name__}: {error}"
 
 

@@ -54,8 +54,7 @@ class ResumePoint:
 
     def settle(self, config: TrainConfig) -> TrainConfig:
         """The configuration with what `auto` leaves open decided as it was: equal partitions give equal last bits."""
-        decided = {name: self.state.config["batch"][name] for name, value in config.batch if value == "auto"}
-        return config.model_copy(update={"batch": config.batch.model_copy(update=decided)})
+        return settled(config, self.state.config)
 
     def check_config(self, config: TrainConfig) -> None:
         """Raises CheckpointError naming the options that differ from those of the checkpoint."""
@@ -102,6 +101,12 @@ class ResumePoint:
             )
 
 
+def settled(config: TrainConfig, saved: dict) -> TrainConfig:
+    """A configuration with what `auto` leaves open decided as in a saved one (as JSON)."""
+    decided = {name: saved["batch"][name] for name, value in config.batch if value == "auto"}
+    return config.model_copy(update={"batch": config.batch.model_copy(update=decided)})
+
+
 def changed_options(saved: dict, current: dict, free: tuple[str, ...] = FREE_TO_CHANGE) -> dict[str, str]:
     """Option -> in words how it differs, for those that change what a run computes. Of two configurations as JSON.
 
@@ -117,9 +122,7 @@ def changed_options(saved: dict, current: dict, free: tuple[str, ...] = FREE_TO_
 
 def changed_since(saved: dict, config: TrainConfig, free: tuple[str, ...] = FREE_TO_CHANGE) -> dict[str, str]:
     """`changed_options` against config.yaml of a finished run, which has decided what `auto` leaves open."""
-    decided = {name: saved["batch"][name] for name, value in config.batch if value == "auto"}
-    settled = config.model_copy(update={"batch": config.batch.model_copy(update=decided)})
-    return changed_options(saved, settled.model_dump(mode="json"), free)
+    return changed_options(saved, settled(config, saved).model_dump(mode="json"), free)
 
 
 def find_resume_point(config: TrainConfig, processes: Processes, log: RunLog) -> ResumePoint | None:

@@ -72,7 +72,8 @@ def test_runs_that_start_together_prepare_once(prepare, monkeypatch, capfd):
 
     def after_all_have_arrived(batch, **arguments):
         begun.append(len(batch["id"]))
-        while len(arrived) < 6:
+        end = time.monotonic() + 60
+        while len(arrived) < 6 and time.monotonic() < end:
             time.sleep(0.01)
         return tokenize(batch, **arguments)
 

@@ -12,6 +12,7 @@ import numpy as np
 from hafrm_ds.config import options_of
 from hafrm_ds.data.report import DataReport
 from hafrm_ds.data.tables import Estimate
+from hafrm_ds.evaluation.combined import NORMAL_QUANTILE
 from hafrm_ds.evaluation.figures import unit_of
 from hafrm_ds.evaluation.report.reading import Results, known
 
@@ -21,8 +22,6 @@ FEWEST_REPEATS = 20
 """Repeated pairs from which the noise of the labels is estimated."""
 NOTABLE_NOISE = 0.03
 LARGE_GAP = 0.1
-NORMAL_QUANTILE = 1.96
-"""Of 97.5%."""
 FEW_STEPS = 100
 LEAST_FALL = 0.02
 """Of the reward loss, in nats, from the first fifth of a run to the last; at chance the loss is log 2 = 0.693."""
