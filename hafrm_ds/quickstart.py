@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -396,19 +397,31 @@ def results(out_dir: Path, set_name: str = "held_out") -> str:
     return "\n".join(lines)
 
 
+def check_own(out_dir: Path, folders: Sequence[str], mark: str) -> None:
+    """Raise UserError where one of `folders` is there, but data/`mark` does not say that it was made here: what this
+    did not write is not overwritten."""
+    there = [name for name in folders if (out_dir / name).exists()]
+    if there and not (out_dir / "data" / mark).exists():
+        raise UserError(
+            f"{out_dir / there[0]} is there already, and was not made by this command: remove it or name another folder"
+        )
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m hafrm_ds.quickstart", description=__doc__.split("\n\n")[0])
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     parser.add_argument("--results", action="store_true", help="make nothing; say how close OUT_DIR/run came")
     parser.add_argument("--study", action="store_true", help="write the data and models of a study of objectives")
     options = parser.parse_args(arguments)
-    if options.study:
-        write_study(options.out_dir)
-        print(f"{options.out_dir}: data/, random/ and pretrained/, for launch/compare.py --sweep")
-        return
     if options.results:
         print(results(options.out_dir))
         return
+    if options.study:
+        check_own(options.out_dir, ("data", "random", "pretrained"), "train_cued.jsonl")
+        write_study(options.out_dir)
+        print(f"{options.out_dir}: data/, random/ and pretrained/, for launch/compare.py --sweep")
+        return
+    check_own(options.out_dir, ("data", "model"), "rubric.json")
     facts = write_data(options.out_dir / "data")
     rows = [json.loads(line) for line in (options.out_dir / "data" / "train.jsonl").read_text().splitlines()]
     texts = [row[field] for row in rows for field in ("prompt", "chosen", "rejected")]

@@ -169,6 +169,15 @@ def test_results_compare_the_last_evaluation_with_the_best(tmp_path):
 # ---- the study -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("words", "folder"), [([], "model"), (["--study"], "data")])
+def test_what_it_did_not_write_is_not_overwritten(tmp_path, words, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "train.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=rf"{folder} is there already, .* name another folder"):
+        quickstart.main([str(tmp_path), *words])
+    assert [file.name for file in tmp_path.rglob("*")] == [folder, "train.jsonl"]
+
+
 def test_a_cue_stands_before_the_better_answer_as_often_as_asked(pairs):
     cue = quickstart.WORLD["cue"]
     for share in (0.0, 0.8, 1.0):

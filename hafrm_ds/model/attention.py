@@ -77,13 +77,10 @@ class Kernel:
 
     def obstacle(self, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> str | None:
         """Why it cannot run a model on a device; None when it can."""
+        if (unfit := self.unfit_device(device)) is not None:
+            return unfit
         if self.capabilities:
-            if device.type != "cuda":
-                return f"it needs an NVIDIA GPU, not {device.type}"
-            if torch.version.hip:
-                return "it needs an NVIDIA GPU, not one of AMD"  # whose major capabilities are other GPUs'
-            if (major := torch.cuda.get_device_capability(device)[0]) not in self.capabilities:
-                return f"it is not made for GPUs of compute capability {major}"
+            major = torch.cuda.get_device_capability(device)[0]
             if dtype != torch.bfloat16:
                 return f"it has no {str(dtype).removeprefix('torch.')}"
             largest = self.largest_heads.get(major, 256)
@@ -96,6 +93,18 @@ class Kernel:
         if not self.has_softcap and getattr(config, "attn_logit_softcapping", None):
             return "it has no soft cap for attention scores, which this model uses"
         return import_problem(self.package)  # last: importing a kernel can take seconds, or fail
+
+    def unfit_device(self, device: torch.device) -> str | None:
+        """Why it can run no model on a device; None when it was made for such."""
+        if not self.capabilities:
+            return None
+        if device.type != "cuda":
+            return f"it needs an NVIDIA GPU, not {device.type}"
+        if torch.version.hip:
+            return "it needs an NVIDIA GPU, not one of AMD"  # whose major capabilities are other GPUs'
+        if (major := torch.cuda.get_device_capability(device)[0]) not in self.capabilities:
+            return f"it is not made for GPUs of compute capability {major}"
+        return None
 
 
 def import_problem(package: str) -> str | None:
@@ -367,6 +376,15 @@ PREFERRED = {10: "fa4"}
 
 for kernel in KERNELS.values():
     AttentionInterface.register(kernel.implementation, partial(segment_attention, kernel))
+
+
+def check_kernel(requested: str, device: torch.device) -> None:
+    """Raises ModelError if `requested` is a kernel that can run no model here: known before a model is."""
+    if requested == "auto":
+        return
+    problem = KERNELS[requested].unfit_device(device) or import_problem(KERNELS[requested].package)
+    if problem is not None:
+        raise ModelError(f"--model.attention {requested} cannot be used: {problem}. Set it to auto")
 
 
 def choose_kernel(requested: str, device: torch.device, dtype: torch.dtype, config: PretrainedConfig) -> Kernel:

@@ -201,20 +201,27 @@ def fused_layers(causal_lm: PreTrainedModel, kind: str, device: torch.device) ->
     if kind == "auto":
         fused = fuse(causal_lm, liger_functions())
         return fused if fused.names else None
+    check_fused(kind, device)
+    if kind == "compile_layers":
+        return compile_layers(causal_lm)
+    fused = fuse(causal_lm, liger_functions() if kind == "liger" else CompiledFunctions())
+    if not fused.names:
+        what = f"{type(causal_lm).__name__} has no RMSNorm, rotary embedding or gated MLP that it knows"
+        raise ModelError(f"model.fused {kind} cannot be used: {what}. Set --model.fused off")
+    return fused
+
+
+def check_fused(kind: str, device: torch.device) -> None:
+    """Raises ModelError if `kind`, a name of model.fused, can run no model on a device."""
+    problem = None
     if kind == "liger":
         problem = import_problem("liger_kernel.ops")
         if not problem and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
             problem = f"it runs on GPUs, not on {device}"
-    else:
-        problem = import_problem("triton") if device.type == "cuda" else None
-    if problem is None and kind == "compile_layers":
-        return compile_layers(causal_lm)
-    if problem is None:
-        fused = fuse(causal_lm, liger_functions() if kind == "liger" else CompiledFunctions())
-        if fused.names:
-            return fused
-        problem = f"{type(causal_lm).__name__} has no RMSNorm, rotary embedding or gated MLP that it knows"
-    raise ModelError(f"model.fused {kind} cannot be used: {problem}. Set --model.fused off")
+    elif kind in ("compile", "compile_layers") and device.type == "cuda":
+        problem = import_problem("triton")
+    if problem is not None:
+        raise ModelError(f"model.fused {kind} cannot be used: {problem}. Set --model.fused off")
 
 
 def fuse(causal_lm: PreTrainedModel, functions: Functions) -> FusedLayers:

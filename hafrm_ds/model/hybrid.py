@@ -104,12 +104,10 @@ class HybridModel(nn.Module):
         Raises:
             ModelError: it cannot run on `device`.
         """
+        check_log_probs(kind, device)
         if kind == "torch":
             self.response_logprobs.softmax = None
             return
-        problem = import_problem("triton") or ("" if device.type == "cuda" else f"it runs on GPUs, not on {device}")
-        if problem and not os.environ.get("TRITON_INTERPRET"):
-            raise ModelError(f"model.log_probs triton cannot be used: {problem}. Leave it at torch")
         from hafrm_ds.model.softmax_kernels import TritonSoftmax
 
         self.response_logprobs.softmax = TritonSoftmax()
@@ -210,6 +208,15 @@ class HybridModel(nn.Module):
             hook.remove()
         logprobs = logits.float().log_softmax(-1).gather(1, batch.target_ids[:, None]).squeeze(1)
         return captured[0], logprobs
+
+
+def check_log_probs(kind: str, device: torch.device) -> None:
+    """Raises ModelError if `kind`, a name of model.log_probs, cannot run on a device."""
+    if kind == "torch":
+        return
+    problem = import_problem("triton") or ("" if device.type == "cuda" else f"it runs on GPUs, not on {device}")
+    if problem and not os.environ.get("TRITON_INTERPRET"):
+        raise ModelError(f"model.log_probs {kind} cannot be used: {problem}. Leave it at torch")
 
 
 def model_inputs(batch: PackedBatch) -> dict:

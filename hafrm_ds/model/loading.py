@@ -14,8 +14,16 @@ from transformers import (
 
 from hafrm_ds.config import ModelConfig
 from hafrm_ds.errors import ModelError
-from hafrm_ds.model.hybrid import HybridModel, RewardHead, disable_dropout, make_attribute_head, make_reward_head
-from hafrm_ds.model.lora import quantization
+from hafrm_ds.model.attention import check_kernel
+from hafrm_ds.model.hybrid import (
+    HybridModel,
+    RewardHead,
+    check_log_probs,
+    disable_dropout,
+    make_attribute_head,
+    make_reward_head,
+)
+from hafrm_ds.model.lora import check_packages, quantization
 from hafrm_ds.model.recomputation import set_gradient_checkpointing
 from hafrm_ds.model.reward_start import reward_head_of
 
@@ -38,6 +46,23 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(**origin(config))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.name_or_path {config.name_or_path!r} cannot be loaded: {first_line(error)}") from error
+
+
+def check_runnable(config: ModelConfig, layout: str, device: torch.device) -> None:
+    """Raise ModelError, before a model or data is read, for an option whose package is missing or that this device
+    cannot run.
+
+    Args:
+        layout: by the names of batch.layout; the padded one takes no kernel of ours.
+    """
+    check_packages(config.lora)
+    if layout != "padded":
+        check_kernel(config.attention, device)
+    check_log_probs(config.log_probs, device)
+    if config.fused not in ("auto", "off"):
+        from hafrm_ds.model.fused import check_fused  # importing the families takes a while
+
+        check_fused(config.fused, device)
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

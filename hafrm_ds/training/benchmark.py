@@ -11,7 +11,7 @@ from hafrm_ds.engine.deepspeed_config import resolve_deepspeed_config
 from hafrm_ds.engine.engine import check_build_tools, load_training_engine
 from hafrm_ds.engine.scoring import score_groups
 from hafrm_ds.errors import ConfigError
-from hafrm_ds.model.lora import check_packages
+from hafrm_ds.model.loading import check_runnable
 from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
 from hafrm_ds.reference.offline_pass import ReferenceLogprobs
 from hafrm_ds.training.logging import RunLog
@@ -30,7 +30,7 @@ def trainer_for_measuring(config: TrainConfig, num_steps: int, processes: Proces
     Nor does that of alpha: where a share would find it, 1 stands for it.
     """
     check_build_tools(processes.device, resolve_deepspeed_config(config, processes.world_size, processes.machine_size))
-    check_packages(config.model.lora)
+    check_runnable(config.model, config.batch.layout, processes.device)
     if config.deterministic:
         log.print(use_deterministic_algorithms())
     config = config.model_copy(update={"max_steps": num_steps})

@@ -29,8 +29,7 @@ from hafrm_ds.evaluation.report import writing as leaving
 from hafrm_ds.evaluation.report.reading import STOPPED_FILE, SUMMARY_FILE
 from hafrm_ds.evaluation.sets import EvaluatedSet
 from hafrm_ds.hardware.measurement import peak_memory_bytes
-from hafrm_ds.model.loading import fetch_model, load_model_config, local_folder
-from hafrm_ds.model.lora import check_packages
+from hafrm_ds.model.loading import check_runnable, fetch_model, load_model_config, local_folder
 from hafrm_ds.model.reward_start import check_start
 from hafrm_ds.model.sizes import ModelSizes
 from hafrm_ds.processes.ranks import Processes, use_deterministic_algorithms
@@ -123,7 +122,7 @@ def check_options(config: TrainConfig, processes: Processes) -> None:
             ]
         )
     check_build_tools(processes.device, deepspeed_config_of(config, processes))
-    check_packages(config.model.lora)
+    check_runnable(config.model, config.batch.layout, processes.device)
 
 
 def deepspeed_config_of(config: TrainConfig, processes: Processes) -> dict:
@@ -300,7 +299,7 @@ def precompute_reference(config: TrainConfig, processes: Processes) -> None:
         )
     compare_options(config, processes)
     check_build_tools(processes.device)
-    check_packages(config.model.lora)
+    check_runnable(config.model, config.batch.layout, processes.device)
     log = RunLog(config, processes, files=False)
     if config.deterministic:
         log.print(use_deterministic_algorithms())

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from hafrm_ds.config import ObjectiveConfig
 from hafrm_ds.data.report import GroupFacts
 from hafrm_ds.engine.deepspeed_config import load_config
-from hafrm_ds.errors import DataError, UserError
+from hafrm_ds.errors import DataError, ModelError, UserError
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
-from hafrm_ds.training.run import check_orders, leave_report, train
+from hafrm_ds.training.run import check_orders, leave_report, precompute_reference, train
 from tests.distributed.launching import write_pairs
 from tests.tiny_models import save_tiny_model
 
@@ -49,6 +49,27 @@ def test_margins_that_cannot_be_read_stop_a_run_that_uses_margins_alone(tmp_path
         if use_margin:
             assert str(caught.value).startswith("objective.use_margin is true, but ")
             assert "margins.jsonl:7: field 'margin' is the text 'much', expected a finite number" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("model.attention", "fa3", "it needs an NVIDIA GPU, not cpu. Set it to auto"),
+        ("model.log_probs", "triton", "it runs on GPUs, not on cpu|the package triton is not installed"),
+        ("model.fused", "liger", "the package liger_kernel is not installed|it runs on GPUs, not on cpu"),
+    ],
+)
+def test_what_this_machine_cannot_run_is_refused_before_data_is_read(tmp_path, monkeypatch, option, value, reason):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = load_config(options_of(tmp_path, **{option: value}))
+    for job in (train, precompute_reference):
+        with pytest.raises(ModelError, match=rf"{option} {value} cannot be used: ({reason})"):
+            job(config, Processes(0, 0, 1, dist.HashStore()))
+    assert not (tmp_path / "cache").exists()
+    padded = {option: value, "batch.layout": "padded", "data.train": tmp_path / "nothing.jsonl"}
+    if option == "model.attention":  # under which no kernel of ours runs
+        with pytest.raises(DataError, match=r"nothing\.jsonl"):
+            train(load_config(options_of(tmp_path, **padded)), Processes(0, 0, 1, dist.HashStore()))
 
 
 def test_an_attribute_that_no_row_has_is_refused_by_name(tmp_path):
