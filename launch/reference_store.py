@@ -18,7 +18,6 @@ from hafrm_ds.data.tables import Cell, Table, count
 from hafrm_ds.errors import run_alone
 from hafrm_ds.options import Section, read
 from hafrm_ds.reference.maintenance import NamespaceReport, merge_stores, prune_store, verify_store
-from hafrm_ds.reference.store import StoreError
 
 
 class StoreOptions(Section):
@@ -39,9 +38,6 @@ class StoreOptions(Section):
 
 def main() -> int:
     arguments = read(StoreOptions, sys.argv[1:], about=__doc__, positional=["action", "store", "source"])
-    for folder in filter(None, (arguments.store if arguments.action != "merge" else None, arguments.source)):
-        if not folder.is_dir():
-            raise StoreError(f"there is no reference store {folder}")
     if arguments.source is not None:
         merge_stores(arguments.source, arguments.store)
     elif arguments.action == "prune":

@@ -36,10 +36,18 @@ class NamespaceReport:
     bad: list[str]
 
 
+def namespaces_of(root: Path) -> dict[str, dict]:
+    """As `read_namespaces`. Raises StoreError for a folder that is no store, before anything in it is touched."""
+    found = read_namespaces(root)
+    if not found:
+        raise StoreError(f"{root} is no reference store: it holds no folder MODEL-DTYPE-vN-HASH of log-probs")
+    return found
+
+
 def verify_store(root: Path) -> list[NamespaceReport]:
     """Check every file of every namespace against its checksum; nothing is moved or changed."""
     reports = []
-    for name, facts in read_namespaces(root).items():
+    for name, facts in namespaces_of(root).items():
         good, bad = [], []
         for path in shard_files(root / name):
             try:
@@ -57,7 +65,7 @@ def merge_stores(source: Path, target: Path) -> None:
 
     A shard's name is its checksum, so one that is there already is the same one.
     """
-    for name in read_namespaces(source):
+    for name in namespaces_of(source):
         folder = target / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +88,7 @@ def prune_store(root: Path) -> None:
 
     Drafts of killed writers and files that were set aside are deleted. Run it when nothing else writes.
     """
-    for name in read_namespaces(root):
+    for name in namespaces_of(root):
         folder = root / name
         for draft in folder.glob(f"{DRAFT_PREFIX}*"):
             if time.time() - draft.stat().st_mtime > ABANDONED_SECONDS:

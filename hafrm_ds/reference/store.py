@@ -38,6 +38,8 @@ SHARD_NAME = re.compile(r"[0-9a-f]{64}\.arrow")
 DRAFT_PREFIX = ".draft-"
 SET_ASIDE = "set_aside"
 NAMESPACE_FILE = "namespace.json"
+NAMESPACE_NAME = re.compile(r".+-\w+-v\d+-[0-9a-f]{12}")
+"""Of `Namespace.name`."""
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
@@ -341,10 +343,11 @@ def write_namespace_file(folder: Path, namespace: Namespace, notes: dict) -> Non
 
 
 def read_namespaces(root: Path) -> dict[str, dict]:
-    """Folder name -> content of namespace.json ({} where it is lost), for every namespace of a store."""
+    """Folder name -> content of namespace.json ({} where it is lost), for every namespace of a store; other folders
+    that lie beside them are no part of it."""
     namespaces = {}
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        if folder.is_dir() and not folder.name.startswith("."):
+        if folder.is_dir() and NAMESPACE_NAME.fullmatch(folder.name):
             try:
                 namespaces[folder.name] = json.loads((folder / NAMESPACE_FILE).read_text())
             except (OSError, ValueError):

@@ -2,9 +2,10 @@ import os
 import shutil
 
 import numpy as np
+import pytest
 
 from hafrm_ds.reference.maintenance import merge_stores, prune_store, verify_store
-from hafrm_ds.reference.store import DRAFT_PREFIX, SET_ASIDE
+from hafrm_ds.reference.store import DRAFT_PREFIX, SET_ASIDE, StoreError
 from tests.reference.test_store import NAMESPACE, fill, flip_a_bit, reopen, some_keys, truncate, value_of
 
 
@@ -34,6 +35,20 @@ def test_merge_takes_what_is_missing_and_leaves_the_source(tmp_path):
     assert (len(store), warnings) == (50, [])
     np.testing.assert_array_equal(store.logprobs(two), value_of(two))
     assert len(reopen(tmp_path / "two")[0]) == 30
+
+
+@pytest.mark.parametrize("work", [verify_store, prune_store, lambda folder: merge_stores(folder, folder / "new")])
+def test_a_folder_that_is_no_store_is_refused_and_left_as_it_is(tmp_path, work):
+    """Files that are no shards are set aside, and pruning deletes what was: neither may meet somebody's own files."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    for root in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(StoreError, match=f"{root.name} is no reference store"):
+            work(root)
+    fill(tmp_path, some_keys(30))
+    work(tmp_path)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+    assert not (tmp_path / "thesis" / SET_ASIDE).exists()
 
 
 def test_prune_rewrites_doubles_and_removes_what_failed(tmp_path):
