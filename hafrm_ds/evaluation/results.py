@@ -63,7 +63,7 @@ def claim_output(file: Path, folder: Path, identity: dict[str, Any], replaces: b
         return True
     if file.exists() and not replaces:
         raise DataError(f"{file} holds the results of another job; choose another --output_dir")
-    claim_folder(folder, identity, replaces=replaces)
+    claim_folder(folder, identity, replaces=replaces, is_removed=True)
     return False
 
 

@@ -18,21 +18,29 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 
 
-def claim_folder(folder: Path, identity: dict[str, Any], *, replaces: bool = False) -> None:
+def claim_folder(folder: Path, identity: dict[str, Any], *, replaces: bool = False, is_removed: bool = False) -> None:
     """Make the folder of a job's parts, or resume in it.
 
     Args:
         identity: what the parts depend on, for JSON.
         replaces: whether parts of another job are removed.
+        is_removed: whether the folder is, when the job is done.
 
     Raises:
-        DataError: it holds parts of another job, which are not replaced, or cannot be written.
+        DataError: it holds parts of another job, which are not replaced, or files that would be lost with it, or cannot
+            be written.
     """
     text, file = json.dumps(identity, indent=2), folder / "job.json"
     try:
         if replaces and file.exists() and file.read_text() != text:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+        if is_removed and others and not file.exists():
+            raise DataError(
+                f"{folder} is needed for parts, is removed when the job is done, and holds files of something else "
+                f"({others[0]}); rename it, or choose another output"
+            )
         if file.exists() and file.read_text() != text:
             raise DataError(
                 f"{folder} holds parts of a job with another model, input or setting ({file}); remove it to start anew"

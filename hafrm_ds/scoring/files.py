@@ -121,7 +121,7 @@ def plan_job(options: ScoringOptions, opened: OpenedReward, folder: Path) -> lis
     if options.output.exists() and not folder.exists():
         raise DataError(f"--output {options.output} is already there; choose another file")
     parts = split_into_parts(options.input)
-    claim_folder(folder, identity_of(options, opened))
+    claim_folder(folder, identity_of(options, opened), is_removed=True)
     return parts
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch.distributed as dist
 
+from hafrm_ds.errors import DataError
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import work_through
+from hafrm_ds.processes.parts import claim_folder, work_through
 from hafrm_ds.processes.ranks import Processes
 
 
@@ -26,3 +27,16 @@ def test_parts_that_are_there_are_not_made_again(tmp_path, capsys, there):
     assert len(started) == (there < 3)
     said = capsys.readouterr().out
     assert (f"{there} of 3 parts of it are there already" in said) == (there > 0)
+
+
+def test_a_folder_of_other_files_is_not_taken_for_parts_that_are_removed_at_the_end(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "engine.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"parts is needed .* files of something else \(engine\.txt\)"):
+        claim_folder(tmp_path / "parts", {"job": 1}, is_removed=True)
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["engine.txt"]
+    (tmp_path / "parts" / "engine.txt").rename(tmp_path / "engine.txt")
+    for _ in range(2):  # a draft of job.json that a kill has left does no harm, nor do the job's own parts
+        (tmp_path / "parts" / ".job.json.1a2b").write_text("{")
+        claim_folder(tmp_path / "parts", {"job": 1}, is_removed=True)
+        (tmp_path / "parts" / "part-1").write_text("whole")
