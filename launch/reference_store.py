@@ -43,7 +43,7 @@ def main() -> int:
     elif arguments.action == "prune":
         prune_store(arguments.store)
     reports = verify_store(arguments.store)
-    Console().print(table_of(reports).to_rich())
+    Console().print(table_of(reports))
     bad = [line for report in reports for line in report.bad]
     print("\n".join(bad))
     return 1 if bad and arguments.action == "verify" else 0

@@ -31,7 +31,7 @@ def render(plan: Plan) -> Group:
     )
 
 
-def run_table(plan: Plan) -> RichTable:
+def run_table(plan: Plan) -> Table:
     workload, machines, parameters = plan.workload, plan.machines, plan.parameters
     device, operations, configured = machines.device, plan.operations, plan.configured
     saved = 1 - workload.tokens / workload.separate_tokens
@@ -52,7 +52,7 @@ def run_table(plan: Plan) -> RichTable:
         "on disk": f"final/ {size(plan.final_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}, the reference store "
         f"at most {size(plan.store_bytes)}",
     }
-    return Table([(name, [Cell(value)]) for name, value in rows.items()], ("Plan", ""), texts=1).to_rich()
+    return Table([(name, [Cell(value)]) for name, value in rows.items()], ("Plan", ""), texts=1)
 
 
 def options_table(title: str, plan: Plan, cells: Callable[[Option], dict[str, str]]) -> RichTable:

@@ -110,30 +110,30 @@ def render_health(sets: dict[str, PreparedGroups]) -> RenderableType:
     return Group(repeats_table(sets), bias_table(sets), cuts_table(sets), *overlap_tables(sets))
 
 
-def repeats_table(sets: dict[str, PreparedGroups]) -> RenderableType:
+def repeats_table(sets: dict[str, PreparedGroups]) -> Table:
     rows = []
     for name, pairs in sets.items():
         prompts = len(unique_keys(pairs.prompt_keys)[0])
         numbers = (len(pairs), prompts, pairs.report.duplicates, pairs.report.both_orders)
         rows.append((name, [*map(count, numbers)]))
-    return Table(rows, ("Repeats", "pairs", "different prompts", "exact duplicates", "in both orders")).to_rich()
+    return Table(rows, ("Repeats", "pairs", "different prompts", "exact duplicates", "in both orders"))
 
 
-def bias_table(sets: dict[str, PreparedGroups]) -> RenderableType:
+def bias_table(sets: dict[str, PreparedGroups]) -> Table:
     rows = []
     for name, pairs in sets.items():
         bias = LengthBias.of(pairs)
         mean = Cell(f"{bias.mean_difference:+.1f}")
         rows.append((name, [share(bias.share), share(bias.standard_error), mean, Cell(bias.in_words)]))
     header = ("Length bias", "longer wins", "± s.e.", "mean difference, tokens", "finding")
-    return Table(rows, header, texts=1).to_rich()
+    return Table(rows, header, texts=1)
 
 
-def cuts_table(sets: dict[str, PreparedGroups]) -> RenderableType:
+def cuts_table(sets: dict[str, PreparedGroups]) -> Table:
     shares = {name: dict(cut_shares(pairs)) for name, pairs in sets.items()}
     lengths = sorted({length for each in shares.values() for length in each})
     rows = [(name, [share(each.get(length, 0.0)) for length in lengths]) for name, each in shares.items()]
-    return Table(rows, ("Pairs longer than max_length", *(f"{length:,}" for length in lengths))).to_rich()
+    return Table(rows, ("Pairs longer than max_length", *(f"{length:,}" for length in lengths)))
 
 
 def overlap_tables(sets: dict[str, PreparedGroups]) -> Iterator[RenderableType]:
@@ -147,6 +147,6 @@ def overlap_tables(sets: dict[str, PreparedGroups]) -> Iterator[RenderableType]:
         numbers = (len(pairs), found.prompts, found.answers, found.pairs)
         rows.append((name, [*map(count, numbers), Cell(found.first)]))
     header = ("Shared with train", "pairs", "prompts", "conversations", "whole pairs", "first")
-    yield Table(rows, header, texts=1).to_rich()
+    yield Table(rows, header, texts=1)
     if leaks:
         yield Text("Pairs that training has seen in part flatter a model: leave them out, or read their results apart.")

@@ -240,7 +240,7 @@ class DataReport:
 
     def render(self, with_examples: bool = True) -> RenderableType:
         """Tables and examples for a rich console. Data goes in as Text, never as rich markup."""
-        *tables, lengths = (table.to_rich() for table in self.tables())
+        *tables, lengths = self.tables()
         return Group(
             *tables,
             *map(as_text, self._remarks()),

@@ -7,10 +7,13 @@ from typing import Any, TypedDict, TypeVar
 
 import rich.table
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from hafrm_ds.data.pairs import shortened
 
+LEAST_NAME, BETWEEN_COLUMNS = 16, 3
+"""Characters of a terminal that a table needs beside its numbers: names fold, numbers do not."""
 LONGEST_NAME = 120
 """Characters of a row's name in a terminal. Names of sources come from the data."""
 MAX_SOURCES = 20
@@ -33,13 +36,17 @@ class Estimate(TypedDict):
 class Cell:
     """The text of a cell, and what stands smaller below it on a page.
 
-    brief: stands beside the text in a terminal, in place of the detail. words: a text that may take several lines.
+    brief: stands in place of the detail in a terminal, beside the text or, where that is too narrow, below it. words: a
+        text that may take several lines.
     """
 
     text: str
     detail: str = ""
     words: bool = False
     brief: str = ""
+
+    def in_terminal(self, between: str) -> str:
+        return between.join(filter(None, (self.text, self.brief)))
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,18 @@ class Table:
     texts: int = 0
     is_dense: bool = False
 
-    def to_rich(self) -> rich.table.Table:
-        """The table for a terminal; without a caption the first header takes the place of a title."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        numbers = [cells[: len(cells) - self.texts] for _, cells in self.rows if not self.words]
+        columns = zip(*([len(cell.in_terminal(" ")) for cell in cells] for cells in numbers), strict=True)
+        needed = LEAST_NAME + sum(BETWEEN_COLUMNS + max(column) for column in columns)
+        yield self.to_rich(" " if needed <= options.max_width else "\n")
+
+    def to_rich(self, between: str = " ") -> rich.table.Table:
+        """The table for a terminal; without a caption the first header takes the place of a title.
+
+        Args:
+            between: what stands between the text of a cell and what is brief.
+        """
         first, *others = self.header
         table = rich.table.Table(
             title=as_text(self.caption) if self.caption else None,
@@ -71,8 +88,8 @@ class Table:
             is_text = place >= len(others) - self.texts
             table.add_column(as_text(name), justify="left" if is_text else "right", overflow="fold")
         for name, cells in self.rows:
-            shown = (" ".join(filter(None, (cell.text, cell.brief))) for cell in cells)
-            table.add_row(as_text(shortened(name, LONGEST_NAME)), *map(as_text, shown))
+            shown = (as_text(cell.in_terminal(between)) for cell in cells)
+            table.add_row(as_text(shortened(name, LONGEST_NAME)), *shown)
         return table
 
 

@@ -22,8 +22,8 @@ def rule_in_words(results: dict[str, Any]) -> str:
 
 def render_agreement(results: dict[str, Any]) -> RenderableType:
     """The tables one after another."""
-    tables = (table.to_rich() for table in agreement_tables(results))
-    return Group(as_text(heading(results)), *tables, as_text(f"compositions: {rule_in_words(results)}"))
+    rule = as_text(f"compositions: {rule_in_words(results)}")
+    return Group(as_text(heading(results)), *agreement_tables(results), rule)
 
 
 def agreement_tables(results: dict[str, Any]) -> list[Table]:

@@ -26,10 +26,10 @@ def render_comparison(results: dict[str, Any]) -> RenderableType:
     """Methods by sets, then their paired differences in points; of a sweep the gains over Baseline."""
     columns, seeds = shown_columns(results), seeds_in_words(results)
     if "sweep" in results:
-        return gain_table(results, columns, f"Gain over Baseline in points [95%], paired, {seeds}").to_rich()
+        return gain_table(results, columns, f"Gain over Baseline in points [95%], paired, {seeds}")
     accuracy = accuracy_table(results["methods"], columns, f"Accuracy [95%], {seeds}")
     differences = differences_table(results["differences"], columns, f"Difference in points [95%], paired, {seeds}")
-    return Group(accuracy.to_rich(), differences.to_rich())
+    return Group(accuracy, differences)
 
 
 def accuracy_table(methods: dict[str, Any], columns: list[str], title: str = "", caption: str = "") -> Table:

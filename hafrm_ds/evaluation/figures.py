@@ -47,12 +47,12 @@ ORDER = (
 def render_evaluation(results: dict[str, Any]) -> RenderableType:
     """Tables of what evaluation.json holds."""
     sets = results["sets"]
-    parts: list[RenderableType] = [sets_table(sets).to_rich()] if sets else []
+    parts: list[RenderableType] = [sets_table(sets)] if sets else []
     if judge := results.get("judge"):
         parts.append(as_text(fit_in_words(JudgeFit.from_json(judge))))
     for name, analysis in sets.items():
-        parts += [as_text(f"\n{name}"), *(table.to_rich() for table in set_tables(analysis))]
-    return Group(*parts, *(benchmark_table(found).to_rich() for found in results["benchmarks"].values()))
+        parts += [as_text(f"\n{name}"), *set_tables(analysis)]
+    return Group(*parts, *map(benchmark_table, results["benchmarks"].values()))
 
 
 def fit_in_words(fit: JudgeFit) -> str:

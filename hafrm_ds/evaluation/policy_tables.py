@@ -16,7 +16,7 @@ def heading(results: dict[str, Any]) -> str:
 
 def render_policies(results: dict[str, Any]) -> RenderableType:
     """The table with its heading."""
-    return Group(as_text(heading(results)), policies_table(results).to_rich())
+    return Group(as_text(heading(results)), policies_table(results))
 
 
 def policies_table(results: dict[str, Any]) -> Table:

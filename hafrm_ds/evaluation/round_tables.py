@@ -17,7 +17,7 @@ def heading(results: dict[str, Any]) -> str:
 
 def render_rounds(results: dict[str, Any]) -> RenderableType:
     """The tables one after another."""
-    return Group(as_text(heading(results)), *(table.to_rich() for table in rounds_tables(results)))
+    return Group(as_text(heading(results)), *rounds_tables(results))
 
 
 def rounds_tables(results: dict[str, Any]) -> list[Table]:

@@ -90,4 +90,4 @@ def benchmark(config: TrainConfig, processes: Processes, num_steps: int) -> None
         "peak memory of the largest process": f"{steps[-1]['memory_gib']:.2f} GiB",
     }
     header = ("", f"median of {num_steps} steps")
-    log.print(Table([(name, [Cell(value)]) for name, value in rows.items()], header, texts=1).to_rich())
+    log.print(Table([(name, [Cell(value)]) for name, value in rows.items()], header, texts=1))

@@ -126,7 +126,7 @@ def test_a_table_of_a_whole_benchmark(tmp_path):
     domains = ("chat", "math", "code", "safety-refuse", "safety-response")
     result = summary("rm-bench", tmp_path, [rm_bench_row(domain) for domain in domains], [[1, 3, 5, 0, 2, 4]] * 5)
     assert json.loads(json.dumps(result)) == result
-    lines = lines_of(benchmark_table({"cut": 0, "judges": {"reward": result, "logprob": result}}).to_rich(), 100)
+    lines = lines_of(benchmark_table({"cut": 0, "judges": {"reward": result, "logprob": result}}), 100)
     rows = cells(lines, "questions")
     assert lines[0].strip() == "RM-Bench"
     assert ["Safety", "2", "66.7%", "66.7%"] in rows and ["Safety / safety-refuse", "1", "66.7%", "66.7%"] in rows
@@ -136,7 +136,7 @@ def test_a_table_of_a_whole_benchmark(tmp_path):
 def test_a_table_says_what_is_missing_and_tied_and_reads_no_markup(tmp_path):
     rows = [judgebench_row("livecodebench-[red]x"), judgebench_row("livecodebench")]
     result = summary("judgebench", tmp_path, rows, [[1, 0], [1, 1]])
-    lines = lines_of(benchmark_table({"cut": 2, "judges": {"reward": result}}).to_rich(), 100)
+    lines = lines_of(benchmark_table({"cut": 2, "judges": {"reward": result}}), 100)
     rows = cells(lines, "questions")
     assert ["Coding / livecodebench-[red]x", "1", "100.0%"] in rows and ["overall", "2", "- (1 ties)"] in rows
     title = " ".join(" ".join(lines[:4]).split())

@@ -18,7 +18,7 @@ def render_best_of_n(results: dict[str, Any]) -> RenderableType:
     tables = [pick_table(found), ranking_table(found), curve_table(found)]
     if found["pairs"]:
         tables.append(pair_table(found["pairs"]))
-    return Group(as_text(f"{title}, by the gold scores of {results['gold']}"), *(table.to_rich() for table in tables))
+    return Group(as_text(f"{title}, by the gold scores of {results['gold']}"), *tables)
 
 
 def pick_table(found: dict[str, Any]) -> Table:

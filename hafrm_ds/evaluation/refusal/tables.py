@@ -53,9 +53,8 @@ def about_rewrites(results: dict[str, Any]) -> str:
 
 def render_refusals(results: dict[str, Any]) -> RenderableType:
     """The tables one after another."""
-    tables = (table.to_rich() for table in refusal_tables(results))
     about = about_rewrites(results)
-    return Group(as_text(heading(results)), *tables, *[as_text(about)] * bool(about))
+    return Group(as_text(heading(results)), *refusal_tables(results), *[as_text(about)] * bool(about))
 
 
 def refusal_tables(results: dict[str, Any]) -> list[Table]:
