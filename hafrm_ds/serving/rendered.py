@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from hafrm_ds.data.formatting import PROBE, ChatFormatter
-from hafrm_ds.data.pairs import assistant
+from hafrm_ds.data.pairs import Row, assistant
 from hafrm_ds.data.tokenization import PromptWithResponses, common_prefix_length
 from hafrm_ds.errors import DataError
 from hafrm_ds.saved.scorer import Conversation, Scorer, check_fits
@@ -76,8 +76,9 @@ class Template:
 
 
 def encode(scorer: Scorer, template: Template, item: Rendered) -> PromptWithResponses:
-    """A rendered conversation -> token ids. Raises DataError as `Scorer.encode` and `Template.whole` do."""
-    text = template.whole(item.text)
+    """A rendered conversation -> token ids. Raises DataError as `Scorer.encode` and `Template.whole` do, and of a text
+    that no tokenizer takes, as it holds half of a surrogate pair."""
+    text = template.whole(Row({}, "the request", "").as_text(item.text, "the text", expected="a text"))
     prompt = item.prompt if item.prompt.startswith(template.bos) else template.bos + item.prompt
     ids, prompt_ids = scorer.formatter.encode_rendered([text, prompt])
     if len(ids) < 2:

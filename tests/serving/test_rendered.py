@@ -53,6 +53,13 @@ def test_what_another_template_has_written_is_refused(scorer):
         encode(scorer, template, Rendered("Question: what? Answer: that.", "Question: what?"))
 
 
+def test_half_of_a_surrogate_pair_is_refused(scorer):
+    """A tokenizer takes no such text: it would end the worker, and with it what else is asked."""
+    text = scorer.formatter.render([user("a"), assistant("b")]).replace("b", "b\ud83d")
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        encode(scorer, Template.of(scorer.formatter), Rendered(text, ""))
+
+
 def test_what_is_too_long_is_refused(scorer):
     text = scorer.formatter.render([user("a" * 300), assistant("b")])
     with pytest.raises(DataError, match=r"more than max_tokens \(200\)"):
