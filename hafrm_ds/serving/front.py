@@ -29,6 +29,13 @@ LEFT = 499
 """Status, for the metrics, of a request whose client has left."""
 
 
+class Reply(JSONResponse):
+    """JSON in ASCII, in which a row's own fields go back as they came, half of a surrogate pair or NaN among them."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
 class Refused(Exception):
     """A request that is not scored, with the response for it. rows: those that are to blame. body: what is said beside
     the error."""
@@ -38,7 +45,7 @@ class Refused(Exception):
         headers = {"Retry-After": str(RETRY_SECONDS)} if status == 503 else {}
         headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
         error = {"message": message, "code": status} | ({"rows": rows} if rows else {})
-        self.response = JSONResponse((body or {}) | {"error": error}, status, headers)
+        self.response = Reply((body or {}) | {"error": error}, status, headers)
 
 
 @dataclass
@@ -123,7 +130,7 @@ class Front:
         self.metrics.row_errors += len(faults)
         if faults:
             raise bad_rows(faults, written or {})
-        return JSONResponse(written)
+        return Reply(written)
 
     async def answers(self, request: Request, asked: Asked) -> list[Answer]:
         """What the workers say. Raises Refused, or ClientDisconnect as soon as the client has left."""

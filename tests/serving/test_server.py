@@ -190,6 +190,17 @@ async def test_what_is_no_request(monkeypatch):
 
 
 @in_loop
+async def test_what_a_row_brings_along_goes_back_as_it_came(monkeypatch):
+    rows = [ROW | {"of": [float("inf"), "half \ud83d", "é"]}, {"prompt": "hi", "of": "\ud83d"}]
+    async with running(monkeypatch, worker_of(lengths)) as up:
+        replies = [await up.client.post("/score", content=json.dumps(part)) for part in (rows[:1], rows)]
+    assert [reply.status_code for reply in replies] == [200, 422]
+    for reply in replies:
+        for found, sent in zip(json.loads(reply.content)["rows"], rows):
+            assert {name: found[name] for name in sent} == sent
+
+
+@in_loop
 async def test_a_large_body_is_refused_and_not_kept(monkeypatch):
     async with running(monkeypatch, worker_of(lengths), max_body_mb=1) as up:
         reply = await up.client.post("/score", content=b"x" * 50_000_000)
