@@ -188,6 +188,8 @@ class Dispatcher:
         finally:  # nobody waits for the others any more
             for each in waiting:
                 each.answer.cancel()
+            if any(each.answer.cancelled() for each in waiting):  # they take up no room either
+                self.queue = deque(each for each in self.queue if not each.answer.done())
 
     # ---- workers -----------------------------------------------------------------------------------------------------
 

@@ -1,13 +1,16 @@
 """Which questions go through together."""
 
 import asyncio
+import contextlib
 from collections import Counter
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as some
 
 from hafrm_ds.data.pairs import assistant, user
-from hafrm_ds.serving.dispatcher import Waiting, choose
+from hafrm_ds.serving.dispatcher import Dispatcher, Waiting, choose
+from hafrm_ds.serving.options import ServingOptions
 from hafrm_ds.serving.rendered import Rendered
 from hafrm_ds.serving.worker import Question
 
@@ -42,6 +45,19 @@ def test_who_has_left_is_not_asked_about():
     queue[0].answer.cancel()
     batch, rest = choose(queue, queue[0].shared + 1)
     assert answers(batch) == ["2"] and answers(rest) == ["3"]
+
+
+def test_who_has_left_takes_up_no_room_in_the_queue():
+    """As while the reward is loaded: clients that give up and come again would fill it."""
+
+    async def come_and_go() -> int:
+        dispatcher = Dispatcher(ServingOptions(model=Path("model"), max_queue=2), 1, print)
+        for _ in range(3):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(dispatcher.ask("score", [[user("a"), assistant("b")]] * 2), 0.01)
+        return len(dispatcher.queue)
+
+    assert asyncio.run(come_and_go()) == 0
 
 
 def test_texts_of_unknown_prompts_share_nothing():
