@@ -5,7 +5,6 @@ The answer holds a JSON object, or lines `name: value`. A field that is missing 
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.rewards.endpoint import json_object
 from hafrm_ds.rewards.reward import Loader, Score
 from hafrm_ds.saved.scorer import Conversation
-
-LINE = re.compile(r"^\s*(\S[^:\n]*?)\s*:\s*(.*?)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -37,18 +34,20 @@ class FieldMatch:
         """Read a file whose rows have `prompt` (a text or messages) and `fields` (an object).
 
         Raises:
-            ModelError: it cannot be read, or a row is not so.
+            ModelError: it cannot be read, or a row is not so, or rows contradict each other.
         """
         try:
             rows = [Row(fields, f"{file}:{number}", "") for number, fields in file_table(file, str(file)).rows()]
-            known = {}
+            known: dict[str, dict[str, str]] = {}
             for row in rows:
                 is_text = isinstance(parsed_messages(row.value("prompt")), str)
                 prompt = prompt_from_text(row.text("prompt"))[0] if is_text else row.messages("prompt")
                 fields = row.value("fields")
                 if not isinstance(fields, dict) or not fields:
                     raise row.fault("field 'fields'", fields, "an object with the fields that are known")
-                known[key_of(prompt)] = {str(name): spelled(value) for name, value in fields.items()}
+                spoken = {str(name): spelled(value) for name, value in fields.items()}
+                if known.setdefault(key_of(prompt), spoken) != spoken:
+                    raise DataError(f"{row.id}: an earlier row has the same prompt and other fields")
             return cls(file, known, hashlib.sha256(file.read_bytes()).hexdigest())
         except (DataError, OSError) as error:
             raise ModelError(str(error)) from error
@@ -67,13 +66,19 @@ class FieldMatch:
         if known is None:
             return Score.none(f"{self.file.name} has no row of this prompt")
         text = conversation[-1].get("content") or ""
-        found = json_object(text) or dict(LINE.findall(text))
+        found = json_object(text) or lines_of(text)
         spoken = {str(name): spelled(value) for name, value in found.items()}
         return Score(sum(spoken.get(name) == value for name, value in known.items()) / len(known))
 
 
 def key_of(prompt: Conversation) -> str:
     return json.dumps([[message["role"], (message.get("content") or "").strip()] for message in prompt])
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """Name -> value of its lines `name: value`."""
+    parts = (line.partition(":") for line in text.split("\n"))
+    return {name.strip(): value for name, colon, value in parts if colon and name.strip()}
 
 
 def spelled(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The share of fields that an answer has exactly as they are known."""
 
 import json
+import time
 
 import pytest
 
@@ -31,12 +32,20 @@ def reward(tmp_path):
         (json.dumps(KNOWN | {"name": "ines okafor", "hurt": None}), 0.5),
         ("name: Ines Okafor\n  when :  3 May \nbicycles: two", 0.5),
         ("bicycles: 2\nhurt: false\nnothing else", 0.5),
+        ("Here it is:\nname: Ines Okafor\nnotes:\nbicycles: 2", 0.5),  # a line without a value has none of the next
+        ("name: Ines Okafor\r\nwhen: 3 May at 10:30", 0.25),
         ("I cannot.", 0.0),
         ("{}", 0.0),
     ],
 )
 def test_fields_count_where_they_are_exactly_as_known(answer, value, reward):
     assert reward.scores([[user("Fill in the form."), assistant(answer)]])[0].value == value
+
+
+def test_an_answer_of_empty_lines_is_read_in_no_time(reward):
+    started = time.monotonic()
+    assert reward.scores([[user("Fill in the form."), assistant("\n" * 60_000 + "b")]])[0].value == 0.0
+    assert time.monotonic() - started < 5
 
 
 def test_a_prompt_that_is_not_known_is_an_error_and_never_a_0(reward):
@@ -52,6 +61,11 @@ def test_a_prompt_that_is_not_known_is_an_error_and_never_a_0(reward):
         ("{}", "known.jsonl:1: field 'prompt' is missing"),
         ('{"prompt": "p", "fields": {}}', "known.jsonl:1: field 'fields' is an object"),
         ("{", "known.jsonl:1"),
+        (
+            '{"prompt": "p", "fields": {"a": 1}}\n{"prompt": "p ", "fields": {"a": "1"}}\n'
+            '{"prompt": "p", "fields": {"a": 2}}',
+            "known.jsonl:3: an earlier row has the same prompt and other fields",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(line, problem, tmp_path):
