@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hafrm_ds.clients.client import RewardClient, RewardError
 from hafrm_ds.data.formatting import ChatFormatter
+from hafrm_ds.data.tool_calls import conversation_of
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.loading import load_model_config
 from hafrm_ds.model.sizes import ModelSizes
@@ -69,9 +70,11 @@ class Engine:
         return cls(RewardClient.of(url, key), saved.formatter(), sizes, head["weight"].flatten(), bias, max_tokens)
 
     def answers(self, messages: Conversation, number: int = 1, **sampling: Any) -> list[str]:
-        """Draw answers of the policy. sampling: SGLang's sampling_params, as temperature. Raises RewardError."""
+        """Draw answers of the policy. sampling: SGLang's sampling_params, as temperature. Raises RewardError, and
+        DataError if `messages` are none."""
         sampling["n"] = number
-        asked = {"input_ids": self.formatter.encode_prompt(messages), "sampling_params": sampling}
+        prompt = conversation_of(messages, "the prompt")
+        asked = {"input_ids": self.formatter.encode_prompt(prompt), "sampling_params": sampling}
         drawn = self.client.post("/generate", asked)
         return [each["text"].strip() for each in (drawn if isinstance(drawn, list) else [drawn])]
 
@@ -83,7 +86,8 @@ class Engine:
 
     def score(self, conversation: Conversation) -> Score:
         try:
-            ids = encode_for(self.sizes, self.formatter, conversation, self.max_tokens)
+            read = conversation_of(conversation, "the conversation")
+            ids = encode_for(self.sizes, self.formatter, read, self.max_tokens)
         except DataError as error:
             return Score.none(str(error))
         [answer] = ids.responses

@@ -39,6 +39,16 @@ def read_with_tools(row: Row, read: Callable[[Row], Made], ignored: Iterable[str
     return read(ToolRow.of(row, ignored))
 
 
+def conversation_of(messages: Any, place: str) -> list[Message]:
+    """Messages from Python, read as those of a row. Raises DataError, which names them by `place`."""
+
+    def read(row: Row) -> list[Message]:
+        found = row.messages("messages")
+        return row.opened(found) if isinstance(row, ToolRow) else found
+
+    return read_with_tools(Row({"messages": messages}, place, ""), read)
+
+
 class ToolRow(Row):
     """A row whose messages may call tools, and which may have a column `tools`. Rows without tools become none, so that
     reading them costs no more."""

@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 
 from hafrm_ds.data.formatting import ChatFormatter
 from hafrm_ds.data.packing import PackedBatch, share_prompts, split_groups
-from hafrm_ds.data.pairs import Message, assistant
+from hafrm_ds.data.pairs import Message, assistant, in_words
 from hafrm_ds.data.tokenization import PromptWithResponses, tokenize_conversation
+from hafrm_ds.data.tool_calls import conversation_of
 from hafrm_ds.engine.scoring import Items, score_items
 from hafrm_ds.errors import DataError, ModelError
 from hafrm_ds.model.sizes import ModelSizes
@@ -93,7 +94,8 @@ class Scorer(ABC):
             A reward for one conversation, else a list of rewards in the order given.
 
         Raises:
-            DataError: a conversation that the template refuses, or that is longer than max_tokens or the model knows.
+            DataError: what is no conversation, or one that the template refuses, or that is longer than max_tokens or
+                the model knows.
             ModelError: the model was trained without a reward loss.
         """
         conversations, is_one = as_conversations(messages, responses)
@@ -167,10 +169,25 @@ def check_fits(
 def as_conversations(
     messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None
 ) -> tuple[list[Conversation], bool]:
-    """What `messages` and `responses` stand for: (conversations, whether a single one was meant)."""
+    """What `messages` and `responses` stand for: (conversations, whether a single one was meant).
+
+    They are read as rows of files are, so that a conversation has the same score there.
+
+    Raises:
+        DataError: they are no conversations.
+    """
+    if isinstance(messages, str | dict):
+        raise DataError(f"`messages` is {in_words(messages)}, expected a list of messages, or a list of such lists")
     is_one = bool(messages) and isinstance(messages[0], dict)
-    if responses is not None:
-        if not is_one:
-            raise DataError("responses belong to one conversation, but `messages` is a list of conversations")
-        return [[*cast(Conversation, messages), assistant(response)] for response in responses], False
-    return (cast(list[Conversation], [messages] if is_one else list(messages))), is_one
+    if responses is None:
+        given = cast(list[Conversation], [messages] if is_one else list(messages))
+    elif not is_one:
+        raise DataError("responses belong to one conversation, but `messages` is a list of conversations")
+    elif isinstance(responses, str):
+        raise DataError(f"`responses` is {in_words(responses)}, expected a list of answers")
+    else:
+        given = [[*cast(Conversation, messages), assistant(response)] for response in responses]
+    names = [f"conversation {number}" if len(given) > 1 else "the conversation" for number in range(1, len(given) + 1)]
+    # Of no message at all `tokenize_conversation` says so.
+    read = [conversation_of(each, name) if each else [] for each, name in zip(given, names)]
+    return read, is_one and responses is None

@@ -78,6 +78,15 @@ def test_a_server_without_states_gives_no_reward(sglang, sent):
         sglang.engine.scores([[*PROMPT, {"role": "assistant", "content": "fine"}]])
 
 
+def test_messages_are_read_as_those_of_a_file_are(sglang):
+    said = {"role": "gpt", "content": [{"type": "text", "text": "fine"}]}
+    first, second, third = sglang.engine.scores(
+        [[*PROMPT, said], [*PROMPT, {"role": "assistant", "content": "fine"}], [*PROMPT, {"role": "assistant"}]]
+    )
+    assert first == second and first.value is not None
+    assert third.error.startswith("the conversation: message 2 of field 'messages' is an object with the keys role")
+
+
 def test_a_conversation_that_is_too_long_has_an_error_and_the_next_a_value(sglang):
     long, short = ([*PROMPT, {"role": "assistant", "content": "a" * length}] for length in (600, 3))
     first, second = sglang.engine.scores([long, short])

@@ -142,7 +142,7 @@ def test_judges_of_a_model_in_a_composition_score_as_the_model_does(folder):
 
 
 def test_a_part_that_stands_in_it_twice_is_loaded_once(folder):
-    reward = load_reward(folder / "all.yaml", device="cpu")
+    reward = load_reward(folder / "all.yaml", device="cpu").reward
     other = reward.aspects["other"].reward
     assert reward.holistic.reward is other.members["ensemble.0"]
 
@@ -191,6 +191,15 @@ def test_one_composition_gives_the_same_values_by_every_door(folder):
     direct = load_reward(folder / "all.yaml", device="cpu")
     same = [score.value for score in direct.scores([[asked[0][0], assistant(answer)] for answer in answers])]
     assert found == pytest.approx(same, abs=1e-5)
+
+
+def test_messages_from_python_are_read_as_those_of_a_file_are(folder):
+    [asked] = conversations(1)
+    named = [{"from": {"user": "human", "assistant": "gpt"}[each["role"]], "value": each["content"]} for each in asked]
+    for name in (folder / "all.yaml", f"{folder}/aspects.py:sentences"):
+        first, second, third = load_reward(name, device="cpu").scores([asked, named, [{"role": "user"}]])
+        assert second.value == pytest.approx(first.value, abs=1e-5)
+        assert third.error.startswith("the conversation: message 1 of field 'messages' is an object with the keys role")
 
 
 def test_a_row_that_a_function_fails_on_is_named_and_the_rest_is_scored(folder):

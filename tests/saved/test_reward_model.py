@@ -138,6 +138,44 @@ def test_what_has_no_value_is_named(model):
         model.score([[]])
 
 
+def test_messages_are_read_as_those_of_a_file_are(model):
+    """Other names of roles, contents in parts and reasoning beside them would else be rendered as they stand."""
+    expected = model.score(answered(QUESTIONS[0], "Because."))
+    parts = [{"type": "text", "text": "Why"}, {"type": "text", "text": "?"}]
+    for question in ({"role": "human", "content": "Why?"}, {"from": "human", "value": "Why?"}, QUESTIONS[0][0]):
+        for content in ("Because.", [{"type": "text", "text": "Because."}]):
+            assert model.score([question, {"role": "gpt", "content": content}]) == pytest.approx(expected, abs=1e-5)
+    assert model.score([{"role": "user", "content": parts}], ["Because."]) == [pytest.approx(expected, abs=1e-5)]
+    thought = {"role": "assistant", "content": "Because.", "reasoning_content": "Hm."}
+    assert model.score([*QUESTIONS[0], thought]) == pytest.approx(
+        model.score(answered(QUESTIONS[0], "<think>\nHm.\n</think>\n\nBecause.")), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "responses", "fault"),
+    [
+        ("Why?", None, "`messages` is the text 'Why\\?', expected a list of messages"),
+        (QUESTIONS[0][0], None, "`messages` is an object with the keys role, content"),
+        (["Why?"], None, "the conversation: field 'messages' is the text"),
+        ([{"role": "user"}], None, "the conversation: message 1 of field 'messages' is an object with the keys role"),
+        ([QUESTIONS[0], [{"role": "user", "content": None}]], None, "conversation 2: content of message 1"),
+        (QUESTIONS[0], "Because.", "`responses` is the text 'Because.', expected a list of answers"),
+        (QUESTIONS[0], ["half \ud83d"], "half of a surrogate pair"),
+        (QUESTIONS[0], [None], "content of message 2 of field 'messages' is null"),
+        (
+            [*QUESTIONS[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "find", "arguments": {}}]}],
+            None,
+            "leaves out tool calls",
+        ),
+    ],
+)
+def test_what_is_no_conversation_is_named(messages, responses, fault, model):
+    for ask in (model.score, model.rate, model.log_probs):
+        with pytest.raises(DataError, match=fault):
+            ask(messages, responses)
+
+
 def test_dtype_is_that_of_the_weights_unless_given(tmp_path):
     final = save_tiny_final(tmp_path / "final", dtype=torch.bfloat16, bias=True)
     kept, widened = (HybridRewardModel.from_pretrained(final, dtype=dtype).model for dtype in (None, "float32"))
