@@ -8,6 +8,7 @@ A row that cannot be scored, or a server that is gone, is an error, never a 0.
 """
 
 import asyncio
+import contextlib
 import http.client
 import json
 import logging
@@ -105,15 +106,25 @@ class RewardClient:
                 with opener.open(request, timeout=self.timeout) as reply:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
-                content = error.read()
+                content = content_of(error)
                 if error.code == 422:
-                    return json.loads(content)
+                    with contextlib.suppress(ValueError):  # what stands between may say it in its own words
+                        return json.loads(content)
                 fault = f"status {error.code}: {content[:500].decode(errors='replace')}"
                 if error.code not in TRANSIENT:
                     break
-                pause = max(pause, float(error.headers.get("Retry-After") or 0))
+                seconds = error.headers.get("Retry-After", "")
+                pause = max(pause, int(seconds) if seconds.isdecimal() else 0)  # else it is a date
             except (OSError, http.client.HTTPException, ValueError) as error:  # URLError and time-outs among them
                 fault = f"{type(error).__name__}: {error}"
             if attempt + 1 < self.attempts:
                 time.sleep(pause)
         raise RewardError(f"{self.url}{path} gave no reward ({fault})")
+
+
+def content_of(error: urllib.error.HTTPError) -> bytes:
+    """What stands in an answer with an error; nothing where it has broken off."""
+    try:
+        return error.read()
+    except (OSError, http.client.HTTPException):
+        return b""

@@ -21,7 +21,8 @@ PROMPT = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture
 def server(monkeypatch):
-    """Scores an answer by its length. `plan`: what it does instead, request by request: a status, or a JSON."""
+    """Scores an answer by its length. `plan`: what it does instead, request by request: a status, or this and
+    a JSON or what a proxy writes."""
     plan, seen = [], []
 
     class Handler(BaseHTTPRequestHandler):
@@ -38,9 +39,13 @@ def server(monkeypatch):
                 lengths = [float(len(query)) for query in body["query"]]
                 reply = {"rewards": lengths, "scores": lengths, "extra_logs": {}}
             status = step if isinstance(step, int) else step[0] if step else 200
-            content = json.dumps(step[1] if isinstance(step, tuple) else reply).encode()
+            body = step[1] if isinstance(step, tuple) else reply
+            is_proxy = isinstance(body, bytes)  # which breaks off, too
+            content = body if is_proxy else json.dumps(body).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            if is_proxy:
+                self.send_header("Retry-After", "Wed, 21 Oct 2026 07:28:00 GMT")
+            self.send_header("Content-Length", str(len(content) + is_proxy))
             self.end_headers()
             self.wfile.write(content)
 
@@ -79,6 +84,15 @@ def test_a_server_that_does_not_answer_is_an_error(server, status, attempts):
         with pytest.raises(RewardError, match=f"status {status}"):
             ask([row("abc")])
         assert len(server.seen) == attempts
+
+
+def test_what_stands_between_may_answer_in_its_own_words(server):
+    """A proxy writes HTML, breaks off, and gives a date as Retry-After."""
+    server.plan += [(503, b"<html>"), (502, b"<html>")]
+    assert RewardClient.of().scores([row("abc")]) == [3.0]
+    server.plan += [(422, b"<html>")]
+    with pytest.raises(RewardError, match="gave no reward"):
+        RewardClient.of().scores([row("abc")])
 
 
 def test_nobody_is_there():
