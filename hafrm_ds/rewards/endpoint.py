@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import Field
 
 from hafrm_ds.config import Positive, PositiveInt
-from hafrm_ds.data.pairs import Message
+from hafrm_ds.data.pairs import Message, valid_text
 from hafrm_ds.errors import ConfigError, ModelError, UserError
 from hafrm_ds.options import Section
 
@@ -181,6 +181,8 @@ def reply_of(answer: Any) -> Reply:
         raise Unusable("is no chat completion") from None
     if not isinstance(text, str):
         raise Unusable("holds no text")
+    if valid_text(text) != text:
+        raise Unusable("holds half of a surrogate pair, which is no text")
     counted = answer.get("usage")
     usage = counted if isinstance(counted, dict) else {}
     counts = (usage.get(f"{side}_tokens") for side in ("prompt", "completion"))

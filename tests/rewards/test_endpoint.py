@@ -87,6 +87,7 @@ def test_a_wrong_key_or_model_is_wrong_for_all(status):
         (Answer(body=b'{"choices": []}'), "is no chat completion"),
         (Answer(body=b'{"choices": [{"message": null}]}'), "is no chat completion"),
         (Answer(None), "holds no text"),
+        (Answer("half \ud83d"), "holds half of a surrogate pair"),
     ],
 )
 def test_what_is_no_answer_is_named(answer, fault):
