@@ -88,7 +88,7 @@ class Dialogue:
         """Have a draft looked at, and rewritten if there is advice. is_whole: the draft is not truncated."""
         scenario, known = self.scenario, "\n".join(message["content"] for message in [*turn.prompt, user(turn.draft)])
         advice = self.ask("advice", "supervisor", self.question(turn), turn).text
-        if advice.strip(" \n.!\"'`*").casefold() == scenario.no_problem.casefold():
+        if bare(advice) == bare(scenario.no_problem):
             turn.outcome = NO_PROBLEM
             return
         turn.advice = advice
@@ -149,6 +149,11 @@ class Dialogue:
     def without_mark(self, text: str) -> tuple[str, bool]:
         """A message without the end mark, and whether it had one."""
         return text.replace(self.scenario.end_mark, "").strip(), self.scenario.end_mark in text
+
+
+def bare(words: str) -> str:
+    """Words without what a model likes to put around them, in whatever case."""
+    return words.strip(" \n.!\"'`*").casefold()
 
 
 def outcome_of(turn: Turn, is_whole: bool) -> str:

@@ -67,6 +67,9 @@ def test_a_draft_without_a_problem_is_sent(tmp_path):
     for words in ("no problem", " No problem.\n", '"No Problem"'):
         record, _ = play(tmp_path, played(chief=words))
         assert {turn["outcome"] for turn in record["turns"] if turn["seat"] == "assistant"} == {NO_PROBLEM}
+    for words in ("All good.", "all good", "**All good!**"):
+        record, _ = play(tmp_path, played(chief=words), no_problem="All good.")
+        assert record["turns"][1]["outcome"] == NO_PROBLEM
     assert play(tmp_path, played(chief="No problem, but ask."))[0]["turns"][1]["outcome"] == CORRECTED
 
 
