@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypedDict, TypeVar
 
 import rich.table
@@ -65,8 +66,9 @@ class Table:
     is_dense: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        numbers = [cells[: len(cells) - self.texts] for _, cells in self.rows if not self.words]
-        columns = zip(*([len(cell.in_terminal(" ")) for cell in cells] for cells in numbers), strict=True)
+        last = len(self.header) - 1 - self.texts  # a row may have fewer cells
+        numbers = [cells[:last] for _, cells in self.rows if not self.words]
+        columns = zip_longest(*([len(cell.in_terminal(" ")) for cell in cells] for cells in numbers), fillvalue=0)
         needed = LEAST_NAME + sum(BETWEEN_COLUMNS + max(column) for column in columns)
         yield self.to_rich(" " if needed <= options.max_width else "\n")
 

@@ -36,6 +36,14 @@ def test_a_terminal_that_is_too_narrow_gets_intervals_below_their_values_and_nev
     assert sum(line.count("[95, 99]") + line.count("[100, 100]") for line in lines) == 4
 
 
+def test_rows_may_have_fewer_cells_than_columns():
+    """As the random choice in the tables of a best of N, of which nothing is said over itself."""
+    table = Table([("(random choice)", []), ("a model", [Cell("1.5"), Cell("yes")])], ("Pick", "gold", "won"), texts=1)
+    file = io.StringIO()
+    Console(file=file, width=80).print(table)
+    assert "1.5" in file.getvalue() and "(random choice)" in file.getvalue()
+
+
 def test_a_terminal_reads_no_markup_and_shows_control_characters_as_escapes():
     table = Table([("[red]a\x1b", [Cell("1", "left out", brief="[0, 2]"), Cell("[b]")])], ("[i]", "n", "text"), texts=1)
     file = io.StringIO()
