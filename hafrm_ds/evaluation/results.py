@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hafrm_ds.durability import write_whole
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.report.writing import leave_report
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import claim_folder, leave_together
+from hafrm_ds.processes.parts import claim_folder, leave_together, remove_parts
 from hafrm_ds.processes.ranks import Processes
 
 PARTS_FOLDER = "parts"
@@ -50,7 +49,7 @@ def leave_results(
     elif found := results(folder):
         write_whole(file, json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode())
     if processes.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_parts(folder)
         log.print(render(json.loads(file.read_text())))
         log.print(f"the results are in {escape(str(output_dir))}")
         leave_report(output_dir, log)

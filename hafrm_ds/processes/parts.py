@@ -33,7 +33,7 @@ def claim_folder(folder: Path, identity: dict[str, Any], *, replaces: bool = Fal
     text, file = json.dumps(identity, indent=2), folder / "job.json"
     try:
         if replaces and file.exists() and file.read_text() != text:
-            shutil.rmtree(folder)
+            remove_parts(folder)
         folder.mkdir(parents=True, exist_ok=True)
         others = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
         if is_removed and others and not file.exists():
@@ -48,6 +48,18 @@ def claim_folder(folder: Path, identity: dict[str, Any], *, replaces: bool = Fal
         write_whole(file, text.encode())
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the folder of a job's parts; one of something else stays.
+
+    It is renamed first: parts without their job.json, as a kill might leave them, would pass for somebody's files.
+    """
+    if not (folder / "job.json").exists():
+        return
+    gone = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(gone, ignore_errors=True)  # what a killed process has left
+    shutil.rmtree(folder.rename(gone), ignore_errors=True)
 
 
 def stamp(file: Path) -> list[Any]:

@@ -13,7 +13,7 @@ from hafrm_ds.config import ScoringSection
 from hafrm_ds.durability import whole_file
 from hafrm_ds.errors import DataError
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import claim_folder, leave_together, stamp, work_through
+from hafrm_ds.processes.parts import claim_folder, leave_together, remove_parts, stamp, work_through
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.rewards.composition import open_reward
 from hafrm_ds.rewards.loading import load_reward_for_job
@@ -187,7 +187,7 @@ def join_parts(output: Path, folder: Path, parts: Iterable[Path], log: Console) 
                 with part.open("rb") as file:
                     errors += json.loads(file.readline())
                     shutil.copyfileobj(file, joined)
-        shutil.rmtree(folder)
+        remove_parts(folder)
     except OSError as error:
         raise DataError(f"--output {output} cannot be written: {error.strerror}; start again to join it") from error
     if errors:

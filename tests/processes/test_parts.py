@@ -1,9 +1,12 @@
 """Work in parts: only what is missing is made, and nothing is loaded where nothing is."""
 
+import json
+
 import pytest
 import torch.distributed as dist
 
 from hafrm_ds.errors import DataError
+from hafrm_ds.evaluation import results
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.parts import claim_folder, work_through
 from hafrm_ds.processes.ranks import Processes
@@ -40,3 +43,15 @@ def test_a_folder_of_other_files_is_not_taken_for_parts_that_are_removed_at_the_
         (tmp_path / "parts" / ".job.json.1a2b").write_text("{")
         claim_folder(tmp_path / "parts", {"job": 1}, is_removed=True)
         (tmp_path / "parts" / "part-1").write_text("whole")
+
+
+def test_of_a_finished_job_a_folder_of_other_files_is_not_removed(tmp_path, monkeypatch):
+    """evaluate.py started again finds its results, and then removes the parts that a kill may have left."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "engine.txt").write_text("mine")
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps({"job": {"a": 1}}))
+    monkeypatch.setattr(results, "leave_report", lambda *_: None)
+    processes = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
+    results.leave_results(file, str, lambda: {"a": 1}, lambda folder: None, processes, Console(processes))
+    assert (tmp_path / "parts" / "engine.txt").read_text() == "mine"

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 
 import pytest
 import torch.distributed as dist
@@ -78,6 +79,21 @@ def test_a_job_that_was_stopped_goes_on_with_what_is_missing(options, monkeypatc
     assert run(options) == 0
     assert scored == [0, 1, 2, 2, 3, 4, 5]
     assert options.output.read_bytes() == expected
+
+
+def test_a_kill_while_the_parts_are_removed_leaves_none_that_stand_in_the_way(options, monkeypatch):
+    def killed(folder, **_):
+        if folder.exists():
+            (folder / "job.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        run(options)
+    expected = options.output.read_bytes()
+    options.output.unlink()
+    assert run(options) == 0 and options.output.read_bytes() == expected
+    assert sorted(path.name for path in options.output.parent.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
 def test_parts_of_another_job_are_not_mixed_in(options, monkeypatch):
