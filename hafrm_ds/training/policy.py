@@ -8,6 +8,7 @@ OUTPUT/final/                                           the policy
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ from hafrm_ds.scoring.prompts import read_prompts
 from hafrm_ds.training.logging import truncate_rows
 
 FINAL_FOLDER = "final"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+"""What transformers takes for one of its checkpoints by its name."""
 WHOLE_FILE = "whole"
 """In a checkpoint that all ranks have written."""
 LOGGED = {
@@ -273,7 +276,8 @@ def step_of(checkpoint: Path) -> int:
 def newest_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that all ranks have written whole, None without one; metrics.jsonl is left with the rows of
     its steps. Others are removed: transformers takes any folder of this name for one, also what a kill has left."""
-    found = sorted(folder.glob("checkpoint-*"), key=step_of)
+    named = (each for each in folder.iterdir() if CHECKPOINT.fullmatch(each.name))
+    found = sorted(filter(Path.is_dir, named), key=step_of)
     whole = [each for each in found if (each / WHOLE_FILE).exists()]
     for each in set(found) - set(whole):
         shutil.rmtree(each)

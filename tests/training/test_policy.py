@@ -125,6 +125,7 @@ def test_a_json_of_ours_gets_what_transformers_fills_in(tmp_path):
 def test_what_a_kill_has_left_of_a_checkpoint_is_not_resumed(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(f'{{"step": {step}, "kind": "policy"}}\n' for step in range(1, 13)) + '{"step": 1')
+    (tmp_path / "checkpoint-best").mkdir()  # which somebody has kept
     for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (2, 10):
@@ -135,3 +136,4 @@ def test_what_a_kill_has_left_of_a_checkpoint_is_not_resumed(tmp_path):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}" / "whole").unlink()
     assert newest_checkpoint(tmp_path) is None and metrics.read_text() == ""
+    assert (tmp_path / "checkpoint-best").exists()
