@@ -155,7 +155,8 @@ def take_over(file: Path, candidates: Path, identity: dict[str, Any]) -> None:
 
 
 def read_candidates(file: Path) -> list[dict[str, Any]]:
-    """Rows of a file -> lines of candidates.jsonl: id, prompt, responses and, if all rows have it, gold.
+    """Rows of a file -> lines of candidates.jsonl: id, prompt, responses, `ended` where they were sampled before, and,
+    if all rows have it, gold.
 
     Raises:
         DataError: naming the row.
@@ -174,6 +175,9 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
         num_responses = len(kept["responses"])
         if num_responses < 2:
             raise DataError(f"{row.id}: field 'responses' has 1 answer; a best of N needs 2 at least")
+        ended = fields.get("ended")
+        if isinstance(ended, list) and len(ended) == num_responses and all(isinstance(each, bool) for each in ended):
+            kept["ended"] = ended
         if fields.get("gold") is not None:
             gold = kept["gold"] = fields["gold"]
             if not isinstance(gold, list) or len(gold) != num_responses:

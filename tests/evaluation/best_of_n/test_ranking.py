@@ -194,6 +194,16 @@ def test_another_job_does_not_take_the_folder(folder, sampled):
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
+def test_sampled_candidates_that_are_given_keep_what_ended_them(sampled, folder, tmp_path):
+    """The README says how another model is tried on them."""
+    file = sampled / "candidates.jsonl"
+    assert read_candidates(file) == lines(file)
+    rank(from_candidates(folder, tmp_path / "out", candidates=file), alone())
+    assert all("ended" in each for row in lines(tmp_path / "out" / "ranked.jsonl") for each in row["candidates"])
+    foreign = write(tmp_path / "in.jsonl", [GOOD | {"ended": "yes"}, GOOD | {"ended": [True]}])
+    assert [sorted(row) for row in read_candidates(foreign)] == [["id", "prompt", "responses"]] * 2
+
+
 def test_every_prompt_has_different_answers_under_its_own_seed(folder, sampled, tmp_path):
     rows = lines(sampled / "candidates.jsonl")
     assert [row["id"] for row in rows] == list(range(NUM_PROMPTS))
