@@ -21,6 +21,7 @@ from hafrm_ds.processes.parts import claim_folder
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.rewards.endpoint import EndpointError, Unanswered
 
+PAIRS_FILE, REPORT_FILE = "pairs.jsonl", "report.json"
 REASONS_SHOWN = 20
 HOW = ("output_dir", "cases", "dialogues", "parallel")
 """Options that no dialogue depends on by itself; of the cases the content counts."""
@@ -39,7 +40,8 @@ def correct(scenario: Scenario, processes: Processes) -> int:
     cases = scenario.read_cases()
     seats = open_seats(scenario, processes)
     folder = scenario.output_dir / "dialogues"
-    claim_folder(folder, identity_of(scenario, cases, seats))
+    made = [scenario.output_dir / name for name in (PAIRS_FILE, REPORT_FILE)]
+    claim_folder(folder, identity_of(scenario, cases, seats), makes=made)
     files = [folder / f"{number:06}.json" for number in range(scenario.dialogues or len(cases))]
     failed = play_missing(files, scenario, cases, seats, log)
     write_results(files, failed, scenario, log)
@@ -108,8 +110,8 @@ def write_results(files: list[Path], failed: dict[int, str], scenario: Scenario,
         records, pairs
     )
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in pairs]
-    write_whole(scenario.output_dir / "pairs.jsonl", b"".join(lines))
-    write_whole(scenario.output_dir / "report.json", json.dumps(report, indent=2).encode())
+    write_whole(scenario.output_dir / PAIRS_FILE, b"".join(lines))
+    write_whole(scenario.output_dir / REPORT_FILE, json.dumps(report, indent=2).encode())
     for number, reason in list(failed.items())[:REASONS_SHOWN]:
         log.warn(f"dialogue {number} has failed: {reason}")
     if failed:
@@ -125,7 +127,7 @@ def write_results(files: list[Path], failed: dict[int, str], scenario: Scenario,
         log.warn("no pair: no draft of the seat that is to be trained was corrected")
         return
     log.print(
-        f"{len(pairs):,} pairs in {scenario.output_dir / 'pairs.jsonl'}; words of a correction "
+        f"{len(pairs):,} pairs in {scenario.output_dir / PAIRS_FILE}; words of a correction "
         f"{words['chosen']:.1f}, of a draft {words['rejected']:.1f}; longer are {words['share_chosen_longer']:.0%}"
     )
     if repeats := len(pairs) - report["different_pairs"]:

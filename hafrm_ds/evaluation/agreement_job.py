@@ -117,7 +117,8 @@ def take_pairs(options: AgreementOptions, scorings: dict[str, ScoringOptions]) -
         "pairs": hashlib.sha256(lines).hexdigest(),
         "max_tokens_per_micro_batch": options.max_tokens_per_micro_batch,
     }
-    claim_folder(options.output_dir, identity)
+    made = [options.output_dir / name for name in (PAIRS_FILE, AGREEMENT_FILE, COMPOSITION_FILE)]
+    claim_folder(options.output_dir, identity, makes=[*made, *(each.output for each in scorings.values())])
     if not (options.output_dir / PAIRS_FILE).exists():
         write_whole(options.output_dir / PAIRS_FILE, lines)
 

@@ -8,7 +8,7 @@ is sharded over them.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,32 @@ from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
 
 
-def claim_folder(folder: Path, identity: dict[str, Any], *, replaces: bool = False, is_removed: bool = False) -> None:
+def claim_folder(
+    folder: Path,
+    identity: dict[str, Any],
+    *,
+    replaces: bool = False,
+    is_removed: bool = False,
+    makes: Iterable[Path] = (),
+) -> None:
     """Make the folder of a job's parts, or resume in it.
 
     Args:
         identity: what the parts depend on, for JSON.
         replaces: whether parts of another job are removed.
         is_removed: whether the folder is, when the job is done.
+        makes: files that the job makes. One that is there before the job would be lost, or taken for the job's own.
 
     Raises:
         DataError: it holds parts of another job, which are not replaced, or files that would be lost with it, or cannot
-            be written.
+            be written; or a file that the job makes is there, and no job has claimed the folder.
     """
     text, file = json.dumps(identity, indent=2), folder / "job.json"
+    if not file.exists() and (there := [each for each in makes if each.exists()]):
+        raise DataError(
+            f"{there[0]} is there already, and not of this job, which would write it; move it away, or choose another "
+            "output_dir"
+        )
     try:
         if replaces and file.exists() and file.read_text() != text:
             remove_parts(folder)

@@ -202,7 +202,8 @@ def claim(options: PolicyOptions, processes: Processes) -> None:
     how = {"output_dir", "checkpoint_every", "trust_remote_code"}
     how |= set() if options.chat_template else {"chat_template"}  # runs from before there was one resume
     asked = options.model_dump(mode="json", exclude=how)
-    claim_folder(options.output_dir, content | {"options": asked})
+    made = [options.output_dir / name for name in ("config.yaml", "environment.json", METRICS_FILE, FINAL_FOLDER)]
+    claim_folder(options.output_dir, content | {"options": asked}, makes=made)
     write_whole(options.output_dir / "config.yaml", options.to_yaml().encode())
     facts = environment(processes.world_size, processes.device)
     write_whole(options.output_dir / "environment.json", json.dumps(facts, indent=2).encode())

@@ -27,6 +27,13 @@ def run(folder, script, **more):
     return num_failed, endpoint.requests, rows, json.loads((folder / "report.json").read_text())
 
 
+def test_pairs_of_somebody_else_are_not_written_over(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("mine")
+    with pytest.raises(DataError, match=r"pairs\.jsonl is there already, and not of this job"):
+        run(tmp_path, played())
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("pairs.jsonl", "mine")]
+
+
 def test_the_pairs_are_the_corrections_of_the_trained_seat(tmp_path):
     num_failed, requests, rows, report = run(tmp_path, played(), dialogues=20)
     records = [json.loads(file.read_text()) for file in sorted((tmp_path / "dialogues").glob("0*.json"))]

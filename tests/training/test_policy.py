@@ -65,6 +65,18 @@ def test_a_finished_policy_is_not_taken_for_that_of_another_reward(tmp_path):
         train_policy(options, processes())
 
 
+def test_the_folder_of_a_training_is_not_written_into(tmp_path):
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a"}] * 8)
+    (tmp_path / "reward.py").write_text("def short(prompt, answer):\n    return -len(answer)\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("seed: 1")
+    policy = str(save_tiny_final(tmp_path / "out" / "final"))
+    with pytest.raises(DataError, match=r"config\.yaml is there already, and not of this job"):
+        train_policy(options_for(tmp_path, policy=policy, reward=f"{tmp_path}/reward.py:short"), processes())
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.yaml", "final"]
+    assert (tmp_path / "out" / "config.yaml").read_text() == "seed: 1"
+
+
 def test_the_options_of_trl_that_are_ours_or_unknown_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--trl: GRPOConfig has no option top_pp; did you mean 'top_p'"):
         refuse_options_of_trl(trl.GRPOConfig, options_for(tmp_path, trl={"top_pp": 1}))

@@ -140,7 +140,8 @@ def identity_of_scorer(scoring: ScoringOptions) -> dict[str, Any]:
 
 def claim(candidates: Path, identity: dict[str, Any]) -> bool:
     """Make the output folder, or resume it; whether the candidates are there already."""
-    claim_folder(candidates.parent, identity)
+    names = (CANDIDATES_FILE, SAMPLING_FILE, *identity["models"], RANKED_FILE, RESULTS_FILE)
+    claim_folder(candidates.parent, identity, makes=[candidates.with_name(name) for name in names])
     return candidates.exists()
 
 

@@ -406,6 +406,15 @@ def test_candidates_with_a_fault_are_named_and_leave_nothing_behind(folder, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["candidates.jsonl", "scores-2.jsonl", "best_of_n.json"])
+def test_a_file_of_somebody_else_is_neither_taken_for_the_job_s_nor_written(folder, tmp_path, name):
+    file = write(tmp_path / name, [GOOD])
+    given = file if name == "candidates.jsonl" else folder / "candidates.jsonl"
+    with pytest.raises(DataError, match=f"{name} is there already, and not of this job"):
+        rank(from_candidates(folder, tmp_path, candidates=given), alone())
+    assert lines(file) == [GOOD] and [each.name for each in tmp_path.iterdir()] == [name]
+
+
 def test_what_stands_before_a_prompt_is_part_of_it(tmp_path):
     system = {"role": "system", "content": "s"}
     rows = [GOOD | {"system": "s"}, {"prompt": None, "messages": [user("p")], "responses": ["a", "b"]}, GOOD]
