@@ -10,6 +10,7 @@ hafrm_environment() {
     local extras="$1" root venv python="" candidate packages own command package version missing=()
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     venv="${HAFRM_VENV:-$root/.venv}"
+    [[ "$venv" == /* ]] || venv="$PWD/$venv" # the caller may change its folder, and PATH would lead nowhere
 
     # What pip cannot bring, checked first and named together.
     for candidate in "$venv/bin/python" python3 python python3.14 python3.13 python3.12 python3.11; do
