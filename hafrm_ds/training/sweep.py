@@ -32,6 +32,8 @@ OF_REWARD = {
     *("model.reward_head_init", "model.reward_head_bias", "optimizer.reward_head_learning_rate"),
 }
 """Options that DPO does not feel, beside those of HaF."""
+OTHER_METHODS: dict[str, tuple[float, ...]] = {SHARE: (0, 1), ALPHA: (0,)}
+"""Values of options with which HaF would be Baseline or DPO."""
 NOT_FELT: dict[Kind, set[str]] = {"baseline": OF_JOINT | OF_POLICY, "dpo": OF_JOINT | OF_REWARD, "haf": set()}
 
 FIXED = {
@@ -166,7 +168,8 @@ def axes_of(
 
 def arms_of(config: TrainConfig, axes: Sequence[Axis]) -> list[Arm]:
     """Baseline (alpha 0), DPO (rm_weight 0) and HaF of every combination of the values that they feel, cell by cell. A
-    swept policy share says itself which there are: 0 is Baseline, which is always there, 1 is DPO.
+    swept policy share says itself which there are: 0 is Baseline, which is always there, 1 is DPO. A swept alpha of
+    0 is Baseline.
 
     Raises:
         ConfigError: the configuration does not have both losses, names no evaluation set, or an arm contradicts itself.
@@ -195,7 +198,7 @@ def arms_of(config: TrainConfig, axes: Sequence[Axis]) -> list[Arm]:
             rest = [axis for axis in felt_by(kind, axes) if axis not in of_cell]
             felt = [(axis, place) for axis, place in cell if axis in felt_by(kind, axes)]
             for choice in choices(rest):
-                if any(axis.option == SHARE and axis.values[place] in (0, 1) for axis, place in choice):
+                if any(axis.values[place] in OTHER_METHODS.get(axis.option, ()) for axis, place in choice):
                     continue
                 # What was there before sweeps stands in its old order: alpha, then beta.
                 chosen = sorted([*felt, *choice], key=lambda each: axes.index(each[0]))

@@ -96,6 +96,10 @@ def test_a_swept_share_says_which_methods_there_are(tmp_path):
     assert kinds(1, 0.25) == ["baseline", "dpo", "haf-share0.25"]
 
 
+def test_a_swept_alpha_of_0_is_baseline_and_not_trained_twice(tmp_path):
+    assert list(arms(config_of(tmp_path), sweep={"objective.alpha": [0, 0.2]})) == ["baseline", "dpo", "haf-alpha0.2"]
+
+
 def test_a_swept_option_is_always_in_the_name_so_that_values_can_be_added(tmp_path):
     one, two = (arms(config_of(tmp_path), sweep={"epochs": epochs}) for epochs in ([1], [1, 2]))
     assert list(one) == ["baseline-epochs1", "dpo-epochs1", "haf-epochs1"] and one.keys() < two.keys()
