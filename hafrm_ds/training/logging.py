@@ -50,11 +50,18 @@ class RunLog(Console):
                 f"--output_dir {folder} already holds a run (metrics.jsonl); choose another folder, or resume it: "
                 "--resume auto"
             )
+        config = folder / "config.yaml"
+        is_of_a_run = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", SUMMARY_FILE))
+        if not is_of_a_run and config.exists() and config.stat().st_size:
+            raise UserError(
+                f"--output_dir {folder} holds a config.yaml and no run, and a run writes its own in its place; choose "
+                "another folder, or give that file another name"
+            )
         if self.config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
             raise UserError("--logging.wandb_project needs wandb: pip install -e '.[wandb]'")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").touch()
+            config.touch()
         except OSError as error:
             raise UserError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
 
@@ -69,11 +76,12 @@ class RunLog(Console):
             return
         folder = config.output_dir
         self.first_step = step
+        metrics = folder / "metrics.jsonl"
+        metrics.touch()  # what stands beside it is the run's, however early that is killed
         write_whole(folder / "config.yaml", config.to_yaml().encode())
         self.write_json(folder / "environment.json", environment(self.num_ranks, self.device))
         for name in (SUMMARY_FILE, STOPPED_FILE):
             (folder / name).unlink(missing_ok=True)
-        metrics = folder / "metrics.jsonl"
         truncate_rows(metrics, step, evaluation_is_due)
         self.metrics_file = metrics.open("a", buffering=1)
         if config.logging.tensorboard:

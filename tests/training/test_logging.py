@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch.distributed as dist
 
+from hafrm_ds.errors import UserError
 from hafrm_ds.processes.ranks import Processes
 from hafrm_ds.training.logging import RunLog
 from tests.training.test_resume import config_of
@@ -66,3 +67,17 @@ def test_a_run_from_before_the_id_was_kept_gets_one(tmp_path, wandb):
     start(tmp_path, 4)
     start(tmp_path, 6)
     assert wandb[0]["id"] == wandb[1]["id"] != ""
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_a_config_of_somebody_is_not_written_over(tmp_path, resume):
+    config, file = config_of(tmp_path, resume=resume, logging__tensorboard=False), tmp_path / "config.yaml"
+    file.write_text("# my own recipe\n")
+    with pytest.raises(UserError, match=r"holds a config\.yaml and no run, .* give that file another name"):
+        RunLog(config, Processes(0, 0, 1, dist.HashStore()))
+    assert file.read_text() == "# my own recipe\n"
+    file.unlink()
+    for _ in range(2):  # one that was killed before its first row starts again
+        log = RunLog(config, Processes(0, 0, 1, dist.HashStore()))
+        log.start(config, 0)
+        log.close()
