@@ -14,6 +14,7 @@ from hafrm_ds.data.tables import MINUS, Estimate, printable, rounded, short
 from hafrm_ds.evaluation.report.drawing import (
     CARD,
     NEUTRAL,
+    NUM_COLOURS,
     STYLE,
     TICK_STEPS,
     Chart,
@@ -241,10 +242,10 @@ def intervals_chart(
         label = write_label(axes, group, y)
         y += 1
         for name, each in intervals.items():
-            colour = series_colour(series[name])
+            line = line_of(series[name])
             low, high = ends_of(each)
-            axes.plot([low, high], [y, y], color=colour, linewidth=2.2)
-            axes.plot([each["value"]], [y], color=colour, marker="o", markersize=6, clip_on=False)
+            axes.plot([low, high], [y, y], linewidth=2.2, **line)
+            axes.plot([each["value"]], [y], color=line["color"], marker="o", markersize=6, clip_on=False)
             ends += [low, high]
             y += 1
         values = ", ".join(f"{name} {each['value']:.1%}" for name, each in intervals.items())
@@ -260,7 +261,8 @@ def intervals_chart(
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("difference in accuracy" if are_differences else unit)
-    keys = [Key(name, number, "dot") for name, number in series.items()] if legend else []
+    shape = "dot" if len(series) <= NUM_COLOURS else "line"  # whose dashes tell those of one colour apart
+    keys = [Key(name, number, shape) for name, number in series.items()] if legend else []
     return finish(figure, title, described, keys, "Bars: 95% intervals.")
 
 

@@ -23,6 +23,7 @@ from hafrm_ds.evaluation.report.charts import (
     length_chart,
     smoothing,
 )
+from hafrm_ds.evaluation.report.drawing import NUM_COLOURS, Chart
 
 
 def test_few_rows_are_drawn_as_they_are():
@@ -131,6 +132,18 @@ def test_differences_stand_around_zero_and_accuracies_end_at_all():
     accuracies = intervals_chart("A", groups, {"one": 0}).svg
     assert "difference in accuracy" in differences and ">100%<" not in differences
     assert "difference" not in accuracies and ">100%<" in accuracies
+
+
+def test_rows_of_one_colour_are_told_apart_by_their_dashes():
+    def of_rows(number: int) -> Chart:
+        series = {f"method {place}": place for place in range(number)}
+        return intervals_chart("A", {"set": {name: interval(0.6, 0.5, 0.7) for name in series}}, series)
+
+    few, many = of_rows(NUM_COLOURS), of_rows(NUM_COLOURS + 1)
+    assert many.svg.count("stroke-dasharray") == few.svg.count("stroke-dasharray") + 1
+    first, last = many.legend[0], many.legend[-1]
+    assert first.colour == last.colour and first.shape == last.shape == "line" and first.dash != last.dash
+    assert {key.shape for key in few.legend} == {"dot"}
 
 
 def test_gains_stand_over_their_numbers_on_a_logarithmic_axis_where_these_are_far_apart():
