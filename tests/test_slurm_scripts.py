@@ -104,6 +104,7 @@ def test_a_task_of_a_sweep_takes_its_value(run):
     own = ["--objective.alpha", "0.1", "--output_dir", "runs/alpha/0.1", "--resume", "auto"]
     assert words[-9:] == ["launch/train.py", "--config", "c.yaml", *own]
     assert run("sweep.sbatch", *arguments, **{**task, "SLURM_ARRAY_TASK_ID": "3"}) == (2, [])
+    assert run("sweep.sbatch", *arguments) == (2, [])  # no array, which would be the first value alone
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
