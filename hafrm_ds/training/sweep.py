@@ -55,6 +55,8 @@ NAMES = {
     PORTION: "pairs",
 }
 """What options are called in the names of runs; others by the last part of their own."""
+LONGEST_NAME = 200
+"""Bytes of a method's name: a file's has 255 at most, and the seed and a draft's ending come behind it."""
 FIRST_PAIRS = re.compile(r":(\d+)")
 """A portion that is a number of pairs."""
 
@@ -172,7 +174,8 @@ def arms_of(config: TrainConfig, axes: Sequence[Axis]) -> list[Arm]:
     0 is Baseline.
 
     Raises:
-        ConfigError: the configuration does not have both losses, names no evaluation set, or an arm contradicts itself.
+        ConfigError: the configuration does not have both losses, names no evaluation set, or an arm contradicts itself
+            or has too long a name.
     """
     objective = config.objective
     problems = []
@@ -211,6 +214,12 @@ def arms_of(config: TrainConfig, axes: Sequence[Axis]) -> list[Arm]:
                     arms[name] = Arm(name, kind, options or config)
                 in_cell = {axis.name: axis.labels[place] for axis, place in [*cell, *choice]}
                 arms[name].cells[baseline] = in_cell
+    longest = max(arms, key=lambda name: len(name.encode()))
+    if len(longest.encode()) > LONGEST_NAME:
+        problems.append(
+            f"the folder of a run is named by its values, and {longest} is too long for a name; give shorter ones in "
+            "--sweep, as by a relative path"
+        )
     if problems:
         raise ConfigError(problems)
     return list(arms.values())

@@ -106,6 +106,13 @@ def test_a_swept_option_is_always_in_the_name_so_that_values_can_be_added(tmp_pa
     assert one["haf-epochs1"].config == two["haf-epochs1"].config
 
 
+def test_a_name_that_no_folder_can_have_is_refused_before_any_training(tmp_path):
+    sources = [f"/{'disk' * 20}/{name}.jsonl" for name in "abc"]
+    with pytest.raises(ConfigError, match="too long for a name; give shorter ones in --sweep") as caught:
+        arms(config_of(tmp_path), sweep={"data.train": [sources, sources[:1]]})
+    assert len(caught.value.problems) == 1
+
+
 def test_names_tell_paths_and_options_apart(tmp_path):
     def names(sweep: dict) -> list[str]:
         return [name for name in arms(config_of(tmp_path), sweep=sweep) if name.startswith("baseline")]
