@@ -28,7 +28,12 @@ def of_judges(kind: str, *judges: str) -> dict[str, tuple[str, int]]:
 
 
 NOISY, SHARE = {"noisy": True}, {"is_share": True}
-LOSS_PARTS = {"loss/reward": ("reward", 0), "loss/policy": ("policy", 1)}
+LOSS_PARTS = {
+    "loss/reward": ("reward", 0),
+    "loss/policy": ("policy", 1),
+    "loss/router": ("router", 2),
+    "loss/attributes": ("attributes", 4),
+}
 EFFICIENCY = {
     "mfu": ("of the peak FLOPs (MFU)", 0),
     "mfu_measured": ("of the measured peak (mfu_measured)", 3),
@@ -75,7 +80,7 @@ def curves_of(panel: Panel, rows: pd.DataFrame) -> list[Curve]:
     """The curves of the columns that are there, but for one that is 0 throughout, for a total of one part, and for a
     second MFU where both are of the measured peak."""
     found = {name: rows[name] for name in panel.columns if name in rows and rows[name].any()}
-    if not LOSS_PARTS.keys() <= found.keys():
+    if len(LOSS_PARTS.keys() & found.keys()) < 2:
         found.pop("loss/total", None)
     if {"mfu", "mfu_measured"} <= found.keys() and found["mfu"].equals(found["mfu_measured"]):
         del found["mfu_measured"]
