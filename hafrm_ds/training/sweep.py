@@ -308,6 +308,8 @@ def typed_values(config: TrainConfig, option: str, values: Sequence[Any]) -> tup
     if option in FIXED:
         return [], [f"--sweep cannot have {option}: {FIXED[option]}"]
     if option not in known:
+        if inside := sorted(name for name in known if name.startswith(f"{option}.")):
+            return [], [f"--sweep has {option}, which is a section: write its options with dots, as {inside[0]}"]
         near = CommandLine(TrainConfig, (), {}).nearest(option)
         return [], [f"--sweep has the unknown option {option}; {near}"]
     if not values:

@@ -147,6 +147,7 @@ def test_places_on_an_axis(tmp_path):
         ({"seed": [1, 2]}, "--sweep cannot have seed: --seeds says how many"),
         ({"data.eval": ["a.jsonl"]}, "--sweep cannot have data.eval: all methods are tested on the same pairs"),
         ({"optimizer.learning_rat": [1]}, "unknown option optimizer.learning_rat; did you mean optimizer"),
+        ({"objective": [{"alpha": 1}]}, "objective, which is a section: .* as objective.alpha"),
         ({"data.train.portoin": [":1"]}, "unknown option data.train.portoin"),
         ({"evaluation.max_pairs": [10, 20]}, "--sweep cannot have evaluation.max_pairs: all methods are tested on"),
         ({"epochs": [1, 2], "max_steps": [10]}, "--sweep cannot have epochs beside max_steps"),
