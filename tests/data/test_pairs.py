@@ -135,6 +135,15 @@ def test_conversations_without_a_common_message_are_dropped():
     assert convert(fields) == Dropped("no common prompt")
 
 
+def test_conversations_with_other_questions_after_a_common_turn_are_dropped():
+    start = [user("1"), assistant("2")]
+    fields = {"chosen": [*start, user("3"), assistant("a")], "rejected": [*start, user("4"), assistant("b")]}
+    for prompt in ({}, {"prompt": [user("1")]}):
+        assert convert(prompt | fields) == Dropped("no common prompt")
+    texts = [transcript("Human: 1", "Assistant: 2", f"Human: {each}", "Assistant: a") for each in (3, 4)]
+    assert convert({"chosen": texts[0], "rejected": texts[1]}) == Dropped("no common prompt")
+
+
 def test_conversations_that_end_with_the_user_are_dropped():
     fields = {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b"), user("c")]}
     assert convert(fields) == Dropped("does not end with an answer")

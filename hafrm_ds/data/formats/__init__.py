@@ -60,7 +60,7 @@ from hafrm_ds.errors import DataError
 if TYPE_CHECKING:
     from hafrm_ds.data.sources import Source
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 """Part of the cache key of read data: raise it whenever a format makes another outcome of the same row."""
 
 

@@ -70,6 +70,8 @@ def finished(made: Made, row: Row, source: "Source") -> Outcome:
     prompt, answers, comparisons, has_margins = made
     if not any(message["role"] not in ("system", "developer") for message in prompt):
         return Dropped(NO_PROMPT)
+    if any(answer[0]["role"] in ("system", "user", "developer") for answer in answers):  # to a question of its own
+        return Dropped(NO_PROMPT)
     if source.single_turn and not is_single_turn(prompt, answers):
         return Deselected(MORE_TURNS)
     if any(answer[-1]["role"] != "assistant" for answer in answers):
