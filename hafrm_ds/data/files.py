@@ -21,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub import hf_hub_download
 
-from hafrm_ds.data.pairs import Cell, in_words, names_in_words, shortened
+from hafrm_ds.data.pairs import Cell, in_words, names_in_words, shortened, valid_text
 from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, has_splits, is_hub_id, is_there
 from hafrm_ds.errors import DataError
 
@@ -174,6 +174,9 @@ def read_parquet(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise same_name(name, names)
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     yield (number := number + 1), row
@@ -195,8 +198,8 @@ def refuse_other_shape(path: Path, name: str) -> None:
     """Raise DataError if a file that is no JSON lines is JSON all the same: one object or list over several lines."""
     with open_data(path, name) as file:
         try:
-            whole = json.loads(read_some(file, name, file.read).decode("utf-8-sig"))
-        except (ValueError, RecursionError):
+            whole = parse_json(read_some(file, name, file.read), name)
+        except DataError:
             return
     if isinstance(whole, dict):
         raise one_object(name, whole)
@@ -272,7 +275,7 @@ def read_csv(path: Path, name: str) -> Iterator[tuple[int, Any]]:
             if header is None:
                 header = cells
                 if len(set(header)) < len(header):
-                    raise DataError(f"{name}:{number}: two columns have the same name ({names_in_words(header)})")
+                    raise same_name(f"{name}:{number}", header)
                 continue
             if len(cells) != len(header):
                 raise DataError(
@@ -280,6 +283,10 @@ def read_csv(path: Path, name: str) -> Iterator[tuple[int, Any]]:
                     f"({names_in_words(header)})"
                 )
             yield number, dict(zip(header, map(Cell, cells)))
+
+
+def same_name(place: str, names: list[str]) -> DataError:
+    return DataError(f"{place}: two columns have the same name ({names_in_words(names)})")
 
 
 def refuse_lfs_pointer(path: Path, name: str) -> None:
@@ -310,8 +317,15 @@ def read_some(file: IO[bytes], name: str, read: Callable[[], bytes]) -> bytes:
 
 
 def parse_json(data: bytes, place: str) -> Any:
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+            raise DataError(f"{place}: an object has the key {shortened(valid_text(twice))!r} twice: which is meant?")
+        return found
+
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=fields)
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is not UTF-8 (byte {error.start + 1} is {data[error.start]:#04x})") from error
     except json.JSONDecodeError as error:

@@ -82,6 +82,13 @@ def test_a_text_that_is_no_utf8_in_parquet(read):
     assert error_of(read, "x.parquet").startswith("x.parquet: cannot be read as parquet: UnicodeDecodeError")
 
 
+def test_two_columns_of_one_name_in_parquet(read):
+    columns = [["p"], ["a"], ["b"], ["c"]]
+    pq.write_table(pa.table(columns, names=["prompt", "chosen", "rejected", "chosen"]), "x.parquet")
+    message = "x.parquet: two columns have the same name (prompt, chosen, rejected, chosen)"
+    assert error_of(read, "x.parquet") == message
+
+
 def test_json_lines_in_a_json_file(read):
     write_lines("x.json", rows_of(2))
     assert read("x.json")["id"][:] == ["x.json:1", "x.json:2"]
@@ -176,6 +183,12 @@ def test_a_split_of_a_saved_folder(read):
             b'{"prompt": ["p", "q"], "chosen": ["a", "b"], "rejected": ["b", "a"]}',
             "x.json:1: is one JSON object with prompt (a list of 2), chosen (a list of 2), rejected (a list of 2)",
         ),
+        (
+            "x.jsonl",
+            b'{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}\n',
+            "x.jsonl:1: an object has the key 'chosen' twice: which is meant?",
+        ),
+        ("x.json", b'[{"chosen": [{"role": "x", "role": "y"}]}]', "x.json: an object has the key 'role' twice"),
         ("x.csv", b"", "x.csv: holds no rows"),
         ("x.csv", b"prompt,chosen\np\n", "x.csv:2: has 1 cells, but the header names 2 columns (prompt, chosen)"),
         ("x.csv", b"prompt,prompt\n", "x.csv:1: two columns have the same name (prompt, prompt)"),
