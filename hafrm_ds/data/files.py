@@ -26,7 +26,8 @@ from hafrm_ds.data.sources import DATA_SUFFIXES, HUB_FIELDS, HUB_FILE, Source, h
 from hafrm_ds.errors import DataError
 
 HUB_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
-SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}\.")
+SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-[0-9a-f]{16})?\.")
+"""A file of a split, as datasets names it, or used to, with a hash."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -71,9 +72,9 @@ def local_tables(path: Path, source: Source) -> list[Table]:
             raise DataError(f"{path}: {name} {getattr(source, name)!r} was given, but this is local data{hint}")
     if not path.is_dir():
         return [file_table(path, source.path)]
-    files = sorted(file for file in path.iterdir() if file.is_file() and is_data_file(file.name))
+    files = data_files(path)
     if not files and (path / "data").is_dir():  # a hub data set as it lies on disk
-        files = sorted(file for file in (path / "data").iterdir() if file.is_file() and is_data_file(file.name))
+        files = data_files(path / "data")
     if not files:
         raise DataError(f"{path}: this folder holds no data file ({', '.join(DATA_SUFFIXES)})")
     if source.split is not None:
@@ -81,6 +82,14 @@ def local_tables(path: Path, source: Source) -> list[Table]:
         if not files:
             raise DataError(f"{path}: holds no shards of split {source.split!r} (SPLIT-00000-of-00001.parquet)")
     return [file_table(file, str(file)) for file in files]
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Raises DataError for a link to a file that is gone: its rows would be lacking in silence."""
+    files = sorted(file for file in folder.iterdir() if is_data_file(file.name) and not file.is_dir())
+    if gone := [file for file in files if not file.exists()]:
+        raise DataError(f"{gone[0]}: is a link to {gone[0].readlink()}, which is not there; fetch it, or remove the link")
+    return [file for file in files if file.is_file()]
 
 
 def is_data_file(name: str) -> bool:
@@ -188,6 +197,8 @@ def read_json(path: Path, name: str) -> Iterator[tuple[int, Any]]:
     """A JSON array of objects; a file that does not begin with [ is read as JSON lines."""
     with open_data(path, name) as file:
         start = read_some(file, name, partial(file.read, 1024))
+        while start.isspace() and (more := read_some(file, name, partial(file.read, 1024))):
+            start += more
         if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             yield from enumerate(parse_json(start + read_some(file, name, file.read), name), start=1)
             return

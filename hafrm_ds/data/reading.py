@@ -16,7 +16,7 @@ from typing import Any
 
 import datasets
 
-from hafrm_ds.data.files import Table, find_tables, holds_whole_set, one_object
+from hafrm_ds.data.files import SHARD, Table, find_tables, holds_whole_set, one_object
 from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, not_read, read_groups_of
 from hafrm_ds.data.formats.parts import UNCOMPARED, best_first, distinct
 from hafrm_ds.data.pairs import (
@@ -76,6 +76,8 @@ NOT_READ, ROLE, MARGIN = "not read: ", "role: ", "margin: "
 REMARKS = (NOT_READ, ROLE, MARGIN)
 """What a remark begins with: the name of a filled column that the format does not read; a role that was read as another
 ("human -> user"); why a margin could not be read."""
+HELD_OUT = re.compile(r"(?<![a-z])(test|val|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
+"""A word in the names of files that are not trained on."""
 JOINED = "joined into the group of its prompt"
 """Why a row of a source with group_by_prompt is left out."""
 
@@ -153,9 +155,9 @@ def refuse_several_splits(tables: list[Table], source: Source) -> None:
     """Raise DataError for a folder whose files are of training and of test alike: they are not to be read as one."""
     if len(tables) < 2:
         return
-    names = [Path(table.name).name.split(".")[0] for table in tables]
-    splits = sorted({re.sub(r"-\d{5}-of-\d{5}$", "", name) for name in names})
-    held_out = [name for name in splits if re.match(r"(test|val|valid|validation|dev|eval)(?![a-z])", name)]
+    names = [Path(table.name).name for table in tables]
+    splits = sorted({shard["split"] if (shard := SHARD.match(name)) else name.split(".")[0] for name in names})
+    held_out = [name for name in splits if HELD_OUT.search(name)]
     if held_out and held_out != splits:
         raise DataError(
             f"{source.path}: holds several splits ({names_in_words(splits)}): give split, for files named "

@@ -27,7 +27,7 @@ from hafrm_ds.data.portions import parse_portion
 from hafrm_ds.data.presets import PRESETS, Role
 
 DATA_SUFFIXES = (
-    *(".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".parquet"),
+    *(".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".ndjson.gz", ".parquet"),
     *(".csv", ".tsv", ".csv.gz", ".tsv.gz"),
 )
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import json
 from pathlib import Path
 
 import datasets
@@ -70,10 +71,17 @@ def test_cells_are_labels_flags_and_messages(read):
     assert prompts(read("y.csv")) == ["it's p"]
 
 
-@pytest.mark.parametrize("path", ["x.JSONL", "x.ndjson", "x.Json"])
+@pytest.mark.parametrize("path", ["x.JSONL", "x.ndjson", "x.Json", "x.ndjson.gz"])
 def test_other_names_of_json(read, path):
     write_lines(path, rows_of(2))
+    if path.endswith(".gz"):
+        Path(path).write_bytes(gzip.compress(Path(path).read_bytes()))
     assert prompts(read(path)) == ["p0", "p1"]
+
+
+def test_a_json_list_behind_many_spaces(read):
+    Path("x.json").write_text(" " * 5000 + json.dumps(rows_of(2)))
+    assert prompts(read("x.json")) == ["p0", "p1"]
 
 
 def test_a_text_that_is_no_utf8_in_parquet(read):
@@ -127,6 +135,31 @@ def test_a_folder_of_several_splits_is_not_read_as_one(read):
     assert "holds no shards of split 'train'" in error_of(read, {"path": "set", "split": "train"})
 
 
+@pytest.mark.parametrize("names", [("Train.csv", "Test.csv"), ("hh_train.csv", "hh_test.csv"), ("a.csv", "a-dev.csv")])
+def test_files_that_are_held_out_by_a_word_of_their_names(read, names):
+    Path("set").mkdir()
+    for name in names:
+        Path("set", name).write_text("prompt,chosen,rejected\np,a,b\n")
+    assert "set: holds several splits" in error_of(read, "set")
+
+
+def test_shards_whose_names_end_in_a_hash(read):
+    Path("set").mkdir()
+    for split, number in (("train", 0), ("train", 1), ("test", 0)):
+        write_rows(f"set/{split}-{number:05}-of-00002-a09b74b3ef9c3b5{number}.parquet", rows_of(1))
+    assert "set: holds several splits (test, train): give split" in error_of(read, "set")
+    assert len(read({"path": "set", "split": "train"})) == 2
+
+
+def test_a_link_to_a_file_that_is_gone(read):
+    Path("set").mkdir()
+    write_lines("set/a.jsonl", rows_of(1))
+    Path("set/b.jsonl").symlink_to("../blobs/b")
+    assert error_of(read, "set") == (
+        "set/b.jsonl: is a link to ../blobs/b, which is not there; fetch it, or remove the link"
+    )
+
+
 def test_a_split_of_a_saved_folder(read):
     write_rows("splits", rows_of(3))
     assert read({"path": "splits", "split": "test"})["id"][:] == ["splits[test]:1"]
@@ -168,7 +201,7 @@ def test_a_split_of_a_saved_folder(read):
         (
             "x.xlsx",
             b"a,b",
-            "x.xlsx: unknown kind of file; known are .jsonl, .json, .jsonl.gz, .json.gz, .ndjson, .parquet, .csv",
+            "x.xlsx: unknown kind of file; known are .jsonl, .json, .jsonl.gz, .json.gz, .ndjson, .ndjson.gz, .parquet",
         ),
         ("x.jsonl", b'[\n {"prompt": "p"}\n]', "x.jsonl: is one JSON list over several lines, not an object a line"),
         ("x.jsonl", b'{\n "prompt": "p"\n}', "x.jsonl: is one JSON object with prompt (the text 'p'); a list of"),
