@@ -88,7 +88,9 @@ def data_files(folder: Path) -> list[Path]:
     """Raises DataError for a link to a file that is gone: its rows would be lacking in silence."""
     files = sorted(file for file in folder.iterdir() if is_data_file(file.name) and not file.is_dir())
     if gone := [file for file in files if not file.exists()]:
-        raise DataError(f"{gone[0]}: is a link to {gone[0].readlink()}, which is not there; fetch it, or remove the link")
+        raise DataError(
+            f"{gone[0]}: is a link to {gone[0].readlink()}, which is not there; fetch it, or remove the link"
+        )
     return [file for file in files if file.is_file()]
 
 
@@ -231,9 +233,13 @@ def holds_whole_set(content: dict[str, Any]) -> bool:
     if len(values) == 1:
         return isinstance(values[0], dict) or (isinstance(values[0], list) and not holds_messages(values[0]))
     lists = [list(value.values()) if isinstance(value, dict) else value for value in values]
-    return len(values) > 1 and all(
-        isinstance(each, list) and len(each) > 1 and len(each) == len(lists[0]) and not any_objects(each)
-        for each in lists
+    return (
+        len(values) > 1
+        and not holds_messages(values)
+        and all(
+            isinstance(each, list) and len(each) > 1 and len(each) == len(lists[0]) and not any_objects(each)
+            for each in lists
+        )
     )
 
 

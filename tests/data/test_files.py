@@ -108,6 +108,13 @@ def test_columns_of_mixed_types_in_json_lines(read):
     assert margins(read("x.jsonl")) == [None, 0.5]
 
 
+def test_rows_of_single_messages_are_no_whole_set(read):
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    rows = [{name: {"role": role, "content": f"{name} {n}"} for name, role in roles.items()} for n in range(2)]
+    write_lines("x.jsonl", rows)
+    assert prompts(read("x.jsonl")) == ["prompt 0", "prompt 1"]
+
+
 def test_a_folder_of_files_is_read_in_order_of_names(read):
     Path("data").mkdir()
     write_lines("data/b.jsonl", rows_of(1))
