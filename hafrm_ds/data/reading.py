@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 
 from hafrm_ds.data.files import SHARD, Table, find_tables, holds_whole_set, one_object
-from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, not_read, read_groups_of
+from hafrm_ds.data.formats import FORMAT_VERSION, detect_format, is_filled, not_read, read_groups_of
 from hafrm_ds.data.formats.parts import UNCOMPARED, best_first, distinct
 from hafrm_ds.data.pairs import (
     ROLES,
@@ -186,6 +186,7 @@ def digest(content: Any) -> str:
 def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
     """Rows of FEATURES. The format is recognised by the first row that passes the row filter."""
     row_filter = RowFilter(source.where)
+    met: dict[str, None] = {}  # columns, in their order
     format_name = None if source.format == "auto" else source.format
     roles, label = ROLES | source.roles, source.label_in_reports
     for table in tables:
@@ -196,7 +197,11 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
             if not row_filter.passes(content):
                 yield as_features(row, "", Deselected(row_filter.description), source)
                 continue
+            if source.ignore_columns:
+                fields = {name: value for name, value in content.items() if name not in source.ignore_columns}
+                row = Row(fields, row.id, label, roles)
             if source.columns:
+                met |= dict.fromkeys(row.fields)
                 row = Row(renamed(row, source), row.id, label, roles)
             if format_name is None:
                 if holds_whole_set(content):
@@ -206,12 +211,23 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
                 raise DataError(
                     f"{row.id}: exactly_one_safe was given, but these are rows of format {format_name}, not safe_rlhf"
                 )
+            if format_name != "safe_rlhf" and "label" in source.model_fields_set:
+                raise DataError(
+                    f"{row.id}: label {source.label} was given, but these are rows of format {format_name}, not safe_rlhf"
+                )
             outcomes = read_groups_of(row, format_name, source)
-            remarks = remarks_on(row, format_name)
+            ignored = [name for name in source.ignore_columns if name not in source.columns]
+            remarks = remarks_on(row, format_name, [name for name in ignored if is_filled(content.get(name))])
             for outcome in outcomes:
                 yield as_features(row, format_name, outcome, source, remarks)
                 remarks = ""  # of a row with several groups, once
     row_filter.check_some_passed(source.path)
+    for name, theirs in source.columns.items():
+        if theirs not in met:
+            raise DataError(
+                f"{source.path}: the source's columns read {name} from {theirs!r}, which no row has (columns: "
+                f"{names_in_words(met)})"
+            )
 
 
 def renamed(row: Row, source: Source) -> dict[str, Any]:
@@ -224,7 +240,7 @@ def renamed(row: Row, source: Source) -> dict[str, Any]:
     taken = [
         name
         for name, theirs in source.columns.items()
-        if theirs in row.fields and name in row.fields and name not in names and name not in source.ignore_columns
+        if theirs in row.fields and name in row.fields and name not in names
     ]
     if taken:
         raise DataError(
@@ -235,8 +251,8 @@ def renamed(row: Row, source: Source) -> dict[str, Any]:
     return {name: value for name, value in row.fields.items() if name not in names and name not in given} | given
 
 
-def remarks_on(row: Row, format_name: str) -> str:
-    names = not_read(row, format_name)
+def remarks_on(row: Row, format_name: str, ignored: list[str]) -> str:
+    names = [*not_read(row, format_name), *ignored]
     if not names and not row.mapped_roles:
         return ""
     lines = [NOT_READ + " ".join(valid_text(str(name)).split()) for name in names]

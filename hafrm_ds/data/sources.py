@@ -25,6 +25,7 @@ from hafrm_ds.data.formats import COMMON_COLUMNS, FORMATS
 from hafrm_ds.data.formats.ranked import Ranking
 from hafrm_ds.data.portions import parse_portion
 from hafrm_ds.data.presets import PRESETS, Role
+from hafrm_ds.errors import DataError
 
 DATA_SUFFIXES = (
     *(".jsonl", ".json", ".jsonl.gz", ".json.gz", ".ndjson", ".ndjson.gz", ".parquet"),
@@ -70,7 +71,7 @@ class Source(BaseModel):
     roles: dict[str, Literal["system", "user", "assistant", "developer"]] = {}
     """Names of roles in this source beside the known ones: {customer: user, agent: assistant}."""
     ignore_columns: list[str] = []
-    """Columns to leave unread although their names speak of the conversation."""
+    """Columns to leave unread, though the format would read them or their names speak of the conversation."""
     ranking: Ranking = "all"
     """Rows that rank or rate several answers: which are compared. All of different rank; the best with each other one;
     or each with those of the next rank."""
@@ -131,6 +132,9 @@ class Source(BaseModel):
         for name in columns:
             if name not in known:
                 raise ValueError(f"no format has a column {name!r}{suggestion(name, known)} (write {{prompt: COLUMN}})")
+        for column in columns.values():
+            if len(names := [name for name, theirs in columns.items() if theirs == column]) > 1:
+                raise ValueError(f"{' and '.join(names)} cannot both be read from the column {column!r}")
         return columns
 
     @field_validator("portion", mode="before")
@@ -207,9 +211,12 @@ def resolve_preset(source: Source, role: Role) -> Source:
 
 
 def source_from_string(text: str) -> dict[str, Any]:
-    """`path?field=value&field=value` -> mapping of Source fields."""
+    """`path?field=value&field=value` -> mapping of Source fields. Raises DataError for a field that is given twice."""
     path, _, query = text.partition("?")
-    where: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+    wanted = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)  # a plus is none of a web form's spaces
+    where: dict[str, Any] = dict(wanted)
+    if len(where) < len(wanted):
+        raise DataError(f"{text!r} gives a field of its row filter twice, and a row has one value of it")
     fields: dict[str, Any] = {}
     if path.startswith("preset:"):
         fields["preset"] = path.removeprefix("preset:")
@@ -221,7 +228,10 @@ def source_from_string(text: str) -> dict[str, Any]:
 
 
 def as_source(value: Any) -> Any:
-    return source_from_string(value) if isinstance(value, str) else value
+    try:
+        return source_from_string(value) if isinstance(value, str) else value
+    except DataError as error:
+        raise ValueError(str(error)) from None
 
 
 def as_source_list(value: Any) -> Any:

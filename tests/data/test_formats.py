@@ -309,6 +309,34 @@ def test_columns_may_swap_names_and_keep_what_they_do_not_name(read):
     assert (pair["answers"], pair["comparisons"][0]["margin"]) == ([[assistant("a")], [assistant("b")]], 2.0)
 
 
+def test_columns_that_no_row_has_are_refused(read):
+    write_lines("x.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"votes": 1} | PAIR])
+    columns = {"margin": "votse"}
+    message = reading_error(read, {"path": "x.jsonl", "columns": columns})
+    assert message == (
+        "x.jsonl: the source's columns read margin from 'votse', which no row has (columns: prompt, chosen, rejected, "
+        "votes)"
+    )
+    assert read({"path": "x.jsonl", "columns": {"margin": "votes"}})["remarks"][:] == ["", ""]
+
+
+def test_columns_that_a_format_reads_are_left_unread_too(read):
+    columns = {"system": "s", "margin": "much", "source": "x"}
+    write_lines("x.jsonl", [PAIR | columns])
+    (pair,) = read({"path": "x.jsonl", "ignore_columns": list(columns)})
+    assert (pair["prompt"], pair["source"]) == ([user("p")], "x")
+    assert pair["remarks"] == "not read: system\nnot read: margin\nnot read: source"
+    write_lines("y.jsonl", [{"prompt": "?"} | {name: [user("p"), assistant(name)] for name in ("chosen", "rejected")}])
+    (pair,) = read({"path": "y.jsonl", "ignore_columns": ["prompt"]})
+    assert (pair["format"], pair["prompt"]) == ("implicit_messages", [user("p")])
+
+
+def test_a_label_is_chosen_where_there_are_two(read):
+    write_lines("x.jsonl", [PAIR])
+    message = reading_error(read, {"path": "x.jsonl", "label": "helpful"})
+    assert message == "x.jsonl:1: label helpful was given, but these are rows of format explicit_prompt, not safe_rlhf"
+
+
 def test_roles_of_a_source(read):
     turns = [[{"role": "Customer", "content": "p"}, {"role": "agent", "content": text}] for text in "ab"]
     write_lines("x.jsonl", [{"chosen": turns[0], "rejected": turns[1]}])
@@ -321,6 +349,7 @@ def test_roles_of_a_source(read):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
+        ({"columns": {"system": "x", "source": "x"}}, "system and source cannot both be read from the column 'x'"),
         ({"columns": {"promt": "x"}}, "no format has a column 'promt'; did you mean 'prompt'?"),
         ({"roles": {"x": "narrator"}}, "Input should be 'system', 'user', 'assistant' or 'developer'"),
         ({"ranking": "first"}, "Input should be 'all', 'best' or 'adjacent'"),

@@ -28,6 +28,8 @@ def faults(**sets):
         ("pairs.jsonl", {"path": "pairs.jsonl"}),
         ("pairs.jsonl?split=train&lang=en", {"path": "pairs.jsonl", "where": {"split": "train", "lang": "en"}}),
         ("org/name?split=test&config=c&x=1", {"path": "org/name", "split": "test", "config": "c", "where": {"x": "1"}}),
+        ("org/name?split=train+test", {"path": "org/name", "split": "train+test"}),
+        ("x.jsonl?lang=c++&name=a%26b", {"path": "x.jsonl", "where": {"lang": "c++", "name": "a&b"}}),
         ("org/name-v1.5?split=test", {"path": "org/name-v1.5", "split": "test"}),
         ("preset:hh_helpful", {"preset": "hh_helpful"}),
         ("preset:hh_helpful?split=test", {"preset": "hh_helpful", "split": "test"}),
@@ -63,6 +65,7 @@ def test_faults_are_named_with_the_nearest_valid_name():
         in faults(train={"path": "x", "format": "transcript"})[0][1]
     )
     assert "a source needs a path or a preset" in faults(train={"name": "x"})[0][1]
+    assert "'x?a=1&a=2' gives a field of its row filter twice" in faults(train="x?a=1&a=2")[0][1]
     assert "two evaluation sets are called 'x.jsonl'" in faults(eval=["x.jsonl?a=1", "x.jsonl?a=2"])[0][1]
     assert faults(eval=["x.jsonl", {"path": "y", "splt": 1}])[0][0] == "eval.y.0"
 
