@@ -414,7 +414,7 @@ class TrainConfig(Section):
     deepspeed: Path = Path("ds_configs/zero3.json")
     """A DeepSpeed JSON file. Its "auto" values are filled from this configuration; a value that contradicts it is an
     error."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of the data order, of the mixing of sources, of the reward head and of adapters."""
     deterministic: bool = False
     """Only algorithms that give equal bits in equal runs on equal GPUs: in torch, in attention's backward pass and in
