@@ -25,6 +25,26 @@ from hafrm_ds.data.sources import Source
 from hafrm_ds.errors import ConfigError
 
 
+class YamlLoader(yaml.SafeLoader):
+    """YAML as `yaml.safe_load` reads it, except that a key which stands twice in a mapping is an error: it takes the
+    last one in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        met = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in met:
+                problem = f"{key.value!r} stands twice in one mapping"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            met.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
+def from_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    return yaml.load(text, YamlLoader)
+
+
 class Section(BaseModel):
     """One group of options. Unknown keys are refused; the docstring under a field is its help."""
 
@@ -142,8 +162,10 @@ class CommandLine(Generic[S]):
             for word in spelled:
                 try:
                     values.append(value_of(word, name in fields and takes_text(fields[name].annotation)))
-                except yaml.YAMLError:
+                except yaml.YAMLError as error:
                     fault = "is no valid YAML; put texts that hold ? or : in quotes"
+                    if isinstance(error, yaml.constructor.ConstructorError):
+                        fault = str(error.problem)
                     problems.append(f"--{self.shown(name)} {word}: {fault}")
             node: Any = values[0] if len(values) == 1 else values
             for key in reversed(name.split(".")):
@@ -273,7 +295,7 @@ def leave_with(text: str) -> NoReturn:
 def read_mapping(file: Path) -> tuple[dict[str, Any], list[str]]:
     """A YAML file -> (its mapping, what is wrong with it)."""
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = from_yaml(file.read_text()) or {}
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"--config {file}: cannot be read: {getattr(error, 'strerror', None) or error}"]
     except yaml.YAMLError as error:
@@ -285,16 +307,18 @@ def read_mapping(file: Path) -> tuple[dict[str, Any], list[str]]:
 
 def value_of(word: str, is_text: bool) -> Any:
     """A word in YAML notation -> its value. What YAML takes for a number, a date or true stays as it is written where a
-    text is wanted.
+    text is wanted, and so does everywhere what it takes for a comment.
 
     Raises:
         yaml.YAMLError: it looks like a list or mapping and is none.
     """
     try:
-        value = yaml.safe_load(word)
+        value = from_yaml(word)
     except yaml.YAMLError:
         if word.startswith(("[", "{")):
             raise
+        return word
+    if "#" in word and not word.startswith(("[", "{", "'", '"')):
         return word
     return word if is_text and not isinstance(value, str | list | dict | None) else value
 

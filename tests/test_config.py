@@ -92,6 +92,23 @@ def test_the_launchers_local_rank_is_swallowed():
     assert load("--local_rank=0") == load("--local_rank", "1") == load("--local-rank=1") == load()
 
 
+def test_no_word_of_the_command_line_is_a_comment():
+    config = load("--output_dir", "runs/a #2", "--logging.wandb_project", "#1", "--data.train", "my pairs #2.jsonl")
+    assert (str(config.output_dir), config.logging.wandb_project) == ("runs/a #2", "#1")
+    assert [source.path for source in config.data.train] == ["my pairs #2.jsonl"]
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    file = write(tmp_path / "twice.yaml", "data: {max_length: 64}\nseed: 1\ndata: {num_proc: 2}\n")
+    (problem,) = problems("--config", file)
+    assert problem.startswith(f"--config {file}: is not valid YAML: 'data' stands twice in one mapping")
+    assert "line 3" in problem
+    (problem,) = problems("--data.eval", "{mine: a.jsonl, mine: b.jsonl}")
+    assert problem == "--data.eval {mine: a.jsonl, mine: b.jsonl}: 'mine' stands twice in one mapping"
+    sets = "{mine: &a {path: a.jsonl, portion: ':5'}, other: {<<: *a, portion: '5:'}}"
+    assert [source.portion for (source,) in load("--data.eval", sets).data.eval.values()] == [":5", "5:"]
+
+
 def test_an_empty_file_changes_nothing(tmp_path):
     assert load("--config", write(tmp_path / "empty.yaml", "# nothing yet\n")) == load()
 
@@ -170,6 +187,8 @@ def test_an_unknown_field_of_a_source_is_answered_with_the_nearest():
         ("objective.alpha", ".nan", "finite number"),
         ("optimizer.learning_rate", ".inf", "finite number"),
         ("optimizer.betas", "[0.9, 1.0]", "less than 1"),
+        ("seed", "-1", "greater than or equal to 0"),
+        ("seed", "5 # five", "valid integer"),
         ("max_steps", "0", "greater than or equal to 1"),
         ("max_steps", "1.5", "valid integer"),
         ("objective.policy_loss", "ppo", "'dpo', 'ipo', 'hinge', 'simpo' or 'sft'"),

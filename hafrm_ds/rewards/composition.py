@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, Va
 
 from hafrm_ds.config import NonNegative, Positive
 from hafrm_ds.errors import ConfigError, ModelError
-from hafrm_ds.options import Section
+from hafrm_ds.options import Section, from_yaml
 from hafrm_ds.rewards.ensemble import By, OpenedEnsemble
 from hafrm_ds.rewards.field_match import FieldMatch
 from hafrm_ds.rewards.function import OpenedFunction
@@ -211,7 +211,7 @@ def read_composition(file: Path) -> Part:
         ConfigError: with all faults: it cannot be read, an unknown key, a wrong value, a contradiction.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = from_yaml(file.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
     except yaml.YAMLError as error:

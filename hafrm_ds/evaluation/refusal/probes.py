@@ -30,6 +30,7 @@ from hafrm_ds.data.tokenization import PromptWithResponses, common_prefix_length
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation.questions import groups_of
 from hafrm_ds.evaluation.refusal.prompts import COMPLIANCES, REFUSALS, GivenAnswers, with_last
+from hafrm_ds.options import from_yaml
 
 OPENINGS, QUESTION, REWARD = "openings", "question", "reward"
 HEAD_OF = {OPENINGS: "logprob", QUESTION: "logprob", REWARD: "reward"}
@@ -83,7 +84,7 @@ class Openings:
             DataError: the file cannot be read, or what it holds cannot be told apart.
         """
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content = from_yaml(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise DataError(f"--openings {file} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict) or set(content) != {REFUSALS, COMPLIANCES}:
