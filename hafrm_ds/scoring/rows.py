@@ -7,7 +7,7 @@ from typing import Any
 
 from hafrm_ds.data.files import parse_json
 from hafrm_ds.data.formats import refuse_lost
-from hafrm_ds.data.formats.answers import EARLIER, earlier_turns
+from hafrm_ds.data.formats.answers import EARLIER, after, earlier_turns
 from hafrm_ds.data.pairs import (
     MEDIA,
     MEDIA_NAMES,
@@ -116,7 +116,7 @@ def read_conversations(row: Row) -> tuple[str, list[list[Message]]]:
         raise MediaError(f"{row.id}: {names_in_words(media)}: {MEDIA}")
     read: tuple[str, ...]
     answers = next((name for name in ("responses", "response") if row.given(name)), None)
-    whole = earlier_turns(row) + row.messages("messages") if row.given("messages") else []
+    whole = after(earlier_turns(row), row.messages("messages")) if row.given("messages") else []
     if whole and not (answers and not row.given("prompt") and whole[-1]["role"] == "user"):
         field, conversations, read = "score", [whole], ("messages",)
     else:
@@ -164,9 +164,8 @@ def read_prompt(row: Row) -> list[Message]:
     """As `prompt_of`; raises ToolCallsError for messages that only a `ToolRow` reads."""
     field = "prompt" if row.given("prompt") or not row.given("messages") else "messages"
     value = parsed_messages(row.value(field))
-    return earlier_turns(row) + (
-        prompt_from_text(row.text(field))[0] if isinstance(value, str) else row.messages(field)
-    )
+    prompt = prompt_from_text(row.text(field))[0] if isinstance(value, str) else row.messages(field)
+    return after(earlier_turns(row), prompt)
 
 
 def answer_of(row: Row, field: str) -> list[Message]:

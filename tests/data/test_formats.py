@@ -90,6 +90,15 @@ def test_history_stands_before_the_prompt(history):
     assert pair.prompt == [SYSTEM, user("one"), assistant("two"), user("p")]
 
 
+@pytest.mark.parametrize("answers", [{}, {"chosen": None, "rejected": None, "responses": ["a", "b"], "scores": [2, 1]}])
+def test_earlier_turns_that_the_prompt_begins_with_stand_once(answers):
+    whole = [SYSTEM, user("one"), assistant("two"), user("p")]
+    fields = {name: value for name, value in (PAIR | answers | {"prompt": whole}).items() if value is not None}
+    assert convert(fields | {"system": "s"}).prompt == whole
+    assert convert(fields | {"system": "s", "history": [["one", "two"]]}).prompt == whole
+    assert convert(fields | {"system": "t"}).prompt == [{"role": "system", "content": "t"}, *whole]
+
+
 def test_a_turn_of_history_that_is_no_question_with_its_answer():
     assert "turn 1 of field 'history' is a list of 1, expected a question" in error_of(PAIR | {"history": [["one"]]})
 

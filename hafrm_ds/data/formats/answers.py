@@ -63,13 +63,13 @@ def answers_to(
     if isinstance(messages_or_text(row, question), str):
         prompt, answers = without_repeated_prompt(row.text(question), prompt, answers)
     earlier = earlier_turns(row)
-    if (earlier + prompt)[-1]["role"] in ("system", "developer"):
+    if after(earlier, prompt)[-1]["role"] in ("system", "developer"):
         return Dropped("a system message alone is no prompt")
 
     chosen, rejected = answers
     repeats_prompt = [is_conversation(answer, prompt) for answer in answers]
     if not any(repeats_prompt):
-        return pair(earlier + prompt, chosen, rejected)
+        return pair(after(earlier, prompt), chosen, rejected)
     if not all(repeats_prompt):
         whole, alone = (better, worse) if repeats_prompt[0] else (worse, better)
         raise DataError(f"{row.id}: field {whole!r} is a whole conversation, but field {alone!r} is an answer alone")
@@ -147,6 +147,11 @@ def earlier_turns(row: Row) -> list[Message]:
         question, answer = (row.as_text(text, place, expected="two texts") for text in turn)
         turns += [user(question), assistant(answer)]
     return turns
+
+
+def after(earlier: list[Message], prompt: list[Message]) -> list[Message]:
+    """The earlier turns and the prompt, which may begin with them itself."""
+    return prompt if contains(prompt[: len(earlier)], earlier) else earlier + prompt
 
 
 def without_repeated_prompt(
@@ -255,4 +260,4 @@ def common_words_length(a: str, b: str) -> int:
 def of_ms_swift(row: Row, source: "Source") -> Made:
     """ms-swift: messages that end with the chosen answer, and the rejected one."""
     messages = row.messages("messages")
-    return pair(earlier_turns(row) + messages[:-1], messages[-1:], [assistant(row.text("rejected_response"))])
+    return pair(after(earlier_turns(row), messages[:-1]), messages[-1:], [assistant(row.text("rejected_response"))])

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hafrm_ds.data.formats.answers import answer_of, earlier_turns, prompt_of
+from hafrm_ds.data.formats.answers import after, answer_of, earlier_turns, prompt_of
 from hafrm_ds.data.formats.labelled import has_label, inner_text
 from hafrm_ds.data.formats.parts import (
     NO_PREFERENCE,
@@ -166,7 +166,7 @@ def of_groups(row: Row, source: "Source") -> Made:
         )
     if not given:
         return Deselected(NO_PREFERENCE)
-    prompt = earlier_turns(row) + prompt_of(row, "prompt")[0]
+    prompt = after(earlier_turns(row), prompt_of(row, "prompt")[0])
     if given == ["comparisons"]:
         return of_comparisons(row, source, prompt)
     rated = in_lists(row, "responses", given[0])
