@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,8 @@ def read_rows(tables: list[Table], source: Source) -> Iterator[dict[str, Any]]:
                 )
             if format_name != "safe_rlhf" and "label" in source.model_fields_set:
                 raise DataError(
-                    f"{row.id}: label {source.label} was given, but these are rows of format {format_name}, not safe_rlhf"
+                    f"{row.id}: label {source.label} was given, but these are rows of format {format_name}, not "
+                    "safe_rlhf"
                 )
             outcomes = read_groups_of(row, format_name, source)
             ignored = [name for name in source.ignore_columns if name not in source.columns]
@@ -251,7 +252,8 @@ def renamed(row: Row, source: Source) -> dict[str, Any]:
     return {name: value for name, value in row.fields.items() if name not in names and name not in given} | given
 
 
-def remarks_on(row: Row, format_name: str, ignored: list[str]) -> str:
+def remarks_on(row: Row, format_name: str, ignored: Iterable[str] = ()) -> str:
+    """What is to be told of a row, as `FEATURES` says. `ignored` names columns that were taken out of it."""
     names = [*not_read(row, format_name), *ignored]
     if not names and not row.mapped_roles:
         return ""

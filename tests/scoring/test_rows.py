@@ -42,7 +42,11 @@ def model(tmp_path_factory) -> ModelReward:
         ({"prompt": None, "messages": [user("a")], "responses": ["b"]}, "scores", [[user("a"), assistant("b")]]),
         # What stands before the prompt in columns of its own; and a column that repeats what is read.
         ({"system": "s", "prompt": "a", "response": "b"}, "score", [[SYSTEM, user("a"), assistant("b")]]),
-        ({"system": "s", "messages": [SYSTEM, user("a"), assistant("b")]}, "score", [[SYSTEM, user("a"), assistant("b")]]),
+        (
+            {"system": "s", "messages": [SYSTEM, user("a"), assistant("b")]},
+            "score",
+            [[SYSTEM, user("a"), assistant("b")]],
+        ),
         (
             {"history": [["x", "y"]], "prompt": "a", "response": "b"},
             "score",
