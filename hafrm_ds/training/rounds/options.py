@@ -84,8 +84,6 @@ class RoundsOptions(TrainConfig):
                 "objective.rm_weight is 0: no reward head is trained that could rank the next round. Give rounds.judge "
                 "implicit, or rounds.reward"
             )
-        if self.seed < 0:
-            problems.append(f"seed {self.seed}: the answers are drawn with one of 0 or more")
         if isinstance(self.resume, Path):
             problems.append("resume: rounds always resume from what their folder holds; leave it out")
         return problems

@@ -31,7 +31,6 @@ def load(**changes) -> RoundsOptions:
         ({"data__eval": "{}"}, "data.eval names no set: rounds are held against pairs"),
         ({"objective__alpha": "0"}, "rounds train the policy: objective.alpha is above 0"),
         ({"objective__rm_weight": "0"}, "objective.rm_weight is 0: no reward head is trained that could rank"),
-        ({"seed": "-1"}, "seed -1: the answers are drawn with one of 0 or more"),
         ({"resume": "checkpoint"}, "resume: rounds always resume"),
     ],
 )
