@@ -93,8 +93,12 @@ def publish_link(link: Path, target: str) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder. It is renamed first: one that is deleted in part must not look whole."""
-    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}")))
+    """Delete a folder. It is renamed first: one that is deleted in part must not look whole. What a killed process has
+    left of such a one goes too."""
+    gone = folder.with_name(f".{folder.name}.removed")
+    if gone.exists():
+        shutil.rmtree(gone)
+    shutil.rmtree(folder.rename(gone))
 
 
 def put_in_place(draft: Path, folder: Path) -> None:

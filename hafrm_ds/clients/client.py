@@ -123,7 +123,7 @@ class RewardClient:
 
 
 def content_of(error: urllib.error.HTTPError) -> bytes:
-    """What stands in an answer with an error; nothing where it has broken off."""
+    """Read the body of an answer with an error; it is empty where the connection has broken off."""
     try:
         return error.read()
     except (OSError, http.client.HTTPException):

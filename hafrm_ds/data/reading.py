@@ -253,7 +253,7 @@ def renamed(row: Row, source: Source) -> dict[str, Any]:
 
 
 def remarks_on(row: Row, format_name: str, ignored: Iterable[str] = ()) -> str:
-    """What is to be told of a row, as `FEATURES` says. `ignored` names columns that were taken out of it."""
+    """Write down the remarks on a row, a line each (`REMARKS`). `ignored` names columns that were taken out of it."""
     names = [*not_read(row, format_name), *ignored]
     if not names and not row.mapped_roles:
         return ""

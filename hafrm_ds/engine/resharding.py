@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from hafrm_ds.engine.checkpoint import CheckpointError
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
-"""What is equal on all ranks under the stages 0 to 2."""
+"""The file of what is equal on all ranks under the stages 0 to 2."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEYS = ("fp32", *MOMENTS)
 ROUND_ROBIN = (
@@ -99,7 +99,7 @@ class Layout:
         return last.begin + last.numel
 
     def place(self, name: str) -> tuple[int, int, int]:
-        """Where a parameter begins: (group, rank, start)."""
+        """Say where the numbers of a parameter begin: (group, rank, start)."""
         first = self.pieces[name][0]
         return first.group, first.rank, first.start
 
@@ -201,7 +201,7 @@ class Shards:
 
 
 def saved_state(folder: Path, rank: int) -> dict:
-    """What the optimizer of a rank has saved."""
+    """Read the state that the optimizer of a rank has saved."""
     return read(file_of(folder, rank, "optim"))["optimizer_state_dict"]
 
 

@@ -7,12 +7,12 @@ is sharded over them.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hafrm_ds.durability import write_whole
+from hafrm_ds.durability import remove_folder, write_whole
 from hafrm_ds.errors import DataError
 from hafrm_ds.processes.console import Console
 from hafrm_ds.processes.ranks import Processes
@@ -64,15 +64,10 @@ def claim_folder(
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the folder of a job's parts; one of something else stays.
-
-    It is renamed first: parts without their job.json, as a kill might leave them, would pass for somebody's files.
-    """
-    if not (folder / "job.json").exists():
-        return
-    gone = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(gone, ignore_errors=True)  # what a killed process has left
-    shutil.rmtree(folder.rename(gone), ignore_errors=True)
+    """Remove the folder of a job's parts; one of something else stays, and so does what cannot be deleted."""
+    if (folder / "job.json").exists():
+        with suppress(OSError):
+            remove_folder(folder)
 
 
 def stamp(file: Path) -> list[Any]:

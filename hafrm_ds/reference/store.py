@@ -39,7 +39,7 @@ DRAFT_PREFIX = ".draft-"
 SET_ASIDE = "set_aside"
 NAMESPACE_FILE = "namespace.json"
 NAMESPACE_NAME = re.compile(r".+-\w+-v\d+-[0-9a-f]{12}")
-"""Of `Namespace.name`."""
+"""The form of the folder names that `Namespace.name` makes."""
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),

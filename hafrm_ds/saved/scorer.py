@@ -169,7 +169,7 @@ def check_fits(
 def as_conversations(
     messages: Conversation | Sequence[Conversation], responses: Sequence[str] | None
 ) -> tuple[list[Conversation], bool]:
-    """What `messages` and `responses` stand for: (conversations, whether a single one was meant).
+    """Tell the conversations that `messages` and `responses` stand for, and whether a single one was meant.
 
     They are read as rows of files are, so that a conversation has the same score there.
 

@@ -37,7 +37,7 @@ from hafrm_ds.training.logging import truncate_rows
 
 FINAL_FOLDER = "final"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
-"""What transformers takes for one of its checkpoints by its name."""
+"""The form of the folder names that transformers takes for its checkpoints."""
 WHOLE_FILE = "whole"
 """In a checkpoint that all ranks have written."""
 LOGGED = {

@@ -1,14 +1,16 @@
 """Work in parts: only what is missing is made, and nothing is loaded where nothing is."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from hafrm_ds import durability
 from hafrm_ds.errors import DataError
 from hafrm_ds.evaluation import results
 from hafrm_ds.processes.console import Console
-from hafrm_ds.processes.parts import claim_folder, work_through
+from hafrm_ds.processes.parts import claim_folder, remove_parts, work_through
 from hafrm_ds.processes.ranks import Processes
 
 
@@ -55,3 +57,20 @@ def test_of_a_finished_job_a_folder_of_other_files_is_not_removed(tmp_path, monk
     processes = Processes(rank=0, local_rank=0, world_size=1, store=dist.HashStore())
     results.leave_results(file, str, lambda: {"a": 1}, lambda folder: None, processes, Console(processes))
     assert (tmp_path / "parts" / "engine.txt").read_text() == "mine"
+
+
+def test_parts_whose_removal_was_killed_bar_neither_the_next_job_nor_its_removal(tmp_path, monkeypatch):
+    folder = tmp_path / "parts"
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    claim_folder(folder, {"job": 1}, is_removed=True)
+    monkeypatch.setattr(durability.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_parts(folder)
+    monkeypatch.undo()
+    assert not folder.exists() and list(tmp_path.iterdir())  # what is left is none of the next job's parts
+    claim_folder(folder, {"job": 2}, is_removed=True)
+    remove_parts(folder)
+    assert not list(tmp_path.iterdir())
